@@ -1,0 +1,45 @@
+#ifndef EDUBA_RPC_SERVER_H_
+#define EDUBA_RPC_SERVER_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "grpcpp/impl/codegen/service_type.h"
+#include "grpcpp/server.h"
+
+namespace eduba {
+
+// Host and port of "host:port" or "[v6]:port". INVALID_ARGUMENT otherwise.
+absl::StatusOr<std::pair<std::string, int>> ParseAddress(const std::string& address);
+
+// A synchronous gRPC server with our limits, grpc.health.v1 and reflection. Handlers run on gRPC's threads and may block; they watch
+// ServerContext::IsCancelled.
+class RpcServer {
+ public:
+  // Listens on `address` (port 0: any free one) and serves; `services` must outlive the server. Health says NOT_SERVING until
+  // SetServing(true). UNAVAILABLE when the port is taken.
+  static absl::StatusOr<std::unique_ptr<RpcServer>> Start(const std::string& address,
+                                                          const std::vector<grpc::Service*>& services);
+  // As Shutdown(absl::ZeroDuration()).
+  ~RpcServer();
+
+  // host:port, with the port that was bound.
+  const std::string& address() const { return address_; }
+  void SetServing(bool serving);
+  // Health NOT_SERVING, no new calls; calls under way get `grace`, then are cancelled. Returns when all handlers have returned.
+  // Idempotent.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  RpcServer() = default;
+
+  std::string address_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_RPC_SERVER_H_

@@ -1,0 +1,113 @@
+#include "rpc/spec.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "rpc/limits.h"
+
+namespace eduba {
+namespace {
+
+absl::Status CheckBound(const char* field, int64_t found, int64_t low, int64_t high) {
+  if (found >= low && found <= high) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(field, " is ", found, ", wanted ", low, " to ", high));
+}
+
+}  // namespace
+
+absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& given) {
+  v1::SessionSpec spec = given;
+  if (spec.layers() == 0) spec.set_layers(1);
+  if (spec.value_dim() == 0) spec.set_value_dim(spec.head_dim());
+  if (spec.dtype() == v1::DTYPE_UNSPECIFIED) spec.set_dtype(v1::DTYPE_F32);
+  if (spec.stripe_pages() == 0) spec.set_stripe_pages(64);
+  EDUBA_RETURN_IF_ERROR(DTypeFromProto(spec.dtype()).status());
+  EDUBA_RETURN_IF_ERROR(CheckBound("layers", spec.layers(), 1, kLayersMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound("query_heads", spec.query_heads(), 1, kQueryHeadsMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound("kv_heads", spec.kv_heads(), 1, kQueryHeadsMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound("head_dim", spec.head_dim(), 1, kHeadDimMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound("value_dim", spec.value_dim(), 1, kHeadDimMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound("sink_tokens", spec.sink_tokens(), 0, kSinkTokensMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound("window", spec.window(), 0, int64_t{1} << 30));
+  EDUBA_RETURN_IF_ERROR(CheckBound("stripe_pages", spec.stripe_pages(), 1, kStripePagesMax));
+  EDUBA_RETURN_IF_ERROR(
+      CheckBound("notes' bytes", static_cast<int64_t>(spec.notes().size()), 0, kNotesBytesMax));
+  if (spec.query_heads() % spec.kv_heads() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("query_heads is ", spec.query_heads(), ", wanted a multiple of kv_heads = ",
+                                                   spec.kv_heads()));
+  }
+  const int64_t row_elements = int64_t{spec.query_heads()} * std::max(spec.head_dim(), spec.value_dim());
+  EDUBA_RETURN_IF_ERROR(CheckBound("query_heads * max(head_dim, value_dim)", row_elements, 1, kRowElementsMax));
+  const int64_t kv_elements = int64_t{spec.kv_heads()} * (spec.head_dim() + spec.value_dim());
+  EDUBA_RETURN_IF_ERROR(CheckBound("kv_heads * (head_dim + value_dim)", kv_elements, 1, kRowElementsMax));
+  const int64_t exponent_bytes = int64_t{2} * spec.layers() * spec.kv_heads() * spec.value_dim();
+  EDUBA_RETURN_IF_ERROR(CheckBound("2 * layers * kv_heads * value_dim", exponent_bytes, 1, kExponentBytesMax));
+  if (!spec.has_scale()) spec.set_scale(1.0f / std::sqrt(static_cast<float>(spec.head_dim())));
+  if (!std::isfinite(spec.scale())) {
+    return absl::InvalidArgumentError(absl::StrCat("scale is ", spec.scale(), ", wanted a finite number"));
+  }
+  if (!std::isfinite(spec.softcap()) || spec.softcap() < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("softcap is ", spec.softcap(), ", wanted a finite number >= 0 (0: none)"));
+  }
+  for (const float logit : spec.sink_logits()) {
+    if (!std::isfinite(logit)) {
+      return absl::InvalidArgumentError(absl::StrCat("a sink logit is ", logit, ", wanted finite numbers"));
+    }
+  }
+  if (spec.sink_logits_size() == 1) {
+    const float logit = spec.sink_logits(0);
+    while (spec.sink_logits_size() < spec.query_heads()) spec.add_sink_logits(logit);
+  }
+  if (spec.sink_logits_size() != 0 && spec.sink_logits_size() != spec.query_heads()) {
+    return absl::InvalidArgumentError(absl::StrCat("sink_logits has ", spec.sink_logits_size(),
+                                                   " values, wanted none, 1 or query_heads = ", spec.query_heads()));
+  }
+  return spec;
+}
+
+absl::Status ValidateSessionName(const std::string& name) {
+  const auto allowed = [](char c) {
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
+  };
+  if (name.empty() || name.size() > 128 || !std::all_of(name.begin(), name.end(), allowed)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("session name of ", name.size(), " bytes is not valid: use 1 to 128 of A-Z a-z 0-9 . _ -"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<DType> DTypeFromProto(v1::DType dtype) {
+  switch (dtype) {
+    case v1::DTYPE_F32:
+      return DType::kF32;
+    case v1::DTYPE_BF16:
+      return DType::kBf16;
+    case v1::DTYPE_F16:
+      return DType::kF16;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("dtype ", static_cast<int>(dtype), " is not known: use f32, bf16 or f16"));
+  }
+}
+
+v1::DType DTypeToProto(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return v1::DTYPE_F32;
+    case DType::kBf16:
+      return v1::DTYPE_BF16;
+    case DType::kF16:
+      return v1::DTYPE_F16;
+  }
+  return v1::DTYPE_UNSPECIFIED;
+}
+
+int64_t PositionBytes(const v1::SessionSpec& spec) {
+  const int64_t element = spec.dtype() == v1::DTYPE_F32 ? 4 : 2;
+  return element * spec.kv_heads() * (spec.head_dim() + spec.value_dim());
+}
+
+}  // namespace eduba

@@ -1,0 +1,28 @@
+#ifndef EDUBA_RPC_SPEC_H_
+#define EDUBA_RPC_SPEC_H_
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/dtype.h"
+#include "eduba/v1/eduba.pb.h"
+
+namespace eduba {
+
+// Fills in the defaults of a client's spec (layers, value_dim, dtype, scale, stripe_pages; one sink logit becomes one per query
+// head) and checks every bound. INVALID_ARGUMENT names the field, what was found and what is allowed.
+absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& spec);
+
+// 1 to 128 of A-Z a-z 0-9 . _ -
+absl::Status ValidateSessionName(const std::string& name);
+
+absl::StatusOr<DType> DTypeFromProto(v1::DType dtype);
+v1::DType DTypeToProto(DType dtype);
+
+// Bytes of one position of one layer, as stored: keys and values of all KV heads. REQUIRES: a completed spec.
+int64_t PositionBytes(const v1::SessionSpec& spec);
+
+}  // namespace eduba
+
+#endif  // EDUBA_RPC_SPEC_H_
