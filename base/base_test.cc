@@ -36,8 +36,8 @@ TEST(DType, EveryBf16SurvivesTheRoundTrip) {
 }
 
 TEST(DType, HalfwayRoundsToEven) {
-  EXPECT_EQ(F32FromBf16(Bf16FromF32(1.00390625f)), 1.0f);         // 1 + 2^-8: between 1 and 1 + 2^-7
-  EXPECT_EQ(F32FromBf16(Bf16FromF32(1.01171875f)), 1.015625f);    // 1 + 3*2^-8: up to the even one
+  EXPECT_EQ(F32FromBf16(Bf16FromF32(1.00390625f)), 1.0f);       // 1 + 2^-8: between 1 and 1 + 2^-7
+  EXPECT_EQ(F32FromBf16(Bf16FromF32(1.01171875f)), 1.015625f);  // 1 + 3*2^-8: up to the even one
   EXPECT_EQ(F32FromF16(F16FromF32(2049.0f)), 2048.0f);
   EXPECT_EQ(F32FromF16(F16FromF32(2051.0f)), 2052.0f);
   EXPECT_EQ(F32FromF16(F16FromF32(std::ldexp(1.0f, -25))), 0.0f);  // half the smallest subnormal

@@ -20,14 +20,14 @@ namespace eduba::internal {
     if (!(condition)) ::eduba::internal::CheckFailed(__FILE__, __LINE__, #condition); \
   } while (false)
 
-#define EDUBA_CHECK_EQ(a, b)                                                                               \
-  do {                                                                                                     \
-    const auto& check_a = (a);                                                                             \
-    const auto& check_b = (b);                                                                             \
-    if (!(check_a == check_b)) {                                                                           \
-      ::eduba::internal::CheckFailed(__FILE__, __LINE__,                                                   \
-                                     absl::StrCat(#a " == " #b ": ", check_a, " vs ", check_b));           \
-    }                                                                                                      \
+#define EDUBA_CHECK_EQ(a, b)                                                                     \
+  do {                                                                                           \
+    const auto& check_a = (a);                                                                   \
+    const auto& check_b = (b);                                                                   \
+    if (!(check_a == check_b)) {                                                                 \
+      ::eduba::internal::CheckFailed(__FILE__, __LINE__,                                         \
+                                     absl::StrCat(#a " == " #b ": ", check_a, " vs ", check_b)); \
+    }                                                                                            \
   } while (false)
 
 #endif  // EDUBA_BASE_CHECK_H_

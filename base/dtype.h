@@ -19,8 +19,8 @@ size_t DTypeBytes(DType dtype);
 const char* DTypeName(DType dtype);
 absl::StatusOr<DType> ParseDType(const std::string& name);
 
-// Round to nearest, ties to even, as IEEE 754 defines. A finite float beyond the range becomes an infinity (and is refused
-// where keys and values enter); NaN stays NaN.
+// Round to nearest, ties to even, as IEEE 754 defines. A finite float beyond the range becomes an infinity
+// (and is refused where keys and values enter); NaN stays NaN.
 uint16_t Bf16FromF32(float value);
 uint16_t F16FromF32(float value);
 // Exact.

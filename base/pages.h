@@ -6,9 +6,11 @@
 
 namespace eduba {
 
-// A page is 256 consecutive positions, aligned at multiples of 256: the unit of storage, placement, compute and erasure.
+// A page is 256 consecutive positions, aligned at multiples of 256: the unit of storage, placement, compute
+// and erasure.
 inline constexpr int kPageRows = 256;
-// Positions a sequence may have. With F' = 62 - ceil(log2(positions + 1)) (docs/numerics.md) 32 fraction bits remain.
+// Positions a sequence may have. With F' = 62 - ceil(log2(positions + 1)) (docs/numerics.md) 32 fraction bits
+// remain.
 inline constexpr int64_t kMaxPositions = int64_t{1} << 30;
 // Workers in one reducing group: 64 sums of at most 2^10 * 2^46 still fit into int64.
 inline constexpr int kMaxGroupSize = 64;

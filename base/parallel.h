@@ -22,8 +22,9 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls body(index, thread) once for each index in [0, count), thread in [0, threads()); returns when all are done.
-  // Which thread takes which index is not fixed, so nothing that `body` adds up may depend on it. `body` must not throw.
+  // Calls body(index, thread) once for each index in [0, count), thread in [0, threads()); returns when all
+  // are done. Which thread takes which index is not fixed, so nothing that `body` adds up may depend on it.
+  // `body` must not throw.
   void ParallelFor(int64_t count, const std::function<void(int64_t index, int thread)>& body);
 
  private:

@@ -9,10 +9,10 @@
 #include "absl/strings/str_cat.h"
 
 // Returns from the enclosing function when `expr` is not OK.
-#define EDUBA_RETURN_IF_ERROR(expr)                      \
-  do {                                                   \
-    absl::Status eduba_status = (expr);                  \
-    if (!eduba_status.ok()) return eduba_status;         \
+#define EDUBA_RETURN_IF_ERROR(expr)              \
+  do {                                           \
+    absl::Status eduba_status = (expr);          \
+    if (!eduba_status.ok()) return eduba_status; \
   } while (false)
 
 #define EDUBA_CONCAT_INNER(a, b) a##b

@@ -9,18 +9,21 @@
 
 namespace eduba {
 
-// The ranks of one epoch. One-shot: after any error the group is dead, and every later call returns ABORTED with the first
-// error's text until a new group is formed at a new epoch.
+// The ranks of one epoch. One-shot: after any error the group is dead, and every later call returns ABORTED
+// with the first error's text until a new group is formed at a new epoch.
 //
-// All ranks make the same calls in the same order with the same counts; the ordered command stream sees to it. Calls come
-// from one thread at a time; Abort may come from any thread. Each call returns when the result is in `data`, or an error:
+// All ranks make the same calls in the same order with the same counts; the ordered command stream sees to
+// it. Calls come from one thread at a time; Abort may come from any thread. Each call returns when the result
+// is in `data`, or an error:
 //   DEADLINE_EXCEEDED  a rank did not arrive by `deadline`
 //   UNAVAILABLE        a rank is gone, or its connection broke
 //   ABORTED            Abort was called, or an earlier call failed
-//   INTERNAL           the ranks did not make the same call (found by a check word; see CheckedSum in the transports)
+//   INTERNAL           the ranks did not make the same call (found by a check word; see CheckedSum in the
+//   transports)
 // within `deadline` + 200 ms at the latest, on every rank that is alive. After an error `data` is undefined.
 //
-// Memory: `data` is in the memory of the backend that the group was made for (host memory for local and gloo).
+// Memory: `data` is in the memory of the backend that the group was made for (host memory for local and
+// gloo).
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -37,8 +40,9 @@ class Communicator {
   // Returns once every rank has called it.
   virtual absl::Status Barrier(absl::Time deadline) = 0;
 
-  // Ends the group: a call under way on this rank returns ABORTED with `reason`'s text promptly (200 ms), later ones at once.
-  // The other ranks learn of it through their transport or from the coordinator. Thread-safe, idempotent.
+  // Ends the group: a call under way on this rank returns ABORTED with `reason`'s text promptly (200 ms),
+  // later ones at once. The other ranks learn of it through their transport or from the coordinator.
+  // Thread-safe, idempotent.
   virtual void Abort(const absl::Status& reason) = 0;
 };
 

@@ -9,9 +9,9 @@
 
 namespace eduba {
 
-// The key-value board on which the ranks of one (epoch, attempt) leave their addresses while a group forms. The worker's
-// implementation asks the coordinator; tests keep a map. The implementation scopes keys to its epoch and attempt, so two
-// attempts never see each other's addresses. Thread-safe.
+// The key-value board on which the ranks of one (epoch, attempt) leave their addresses while a group forms.
+// The worker's implementation asks the coordinator; tests keep a map. The implementation scopes keys to its
+// epoch and attempt, so two attempts never see each other's addresses. Thread-safe.
 class Rendezvous {
  public:
   virtual ~Rendezvous() = default;

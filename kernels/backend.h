@@ -13,8 +13,8 @@
 
 namespace eduba {
 
-// One layer's attention. REQUIRES: all counts > 0, query_heads % kv_heads == 0, scale finite, softcap >= 0 and finite.
-// Query head h reads KV head h / (query_heads / kv_heads).
+// One layer's attention. REQUIRES: all counts > 0, query_heads % kv_heads == 0, scale finite, softcap >= 0
+// and finite. Query head h reads KV head h / (query_heads / kv_heads).
 struct AttentionShape {
   int query_heads = 1;
   int kv_heads = 1;
@@ -28,25 +28,27 @@ struct AttentionShape {
   bool operator==(const AttentionShape&) const = default;
 };
 
-// One page of one layer in backend memory; `index` is the absolute page index (positions [256 index, 256 index + 256)).
+// One page of one layer in backend memory; `index` is the absolute page index (positions [256 index, 256
+// index + 256)).
 struct PageRef {
   const void* data = nullptr;
   int64_t index = 0;
 };
 
-// One step: `rows` query rows of one layer against this worker's pages. Everything here but `pages` is the same on every rank.
-// All spans and pointers are host memory, except the pages; all must outlive the step.
+// One step: `rows` query rows of one layer against this worker's pages. Everything here but `pages` is the
+// same on every rank. All spans and pointers are host memory, except the pages; all must outlive the step.
 struct StepArgs {
   AttentionShape shape;
   int rows = 0;
-  const float* queries = nullptr;              // [rows, query_heads, head_dim], finite
-  absl::Span<const PositionRange> visible;     // [rows]: the keys a row sees, token sinks left out (may be empty)
-  absl::Span<const PageRef> pages;             // This worker's pages, any order; pages that no row sees are skipped.
-  absl::Span<const PageRef> sink_pages;        // Replicated: pages that hold positions [0, sink tokens), in order.
-  absl::Span<const int32_t> visible_sinks;     // [rows]: row r sees token sinks [0, visible_sinks[r])
-  absl::Span<const float> sink_logits;         // Learned sinks: empty, or [query_heads]
-  absl::Span<const int16_t> exponents;         // [kv_heads, value_dim]: |v[., c]| <= 2^e[c] over the live rows
-  int64_t positions = 0;                       // Committed length of the sequence: fixes F' of the maximum path.
+  const float* queries = nullptr;  // [rows, query_heads, head_dim], finite
+  absl::Span<const PositionRange>
+      visible;                      // [rows]: the keys a row sees, token sinks left out (may be empty)
+  absl::Span<const PageRef> pages;  // This worker's pages, any order; pages that no row sees are skipped.
+  absl::Span<const PageRef> sink_pages;  // Replicated: pages that hold positions [0, sink tokens), in order.
+  absl::Span<const int32_t> visible_sinks;  // [rows]: row r sees token sinks [0, visible_sinks[r])
+  absl::Span<const float> sink_logits;      // Learned sinks: empty, or [query_heads]
+  absl::Span<const int16_t> exponents;      // [kv_heads, value_dim]: |v[., c]| <= 2^e[c] over the live rows
+  int64_t positions = 0;                    // Committed length of the sequence: fixes F' of the maximum path.
 };
 
 // Fraction bits of the sink path (docs/numerics.md).
@@ -54,8 +56,9 @@ inline constexpr int kSinkPathFractionBits = 46;
 // Totals of l outside [2^-10, 2^10], in units of 2^-46, leave the sink path.
 inline constexpr int64_t kSinkPathMin = int64_t{1} << (kSinkPathFractionBits - 10);
 inline constexpr int64_t kSinkPathMax = int64_t{1} << (kSinkPathFractionBits + 10);
-// The flag word of a row and head: each rank adds 1 when its own sum left the range, and kFaultFlag when a logit, weight or
-// value was not finite; both contribute zeros otherwise. 64 ranks cannot carry from one into the other.
+// The flag word of a row and head: each rank adds 1 when its own sum left the range, and kFaultFlag when a
+// logit, weight or value was not finite; both contribute zeros otherwise. 64 ranks cannot carry from one into
+// the other.
 inline constexpr int64_t kFaultFlag = int64_t{1} << 32;
 
 // How a step's rows and heads were merged; the same on every rank.
@@ -65,37 +68,45 @@ struct PathCounts {
 };
 
 // One step in progress. Calls in this order (the caller owns the collectives between them):
-//   Attend; [SinkSums, all-reduce SUM of its span]; SelectForMaximum; [Maxima, MAX; MaximumSums, SUM, if any selected]; Finish.
-// SinkSums is skipped on every rank when the session has no sink of any kind. Spans live in the backend's memory.
+//   Attend; [SinkSums, all-reduce SUM of its span]; SelectForMaximum; [Maxima, MAX; MaximumSums, SUM, if any
+//   selected]; Finish.
+// SinkSums is skipped on every rank when the session has no sink of any kind. Spans live in the backend's
+// memory.
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;
 
   // Reads the visible keys and values of `pages` once, and keeps one partial per (row, head, page):
-  //   m = max logit, l = sum exp(s - m), o[c] = sum exp(s - m) v[c], over the page's visible rows, fp32, fixed order.
-  // Non-finite arithmetic is remembered, not returned here: every rank must still take part in the collective.
+  //   m = max logit, l = sum exp(s - m), o[c] = sum exp(s - m) v[c], over the page's visible rows, fp32,
+  //   fixed order.
+  // Non-finite arithmetic is remembered, not returned here: every rank must still take part in the
+  // collective.
   virtual absl::Status Attend() = 0;
 
-  // [rows, query_heads, value_dim + 2] int64: value_dim words O[c] = rint(o[c] exp(m - M) 2^(46 - e[c])), the word
-  // L = rint(l exp(m - M) 2^46), both summed over this worker's pages, and the flag word. M = the row's largest sink logit.
+  // [rows, query_heads, value_dim + 2] int64: value_dim words O[c] = rint(o[c] exp(m - M) 2^(46 - e[c])), the
+  // word L = rint(l exp(m - M) 2^46), both summed over this worker's pages, and the flag word. M = the row's
+  // largest sink logit.
   virtual absl::StatusOr<absl::Span<int64_t>> SinkSums() = 0;
 
-  // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals alone, which
-  // need the maximum path. Returns how many. A row that sees no key never does.
+  // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals
+  // alone, which need the maximum path. Returns how many. A row that sees no key never does.
   virtual absl::StatusOr<int64_t> SelectForMaximum() = 0;
 
-  // [selected] f32: this worker's largest visible key logit; -inf where it has no visible key, +inf after a fault.
+  // [selected] f32: this worker's largest visible key logit; -inf where it has no visible key, +inf after a
+  // fault.
   virtual absl::StatusOr<absl::Span<float>> Maxima() = 0;
 
-  // [selected, value_dim + 2] int64, as SinkSums, with the reduced maximum for M and F' = 62 - ceil(log2(positions + 1)) for
+  // [selected, value_dim + 2] int64, as SinkSums, with the reduced maximum for M and F' = 62 -
+  // ceil(log2(positions + 1)) for
   // 46. Reads no key or value again.
   virtual absl::StatusOr<absl::Span<int64_t>> MaximumSums() = 0;
 
   // Folds in the token sinks and learned sinks, computed in double, divides, and writes to host memory:
-  //   outputs [rows, query_heads, value_dim], lse [rows, query_heads] (natural log), sink_mass [rows, query_heads] (the
-  //   sinks' share of the denominator, learned sink included). A row that sees no key and no sink: 0, -inf, 0.
-  // INVALID_ARGUMENT when any rank met non-finite arithmetic; the rank that met it names the page and row in the message, the others
-  // say it was another rank. Nothing is written then.
+  //   outputs [rows, query_heads, value_dim], lse [rows, query_heads] (natural log), sink_mass [rows,
+  //   query_heads] (the sinks' share of the denominator, learned sink included). A row that sees no key and
+  //   no sink: 0, -inf, 0.
+  // INVALID_ARGUMENT when any rank met non-finite arithmetic; the rank that met it names the page and row in
+  // the message, the others say it was another rank. Nothing is written then.
   virtual absl::Status Finish(float* outputs, float* lse, float* sink_mass) = 0;
 
   virtual PathCounts paths() const = 0;
@@ -103,7 +114,8 @@ class AttentionStep {
   virtual int64_t bytes_read() const = 0;
 };
 
-// One device's kernels. Page memory functions may be called from any thread (on different pages); one step at a time.
+// One device's kernels. Page memory functions may be called from any thread (on different pages); one step at
+// a time.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -117,8 +129,8 @@ class Backend {
 
   // Bytes of one page of one layer, a multiple of 64. The layout inside is the backend's own.
   virtual int64_t PageBytes(const AttentionShape& shape) const = 0;
-  // Writes rows [row, row + rows) of a page. keys [rows, kv_heads, head_dim] and values [rows, kv_heads, value_dim] are host
-  // arrays in shape.dtype. Returns when the arrays may be reused.
+  // Writes rows [row, row + rows) of a page. keys [rows, kv_heads, head_dim] and values [rows, kv_heads,
+  // value_dim] are host arrays in shape.dtype. Returns when the arrays may be reused.
   virtual absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                                  const void* values) = 0;
   virtual absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) = 0;

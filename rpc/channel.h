@@ -8,8 +8,8 @@
 
 namespace eduba {
 
-// A channel of our own (not shared with other channels to the same address), with keepalive, the message limit, and quick
-// reconnection. Does not connect yet.
+// A channel of our own (not shared with other channels to the same address), with keepalive, the message
+// limit, and quick reconnection. Does not connect yet.
 std::shared_ptr<grpc::Channel> OpenChannel(const std::string& address);
 
 }  // namespace eduba

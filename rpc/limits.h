@@ -12,12 +12,13 @@ inline constexpr int64_t kPayloadBytesMax = 768 << 10;
 // Rows of one step: keeps positions and path counts of a step small beside its queries.
 inline constexpr int kStepRowsMax = 4096;
 
-// Session bounds. One row's queries or outputs, and one position's keys and values, must fit into one message.
+// Session bounds. One row's queries or outputs, and one position's keys and values, must fit into one
+// message.
 inline constexpr int kLayersMax = 1024;
 inline constexpr int kQueryHeadsMax = 1024;
 inline constexpr int kHeadDimMax = 1024;
-inline constexpr int64_t kRowElementsMax = kPayloadBytesMax / 4;      // query_heads * max(head_dim, value_dim)
-inline constexpr int64_t kExponentBytesMax = kPayloadBytesMax;        // 2 * layers * kv_heads * value_dim
+inline constexpr int64_t kRowElementsMax = kPayloadBytesMax / 4;  // query_heads * max(head_dim, value_dim)
+inline constexpr int64_t kExponentBytesMax = kPayloadBytesMax;    // 2 * layers * kv_heads * value_dim
 inline constexpr int64_t kSinkTokensMax = 65536;
 inline constexpr int kStripePagesMax = 1 << 20;
 inline constexpr int64_t kNotesBytesMax = 256 << 10;

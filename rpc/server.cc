@@ -70,7 +70,8 @@ absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Start(const std::string& a
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr || port == 0) {
     return absl::UnavailableError(
-        absl::StrCat("cannot listen on ", address, ": the port is taken or the host is not ours; choose another --listen"));
+        absl::StrCat("cannot listen on ", address,
+                     ": the port is taken or the host is not ours; choose another --listen"));
   }
   server->address_ = absl::StrCat(host_and_port.first, ":", port);
   server->SetServing(false);

@@ -15,12 +15,12 @@ namespace eduba {
 // Host and port of "host:port" or "[v6]:port". INVALID_ARGUMENT otherwise.
 absl::StatusOr<std::pair<std::string, int>> ParseAddress(const std::string& address);
 
-// A synchronous gRPC server with our limits, grpc.health.v1 and reflection. Handlers run on gRPC's threads and may block; they watch
-// ServerContext::IsCancelled.
+// A synchronous gRPC server with our limits, grpc.health.v1 and reflection. Handlers run on gRPC's threads
+// and may block; they watch ServerContext::IsCancelled.
 class RpcServer {
  public:
-  // Listens on `address` (port 0: any free one) and serves; `services` must outlive the server. Health says NOT_SERVING until
-  // SetServing(true). UNAVAILABLE when the port is taken.
+  // Listens on `address` (port 0: any free one) and serves; `services` must outlive the server. Health says
+  // NOT_SERVING until SetServing(true). UNAVAILABLE when the port is taken.
   static absl::StatusOr<std::unique_ptr<RpcServer>> Start(const std::string& address,
                                                           const std::vector<grpc::Service*>& services);
   // As Shutdown(absl::ZeroDuration()).
@@ -29,8 +29,8 @@ class RpcServer {
   // host:port, with the port that was bound.
   const std::string& address() const { return address_; }
   void SetServing(bool serving);
-  // Health NOT_SERVING, no new calls; calls under way get `grace`, then are cancelled. Returns when all handlers have returned.
-  // Idempotent.
+  // Health NOT_SERVING, no new calls; calls under way get `grace`, then are cancelled. Returns when all
+  // handlers have returned. Idempotent.
   void Shutdown(absl::Duration grace);
 
  private:

@@ -35,15 +35,17 @@ absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& given) {
   EDUBA_RETURN_IF_ERROR(
       CheckBound("notes' bytes", static_cast<int64_t>(spec.notes().size()), 0, kNotesBytesMax));
   if (spec.query_heads() % spec.kv_heads() != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("query_heads is ", spec.query_heads(), ", wanted a multiple of kv_heads = ",
-                                                   spec.kv_heads()));
+    return absl::InvalidArgumentError(absl::StrCat("query_heads is ", spec.query_heads(),
+                                                   ", wanted a multiple of kv_heads = ", spec.kv_heads()));
   }
   const int64_t row_elements = int64_t{spec.query_heads()} * std::max(spec.head_dim(), spec.value_dim());
-  EDUBA_RETURN_IF_ERROR(CheckBound("query_heads * max(head_dim, value_dim)", row_elements, 1, kRowElementsMax));
+  EDUBA_RETURN_IF_ERROR(
+      CheckBound("query_heads * max(head_dim, value_dim)", row_elements, 1, kRowElementsMax));
   const int64_t kv_elements = int64_t{spec.kv_heads()} * (spec.head_dim() + spec.value_dim());
   EDUBA_RETURN_IF_ERROR(CheckBound("kv_heads * (head_dim + value_dim)", kv_elements, 1, kRowElementsMax));
   const int64_t exponent_bytes = int64_t{2} * spec.layers() * spec.kv_heads() * spec.value_dim();
-  EDUBA_RETURN_IF_ERROR(CheckBound("2 * layers * kv_heads * value_dim", exponent_bytes, 1, kExponentBytesMax));
+  EDUBA_RETURN_IF_ERROR(
+      CheckBound("2 * layers * kv_heads * value_dim", exponent_bytes, 1, kExponentBytesMax));
   if (!spec.has_scale()) spec.set_scale(1.0f / std::sqrt(static_cast<float>(spec.head_dim())));
   if (!std::isfinite(spec.scale())) {
     return absl::InvalidArgumentError(absl::StrCat("scale is ", spec.scale(), ", wanted a finite number"));
@@ -62,19 +64,21 @@ absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& given) {
     while (spec.sink_logits_size() < spec.query_heads()) spec.add_sink_logits(logit);
   }
   if (spec.sink_logits_size() != 0 && spec.sink_logits_size() != spec.query_heads()) {
-    return absl::InvalidArgumentError(absl::StrCat("sink_logits has ", spec.sink_logits_size(),
-                                                   " values, wanted none, 1 or query_heads = ", spec.query_heads()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("sink_logits has ", spec.sink_logits_size(),
+                     " values, wanted none, 1 or query_heads = ", spec.query_heads()));
   }
   return spec;
 }
 
 absl::Status ValidateSessionName(const std::string& name) {
   const auto allowed = [](char c) {
-    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' ||
+           c == '_' || c == '-';
   };
   if (name.empty() || name.size() > 128 || !std::all_of(name.begin(), name.end(), allowed)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("session name of ", name.size(), " bytes is not valid: use 1 to 128 of A-Z a-z 0-9 . _ -"));
+    return absl::InvalidArgumentError(absl::StrCat("session name of ", name.size(),
+                                                   " bytes is not valid: use 1 to 128 of A-Z a-z 0-9 . _ -"));
   }
   return absl::OkStatus();
 }

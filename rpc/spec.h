@@ -10,8 +10,9 @@
 
 namespace eduba {
 
-// Fills in the defaults of a client's spec (layers, value_dim, dtype, scale, stripe_pages; one sink logit becomes one per query
-// head) and checks every bound. INVALID_ARGUMENT names the field, what was found and what is allowed.
+// Fills in the defaults of a client's spec (layers, value_dim, dtype, scale, stripe_pages; one sink logit
+// becomes one per query head) and checks every bound. INVALID_ARGUMENT names the field, what was found and
+// what is allowed.
 absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& spec);
 
 // 1 to 128 of A-Z a-z 0-9 . _ -

@@ -6,7 +6,8 @@
 
 namespace eduba {
 
-// The canonical codes have the same numbers in both; messages are cut to 1 KiB, because they travel as a header.
+// The canonical codes have the same numbers in both; messages are cut to 1 KiB, because they travel as a
+// header.
 grpc::Status ToGrpc(const absl::Status& status);
 absl::Status FromGrpc(const grpc::Status& status);
 

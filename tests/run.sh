@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds, and runs the tests. From any directory, as often as you like.
+#   tests/run.sh           everything that CI runs: style, release, ASan+UBSan, TSan, a short fuzz
+#   tests/run.sh --quick   the release build and its tests only
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+quick=no
+case ${1:-} in
+  "") ;;
+  --quick) quick=yes ;;
+  *)
+    sed -n '2,4p' "$0" | sed 's/^# \?//' >&2
+    exit 2
+    ;;
+esac
+
+jobs=$(nproc)
+began=$SECONDS
+say() { printf '\n== [%d:%02d] %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*"; }
+# The tests of one preset; a preset that runs no test has failed.
+run_tests() {
+  ctest --preset "$1" --no-tests=error --progress "${@:2}"
+}
+
+say "What is needed"
+deploy/setup.sh --test
+
+say "Release build"
+cmake --preset release >build.log.tmp 2>&1 || {
+  cat build.log.tmp >&2
+  exit 1
+}
+rm -f build.log.tmp
+cmake --build --preset release -j "$jobs"
+
+say "Style and structure"
+/usr/bin/python3 tests/tidy_test.py
+
+say "Release tests"
+run_tests release -LE slow
+
+if [[ $quick == yes ]]; then
+  say "Passed (quick)"
+  exit 0
+fi
+
+# Only the fast tests: the sanitizers look for memory errors and races, not for wrong answers at scale.
+for preset in dev tsan; do
+  say "Sanitizers: $preset"
+  cmake --preset "$preset" >/dev/null
+  cmake --build --preset "$preset" -j "$jobs"
+  run_tests "$preset" -L 'unit|contract|cluster' -LE slow
+done
+
+say "Fuzzing, briefly"
+cmake --preset fuzz >/dev/null
+cmake --build --preset fuzz -j "$jobs"
+tests/fuzz/run.sh build/fuzz/bin 20
+
+say "Clang-tidy"
+tests/clang_tidy.sh
+
+say "Passed"

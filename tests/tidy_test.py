@@ -1,0 +1,128 @@
+"""Style and structure, checked as a test: who includes whom, where gRPC, HDF5 and CUDA may appear, no dead file, formatted,
+every folder with a README. Run from anywhere: /usr/bin/python3 tests/tidy_test.py"""
+
+import pathlib
+import re
+import subprocess
+import sys
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Module -> modules whose headers it may include, besides its own and base. The missing name is the point:
+#   the coordinator never sees kernels or attention; attention knows no RPC and no file format; kernels know neither.
+MAY_INCLUDE = {
+    "base": set(),
+    "kernels": set(),
+    "collective": set(),
+    "attention": {"kernels", "collective"},
+    "rpc": set(),
+    "coordinator": {"rpc"},
+    "worker": {"rpc", "attention", "kernels", "collective"},
+    "ingest": set(),
+    "client": {"rpc"},
+    # The program's main: the one place that sees servers and clients together.
+    "cli": {"rpc", "client", "ingest", "coordinator", "worker", "kernels", "collective", "attention"},
+    "tests": {"kernels", "collective", "attention", "rpc", "coordinator", "worker", "ingest", "client", "cli"},
+    "benchmarks": {"kernels", "collective", "attention"},
+}
+
+# Outside library -> the only places that may include its headers.
+CONFINED = {
+    r"<?\"?(grpcpp|grpc)/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
+    r"<?\"?eduba/v1/.*\.grpc\.pb\.h": ("coordinator/", "worker/", "client/", "cli/", "tests/"),
+    r"<?\"?eduba/v1/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
+    r"<?\"?(hdf5|H5)": ("ingest/", "tests/fuzz/"),
+    r"<?\"?sqlite3\.h": ("coordinator/",),
+    r"<?\"?gloo/": ("collective/gloo/",),
+    r"<?\"?hwy/": ("kernels/",),
+    r"<?\"?oneapi/": ("kernels/", "benchmarks/"),
+    r"<?\"?(cuda|nccl)": ("kernels/cuda/", "collective/nccl/"),
+    r"<?\"?CLI/": ("cli/",),
+}
+
+INCLUDE = re.compile(r'^\s*#\s*include\s+(["<][^">]+[">])', re.MULTILINE)
+
+
+def tracked(*patterns):
+    """Files that git knows or would add, relative to the root."""
+    out = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return sorted(f for f in out.split("\0") if f and (ROOT / f).exists())
+
+
+def sources():
+    return tracked("*.h", "*.cc", "*.cu", "*.cuh")
+
+
+class Structure(unittest.TestCase):
+    def test_modules_include_only_what_they_may(self):
+        for path in sources():
+            module = path.split("/")[0]
+            for include in INCLUDE.findall((ROOT / path).read_text()):
+                other = include.strip('"<>').split("/")[0]
+                if other not in MAY_INCLUDE or other in (module, "base"):
+                    continue
+                self.assertIn(other, MAY_INCLUDE[module], f"{path} includes {include}: {module} may not know {other}")
+
+    def test_outside_libraries_stay_in_their_places(self):
+        for path in sources():
+            for include in INCLUDE.findall((ROOT / path).read_text()):
+                for pattern, places in CONFINED.items():
+                    if re.match(pattern, include):
+                        self.assertTrue(path.startswith(places), f"{path} includes {include}: only {places} may")
+
+    def test_headers_are_guarded_by_their_path(self):
+        for path in tracked("*.h"):
+            guard = "EDUBA_" + re.sub(r"[/.]", "_", path).upper() + "_"
+            text = (ROOT / path).read_text()
+            if "-inl." in path and "HWY_TARGET_TOGGLE" in text:
+                continue  # Highway's per-target headers are included once per target.
+            self.assertIn(f"#ifndef {guard}\n#define {guard}\n", text, path)
+
+    def test_every_source_is_built(self):
+        cmake = {p: (ROOT / p).read_text() for p in tracked("CMakeLists.txt", "*/CMakeLists.txt")}
+        for path in tracked("*.cc", "*.cu"):
+            # A source is named in the list file of its folder or of one above it.
+            folder = pathlib.PurePosixPath(path).parent
+            lists = [str(p / "CMakeLists.txt") for p in (folder, *folder.parents)]
+            stem = pathlib.PurePosixPath(path).stem
+            found = any(stem in cmake.get(name, "") for name in lists)
+            self.assertTrue(found, f"{path} is in no CMakeLists.txt: dead file?")
+
+    def test_every_folder_says_what_it_is(self):
+        for folder in sorted({p.split("/")[0] for p in sources()} | {"proto", "deploy", "docs"}):
+            self.assertTrue((ROOT / folder / "README.md").exists(), f"{folder}/ has no README.md")
+
+    def test_nothing_names_a_machine(self):
+        pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root)/")
+        for path in tracked():
+            if path == "tests/tidy_test.py" or path == "LICENSE":
+                continue
+            try:
+                text = (ROOT / path).read_text()
+            except UnicodeDecodeError:
+                continue
+            for number, line in enumerate(text.splitlines(), 1):
+                self.assertIsNone(pattern.search(line), f"{path}:{number} names a path of one machine")
+
+
+class Format(unittest.TestCase):
+    def test_clang_format_changes_nothing(self):
+        files = sources()
+        result = subprocess.run(["clang-format", "--dry-run", "--Werror", *files], cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr[-4000:] + "\nrun: clang-format -i on these files")
+
+    def test_text_files_end_with_one_newline(self):
+        for path in tracked("*.h", "*.cc", "*.cu", "*.py", "*.sh", "*.md", "*.cmake", "*.proto", "*CMakeLists.txt"):
+            text = (ROOT / path).read_text()
+            self.assertTrue(text.endswith("\n") and not text.endswith("\n\n"), path)
+
+    def test_shell_scripts_parse(self):
+        for path in tracked("*.sh", ".ci/run"):
+            subprocess.run(["bash", "-n", path], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if unittest.main(exit=False, verbosity=1).result.wasSuccessful() else 1)
