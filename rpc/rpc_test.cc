@@ -1,0 +1,157 @@
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "absl/strings/match.h"
+#include "absl/time/clock.h"
+#include "eduba/v1/eduba.grpc.pb.h"
+#include "grpcpp/client_context.h"
+#include "gtest/gtest.h"
+#include "rpc/channel.h"
+#include "rpc/limits.h"
+#include "rpc/server.h"
+#include "rpc/spec.h"
+#include "rpc/status.h"
+
+namespace eduba {
+namespace {
+
+v1::SessionSpec SmallSpec() {
+  v1::SessionSpec spec;
+  spec.set_query_heads(4);
+  spec.set_kv_heads(2);
+  spec.set_head_dim(16);
+  return spec;
+}
+
+TEST(CompleteSpec, FillsInTheDocumentedDefaults) {
+  const auto spec = CompleteSpec(SmallSpec());
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->layers(), 1);
+  EXPECT_EQ(spec->value_dim(), 16);
+  EXPECT_EQ(spec->dtype(), v1::DTYPE_F32);
+  EXPECT_EQ(spec->stripe_pages(), 64);
+  EXPECT_EQ(spec->scale(), 0.25f);
+  EXPECT_EQ(spec->sink_logits_size(), 0);
+  EXPECT_EQ(PositionBytes(*spec), 4 * 2 * (16 + 16));
+}
+
+TEST(CompleteSpec, GivesOneSinkLogitToEveryQueryHead) {
+  v1::SessionSpec spec = SmallSpec();
+  spec.add_sink_logits(-2.5f);
+  const auto complete = CompleteSpec(spec);
+  ASSERT_TRUE(complete.ok());
+  ASSERT_EQ(complete->sink_logits_size(), 4);
+  EXPECT_EQ(complete->sink_logits(3), -2.5f);
+}
+
+TEST(CompleteSpec, KeepsAScaleOfZero) {
+  v1::SessionSpec spec = SmallSpec();
+  spec.set_scale(0);
+  EXPECT_EQ(CompleteSpec(spec)->scale(), 0.0f);
+}
+
+TEST(CompleteSpec, NamesTheFieldThatIsWrong) {
+  const auto expect_refused = [](auto change, const std::string& named) {
+    v1::SessionSpec spec = SmallSpec();
+    change(spec);
+    const auto result = CompleteSpec(spec);
+    ASSERT_FALSE(result.ok()) << named;
+    EXPECT_EQ(result.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_TRUE(absl::StrContains(std::string(result.status().message()), named)) << result.status();
+  };
+  expect_refused([](auto& s) { s.set_query_heads(5); }, "multiple of kv_heads");
+  expect_refused([](auto& s) { s.set_query_heads(0); }, "query_heads is 0");
+  expect_refused([](auto& s) { s.set_kv_heads(-1); }, "kv_heads is -1");
+  expect_refused([](auto& s) { s.set_head_dim(1025); }, "head_dim is 1025");
+  expect_refused([](auto& s) { s.set_value_dim(-3); }, "value_dim is -3");
+  expect_refused([](auto& s) { s.set_layers(-1); }, "layers is -1");
+  expect_refused([](auto& s) { s.set_dtype(static_cast<v1::DType>(9)); }, "dtype 9");
+  expect_refused([](auto& s) { s.set_sink_tokens(-1); }, "sink_tokens");
+  expect_refused([](auto& s) { s.set_window(-1); }, "window");
+  expect_refused([](auto& s) { s.set_stripe_pages(-1); }, "stripe_pages");
+  expect_refused([](auto& s) { s.set_scale(std::nanf("")); }, "scale");
+  expect_refused([](auto& s) { s.set_softcap(-1); }, "softcap");
+  expect_refused([](auto& s) { s.add_sink_logits(std::numeric_limits<float>::infinity()); }, "sink logit");
+  expect_refused([](auto& s) { s.add_sink_logits(0), s.add_sink_logits(0); }, "sink_logits has 2");
+  expect_refused([](auto& s) { s.set_notes(std::string(kNotesBytesMax + 1, 'x')); }, "notes");
+  expect_refused([](auto& s) { s.set_query_heads(1024), s.set_head_dim(1024); }, "query_heads * max");
+}
+
+TEST(SessionName, AllowsOnlyPlainNames) {
+  EXPECT_TRUE(ValidateSessionName("atlas_68k.v2-b").ok());
+  for (const std::string& name : {std::string(), std::string(129, 'a'), std::string("a/b"),
+                                  std::string("a b"), std::string("a\0b", 3), std::string("\xc3\xa9")}) {
+    EXPECT_FALSE(ValidateSessionName(name).ok()) << name;
+  }
+}
+
+TEST(Status, SurvivesTheWire) {
+  const absl::Status status = absl::OutOfRangeError("at is 7, the session has 5 positions");
+  EXPECT_EQ(FromGrpc(ToGrpc(status)), status);
+  EXPECT_TRUE(ToGrpc(absl::OkStatus()).ok());
+  EXPECT_LE(ToGrpc(absl::InternalError(std::string(100000, 'x'))).error_message().size(), 1024);
+}
+
+TEST(Address, NeedsAHostAndAPort) {
+  EXPECT_EQ(ParseAddress("127.0.0.1:70")->second, 70);
+  EXPECT_EQ(ParseAddress("[::1]:70")->first, "[::1]");
+  for (const char* bad : {"", "host", ":70", "host:", "host:x", "host:70x", "host:65536", "host:-1"}) {
+    EXPECT_FALSE(ParseAddress(bad).ok()) << bad;
+  }
+}
+
+// Answers ListWorkers, counts the bytes of names it is given.
+class Stub : public v1::Eduba::Service {
+ public:
+  grpc::Status GetSession(grpc::ServerContext*, const v1::GetSessionRequest* request,
+                          v1::Session* session) override {
+    session->set_length(static_cast<int64_t>(request->name().size()));
+    return grpc::Status::OK;
+  }
+};
+
+class ServerTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto server = RpcServer::Start("127.0.0.1:0", {&service_});
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+    stub_ = v1::Eduba::NewStub(OpenChannel(server_->address()));
+  }
+
+  absl::StatusOr<int64_t> Echo(int64_t bytes, grpc_compression_algorithm compression = GRPC_COMPRESS_NONE) {
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
+    context.set_compression_algorithm(compression);
+    v1::GetSessionRequest request;
+    request.set_name(std::string(bytes, 'x'));
+    v1::Session session;
+    const absl::Status status = FromGrpc(stub_->GetSession(&context, request, &session));
+    if (!status.ok()) return status;
+    return session.length();
+  }
+
+  Stub service_;
+  std::unique_ptr<RpcServer> server_;
+  std::unique_ptr<v1::Eduba::Stub> stub_;
+};
+
+TEST_F(ServerTest, RefusesAMessageOverTheLimitAndServesOn) {
+  EXPECT_EQ(*Echo(kMessageBytesMax - 100), kMessageBytesMax - 100);
+  EXPECT_EQ(Echo(kMessageBytesMax + 1).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(*Echo(3), 3);
+}
+
+TEST_F(ServerTest, RefusesCompressedMessages) {
+  EXPECT_FALSE(Echo(1 << 19, GRPC_COMPRESS_GZIP).ok());
+  EXPECT_EQ(*Echo(3), 3);
+}
+
+TEST_F(ServerTest, RefusesAPortThatIsTaken) {
+  Stub other;
+  EXPECT_EQ(RpcServer::Start(server_->address(), {&other}).status().code(), absl::StatusCode::kUnavailable);
+}
+
+}  // namespace
+}  // namespace eduba
