@@ -1,0 +1,164 @@
+#include "collective/local/local_group.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "absl/types/span.h"
+#include "base/check.h"
+#include "collective/reduce.h"
+
+namespace eduba {
+namespace {
+
+// Elements a rank reduces at a time: small enough that the sum stays in the first-level cache, large enough
+// that taking a slice (one lock) is nothing beside it.
+constexpr int64_t kSliceElements = 2048;
+
+std::string Describe(const LocalCall& call) {
+  switch (call.op) {
+    case LocalCall::Op::kBarrier:
+      return "barrier";
+    case LocalCall::Op::kSum:
+      return absl::StrCat("sum of ", call.count, " words");
+    case LocalCall::Op::kMax:
+      return absl::StrCat("maximum of ", call.count, " floats");
+  }
+  return "";
+}
+
+}  // namespace
+
+LocalGroup::LocalGroup(int size) : size_(size), ranks_(size) {}
+
+bool LocalGroup::Claim(int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !std::exchange(ranks_[rank].claimed, true);
+}
+
+absl::Status LocalGroup::Run(int rank, const LocalCall& call, absl::Time deadline) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Rank& self = ranks_[rank];
+  EDUBA_CHECK(!self.entered);  // One call at a time.
+  if (!failure_.ok()) return ErrorFor(rank, deadline);
+  self.entered = true;
+  self.call = call;
+  const uint64_t round = round_;
+  if (++entered_ == size_) {
+    const absl::Status differences = Differences();
+    if (!differences.ok()) {
+      Fail(differences);
+      self.entered = false;
+      return differences;
+    }
+    OpenWork();
+  }
+  while (round_ == round) {
+    if (open_) {
+      if (next_slice_ < slices_) {
+        TakeSlices(lock);
+      } else {
+        changed_.wait(lock);
+      }
+      continue;
+    }
+    // Not all are here, and something may have gone wrong.
+    absl::Status error;
+    if (!failure_.ok()) {
+      error = ErrorFor(rank, deadline);
+    } else if (absl::Now() >= deadline) {
+      error =
+          absl::DeadlineExceededError(absl::StrCat(Describe(call), ": ", Missing(), " did not come in time"));
+      Fail(error);
+    }
+    if (!error.ok()) {
+      self.entered = false;
+      return error;
+    }
+    changed_.wait_until(lock, absl::ToChronoTime(deadline));
+  }
+  return absl::OkStatus();
+}
+
+void LocalGroup::Leave(int rank, const std::string& reason, const std::string& others) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ranks_[rank].aborted.ok()) ranks_[rank].aborted = absl::AbortedError(reason);
+  Fail(absl::UnavailableError(others));
+}
+
+void LocalGroup::OpenWork() {
+  // An empty payload is one slice of nothing, so that every round ends the same way.
+  slices_ = std::max<int64_t>(1, (ranks_[0].call.count + kSliceElements - 1) / kSliceElements);
+  next_slice_ = finished_slices_ = 0;
+  open_ = true;
+  if (slices_ > 1) changed_.notify_all();
+}
+
+void LocalGroup::TakeSlices(std::unique_lock<std::mutex>& lock) {
+  while (next_slice_ < slices_) {
+    const int64_t slice = next_slice_++;
+    lock.unlock();
+    ReduceSlice(slice);
+    lock.lock();
+    if (++finished_slices_ < slices_) continue;
+    open_ = false;
+    entered_ = 0;
+    for (Rank& rank : ranks_) rank.entered = false;
+    ++round_;
+    changed_.notify_all();
+    return;  // A new round may be open by now; its slices are not this call's.
+  }
+}
+
+void LocalGroup::ReduceSlice(int64_t slice) const {
+  const LocalCall& first = ranks_[0].call;
+  const int64_t begin = slice * kSliceElements;
+  const int64_t count = std::min(kSliceElements, first.count - begin);
+  const auto reduce = [&]<typename T>(T /*element*/, auto combine) {
+    T* const result = static_cast<T*>(first.data) + begin;
+    for (int r = 1; r < size_; ++r) {
+      combine(absl::MakeSpan(result, count),
+              absl::MakeConstSpan(static_cast<const T*>(ranks_[r].call.data) + begin, count));
+    }
+    for (int r = 1; r < size_; ++r)
+      std::memcpy(static_cast<T*>(ranks_[r].call.data) + begin, result, count * sizeof(T));
+  };
+  if (first.op == LocalCall::Op::kSum) reduce(int64_t{}, AddInto);
+  if (first.op == LocalCall::Op::kMax) reduce(float{}, MaxInto);
+}
+
+absl::Status LocalGroup::Differences() const {
+  const LocalCall& first = ranks_[0].call;
+  for (int r = 1; r < size_; ++r) {
+    const LocalCall& other = ranks_[r].call;
+    if (other.op == first.op && other.count == first.count) continue;
+    return absl::InternalError(absl::StrCat("the ranks made different calls: rank 0 ", Describe(first),
+                                            ", rank ", r, " ", Describe(other), " (call ", round_, ")"));
+  }
+  return absl::OkStatus();
+}
+
+std::string LocalGroup::Missing() const {
+  std::vector<int> missing;
+  for (int r = 0; r < size_; ++r) {
+    if (!ranks_[r].entered) missing.push_back(r);
+  }
+  return absl::StrCat("rank ", absl::StrJoin(missing, ", "), " of ", size_);
+}
+
+absl::Status LocalGroup::ErrorFor(int rank, absl::Time deadline) const {
+  if (!ranks_[rank].aborted.ok()) return ranks_[rank].aborted;
+  if (absl::IsInternal(failure_)) return failure_;
+  const std::string text(failure_.message());
+  return absl::Now() >= deadline ? absl::DeadlineExceededError(text) : absl::UnavailableError(text);
+}
+
+void LocalGroup::Fail(const absl::Status& status) {
+  if (failure_.ok()) failure_ = status;
+  changed_.notify_all();
+}
+
+}  // namespace eduba
