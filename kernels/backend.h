@@ -89,11 +89,12 @@ class AttentionStep {
   virtual absl::StatusOr<absl::Span<int64_t>> SinkSums() = 0;
 
   // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals
-  // alone, which need the maximum path. Returns how many. A row that sees no key never does.
-  virtual absl::StatusOr<int64_t> SelectForMaximum() = 0;
+  // alone, which need the maximum path. Returns them as row * query_heads + head, ascending; a row that sees
+  // no key is never among them.
+  virtual absl::StatusOr<absl::Span<const int32_t>> SelectForMaximum() = 0;
 
-  // [selected] f32: this worker's largest visible key logit; -inf where it has no visible key, +inf after a
-  // fault.
+  // [selected] f32, in the order of SelectForMaximum: this worker's largest visible key logit; -inf where it
+  // has no visible key, +inf after a fault.
   virtual absl::StatusOr<absl::Span<float>> Maxima() = 0;
 
   // [selected, value_dim + 2] int64, as SinkSums, with the reduced maximum for M and F' = 62 -
