@@ -20,10 +20,10 @@ class LocalCommunicator final : public Communicator {
   const char* transport() const override { return "local"; }
 
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
-    return Run({LocalCall::Op::kSum, data.data(), static_cast<int64_t>(data.size())}, deadline);
+    return Run({Operation::kSumI64, data.data(), static_cast<int64_t>(data.size())}, deadline);
   }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
-    return Run({LocalCall::Op::kMax, data.data(), static_cast<int64_t>(data.size())}, deadline);
+    return Run({Operation::kMaxF32, data.data(), static_cast<int64_t>(data.size())}, deadline);
   }
   absl::Status Barrier(absl::Time deadline) override { return Run({}, deadline); }
 

@@ -18,18 +18,6 @@ namespace {
 // that taking a slice (one lock) is nothing beside it.
 constexpr int64_t kSliceElements = 2048;
 
-std::string Describe(const LocalCall& call) {
-  switch (call.op) {
-    case LocalCall::Op::kBarrier:
-      return "barrier";
-    case LocalCall::Op::kSum:
-      return absl::StrCat("sum of ", call.count, " words");
-    case LocalCall::Op::kMax:
-      return absl::StrCat("maximum of ", call.count, " floats");
-  }
-  return "";
-}
-
 }  // namespace
 
 LocalGroup::LocalGroup(int size) : size_(size), ranks_(size) {}
@@ -70,8 +58,8 @@ absl::Status LocalGroup::Run(int rank, const LocalCall& call, absl::Time deadlin
     if (!failure_.ok()) {
       error = ErrorFor(rank, deadline);
     } else if (absl::Now() >= deadline) {
-      error =
-          absl::DeadlineExceededError(absl::StrCat(Describe(call), ": ", Missing(), " did not come in time"));
+      error = absl::DeadlineExceededError(
+          absl::StrCat(DescribeCall(call.operation, call.count), ": ", Missing(), " did not come in time"));
       Fail(error);
     }
     if (!error.ok()) {
@@ -126,17 +114,18 @@ void LocalGroup::ReduceSlice(int64_t slice) const {
     for (int r = 1; r < size_; ++r)
       std::memcpy(static_cast<T*>(ranks_[r].call.data) + begin, result, count * sizeof(T));
   };
-  if (first.op == LocalCall::Op::kSum) reduce(int64_t{}, AddInto);
-  if (first.op == LocalCall::Op::kMax) reduce(float{}, MaxInto);
+  if (first.operation == Operation::kSumI64) reduce(int64_t{}, AddInto);
+  if (first.operation == Operation::kMaxF32) reduce(float{}, MaxInto);
 }
 
 absl::Status LocalGroup::Differences() const {
   const LocalCall& first = ranks_[0].call;
   for (int r = 1; r < size_; ++r) {
     const LocalCall& other = ranks_[r].call;
-    if (other.op == first.op && other.count == first.count) continue;
-    return absl::InternalError(absl::StrCat("the ranks made different calls: rank 0 ", Describe(first),
-                                            ", rank ", r, " ", Describe(other), " (call ", round_, ")"));
+    if (other.operation == first.operation && other.count == first.count) continue;
+    return absl::InternalError(
+        absl::StrCat("the ranks made different calls: rank 0 ", DescribeCall(first.operation, first.count),
+                     ", rank ", r, " ", DescribeCall(other.operation, other.count), " (call ", round_, ")"));
   }
   return absl::OkStatus();
 }

@@ -9,13 +9,13 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "collective/operation.h"
 
 namespace eduba {
 
-// One call as one rank makes it. `data` is `count` int64 (kSum) or float (kMax), or nothing (kBarrier).
+// One call as one rank makes it. `data` is `count` int64 (kSumI64) or float (kMaxF32), or nothing (kBarrier).
 struct LocalCall {
-  enum class Op : uint8_t { kBarrier, kSum, kMax };
-  Op op = Op::kBarrier;
+  Operation operation = Operation::kBarrier;
   void* data = nullptr;
   int64_t count = 0;
 };

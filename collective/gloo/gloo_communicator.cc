@@ -1,0 +1,124 @@
+#include "collective/gloo/gloo_communicator.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "base/status_macros.h"
+#include "collective/gloo/mesh.h"
+#include "collective/operation.h"
+#include "collective/reduce.h"
+
+namespace eduba {
+namespace {
+
+template <typename T>
+absl::Span<const std::byte> Bytes(absl::Span<T> data) {
+  return {reinterpret_cast<const std::byte*>(data.data()), data.size() * sizeof(T)};
+}
+
+template <typename T>
+absl::Span<const T> Elements(const std::byte* payload, size_t count) {
+  return {reinterpret_cast<const T*>(payload), count};
+}
+
+// Up to here each rank sends its whole payload to every other; beyond, the bytes saved by two steps pay for
+// the second one.
+constexpr int64_t kDirectBytes = int64_t{1} << 18;
+
+class GlooCommunicator final : public Communicator {
+ public:
+  explicit GlooCommunicator(std::unique_ptr<GlooMesh> mesh) : mesh_(std::move(mesh)) {}
+
+  int rank() const override { return mesh_->rank(); }
+  int size() const override { return mesh_->size(); }
+  const char* transport() const override { return "gloo"; }
+
+  absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
+    return Once([&] { return AllReduce(Operation::kSumI64, data, AddInto, deadline); });
+  }
+  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
+    return Once([&] { return AllReduce(Operation::kMaxF32, data, MaxInto, deadline); });
+  }
+  absl::Status Barrier(absl::Time deadline) override {
+    return Once([&] { return AllReduce(Operation::kBarrier, absl::Span<int64_t>(), AddInto, deadline); });
+  }
+
+  void Abort(const absl::Status& reason) override {
+    mesh_->Fail(absl::AbortedError(std::string(reason.message())));
+  }
+
+ private:
+  // After the first error every call returns ABORTED with its text.
+  template <typename Call>
+  absl::Status Once(const Call& call) {
+    if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
+    first_error_ = call();
+    return first_error_;
+  }
+
+  template <typename T, typename Combine>
+  absl::Status AllReduce(Operation operation, absl::Span<T> data, Combine combine, absl::Time deadline) {
+    const GlooMesh::Call call = {operation, static_cast<int64_t>(data.size())};
+    const int64_t size = mesh_->size();
+    const int64_t frame = mesh_->capacity() / static_cast<int64_t>(sizeof(T));
+    const int64_t received_bytes = call.count * static_cast<int64_t>(sizeof(T)) * (size - 1);
+    if (call.count <= frame && received_bytes <= kDirectBytes) return Direct(call, data, combine, deadline);
+    for (int64_t begin = 0; begin < call.count; begin += frame * size) {
+      EDUBA_RETURN_IF_ERROR(InTwoSteps(call, data.subspan(begin, frame * size), combine, deadline));
+    }
+    return absl::OkStatus();
+  }
+
+  // Every rank sends all it has to every other and combines what it gets: one exchange.
+  template <typename T, typename Combine>
+  absl::Status Direct(const GlooMesh::Call& call, absl::Span<T> data, Combine combine, absl::Time deadline) {
+    return mesh_->Exchange(
+        call, [&](int /*peer*/) { return Bytes(data); },
+        [&](int /*peer*/, const std::byte* payload) { combine(data, Elements<T>(payload, data.size())); },
+        deadline);
+  }
+
+  // Every rank combines one slice of the data and sends it to all: two exchanges, each of 1/size of the bytes
+  // per message.
+  template <typename T, typename Combine>
+  absl::Status InTwoSteps(const GlooMesh::Call& call, absl::Span<T> data, Combine combine,
+                          absl::Time deadline) {
+    const size_t each = (data.size() + size() - 1) / size();
+    const auto slice = [&](int owner) { return data.subspan(std::min(owner * each, data.size()), each); };
+    const absl::Span<T> mine = slice(rank());
+    EDUBA_RETURN_IF_ERROR(mesh_->Exchange(
+        call, [&](int peer) { return Bytes(slice(peer)); },
+        [&](int /*peer*/, const std::byte* payload) { combine(mine, Elements<T>(payload, mine.size())); },
+        deadline));
+    return mesh_->Exchange(
+        call, [&](int /*peer*/) { return Bytes(mine); },
+        [&](int peer, const std::byte* payload) {
+          const absl::Span<T> theirs = slice(peer);
+          if (!theirs.empty()) std::memcpy(theirs.data(), payload, theirs.size() * sizeof(T));
+        },
+        deadline);
+  }
+
+  const std::unique_ptr<GlooMesh> mesh_;
+  absl::Status first_error_;  // Touched by calls only, and those come from one thread at a time.
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Communicator>> ConnectGloo(int rank, int size, Rendezvous& rendezvous,
+                                                          const GlooOptions& options, absl::Time deadline) {
+  if (rank < 0 || rank >= size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gloo group: rank is ", rank, ", must be in [0, ", size, ")"));
+  }
+  auto mesh = GlooMesh::Connect(rank, size, rendezvous, options, deadline);
+  if (!mesh.ok()) return Annotate(mesh.status(), absl::StrCat("gloo group: rank ", rank, " of ", size));
+  return std::make_unique<GlooCommunicator>(*std::move(mesh));
+}
+
+}  // namespace eduba

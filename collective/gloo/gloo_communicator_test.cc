@@ -1,0 +1,96 @@
+#include "collective/gloo/gloo_communicator.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <thread>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "collective/map_rendezvous.h"
+
+namespace eduba {
+namespace {
+
+using ::testing::HasSubstr;
+
+absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+
+// What every transport promises is in tests/contract/communicator_test.cc; here is what only connecting has.
+TEST(ConnectGloo, RefusesARankOutsideTheGroup) {
+  MapRendezvous board;
+  EXPECT_EQ(ConnectGloo(2, 2, board, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ConnectGloo(-1, 2, board, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ConnectGloo(0, 0, board, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(ConnectGloo, RefusesAHostThatIsNotThisMachine) {
+  MapRendezvous board;
+  // 192.0.2.0/24 is set aside for documentation.
+  const absl::Status status = ConnectGloo(0, 2, board, {.host = "192.0.2.1"}, Soon()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("192.0.2.1"));
+}
+
+TEST(ConnectGloo, GivesUpAtTheDeadlineWhenARankNeverPublishes) {
+  MapRendezvous board;
+  const absl::Status status = ConnectGloo(0, 2, board, {}, absl::Now() + absl::Milliseconds(50)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+}
+
+// Publishes real addresses, at which nobody will ever connect.
+class HalfRendezvous final : public Rendezvous {
+ public:
+  absl::Status Set(const std::string& key, const std::string& value, absl::Time deadline) override {
+    return board_.Set(key, value, deadline);
+  }
+  absl::StatusOr<std::string> Get(const std::string& /*key*/, absl::Time /*deadline*/) override {
+    return absl::CancelledError("the board has gone");
+  }
+
+ private:
+  MapRendezvous board_;
+};
+
+TEST(ConnectGloo, ReportsTheRendezvousOwnError) {
+  HalfRendezvous board;
+  const absl::Status status = ConnectGloo(0, 2, board, {}, Soon()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("the board has gone"));
+}
+
+TEST(ConnectGloo, RefusesAddressesOfAnotherSize) {
+  MapRendezvous board;
+  ASSERT_TRUE(board.Set("gloo/1", "00ff", Soon()).ok());
+  const absl::Status status = ConnectGloo(0, 2, board, {}, Soon()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1 published 2 bytes"));
+}
+
+TEST(ConnectGloo, WorksForOneRankWithoutANetwork) {
+  HalfRendezvous board;
+  auto alone = ConnectGloo(0, 1, board, {.host = "no such host"}, Soon());
+  ASSERT_TRUE(alone.ok()) << alone.status();
+  std::vector<int64_t> data = {1, 2};
+  EXPECT_EQ((*alone)->SumI64(absl::MakeSpan(data), Soon()), absl::OkStatus());
+  EXPECT_EQ(data, (std::vector<int64_t>{1, 2}));
+}
+
+TEST(ConnectGloo, TwoRanksAddUp) {
+  MapRendezvous board;
+  std::vector<std::vector<int64_t>> data = {{1, 2}, {10, 20}};
+  std::vector<std::thread> threads;
+  for (int r = 0; r < 2; ++r) {
+    threads.emplace_back([&, r] {
+      auto c = ConnectGloo(r, 2, board, {}, Soon());
+      ASSERT_TRUE(c.ok()) << c.status();
+      EXPECT_EQ((*c)->SumI64(absl::MakeSpan(data[r]), Soon()), absl::OkStatus());
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(data[0], (std::vector<int64_t>{11, 22}));
+  EXPECT_EQ(data[1], data[0]);
+}
+
+}  // namespace
+}  // namespace eduba

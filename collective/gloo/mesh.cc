@@ -1,0 +1,289 @@
+#include "collective/gloo/mesh.h"
+
+#include <gloo/transport/context.h>
+#include <gloo/transport/device.h>
+#include <gloo/transport/pair.h>
+#include <gloo/transport/tcp/device.h>
+#include <gloo/transport/unbound_buffer.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+
+namespace eduba {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// Memory for the frames of one kind (sent, or received at one parity), over all peers. With it a step's whole
+// payload fits one frame in a small group, and a large group still needs no more memory.
+constexpr int64_t kFrameBudget = int64_t{1} << 20;
+// Changes with the frame's layout, so that builds that would misread each other say so.
+constexpr uint64_t kFormat = 0xEDBA'0001;
+// Gloo's own timeouts must never come first: they close sockets inside the waiting call. The watcher keeps
+// the deadline.
+constexpr std::chrono::milliseconds kNever = std::chrono::hours(24 * 365);
+
+struct WireHeader {
+  uint64_t format;
+  uint64_t sequence;
+  int64_t operation;
+  int64_t count;
+  int64_t unused[4];
+};
+static_assert(sizeof(WireHeader) == kAlignment);
+
+int64_t Capacity(int size) {
+  const int64_t share = kFrameBudget / std::max(1, size - 1);
+  return share / kAlignment * kAlignment;
+}
+
+std::string Key(int rank) { return absl::StrCat("gloo/", rank); }
+
+}  // namespace
+
+void GlooMesh::FreeDeleter::operator()(std::byte* p) const { std::free(p); }
+
+GlooMesh::GlooMesh(int rank, int size) : rank_(rank), size_(size), capacity_(Capacity(size)), peers_(size) {}
+
+absl::StatusOr<std::unique_ptr<GlooMesh>> GlooMesh::Connect(int rank, int size, Rendezvous& rendezvous,
+                                                            const GlooOptions& options, absl::Time deadline) {
+  auto mesh = std::unique_ptr<GlooMesh>(new GlooMesh(rank, size));
+  if (size == 1) return mesh;
+  EDUBA_RETURN_IF_ERROR(mesh->MakePairs(options));
+  mesh->watcher_ = std::thread(&GlooMesh::Watch, mesh.get());
+  EDUBA_RETURN_IF_ERROR(mesh->ConnectPairs(rendezvous, deadline));
+  return mesh;
+}
+
+GlooMesh::~GlooMesh() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  watcher_wakes_.notify_all();
+  if (watcher_.joinable()) watcher_.join();
+  // Buffers, then connections, then the device with its thread: each still needs the next.
+  peers_.clear();
+  context_.reset();
+  device_.reset();
+}
+
+absl::Status GlooMesh::MakePairs(const GlooOptions& options) {
+  try {
+    device_ = gloo::transport::tcp::CreateDevice(gloo::transport::tcp::attr(options.host.c_str()));
+  } catch (const std::exception& e) {
+    return absl::InvalidArgumentError(absl::StrCat("cannot use host \"", options.host,
+                                                   "\", want a name or address of this machine: ", e.what()));
+  }
+  try {
+    context_ = device_->createContext(rank_, size_);
+    context_->setTimeout(kNever);
+    for (int peer = 0; peer < size_; ++peer) {
+      if (peer == rank_) continue;
+      context_->createPair(peer);
+      peers_[peer] = {.send = MakeFrame(), .receive = {MakeFrame(), MakeFrame()}};
+    }
+  } catch (const std::exception& e) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", options.host, ": ", e.what()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status GlooMesh::ConnectPairs(Rendezvous& rendezvous, absl::Time deadline) {
+  // One address per peer, in the order of ranks with this rank left out. In hex, so that any board can keep
+  // it.
+  std::string mine;
+  int64_t address_bytes = 0;
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer == rank_) continue;
+    const std::vector<char> address = context_->getPair(peer)->address().bytes();
+    address_bytes = static_cast<int64_t>(address.size());
+    mine.append(address.data(), address.size());
+  }
+  EDUBA_RETURN_IF_ERROR(rendezvous.Set(Key(rank_), absl::BytesToHexString(mine), deadline));
+
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer == rank_) continue;
+    EDUBA_ASSIGN_OR_RETURN(const std::string hex, rendezvous.Get(Key(peer), deadline));
+    const std::string theirs = absl::HexStringToBytes(hex);
+    if (static_cast<int64_t>(theirs.size()) != address_bytes * (size_ - 1)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("rank ", peer, " published ", theirs.size(), " bytes of addresses, want ",
+                       address_bytes * (size_ - 1), ": run the same build everywhere"));
+    }
+    const int64_t at = address_bytes * (rank_ > peer ? rank_ - 1 : rank_);
+    EDUBA_RETURN_IF_ERROR(Begin(deadline));
+    absl::Status connected;
+    try {
+      context_->getPair(peer)->connect(
+          std::vector<char>(theirs.begin() + at, theirs.begin() + at + address_bytes));
+      Announce(peer, 0);
+      Announce(peer, 1);
+    } catch (const std::exception& e) {
+      connected = absl::UnavailableError(e.what());
+    }
+    EDUBA_RETURN_IF_ERROR(End(connected, absl::StrCat("connecting to rank ", peer), deadline));
+  }
+  return absl::OkStatus();
+}
+
+GlooMesh::Frame GlooMesh::MakeFrame() const {
+  const int64_t bytes = kAlignment + capacity_;
+  Frame frame;
+  frame.bytes.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, bytes)));
+  EDUBA_CHECK(frame.bytes != nullptr);
+  frame.buffer = context_->createUnboundBuffer(frame.bytes.get(), bytes);
+  return frame;
+}
+
+void GlooMesh::Announce(int peer, uint64_t sequence) {
+  peers_[peer].receive[sequence % 2].buffer->recv(peer, sequence);
+}
+
+absl::Status GlooMesh::Exchange(const Call& call, const Outgoing& outgoing, const Incoming& incoming,
+                                absl::Time deadline) {
+  EDUBA_RETURN_IF_ERROR(Begin(deadline));
+  int waiting_for = -1;
+  absl::Status outcome;
+  try {
+    outcome = RunExchange(next_sequence_++, call, outgoing, incoming, waiting_for);
+  } catch (const std::exception& e) {
+    outcome = absl::UnavailableError(e.what());
+  }
+  return End(outcome, absl::StrCat("waiting for rank ", waiting_for), deadline);
+}
+
+absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Outgoing& outgoing,
+                                   const Incoming& incoming, int& waiting_for) {
+  if (!announce_error_.empty()) return absl::UnavailableError(announce_error_);
+  const WireHeader mine = {.format = kFormat,
+                           .sequence = sequence,
+                           .operation = static_cast<int64_t>(call.operation),
+                           .count = call.count,
+                           .unused = {}};
+
+  // 1. Send. Each rank starts with its own neighbour, so that no rank is everybody's first.
+  absl::Span<const std::byte> copied;
+  gloo::transport::UnboundBuffer* frame = nullptr;
+  std::vector<gloo::transport::UnboundBuffer*> sent;
+  sent.reserve(size_ - 1);
+  for (int i = 1; i < size_; ++i) {
+    const int peer = waiting_for = (rank_ + i) % size_;
+    const absl::Span<const std::byte> payload = outgoing(peer);
+    EDUBA_CHECK(static_cast<int64_t>(payload.size()) <= capacity_);
+    if (frame == nullptr || payload.data() != copied.data() || payload.size() != copied.size()) {
+      frame = peers_[peer].send.buffer.get();
+      std::byte* const bytes = peers_[peer].send.bytes.get();
+      std::memcpy(bytes, &mine, sizeof(mine));
+      if (!payload.empty()) std::memcpy(bytes + kAlignment, payload.data(), payload.size());
+      copied = payload;
+    }
+    frame->send(peer, sequence, 0, kAlignment + payload.size());
+    sent.push_back(frame);
+  }
+
+  // 2. Receive, in the order in which the peers sent to us.
+  for (int i = 1; i < size_; ++i) {
+    const int peer = waiting_for = (rank_ + size_ - i) % size_;
+    Frame& received = peers_[peer].receive[sequence % 2];
+    if (!received.buffer->waitRecv(kNever)) return absl::CancelledError("");  // Fail was called and says why.
+    WireHeader theirs;
+    std::memcpy(&theirs, received.bytes.get(), sizeof(theirs));
+    if (std::memcmp(&theirs, &mine, sizeof(mine)) != 0) {
+      const std::string their_call =
+          theirs.format == kFormat ? DescribeCall(static_cast<Operation>(theirs.operation), theirs.count)
+                                   : "speaks another version of this transport";
+      return absl::InternalError(absl::StrCat("the ranks made different calls: rank ", rank_, " ",
+                                              DescribeCall(call.operation, call.count), ", rank ", peer, " ",
+                                              their_call, " (exchange ", sequence, ")"));
+    }
+    incoming(peer, received.bytes.get() + kAlignment);
+    // The frame is free again, for the exchange after the next. A peer may have left after its last call;
+    // this one need not fail for it.
+    try {
+      Announce(peer, sequence + 2);
+    } catch (const std::exception& e) {
+      announce_error_ = absl::StrCat("rank ", peer, " left: ", e.what());
+    }
+  }
+
+  // 3. The frames must be out before they are written again.
+  for (gloo::transport::UnboundBuffer* buffer : sent) {
+    if (!buffer->waitSend(kNever)) return absl::CancelledError("");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status GlooMesh::Begin(absl::Time deadline) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  EDUBA_CHECK(!busy_);  // One call at a time.
+  if (!failure_.ok()) return failure_;
+  busy_ = true;
+  deadline_ = deadline;
+  if (deadline < watcher_until_) watcher_wakes_.notify_all();
+  return absl::OkStatus();
+}
+
+absl::Status GlooMesh::End(const absl::Status& outcome, const std::string& waiting_for, absl::Time deadline) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  busy_ = false;
+  if (outcome.ok() && failure_.ok()) return outcome;
+  if (failure_.ok()) {
+    // A peer with the same deadline may have given up a moment before us and closed its connections.
+    const bool late = absl::IsUnavailable(outcome) && absl::Now() >= deadline;
+    failure_ = late ? absl::DeadlineExceededError(std::string(outcome.message())) : outcome;
+    watcher_wakes_.notify_all();
+  }
+  return absl::IsInternal(failure_) ? failure_ : Annotate(failure_, waiting_for);
+}
+
+void GlooMesh::Fail(const absl::Status& status) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!failure_.ok()) return;
+  failure_ = status;
+  watcher_wakes_.notify_all();
+}
+
+void GlooMesh::Watch() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (failure_.ok() && !stopping_) {
+      if (busy_ && absl::Now() >= deadline_) {
+        failure_ = absl::DeadlineExceededError("the deadline has passed");
+        break;
+      }
+      // Between calls the last deadline stays set: a stream of calls then does not wake this thread each
+      // time.
+      watcher_until_ = busy_ || deadline_ > absl::Now() ? deadline_ : absl::InfiniteFuture();
+      if (watcher_until_ == absl::InfiniteFuture()) {
+        watcher_wakes_.wait(lock);
+      } else {
+        watcher_wakes_.wait_until(lock, absl::ToChronoTime(watcher_until_));
+      }
+    }
+    if (failure_.ok()) return;
+  }
+  // Wake this rank's call first; closing takes Gloo's thread a tick (10 ms) for each connection. The close
+  // tells the peers.
+  for (Peer& peer : peers_) {
+    for (Frame* frame : {&peer.send, &peer.receive[0], &peer.receive[1]}) {
+      if (frame->buffer == nullptr) continue;
+      frame->buffer->abortWaitRecv();
+      frame->buffer->abortWaitSend();
+    }
+  }
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer != rank_) context_->getPair(peer)->close();
+  }
+}
+
+}  // namespace eduba

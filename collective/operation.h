@@ -1,0 +1,29 @@
+#ifndef EDUBA_COLLECTIVE_OPERATION_H_
+#define EDUBA_COLLECTIVE_OPERATION_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace eduba {
+
+// The calls of a Communicator, as the transports compare them between ranks.
+enum class Operation : uint8_t { kBarrier = 1, kSumI64 = 2, kMaxF32 = 3 };
+
+// "sum of 130 words", for errors.
+inline std::string DescribeCall(Operation operation, int64_t count) {
+  switch (operation) {
+    case Operation::kBarrier:
+      return "barrier";
+    case Operation::kSumI64:
+      return absl::StrCat("sum of ", count, " words");
+    case Operation::kMaxF32:
+      return absl::StrCat("maximum of ", count, " floats");
+  }
+  return absl::StrCat("unknown operation ", static_cast<int>(operation));
+}
+
+}  // namespace eduba
+
+#endif  // EDUBA_COLLECTIVE_OPERATION_H_
