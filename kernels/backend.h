@@ -91,7 +91,7 @@ class AttentionStep {
   // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals
   // alone, which need the maximum path. Returns them as row * query_heads + head, ascending; a row that sees
   // no key is never among them.
-  virtual absl::StatusOr<absl::Span<const int32_t>> SelectForMaximum() = 0;
+  virtual absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() = 0;
 
   // [selected] f32, in the order of SelectForMaximum: this worker's largest visible key logit; -inf where it
   // has no visible key, +inf after a fault.
