@@ -1,0 +1,583 @@
+#include "ingest/h5ad.h"
+
+#include <hdf5.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace eduba {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+// A folder of this process, removed at its end.
+struct TempFolder {
+  TempFolder() { std::filesystem::create_directories(path); }
+  ~TempFolder() { std::filesystem::remove_all(path); }
+  const std::filesystem::path path =
+      std::filesystem::temp_directory_path() / absl::StrCat("eduba_h5ad_test_", getpid());
+};
+
+std::string TempPath(const std::string& name) {
+  static const TempFolder folder;
+  return folder.path / name;
+}
+
+enum class Text { kVariable, kFixed };
+
+// Writes an HDF5 file piece by piece, as the versions of anndata do.
+class Builder {
+ public:
+  explicit Builder(const std::string& name) : path_(TempPath(name)) {
+    file_ = H5Fcreate(path_.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    EXPECT_GE(file_, 0);
+  }
+  // The finished file.
+  std::string Done() {
+    EXPECT_GE(H5Fclose(file_), 0);
+    return path_;
+  }
+  hid_t file() const { return file_; }
+
+  void Group(const std::string& path) {
+    H5Gclose(H5Gcreate2(file_, path.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT));
+  }
+
+  template <typename T>
+  void Numbers(const std::string& path, const std::vector<hsize_t>& shape, hid_t stored,
+               const std::vector<T>& data, hid_t plist = H5P_DEFAULT) {
+    const hid_t memory = std::is_same_v<T, float>     ? H5T_NATIVE_FLOAT
+                         : std::is_same_v<T, double>  ? H5T_NATIVE_DOUBLE
+                         : std::is_same_v<T, int64_t> ? H5T_NATIVE_INT64
+                                                      : H5T_NATIVE_INT8;
+    const hid_t space = H5Screate_simple(static_cast<int>(shape.size()), shape.data(), nullptr);
+    const hid_t set = H5Dcreate2(file_, path.c_str(), stored, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+    EXPECT_GE(H5Dwrite(set, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, data.data()), 0);
+    H5Dclose(set);
+    H5Sclose(space);
+  }
+
+  // As h5py stores NumPy's booleans.
+  void Booleans(const std::string& path, const std::vector<int8_t>& data) {
+    const hid_t type = H5Tenum_create(H5T_STD_I8LE);
+    int8_t value = 0;
+    H5Tenum_insert(type, "FALSE", &value);
+    value = 1;
+    H5Tenum_insert(type, "TRUE", &value);
+    const hsize_t size = data.size();
+    const hid_t space = H5Screate_simple(1, &size, nullptr);
+    const hid_t set = H5Dcreate2(file_, path.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    EXPECT_GE(H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data.data()), 0);
+    H5Dclose(set);
+    H5Sclose(space);
+    H5Tclose(type);
+  }
+
+  void Texts(const std::string& path, const std::vector<std::string>& data, Text kind = Text::kVariable,
+             bool scalar = false) {
+    const hid_t type = TextType(kind);
+    const hsize_t size = data.size();
+    const hid_t space = scalar ? H5Screate(H5S_SCALAR) : H5Screate_simple(1, &size, nullptr);
+    const hid_t set = H5Dcreate2(file_, path.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    const std::vector<char> bytes = TextBytes(data, kind);
+    EXPECT_GE(H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data()), 0);
+    H5Dclose(set);
+    H5Sclose(space);
+    H5Tclose(type);
+  }
+
+  void TextAttribute(const std::string& path, const std::string& name, const std::string& value) {
+    const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
+    const hid_t type = TextType(Text::kVariable);
+    const hid_t space = H5Screate(H5S_SCALAR);
+    const hid_t attribute = H5Acreate2(object, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT);
+    const char* text = value.c_str();
+    EXPECT_GE(H5Awrite(attribute, type, static_cast<const void*>(&text)), 0);
+    H5Aclose(attribute);
+    H5Sclose(space);
+    H5Tclose(type);
+    H5Oclose(object);
+  }
+
+  void IntegerAttribute(const std::string& path, const std::string& name,
+                        const std::vector<int64_t>& values) {
+    const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
+    const hsize_t size = values.size();
+    const hid_t space = H5Screate_simple(1, &size, nullptr);
+    const hid_t attribute = H5Acreate2(object, name.c_str(), H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT);
+    EXPECT_GE(H5Awrite(attribute, H5T_NATIVE_INT64, values.data()), 0);
+    H5Aclose(attribute);
+    H5Sclose(space);
+    H5Oclose(object);
+  }
+
+  // As anndata 0.7: an attribute of `path` that refers to `target`.
+  void ReferenceAttribute(const std::string& path, const std::string& name, const std::string& target) {
+    const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
+    hobj_ref_t reference = 0;
+    EXPECT_GE(H5Rcreate(&reference, file_, target.c_str(), H5R_OBJECT, -1), 0);
+    const hid_t space = H5Screate(H5S_SCALAR);
+    const hid_t attribute =
+        H5Acreate2(object, name.c_str(), H5T_STD_REF_OBJ, space, H5P_DEFAULT, H5P_DEFAULT);
+    EXPECT_GE(H5Awrite(attribute, H5T_STD_REF_OBJ, &reference), 0);
+    H5Aclose(attribute);
+    H5Sclose(space);
+    H5Oclose(object);
+  }
+
+  // The table of cells as anndata from 0.7 on writes it.
+  void Cells(const std::vector<std::string>& names, Text kind = Text::kVariable) {
+    Group("obs");
+    Texts("obs/barcode", names, kind);
+    TextAttribute("obs", "_index", "barcode");
+  }
+
+ private:
+  static constexpr size_t kFixedBytes = 8;
+
+  static hid_t TextType(Text kind) {
+    const hid_t type = H5Tcopy(H5T_C_S1);
+    H5Tset_size(type, kind == Text::kVariable ? H5T_VARIABLE : kFixedBytes);
+    H5Tset_cset(type, kind == Text::kVariable ? H5T_CSET_UTF8 : H5T_CSET_ASCII);
+    H5Tset_strpad(type, kind == Text::kVariable ? H5T_STR_NULLTERM : H5T_STR_NULLPAD);
+    return type;
+  }
+
+  static std::vector<char> TextBytes(const std::vector<std::string>& data, Text kind) {
+    const size_t each = kind == Text::kVariable ? sizeof(const char*) : kFixedBytes;
+    std::vector<char> out(data.size() * each, '\0');
+    for (size_t i = 0; i < data.size(); ++i) {
+      const char* text = data[i].c_str();
+      if (kind == Text::kVariable) {
+        std::memcpy(&out[i * each], static_cast<const void*>(&text), each);
+      } else {
+        std::memcpy(&out[i * each], text, std::min(each, data[i].size()));
+      }
+    }
+    return out;
+  }
+
+  std::string path_;
+  hid_t file_ = -1;
+};
+
+std::unique_ptr<H5adFile> OpenOrDie(const std::string& path) {
+  auto file = H5adFile::Open(path);
+  EXPECT_TRUE(file.ok()) << file.status();
+  return file.ok() ? *std::move(file) : nullptr;
+}
+
+std::vector<float> AllRows(const CellMatrix& matrix, int64_t block) {
+  std::vector<float> out(static_cast<size_t>(matrix.rows() * matrix.cols()));
+  for (int64_t at = 0; at < matrix.rows(); at += block) {
+    const int64_t count = std::min(block, matrix.rows() - at);
+    const absl::Status status = matrix.ReadRows(at, count, &out[static_cast<size_t>(at * matrix.cols())]);
+    EXPECT_TRUE(status.ok()) << status;
+  }
+  return out;
+}
+
+template <typename T>
+std::string MessageOf(const absl::StatusOr<T>& result) {
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(result.status().message()), ::testing::Not(HasSubstr("\n")));
+  return std::string(result.status().message());
+}
+
+// anndata from 0.8 on.
+TEST(H5ad, ReadsCategoriesAsAGroup) {
+  Builder build("modern");
+  build.Cells({"c0", "c1", "c2"});
+  build.Group("obs/kind");
+  build.Numbers<int64_t>("obs/kind/codes", {3}, H5T_STD_I8LE, {1, -1, 0});
+  build.Texts("obs/kind/categories", {"B cell", "β"});
+  build.Group("obsm");
+  build.Numbers<float>("obsm/X_pca", {3, 2}, H5T_IEEE_F32LE, {0, 1, 2, 3, 4, 5});
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_EQ(file->cells(), 3);
+  EXPECT_THAT(file->ReadCellNames(1, 2).value(), ElementsAre("c1", "c2"));
+  const CellLabels labels = file->ReadLabels("obs/kind").value();
+  EXPECT_THAT(labels.names, ElementsAre("B cell", "β"));
+  EXPECT_THAT(labels.codes, ElementsAre(1, CellLabels::kMissing, 0));
+  const auto matrix = file->OpenMatrix("obsm/X_pca");
+  ASSERT_TRUE(matrix.ok()) << matrix.status();
+  EXPECT_THAT(AllRows(**matrix, 2), ElementsAre(0, 1, 2, 3, 4, 5));
+}
+
+// anndata 0.7: the codes refer to __categories.
+TEST(H5ad, ReadsCategoriesByReference) {
+  Builder build("reference");
+  build.Cells({"c0", "c1"}, Text::kFixed);
+  build.Group("obs/__categories");
+  build.Texts("obs/__categories/kind", {"x", "y"});
+  build.Numbers<int64_t>("obs/kind", {2}, H5T_STD_I16BE, {1, 0});
+  build.ReferenceAttribute("obs/kind", "categories", "obs/__categories/kind");
+  const auto file = OpenOrDie(build.Done());
+  const CellLabels labels = file->ReadLabels("obs/kind").value();
+  EXPECT_THAT(labels.names, ElementsAre("x", "y"));
+  EXPECT_THAT(labels.codes, ElementsAre(1, 0));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/other")),
+              HasSubstr("obs: found no column other; there is kind"));
+}
+
+// anndata up to 0.6: tables are datasets of records, categories lie under uns.
+TEST(H5ad, ReadsTablesOfRecords) {
+  struct Cell {
+    char index[4];
+    int8_t kind;
+    int64_t batch;
+    float score;
+  };
+  struct Embedding {
+    float pca[2];
+    double depth;
+  };
+  Builder build("records");
+  const std::vector<Cell> cells = {{{'a', 'b', 'c', 'd'}, 1, 7, 0.5f}, {{'e', 0, 0, 0}, -1, 12, 1.0f}};
+  const std::vector<Embedding> embeddings = {{{1, 2}, 10}, {{3, 4}, 20}};
+  const hsize_t size = 2;
+  const hid_t space = H5Screate_simple(1, &size, nullptr);
+  const hid_t text = H5Tcopy(H5T_C_S1);
+  H5Tset_size(text, 4);
+  H5Tset_strpad(text, H5T_STR_NULLPAD);
+  const hid_t cell = H5Tcreate(H5T_COMPOUND, sizeof(Cell));
+  H5Tinsert(cell, "index", HOFFSET(Cell, index), text);
+  H5Tinsert(cell, "kind", HOFFSET(Cell, kind), H5T_NATIVE_INT8);
+  H5Tinsert(cell, "batch", HOFFSET(Cell, batch), H5T_NATIVE_INT64);
+  H5Tinsert(cell, "score", HOFFSET(Cell, score), H5T_NATIVE_FLOAT);
+  const hid_t obs = H5Dcreate2(build.file(), "obs", cell, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+  ASSERT_GE(H5Dwrite(obs, cell, H5S_ALL, H5S_ALL, H5P_DEFAULT, cells.data()), 0);
+  const hid_t pair = H5Tarray_create2(H5T_NATIVE_FLOAT, 1, &size);
+  const hid_t embedding = H5Tcreate(H5T_COMPOUND, sizeof(Embedding));
+  H5Tinsert(embedding, "X_pca", HOFFSET(Embedding, pca), pair);
+  H5Tinsert(embedding, "depth", HOFFSET(Embedding, depth), H5T_NATIVE_DOUBLE);
+  const hid_t obsm =
+      H5Dcreate2(build.file(), "obsm", embedding, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+  ASSERT_GE(H5Dwrite(obsm, embedding, H5S_ALL, H5S_ALL, H5P_DEFAULT, embeddings.data()), 0);
+  for (const hid_t id : {obs, obsm}) H5Dclose(id);
+  for (const hid_t id : {text, cell, pair, embedding}) H5Tclose(id);
+  H5Sclose(space);
+  build.Group("uns");
+  build.Texts("uns/kind_categories", {"B", "T"}, Text::kFixed);
+
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_THAT(file->ReadCellNames(0, 2).value(), ElementsAre("abcd", "e"));
+  const CellLabels kind = file->ReadLabels("obs/kind").value();
+  EXPECT_THAT(kind.names, ElementsAre("B", "T"));
+  EXPECT_THAT(kind.codes, ElementsAre(1, CellLabels::kMissing));
+  EXPECT_THAT(file->ReadLabels("obs/batch").value().names, ElementsAre("12", "7"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/score")), HasSubstr("obs/score: found floats, wanted text"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/no")),
+              HasSubstr("found no column no; there is batch, kind, score"));
+  EXPECT_THAT(AllRows(*file->OpenMatrix("obsm/X_pca").value(), 1), ElementsAre(1, 2, 3, 4));
+  EXPECT_THAT(AllRows(*file->OpenMatrix("obsm/depth").value(), 2), ElementsAre(10, 20));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/X_umap")),
+              HasSubstr("obsm: found no X_umap; there is X_pca, depth"));
+}
+
+TEST(H5ad, OneCategoryMayBeAScalar) {
+  Builder build("scalar");
+  build.Cells({"a"});
+  build.Group("obs/kind");
+  build.Numbers<int64_t>("obs/kind/codes", {1}, H5T_STD_I8LE, {0});
+  build.Texts("obs/kind/categories", {"only"}, Text::kVariable, /*scalar=*/true);
+  EXPECT_THAT(OpenOrDie(build.Done())->ReadLabels("obs/kind").value().names, ElementsAre("only"));
+}
+
+TEST(H5ad, PlainAndNullableColumnsBecomeSortedLabels) {
+  Builder build("plain");
+  build.Cells({"a", "b", "c", "d"});
+  build.Texts("obs/text", {"T", "B", "T", ""});
+  build.Texts("obs/fixed", {"exactly8", "B", "B", "T"}, Text::kFixed);
+  build.Numbers<int64_t>("obs/number", {4}, H5T_STD_U16LE, {3, 1, 3, 2});
+  build.Booleans("obs/flag", {1, 0, 1, 1});
+  build.Group("obs/nullable");
+  build.Numbers<int64_t>("obs/nullable/values", {4}, H5T_STD_I64LE, {5, 6, 5, 0});
+  build.Booleans("obs/nullable/mask", {0, 0, 0, 1});
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_THAT(file->ReadLabels("obs/text").value().names, ElementsAre("", "B", "T"));
+  EXPECT_THAT(file->ReadLabels("obs/text").value().codes, ElementsAre(2, 1, 2, 0));
+  EXPECT_THAT(file->ReadLabels("obs/fixed").value().names, ElementsAre("B", "T", "exactly8"));
+  EXPECT_THAT(file->ReadLabels("obs/number").value().codes, ElementsAre(2, 0, 2, 1));
+  EXPECT_THAT(file->ReadLabels("obs/flag").value().names, ElementsAre("False", "True"));
+  EXPECT_THAT(file->ReadLabels("obs/nullable").value().names, ElementsAre("5", "6"));
+  EXPECT_THAT(file->ReadLabels("obs/nullable").value().codes, ElementsAre(0, 1, 0, CellLabels::kMissing));
+}
+
+// [[0, 1.5, 0], [0, 0, 0], [2, 0, 3], [0, 4, 0]] with indices out of order and one element in two parts.
+void BuildSparse(Builder& build, const std::string& path, bool by_rows, bool legacy) {
+  build.Group(path);
+  if (legacy) {
+    build.TextAttribute(path, "h5sparse_format", by_rows ? "csr" : "csc");
+    build.IntegerAttribute(path, "h5sparse_shape", {4, 3});
+  } else {
+    build.TextAttribute(path, "encoding-type", by_rows ? "csr_matrix" : "csc_matrix");
+    build.IntegerAttribute(path, "shape", {4, 3});
+  }
+  if (by_rows) {
+    build.Numbers<float>(path + "/data", {5}, H5T_IEEE_F64LE, {1.5, 3, 2, 1, 3});
+    build.Numbers<int64_t>(path + "/indices", {5}, H5T_STD_U8LE, {1, 2, 0, 1, 1});
+    build.Numbers<int64_t>(path + "/indptr", {5}, H5T_STD_I64LE, {0, 1, 1, 3, 5});
+  } else {
+    build.Numbers<float>(path + "/data", {5}, H5T_IEEE_F32LE, {2, 3, 1.5, 1, 3});
+    build.Numbers<int64_t>(path + "/indices", {5}, H5T_STD_I32LE, {2, 3, 0, 3, 2});
+    build.Numbers<int64_t>(path + "/indptr", {4}, H5T_STD_I32LE, {0, 1, 4, 5});
+  }
+}
+
+TEST(H5ad, ReadsSparseMatricesInBlocksOfAnySize) {
+  Builder build("sparse");
+  build.Cells({"a", "b", "c", "d"});
+  BuildSparse(build, "X", /*by_rows=*/true, /*legacy=*/false);
+  build.Group("layers");
+  BuildSparse(build, "layers/csc", /*by_rows=*/false, /*legacy=*/false);
+  BuildSparse(build, "layers/old_csr", /*by_rows=*/true, /*legacy=*/true);
+  BuildSparse(build, "layers/old_csc", /*by_rows=*/false, /*legacy=*/true);
+  const auto file = OpenOrDie(build.Done());
+  for (const char* key : {"X", "layers/csc", "layers/old_csr", "layers/old_csc"}) {
+    const auto matrix = file->OpenMatrix(key);
+    ASSERT_TRUE(matrix.ok()) << matrix.status();
+    for (const int64_t block : {1, 2, 3, 4}) {
+      EXPECT_THAT(AllRows(**matrix, block), ElementsAre(0, 1.5, 0, 0, 0, 0, 2, 0, 3, 0, 4, 0))
+          << key << " " << block;
+    }
+  }
+}
+
+TEST(H5ad, ReadsEveryNumberTypeAndGzip) {
+  Builder build("types");
+  build.Cells({"a", "b"});
+  build.Group("layers");
+  const std::vector<hid_t> types = {H5T_STD_I8LE, H5T_STD_U16BE, H5T_STD_I64LE, H5T_IEEE_F32BE,
+                                    H5T_IEEE_F64LE};
+  for (size_t i = 0; i < types.size(); ++i) {
+    build.Numbers<float>(absl::StrCat("layers/", i), {2, 2}, types[i], {1, 2, 3, 4});
+  }
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk[2] = {1, 2};
+  H5Pset_chunk(plist, 2, chunk);
+  H5Pset_shuffle(plist);
+  H5Pset_deflate(plist, 4);
+  build.Numbers<float>("X", {2, 2}, H5T_IEEE_F32LE, {1, 2, 3, 4}, plist);
+  H5Pclose(plist);
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_THAT(AllRows(*file->OpenMatrix("X").value(), 1), ElementsAre(1, 2, 3, 4));
+  for (size_t i = 0; i < types.size(); ++i) {
+    EXPECT_THAT(AllRows(*file->OpenMatrix(absl::StrCat("layers/", i)).value(), 2), ElementsAre(1, 2, 3, 4));
+  }
+}
+
+TEST(H5ad, ReadsLzf) {
+  H5Zunregister(32000);  // Ours cannot write; without any the array is created all the same, and its chunk
+                         // given as it is.
+  Builder build("lzf");
+  build.Cells({"a", "b"});
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk[2] = {2, 2};
+  H5Pset_chunk(plist, 2, chunk);
+  const unsigned parameters[3] = {4, 261, 4};  // h5py's: filter version, LZF version, bytes of a chunk
+  H5Pset_filter(plist, 32000, H5Z_FLAG_OPTIONAL, 3, parameters);
+  const hsize_t size[2] = {2, 2};
+  const hid_t space = H5Screate_simple(2, size, nullptr);
+  const hid_t set = H5Dcreate2(build.file(), "X", H5T_STD_I8LE, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+  const hsize_t origin[2] = {0, 0};
+  const unsigned char block[4] = {0x00, 7, 0x20, 0x00};  // 7, and three copies of it
+  ASSERT_GE(H5Dwrite_chunk(set, H5P_DEFAULT, 0, origin, sizeof(block), block), 0);
+  H5Dclose(set);
+  H5Sclose(space);
+  H5Pclose(plist);
+  EXPECT_THAT(AllRows(*OpenOrDie(build.Done())->OpenMatrix("X").value(), 2), ElementsAre(7, 7, 7, 7));
+}
+
+TEST(H5ad, AMatrixOutlivesItsFile) {
+  Builder build("outlives");
+  build.Cells({"a"});
+  build.Numbers<float>("X", {1, 2}, H5T_IEEE_F32LE, {1, 2});
+  auto file = OpenOrDie(build.Done());
+  const auto matrix = file->OpenMatrix("X").value();
+  file.reset();
+  EXPECT_THAT(AllRows(*matrix, 1), ElementsAre(1, 2));
+}
+
+TEST(H5ad, MissingPiecesAreNamedBesideWhatThereIs) {
+  Builder build("missing");
+  build.Cells({"a"});
+  build.Group("obsm");
+  build.Numbers<float>("obsm/X_pca", {1, 2}, H5T_IEEE_F32LE, {1, 2});
+  const std::string path = build.Done();
+  const auto file = OpenOrDie(path);
+  EXPECT_THAT(MessageOf(file->OpenMatrix("X")),
+              AllOf(StartsWith(path), HasSubstr("found no X; there is obs, obsm")));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("layers/counts")), HasSubstr("found no layers"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/no")), HasSubstr("obsm: found no no; there is X_pca"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("uns/x")), HasSubstr("wanted X, layers/NAME or obsm/KEY"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/")), HasSubstr("wanted X, layers/NAME or obsm/KEY"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/kind")), HasSubstr("found no column kind: there is nothing"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("kind")), HasSubstr("wanted obs/NAME"));
+  Builder empty("no_obs");
+  empty.Group("uns");
+  EXPECT_THAT(MessageOf(H5adFile::Open(empty.Done())),
+              HasSubstr("found no obs (the table of cells); there is uns"));
+}
+
+TEST(H5ad, WrongShapesAndTypesAreNamed) {
+  Builder build("wrong");
+  build.Cells({"a", "b"});
+  build.Group("obsm");
+  build.Numbers<float>("obsm/one_axis", {2}, H5T_IEEE_F32LE, {1, 2});
+  build.Numbers<float>("obsm/three_axes", {2, 1, 1}, H5T_IEEE_F32LE, {1, 2});
+  build.Numbers<float>("obsm/three_cells", {3, 1}, H5T_IEEE_F32LE, {1, 2, 3});
+  build.Texts("obsm/text", {"a", "b"});
+  build.Group("obsm/frame");
+  build.TextAttribute("obsm/frame", "encoding-type", "dataframe");
+  build.Numbers<float>("obsm/no_columns", {2, 0}, H5T_IEEE_F32LE, {});
+  build.Numbers<float>("obs/score", {2}, H5T_IEEE_F32LE, {1, 2});
+  build.Numbers<int64_t>("obs/short", {1}, H5T_STD_I64LE, {1});
+  build.Group("obs/odd");
+  build.TextAttribute("obs/odd", "encoding-type", "awkward-array");
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/one_axis")), HasSubstr("found 1 axis, wanted 2"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/three_axes")), HasSubstr("found 3 axes"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/three_cells")),
+              HasSubstr("found 3 rows, wanted one for each of 2 cells"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/frame")), HasSubstr("found a group of encoding 'dataframe'"));
+  EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/no_columns")), HasSubstr("found 0 columns"));
+  EXPECT_FALSE(file->OpenMatrix("obsm/text").ok());
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/score")), HasSubstr("found floats, wanted text, integers"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/short")),
+              HasSubstr("found 1 labels, wanted one for each of 2 cells"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/odd")), HasSubstr("encoding 'awkward-array'"));
+}
+
+TEST(H5ad, NumbersThatAreNotFiniteAreNamedByCell) {
+  Builder build("nan");
+  build.Cells({"a", "b", "c"});
+  build.Numbers<float>("X", {3, 2}, H5T_IEEE_F32LE, {0, 0, 0, 0, 0, std::numeric_limits<float>::quiet_NaN()});
+  build.Group("layers");
+  build.Numbers<double>("layers/huge", {3, 1}, H5T_IEEE_F64LE, {1e300, 0, 0});
+  const auto file = OpenOrDie(build.Done());
+  const auto matrix = file->OpenMatrix("X").value();
+  std::vector<float> rows(4);
+  EXPECT_TRUE(matrix->ReadRows(0, 2, rows.data()).ok());
+  EXPECT_THAT(std::string(matrix->ReadRows(1, 2, rows.data()).message()),
+              HasSubstr("X: found nan for cell 2 (counted from 0), column 1"));
+  EXPECT_THAT(std::string(file->OpenMatrix("layers/huge").value()->ReadRows(0, 3, rows.data()).message()),
+              HasSubstr("found inf for cell 0"));
+}
+
+TEST(H5ad, BrokenCategoriesAreRefused) {
+  Builder build("codes");
+  build.Cells({"a", "b"});
+  for (const std::string name : {"high", "low", "floats"}) {
+    build.Group("obs/" + name);
+    build.Texts("obs/" + name + "/categories", {"x", "y"});
+  }
+  build.Numbers<int64_t>("obs/high/codes", {2}, H5T_STD_I8LE, {0, 2});
+  build.Numbers<int64_t>("obs/low/codes", {2}, H5T_STD_I8LE, {-2, 0});
+  build.Numbers<float>("obs/floats/codes", {2}, H5T_IEEE_F32LE, {0, 1});
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/high")),
+              HasSubstr("found code 2 for cell 1, wanted -1 (no label) to below 2"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/low")), HasSubstr("found code -2 for cell 0"));
+  EXPECT_THAT(MessageOf(file->ReadLabels("obs/floats")), HasSubstr("wanted the integer codes"));
+}
+
+TEST(H5ad, BrokenSparseMatricesAreRefused) {
+  Builder build("broken_sparse");
+  build.Cells({"a", "b"});
+  build.Group("layers");
+  const auto sparse = [&](const std::string& path, const std::vector<int64_t>& indices,
+                          const std::vector<int64_t>& indptr, const std::vector<int64_t>& shape) {
+    build.Group(path);
+    build.TextAttribute(path, "encoding-type", "csr_matrix");
+    build.IntegerAttribute(path, "shape", shape);
+    build.Numbers<float>(path + "/data", {2}, H5T_IEEE_F32LE, {1, 2});
+    build.Numbers<int64_t>(path + "/indices", {indices.size()}, H5T_STD_I64LE, indices);
+    build.Numbers<int64_t>(path + "/indptr", {indptr.size()}, H5T_STD_I64LE, indptr);
+  };
+  sparse("layers/column", {0, 3}, {0, 1, 2}, {2, 3});
+  sparse("layers/falls", {0, 1}, {0, 2, 1}, {2, 3});
+  sparse("layers/beyond", {0, 1}, {0, 1, 3}, {2, 3});
+  sparse("layers/short", {0, 1}, {0, 2}, {2, 3});
+  sparse("layers/indices", {0, 1, 2}, {0, 1, 2}, {2, 3});
+  sparse("layers/absurd", {0, 1}, {0, 1, 2}, {2, int64_t{1} << 62});
+  sparse("layers/negative", {0, 1}, {0, 1, 2}, {2, -3});
+  sparse("layers/no_shape", {0, 1}, {0, 1, 2}, {2});
+  const auto file = OpenOrDie(build.Done());
+  std::vector<float> out(6);
+  const auto read = [&](const std::string& key) -> absl::StatusOr<bool> {
+    const auto matrix = file->OpenMatrix(key);
+    if (!matrix.ok()) return matrix.status();
+    const absl::Status status = (*matrix)->ReadRows(0, 2, out.data());
+    if (!status.ok()) return status;
+    return true;
+  };
+  EXPECT_THAT(MessageOf(read("layers/column")), HasSubstr("indices: found 3 at 1, wanted 0 to below 3"));
+  EXPECT_THAT(MessageOf(read("layers/falls")), HasSubstr("indptr: does not rise"));
+  EXPECT_THAT(MessageOf(read("layers/beyond")), HasSubstr("indptr: does not rise"));
+  EXPECT_THAT(MessageOf(read("layers/short")), HasSubstr("found 2 entries in indptr"));
+  EXPECT_THAT(MessageOf(read("layers/indices")), HasSubstr("3 in indices and 2 in data"));
+  EXPECT_THAT(MessageOf(read("layers/absurd")), HasSubstr("found shape"));
+  EXPECT_THAT(MessageOf(read("layers/negative")), HasSubstr("found shape"));
+  EXPECT_THAT(MessageOf(read("layers/no_shape")), HasSubstr("found no attribute 'shape' of 2 integers"));
+}
+
+TEST(H5ad, FilesThatAreNotWholeAreRefused) {
+  EXPECT_EQ(H5adFile::Open("/nonexistent/a.h5ad").status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(MessageOf(H5adFile::Open("/")), HasSubstr("wanted an .h5ad file"));
+  const std::string text = TempPath("text");
+  std::ofstream(text) << "cell,label\n";
+  EXPECT_THAT(MessageOf(H5adFile::Open(text)), HasSubstr("not an HDF5 file (11 bytes"));
+
+  Builder build("truncated");
+  build.Cells({"a", "b"});
+  build.Numbers<float>("X", {2, 1000}, H5T_IEEE_F32LE, std::vector<float>(2000, 1.0f));
+  const std::string path = build.Done();
+  const auto whole = static_cast<int64_t>(std::filesystem::file_size(path));
+  for (const int64_t bytes : {whole - 1, whole / 2, int64_t{600}}) {
+    std::filesystem::resize_file(path, static_cast<uintmax_t>(bytes));
+    EXPECT_THAT(MessageOf(H5adFile::Open(path)),
+                AllOf(HasSubstr("truncated or broken"), HasSubstr("HDF5: ")));
+  }
+}
+
+TEST(H5ad, AnArrayThatWasNeverWrittenIsRefused) {
+  // HDF5 would answer with zeros: 2^30 cells out of a file of a few kilobytes.
+  Builder build("holes");
+  const hsize_t size = hsize_t{1} << 30;
+  build.Group("obs");
+  const hid_t space = H5Screate_simple(1, &size, nullptr);
+  H5Dclose(
+      H5Dcreate2(build.file(), "obs/_index", H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT));
+  H5Sclose(space);
+  EXPECT_THAT(MessageOf(H5adFile::Open(build.Done())),
+              HasSubstr("found only a part of its 1073741824 elements"));
+}
+
+TEST(H5ad, AFilterThatIsNotInstalledIsNamed) {
+  Builder build("filter");
+  build.Cells({"a"});
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk[2] = {1, 1};
+  H5Pset_chunk(plist, 2, chunk);
+  H5Pset_filter(plist, 32015, H5Z_FLAG_OPTIONAL, 0,
+                nullptr);  // Optional: it can be written, unfiltered, without it.
+  build.Numbers<float>("X", {1, 1}, H5T_IEEE_F32LE, {1}, plist);
+  H5Pclose(plist);
+  EXPECT_THAT(MessageOf(OpenOrDie(build.Done())->OpenMatrix("X")),
+              AllOf(HasSubstr("HDF5 filter 32015 (Zstandard)"), HasSubstr("write the file again")));
+}
+
+}  // namespace
+}  // namespace eduba
