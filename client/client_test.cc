@@ -1,0 +1,466 @@
+#include "client/client.h"
+
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
+#include "base/pages.h"
+#include "client/pieces.h"
+#include "eduba/v1/eduba.grpc.pb.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "rpc/limits.h"
+#include "rpc/server.h"
+#include "rpc/spec.h"
+#include "rpc/status.h"
+
+namespace eduba {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+v1::SessionSpec SmallSpec(DType dtype = DType::kF32) {
+  v1::SessionSpec spec;
+  spec.set_layers(2);
+  spec.set_query_heads(4);
+  spec.set_kv_heads(2);
+  spec.set_head_dim(8);
+  spec.set_value_dim(3);
+  spec.set_dtype(DTypeToProto(dtype));
+  return *CompleteSpec(spec);
+}
+
+v1::Session SmallSession(DType dtype = DType::kF32) {
+  v1::Session session;
+  session.set_name("s");
+  *session.mutable_spec() = SmallSpec(dtype);
+  return session;
+}
+
+// Every element says where it comes from, exactly.
+float KeyAt(int layer, int64_t row, int64_t i) { return static_cast<float>(layer * 1000000 + row * 16 + i); }
+float ValueAt(int layer, int64_t row, int64_t i) { return -KeyAt(layer, row, i); }
+
+class CountingRows : public RowSource {
+ public:
+  explicit CountingRows(const v1::SessionSpec& spec) : spec_(spec) {}
+
+  DType dtype() const override { return DType::kF32; }
+  absl::Status Read(int layer, int64_t first, int64_t count, void* keys, void* values) const override {
+    Fill(layer, first, count, int64_t{spec_.kv_heads()} * spec_.head_dim(), KeyAt, static_cast<float*>(keys));
+    Fill(layer, first, count, int64_t{spec_.kv_heads()} * spec_.value_dim(), ValueAt,
+         static_cast<float*>(values));
+    return first <= fail_at && fail_at < first + count ? absl::DataLossError("the file became shorter")
+                                                       : absl::OkStatus();
+  }
+
+  int64_t fail_at = -1;
+
+ private:
+  static void Fill(int layer, int64_t first, int64_t count, int64_t elements,
+                   float (*at)(int, int64_t, int64_t), float* out) {
+    for (int64_t row = first; row < first + count; ++row) {
+      for (int64_t i = 0; i < elements; ++i) *out++ = at(layer, row, i);
+    }
+  }
+
+  const v1::SessionSpec& spec_;
+};
+
+// --- pieces ---
+
+TEST(WireType, IsTheSmallerOfTheTwo) {
+  EXPECT_EQ(WireType(DType::kF32, SmallSpec(DType::kF32)), DType::kF32);
+  EXPECT_EQ(WireType(DType::kF32, SmallSpec(DType::kBf16)), DType::kBf16);
+  EXPECT_EQ(WireType(DType::kF32, SmallSpec(DType::kF16)), DType::kF16);
+  EXPECT_EQ(WireType(DType::kF16, SmallSpec(DType::kF32)), DType::kF16);
+  // Rounding f16 to bf16 saves nothing, so it is left to the server.
+  EXPECT_EQ(WireType(DType::kF16, SmallSpec(DType::kBf16)), DType::kF16);
+}
+
+TEST(Pieces, TileTheRangesOfEveryLayer) {
+  EXPECT_THAT(CutIntoPieces({{10, 15}, {20, 22}}, 2, 3),
+              ElementsAre(Piece{0, 10, 3}, Piece{0, 13, 2}, Piece{0, 20, 2}, Piece{1, 10, 3}, Piece{1, 13, 2},
+                          Piece{1, 20, 2}));
+}
+
+TEST(Pieces, OfTheLargestRowFitIntoOneMessage) {
+  v1::SessionSpec spec = SmallSpec();
+  spec.set_kv_heads(95);
+  spec.set_head_dim(1024);
+  spec.set_value_dim(1024);
+  EXPECT_EQ(PieceRows(spec, DType::kF32), 1);
+}
+
+TEST(PieceReader, RoundsAsTheServerWould) {
+  const v1::SessionSpec spec = SmallSpec(DType::kBf16);
+  const CountingRows rows(spec);
+  PieceReader reader(spec, rows, /*at=*/100);
+  v1::UploadRequest request;
+  ASSERT_TRUE(reader.Read({1, 103, 2}, &request).ok());
+  EXPECT_EQ(request.dtype(), v1::DTYPE_BF16);
+  ASSERT_EQ(request.keys().size(), 2 * 2 * 8 * 2);
+  ASSERT_EQ(request.values().size(), 2 * 2 * 3 * 2);
+  EXPECT_EQ(LoadElement(request.keys().data(), DType::kBf16, 17), F32FromBf16(Bf16FromF32(KeyAt(1, 4, 1))));
+}
+
+v1::AppendPlan TwoWorkerPlan() {
+  v1::AppendPlan plan;
+  plan.set_append_id(77);
+  plan.set_at(100);
+  plan.set_count(1000);
+  plan.set_replicate_below(150);
+  plan.add_workers("a:1");
+  plan.add_workers("b:2");
+  const auto add = [&](int64_t first, int64_t count, int worker) {
+    v1::Extent* extent = plan.add_extents();
+    extent->set_first_position(first);
+    extent->set_count(count);
+    extent->set_worker(worker);
+  };
+  add(100, 28, 0);
+  add(128, 500, 1);
+  add(628, 472, 0);
+  return plan;
+}
+
+TEST(Plan, SendsSinksToEveryWorkerAndTheRestToItsOwner) {
+  const auto ranges = RangesByWorker(TwoWorkerPlan());
+  ASSERT_TRUE(ranges.ok()) << ranges.status();
+  EXPECT_THAT((*ranges)[0],
+              ElementsAre(PositionRange{100, 128}, PositionRange{128, 150}, PositionRange{628, 1100}));
+  EXPECT_THAT((*ranges)[1], ElementsAre(PositionRange{100, 128}, PositionRange{128, 628}));
+}
+
+TEST(Plan, ThatDoesNotTileTheAppendIsRefused) {
+  v1::AppendPlan gap = TwoWorkerPlan();
+  gap.mutable_extents(1)->set_count(499);
+  EXPECT_EQ(RangesByWorker(gap).status().code(), absl::StatusCode::kInternal);
+  v1::AppendPlan shorter = TwoWorkerPlan();
+  shorter.mutable_extents()->RemoveLast();
+  EXPECT_EQ(RangesByWorker(shorter).status().code(), absl::StatusCode::kInternal);
+  v1::AppendPlan nobody = TwoWorkerPlan();
+  nobody.mutable_extents(0)->set_worker(2);
+  EXPECT_EQ(RangesByWorker(nobody).status().code(), absl::StatusCode::kInternal);
+}
+
+// --- against a server that keeps what it gets ---
+
+class FakePages : public v1::Pages::Service {
+ public:
+  grpc::Status Upload(grpc::ServerContext* context, grpc::ServerReader<v1::UploadRequest>* reader,
+                      v1::UploadResponse* response) override {
+    v1::UploadRequest request;
+    int64_t positions = 0;
+    while (reader->Read(&request)) {
+      if (request.ByteSizeLong() > kMessageBytesMax) return {grpc::StatusCode::INTERNAL, "too large"};
+      const std::lock_guard lock(mutex);
+      append_id = request.append_id();
+      positions += request.count();
+      const int64_t key_bytes = static_cast<int64_t>(request.keys().size()) / request.count();
+      const int64_t value_bytes = static_cast<int64_t>(request.values().size()) / request.count();
+      for (int row = 0; row < request.count(); ++row) {
+        const bool fresh =
+            rows.emplace(std::make_pair(request.layer(), request.first_position() + row),
+                         std::make_pair(request.keys().substr(row * key_bytes, key_bytes),
+                                        request.values().substr(row * value_bytes, value_bytes)))
+                .second;
+        if (!fresh) return {grpc::StatusCode::INTERNAL, "a position was sent twice"};
+      }
+      if (refuse) return {grpc::StatusCode::INVALID_ARGUMENT, "NaN in keys of position 7"};
+    }
+    response->set_positions(positions - lose);
+    return grpc::Status::OK;
+  }
+
+  bool refuse = false;
+  int64_t lose = 0;
+  std::mutex mutex;
+  uint64_t append_id = 0;
+  std::map<std::pair<int, int64_t>, std::pair<std::string, std::string>> rows;  // By layer and position.
+};
+
+class FakeEduba : public v1::Eduba::Service {
+ public:
+  grpc::Status PlanAppend(grpc::ServerContext*, const v1::PlanAppendRequest* request,
+                          v1::AppendPlan* result) override {
+    *result = plan;
+    return grpc::Status::OK;
+  }
+  grpc::Status CommitAppend(grpc::ServerContext*, const v1::CommitAppendRequest* request,
+                            v1::AppendReceipt* receipt) override {
+    ++commits;
+    receipt->set_length(plan.at() + plan.count());
+    return commit_status;
+  }
+  grpc::Status AbortAppend(grpc::ServerContext*, const v1::AbortAppendRequest* request,
+                           v1::AbortAppendResponse*) override {
+    ++aborts;
+    return grpc::Status::OK;
+  }
+  grpc::Status GetSession(grpc::ServerContext* context, const v1::GetSessionRequest* request,
+                          v1::Session* session) override {
+    if (hang) {
+      canceled.WaitForNotification();
+      return grpc::Status::CANCELLED;
+    }
+    *session = SmallSession();
+    session->set_length(40);
+    return grpc::Status::OK;
+  }
+  grpc::Status ListSessions(grpc::ServerContext*, const v1::ListSessionsRequest* request,
+                            v1::ListSessionsResponse* response) override {
+    // Three pages of one session each.
+    const std::string page = request->page_token().empty() ? "0" : request->page_token();
+    response->add_sessions()->set_name(page);
+    if (page != "2") response->set_next_page_token(page == "0" ? "1" : "2");
+    return grpc::Status::OK;
+  }
+  grpc::Status Append(grpc::ServerContext*, grpc::ServerReader<v1::AppendRequest>* reader,
+                      v1::AppendReceipt* receipt) override {
+    v1::AppendRequest request;
+    while (reader->Read(&request)) thin.push_back(request);
+    return grpc::Status::OK;
+  }
+  // Output c of head h is query element c plus the position; pieces of at most 100 rows.
+  grpc::Status Attend(grpc::ServerContext*,
+                      grpc::ServerReaderWriter<v1::AttendResponse, v1::AttendRequest>* stream) override {
+    v1::AttendRequest request;
+    stream->Read(&request);
+    header = request.header();
+    const v1::SessionSpec spec = SmallSpec();
+    int64_t rows = 0;
+    while (stream->Read(&request)) {
+      std::vector<float> queries(request.rows().queries().size() / sizeof(float));
+      std::memcpy(queries.data(), request.rows().queries().data(), request.rows().queries().size());
+      const auto count = static_cast<int64_t>(queries.size()) / (spec.query_heads() * spec.head_dim());
+      for (int64_t first = 0; first < count; first += 100) {
+        v1::AttendResponse response;
+        const int64_t part = std::min<int64_t>(100, count - first);
+        response.mutable_rows()->set_first_row(rows + first + skip_rows);
+        response.mutable_rows()->set_count(static_cast<int32_t>(part));
+        std::vector<float> outputs;
+        for (int64_t row_head = first * spec.query_heads(); row_head < (first + part) * spec.query_heads();
+             ++row_head) {
+          const int64_t row = row_head / spec.query_heads();
+          for (int c = 0; c < spec.value_dim(); ++c) {
+            outputs.push_back(queries[row_head * spec.head_dim() + c] +
+                              (header.positions() ? static_cast<float>(request.rows().positions(row)) : 0));
+          }
+        }
+        response.mutable_rows()->set_outputs(outputs.data(), outputs.size() * sizeof(float));
+        const std::string zeros(part * spec.query_heads() * sizeof(float), '\0');
+        response.mutable_rows()->set_lse(zeros);
+        response.mutable_rows()->set_sink_mass(zeros);
+        stream->Write(response);
+      }
+      rows += count;
+      if (attend_status.error_code() != grpc::StatusCode::OK) return attend_status;
+    }
+    if (summarize) {
+      v1::AttendResponse response;
+      response.mutable_summary()->set_rows(rows);
+      stream->Write(response);
+    }
+    return grpc::Status::OK;
+  }
+
+  v1::AppendPlan plan = TwoWorkerPlan();
+  grpc::Status commit_status;
+  grpc::Status attend_status;
+  int64_t skip_rows = 0;
+  bool summarize = true;
+  bool hang = false;
+  absl::Notification canceled;
+  v1::AttendRequest::Header header;
+  std::vector<v1::AppendRequest> thin;
+  std::atomic<int> commits = 0;
+  std::atomic<int> aborts = 0;
+};
+
+class ClientTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    for (int i = 0; i < 2; ++i) {
+      servers_.push_back(*RpcServer::Start("127.0.0.1:0", {&pages_[i]}));
+      eduba_.plan.set_workers(i, servers_.back()->address());
+    }
+    servers_.push_back(*RpcServer::Start("127.0.0.1:0", {&eduba_}));
+    client_ = std::make_unique<Client>(ClientOptions{servers_.back()->address(), absl::Seconds(60)});
+  }
+
+  std::string KeyBytes(int layer, int64_t row) const {
+    std::vector<float> elements(16);
+    for (int64_t i = 0; i < 16; ++i) elements[i] = KeyAt(layer, row, i);
+    return {reinterpret_cast<const char*>(elements.data()), elements.size() * sizeof(float)};
+  }
+
+  absl::StatusOr<v1::AttendSummary> Ask(int64_t rows, bool positions = false) {
+    AttendOptions options;
+    options.positions = positions;
+    return client_->Attend(
+        session_, rows,
+        [](int64_t first, absl::Span<float> queries, absl::Span<int64_t> positions) {
+          for (size_t i = 0; i < queries.size(); ++i) queries[i] = static_cast<float>(first * 32 + i);
+          for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int64_t>(7 * (first + i));
+          return absl::OkStatus();
+        },
+        [this](const AttendedRows& answer) {
+          outputs_.insert(outputs_.end(), answer.outputs.begin(), answer.outputs.end());
+          return sink_status_;
+        },
+        options);
+  }
+
+  FakePages pages_[2];
+  FakeEduba eduba_;
+  std::vector<std::unique_ptr<RpcServer>> servers_;
+  std::unique_ptr<Client> client_;
+  const v1::Session session_ = SmallSession();
+  const CountingRows rows_{session_.spec()};
+  std::vector<float> outputs_;
+  absl::Status sink_status_;
+};
+
+TEST_F(ClientTest, AppendGivesEveryWorkerItsRowsOnceAndCommits) {
+  int64_t done = 0;
+  int64_t total = 0;
+  const auto receipt = client_->Append(session_, 1000, rows_, {std::nullopt, [&](int64_t d, int64_t t) {
+                                                                 done = d;
+                                                                 total = t;
+                                                               }});
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->length(), 1100);
+  EXPECT_EQ(eduba_.commits, 1);
+  EXPECT_EQ(eduba_.aborts, 0);
+  EXPECT_EQ(pages_[0].append_id, 77);
+  // Two layers; worker 0 owns 500 positions and gets 22 more for the sinks, worker 1 owns 500 and gets 28.
+  ASSERT_EQ(pages_[0].rows.size(), 2 * 522);
+  ASSERT_EQ(pages_[1].rows.size(), 2 * 528);
+  EXPECT_EQ(done, 2 * (522 + 528) * 2 * (8 + 3) * 4);
+  EXPECT_EQ(done, total);
+  for (const FakePages& pages : pages_) {
+    for (const auto& [where, row] : pages.rows) {
+      ASSERT_EQ(row.first, KeyBytes(where.first, where.second - 100)) << where.first << " " << where.second;
+    }
+  }
+}
+
+TEST_F(ClientTest, AppendReportsTheWorkersErrorAndGivesTheAppendUp) {
+  pages_[1].refuse = true;
+  const auto receipt = client_->Append(session_, 1000, rows_, {});
+  EXPECT_EQ(receipt.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(std::string(receipt.status().message()), "NaN in keys of position 7"))
+      << receipt.status();
+  EXPECT_EQ(eduba_.commits, 0);
+  EXPECT_EQ(eduba_.aborts, 1);
+}
+
+TEST_F(ClientTest, AppendReportsTheSourcesErrorAndGivesTheAppendUp) {
+  CountingRows broken(session_.spec());
+  broken.fail_at = 900;
+  EXPECT_EQ(client_->Append(session_, 1000, broken, {}).status(),
+            absl::DataLossError("the file became shorter"));
+  EXPECT_EQ(eduba_.commits, 0);
+  EXPECT_EQ(eduba_.aborts, 1);
+}
+
+TEST_F(ClientTest, AppendDoesNotCommitWhatAWorkerDidNotCount) {
+  pages_[0].lose = 1;
+  EXPECT_EQ(client_->Append(session_, 1000, rows_, {}).status().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(eduba_.commits, 0);
+}
+
+TEST_F(ClientTest, AppendToAWorkerThatIsGoneIsUnavailable) {
+  servers_[0]->Shutdown(absl::ZeroDuration());
+  const auto receipt = client_->Append(session_, 1000, rows_, {});
+  EXPECT_EQ(receipt.status().code(), absl::StatusCode::kUnavailable) << receipt.status();
+  EXPECT_EQ(eduba_.aborts, 1);
+}
+
+TEST_F(ClientTest, ACommitWithoutAnAnswerSaysHowToFindOut) {
+  eduba_.commit_status = {grpc::StatusCode::UNAVAILABLE, "worker 1 left"};
+  const auto receipt = client_->Append(session_, 1000, rows_, {});
+  EXPECT_EQ(receipt.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(absl::StrContains(std::string(receipt.status().message()), "position 100")) << receipt.status();
+}
+
+TEST_F(ClientTest, AThinAppendStartsAtTheEndAndSendsEveryLayer) {
+  ASSERT_TRUE(client_->AppendThin(session_, 5, rows_, {}).ok());
+  ASSERT_EQ(eduba_.thin.size(), 3);
+  EXPECT_EQ(eduba_.thin[0].plan().at(), 40);
+  EXPECT_EQ(eduba_.thin[0].plan().count(), 5);
+  EXPECT_EQ(eduba_.thin[2].piece().layer(), 1);
+  EXPECT_EQ(eduba_.thin[2].piece().first_position(), 40);
+  EXPECT_EQ(eduba_.thin[2].piece().keys().substr(0, 64), KeyBytes(1, 0));
+}
+
+TEST_F(ClientTest, AttendDeliversEveryRowOnceInOrder) {
+  const int64_t rows = 20000;  // 2.5 MB of queries: several messages.
+  const auto summary = Ask(rows, /*positions=*/true);
+  ASSERT_TRUE(summary.ok()) << summary.status();
+  EXPECT_EQ(summary->rows(), rows);
+  EXPECT_TRUE(eduba_.header.positions());
+  ASSERT_EQ(outputs_.size(), rows * 4 * 3);
+  for (int64_t i = 0; i < rows * 12; ++i) {
+    const int64_t row_head = i / 3;
+    ASSERT_EQ(outputs_[i], static_cast<float>(row_head * 8 + i % 3) + static_cast<float>(7 * (row_head / 4)))
+        << i;
+  }
+}
+
+TEST_F(ClientTest, AttendEndsWithTheSinksError) {
+  sink_status_ = absl::ResourceExhaustedError("disk full");
+  EXPECT_EQ(Ask(20000).status(), sink_status_);
+}
+
+TEST_F(ClientTest, AttendEndsWithTheServersErrorWhileRowsAreStillSent) {
+  eduba_.attend_status = {grpc::StatusCode::UNAVAILABLE, "worker 1 left"};
+  EXPECT_EQ(Ask(200000).status(), absl::UnavailableError("worker 1 left"));
+}
+
+TEST_F(ClientTest, AnAnswerWithAGapOrWithoutASummaryIsAnError) {
+  eduba_.summarize = false;
+  EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
+  eduba_.summarize = true;
+  eduba_.skip_rows = 1;
+  outputs_.clear();
+  EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(outputs_, IsEmpty());
+}
+
+TEST_F(ClientTest, ListsTheSessionsOfAllPages) {
+  const auto sessions = client_->ListSessions();
+  ASSERT_TRUE(sessions.ok()) << sessions.status();
+  ASSERT_EQ(sessions->size(), 3);
+  EXPECT_EQ((*sessions)[2].name(), "2");
+}
+
+TEST_F(ClientTest, GivesUpAtItsTimeout) {
+  eduba_.hang = true;
+  Client hasty({servers_.back()->address(), absl::Milliseconds(200)});
+  EXPECT_EQ(hasty.GetSession("s").status().code(), absl::StatusCode::kDeadlineExceeded);
+  eduba_.canceled.Notify();
+}
+
+TEST_F(ClientTest, SaysThatNoServerAnswers) {
+  const std::string address = servers_.back()->address();
+  servers_.back()->Shutdown(absl::ZeroDuration());
+  const absl::Status status = Client({address, absl::Seconds(30)}).GetSession("s").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(
+      absl::StrContains(std::string(status.message()), absl::StrCat("no server answers at ", address)))
+      << status;
+}
+
+}  // namespace
+}  // namespace eduba
