@@ -40,7 +40,7 @@ class AnswerReader {
   explicit AnswerReader(const v1::SessionSpec& spec) : spec_(spec) {}
 
   // INTERNAL when the message is not the next rows of the answer.
-  absl::StatusOr<AttendedRows> Next(const v1::AttendResponse::Rows& message) {
+  absl::StatusOr<AnsweredRows> Next(const v1::AttendResponse::Rows& message) {
     const int64_t row_heads = int64_t{message.count()} * spec_.query_heads();
     if (message.first_row() != rows_ || message.count() < 1 ||
         !CopyFloats(message.outputs(), row_heads * spec_.value_dim(), &outputs_) ||
@@ -48,7 +48,7 @@ class AnswerReader {
         !CopyFloats(message.sink_mass(), row_heads, &sink_mass_)) {
       return absl::InternalError(absl::StrCat("the server's answer is malformed after row ", rows_));
     }
-    const AttendedRows rows = {rows_, message.count(), outputs_, lse_, sink_mass_};
+    const AnsweredRows rows = {rows_, message.count(), outputs_, lse_, sink_mass_};
     rows_ += message.count();
     return rows;
   }

@@ -56,7 +56,7 @@ using QuerySource =
     std::function<absl::Status(int64_t first, absl::Span<float> queries, absl::Span<int64_t> positions)>;
 
 // A run of answered rows. The memory is the client's and is gone after the call that delivers it.
-struct AttendedRows {
+struct AnsweredRows {
   int64_t first_row = 0;
   int64_t count = 0;
   absl::Span<const float> outputs;    // [count, query_heads, value_dim]
@@ -64,7 +64,7 @@ struct AttendedRows {
   absl::Span<const float> sink_mass;  // [count, query_heads]
 };
 // Takes the answers, in row order, on the caller's thread. An error ends the call with that error.
-using ResultSink = std::function<absl::Status(const AttendedRows& rows)>;
+using ResultSink = std::function<absl::Status(const AnsweredRows& rows)>;
 
 struct ClientOptions {
   std::string server = "127.0.0.1:7070";

@@ -314,7 +314,7 @@ class ClientTest : public testing::Test {
           for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int64_t>(7 * (first + i));
           return absl::OkStatus();
         },
-        [this](const AttendedRows& answer) {
+        [this](const AnsweredRows& answer) {
           outputs_.insert(outputs_.end(), answer.outputs.begin(), answer.outputs.end());
           return sink_status_;
         },
