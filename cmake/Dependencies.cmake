@@ -1,8 +1,11 @@
 # Everything comes from the system (docs/adr/0001-dependencies.md says why each). A newer gRPC installed with
 # CMake config files is found the same way: put its prefix into CMAKE_PREFIX_PATH.
 find_package(Threads REQUIRED)
-# Debian's gRPC config finds Protobuf through CMake's own module; a newer gRPC brings protobuf-config.cmake.
-find_package(Protobuf REQUIRED)
+# A newer Protobuf brings its own config files, which know the libraries it needs; Debian's is found by CMake's module.
+find_package(Protobuf CONFIG QUIET)
+if(NOT Protobuf_FOUND)
+  find_package(Protobuf MODULE REQUIRED)
+endif()
 find_package(absl CONFIG REQUIRED)
 find_package(gRPC CONFIG REQUIRED)
 # Debian's dnnl-config.cmake asks for the OpenCL headers, which nothing here needs, so the library is found by name.
@@ -21,4 +24,3 @@ find_package(benchmark CONFIG REQUIRED)
 find_package(PkgConfig REQUIRED)
 pkg_check_modules(HDF5 REQUIRED IMPORTED_TARGET hdf5)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
-find_program(GRPC_CPP_PLUGIN grpc_cpp_plugin REQUIRED)
