@@ -1,0 +1,384 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/parallel.h"
+#include "kernels/cpu/huge_memory.h"
+#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/page_layout.h"
+#include "kernels/merging_step.h"
+#include "kernels/portable_exp.h"
+
+namespace eduba {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Units of work that one thread takes at a time: neighbours in memory, so that the prefetch of one helps the
+// next.
+constexpr int64_t kUnitsPerTask = 8;
+
+// Lives as long as the backend; one step at a time uses it.
+struct Workspace {
+  explicit Workspace(int threads) : pool(threads), page_scratch(threads) {}
+
+  ThreadPool pool;
+  ScratchMemory partials;
+  std::vector<ScratchMemory> page_scratch;  // [threads]
+};
+
+// Where the partials of some query vectors of one page lie.
+struct PartialView {
+  const float* m;  // [rows * group], by row, then by head of the group
+  const float* l;
+  const float* o;  // [rows * group, value_pitch]
+};
+
+// A unit of work is (page, KV head, block of rows): as many query vectors as a kernel takes at once.
+class CpuStep final : public MergingStep {
+ public:
+  CpuStep(const StepArgs& args, const PageKernels& kernels, Workspace& workspace, int64_t kept_partials_bytes)
+      : MergingStep(args, workspace.pool),
+        layout_(args.shape),
+        kernels_(kernels),
+        workspace_(workspace),
+        group_(args.shape.group()),
+        rows_per_block_(std::max(1, kMaxPageQueries / group_)) {
+    for (const PageRef& page : args.pages) {
+      const bool seen = std::any_of(visible_.begin(), visible_.end(), [&](const PositionRange& range) {
+        return !RowsInPage(range, page.index).empty();
+      });
+      if (seen) pages_.push_back(page);
+    }
+    row_blocks_ = (args.rows + rows_per_block_ - 1) / rows_per_block_;
+    unit_queries_ = int64_t{rows_per_block_} * group_;
+    keep_partials_ = units() * PartialBytes() <= kept_partials_bytes;
+  }
+
+  // Takes the memory that the step needs.
+  absl::Status Prepare() {
+    const int64_t kept = keep_partials_ ? units() : workspace_.pool.threads();
+    partials_ =
+        static_cast<float*>(workspace_.partials.Reserve(std::max<int64_t>(kept * PartialBytes(), 64)));
+    if (partials_ == nullptr) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no memory for ", kept * PartialBytes(), " bytes of partials"));
+    }
+    for (ScratchMemory& memory : workspace_.page_scratch) {
+      auto* scratch = static_cast<float*>(memory.Reserve(
+          PageScratchFloats(static_cast<int>(layout_.value_pitch)) * static_cast<int64_t>(sizeof(float))));
+      if (scratch == nullptr) return absl::ResourceExhaustedError("no memory for a thread's scratch");
+      scratch_.push_back(scratch);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Attend() override {
+    const int threads = workspace_.pool.threads();
+    std::vector<float> maxima(threads * row_heads(), -kInfinity);
+    ForEachUnit([&](int64_t unit, int thread) {
+      const PartialView view = Compute(unit, thread);
+      float* maximum = &maxima[thread * row_heads()];
+      ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
+        maximum[row_head] = std::max(maximum[row_head], view.m[query]);
+        if (view.m[query] == kInfinity) RecordFault(PageOfUnit(unit).index, row_head);
+      });
+    });
+    maxima_.assign(maxima.begin(), maxima.begin() + row_heads());
+    for (int thread = 1; thread < threads; ++thread) {
+      for (int64_t i = 0; i < row_heads(); ++i)
+        maxima_[i] = std::max(maxima_[i], maxima[thread * row_heads() + i]);
+    }
+    return absl::OkStatus();
+  }
+
+ protected:
+  void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const override {
+    const char* base = static_cast<const char*>(page);
+    const DType dtype = args_.shape.dtype;
+    for (int d = 0; d < layout_.head_dim; ++d) {
+      key[d] = LoadElement(base + layout_.keys(kv_head), dtype, layout_.key(row, d));
+    }
+    for (int c = 0; c < layout_.value_dim; ++c) {
+      value[c] = LoadElement(base + layout_.values(kv_head), dtype, layout_.value(row, c));
+    }
+  }
+
+  float LocalMaximum(int64_t row_head) const override { return maxima_[row_head]; }
+
+  void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
+    std::vector<int32_t> target_of(row_heads(), -1);
+    for (size_t i = 0; i < targets.size(); ++i) target_of[targets[i].row_head] = static_cast<int32_t>(i);
+    const std::vector<double> units = PaddedUnits(quantum.fraction_bits);
+    const double one = PowerOfTwo(quantum.fraction_bits);
+    const auto limit = static_cast<double>(quantum.limit);
+
+    // Each thread sums what it meets; integer sums do not mind who met what.
+    const int64_t pitch = layout_.value_pitch;
+    const int64_t stride = pitch + 2;  // O, L, flag
+    std::vector<std::vector<int64_t>> sums(workspace_.pool.threads());
+    ForEachUnit([&](int64_t unit, int thread) {
+      std::vector<int64_t>& own = sums[thread];
+      if (own.empty()) own.resize(targets.size() * stride);
+      const PartialView view = keep_partials_ ? ViewOf(unit) : Compute(unit, thread);
+      ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
+        const int32_t index = target_of[row_head];
+        if (index < 0) return;
+        int64_t* sum = &own[index * stride];
+        int64_t& flag = sum[pitch + 1];
+        const double reference = targets[index].reference;
+        const double m = view.m[query];
+        if (flag != 0 || m == -kInfinity || reference == -kInfinity) return;
+        if (m == kInfinity || reference == kInfinity) {
+          flag = kFaultFlag;
+          return;
+        }
+        const double weight = PortableExp(std::min(m - reference, 700.0));  // exp(700) is out of every range.
+        const double l = view.l[query] * weight * one;
+        if (l > limit) {
+          flag = 1;
+          return;
+        }
+        if (l < 0.25) return;  // Every word rounds to 0.
+        sum[pitch] += std::llrint(l);
+        if (sum[pitch] > quantum.limit) {
+          flag = 1;
+          return;
+        }
+        // |o| <= l 2^e, but for rounding, or a value is beyond the exponent that the session agreed on.
+        const double* unit_of = &units[KvHeadOfUnit(unit) * pitch];
+        if (!kernels_.add_quantised(view.o + query * pitch, static_cast<int>(pitch), weight, unit_of,
+                                    1.001 * l + 1, sum)) {
+          RecordFault(PageOfUnit(unit).index, row_head);
+          flag = kFaultFlag;
+        }
+      });
+    });
+
+    for (size_t i = 0; i < targets.size(); ++i, words += words_per_target()) {
+      int64_t flag = 0;
+      for (const std::vector<int64_t>& own : sums) {
+        if (own.empty()) continue;
+        const int64_t* sum = &own[i * stride];
+        flag = std::max(flag, sum[pitch + 1]);
+        for (int64_t c = 0; c < layout_.value_dim; ++c) words[c] += sum[c];
+        words[layout_.value_dim] += sum[pitch];
+        if (words[layout_.value_dim] > quantum.limit) flag = std::max<int64_t>(flag, 1);
+        if (flag != 0) break;
+      }
+      if (flag != 0) std::fill_n(words, layout_.value_dim + 1, 0);
+      words[layout_.value_dim + 1] = flag;
+    }
+  }
+
+ private:
+  int64_t units() const { return static_cast<int64_t>(pages_.size()) * layout_.kv_heads * row_blocks_; }
+  const PageRef& PageOfUnit(int64_t unit) const { return pages_[unit / (layout_.kv_heads * row_blocks_)]; }
+  int64_t KvHeadOfUnit(int64_t unit) const { return unit / row_blocks_ % layout_.kv_heads; }
+  int64_t PartialBytes() const {
+    return unit_queries_ * (layout_.value_pitch + 2) * static_cast<int64_t>(sizeof(float));
+  }
+
+  template <class Body>
+  void ForEachUnit(const Body& body) {
+    // Few units: one at a time, so that all threads have some.
+    const int64_t per_task = units() >= kUnitsPerTask * 8 * workspace_.pool.threads() ? kUnitsPerTask : 1;
+    workspace_.pool.ParallelFor((units() + per_task - 1) / per_task, [&](int64_t task, int thread) {
+      const int64_t end = std::min(units(), (task + 1) * per_task);
+      for (int64_t unit = task * per_task; unit < end; ++unit) body(unit, thread);
+    });
+  }
+
+  // body(index among the unit's queries, row_head)
+  template <class Body>
+  void ForEachQuery(int64_t unit, const Body& body) const {
+    const int64_t first_row = unit % row_blocks_ * rows_per_block_;
+    const int64_t end_row = std::min<int64_t>(first_row + rows_per_block_, args_.rows);
+    int64_t query = 0;
+    for (int64_t row = first_row; row < end_row; ++row) {
+      for (int g = 0; g < group_; ++g, ++query) {
+        body(query, row * args_.shape.query_heads + KvHeadOfUnit(unit) * group_ + g);
+      }
+    }
+  }
+
+  float* PartialMemory(int64_t slot) const {
+    return partials_ + slot * (PartialBytes() / static_cast<int64_t>(sizeof(float)));
+  }
+  PartialView ViewOf(int64_t slot) const {
+    const float* memory = PartialMemory(slot);
+    return {memory, memory + unit_queries_, memory + 2 * unit_queries_};
+  }
+
+  // Runs the kernel over the unit's queries, and returns where their partials are.
+  PartialView Compute(int64_t unit, int thread) {
+    const int64_t slot = keep_partials_ ? unit : thread;
+    float* m = PartialMemory(slot);
+    float* l = m + unit_queries_;
+    float* o = l + unit_queries_;
+    const PageRef& page = PageOfUnit(unit);
+    const AttentionShape& shape = args_.shape;
+
+    PageQueries call;
+    call.dtype = shape.dtype;
+    call.keys = static_cast<const char*>(page.data) + layout_.keys(KvHeadOfUnit(unit));
+    call.values = static_cast<const char*>(page.data) + layout_.values(KvHeadOfUnit(unit));
+    call.head_dim = shape.head_dim;
+    call.value_pitch = static_cast<int>(layout_.value_pitch);
+    call.scale = shape.scale;
+    call.softcap = shape.softcap;
+    ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
+      m[query] = -kInfinity;
+      l[query] = 0;
+      const PositionRange rows = RowsInPage(visible_[row_head / shape.query_heads], page.index);
+      if (rows.empty()) return;
+      const int i = call.queries++;
+      call.query[i] = args_.queries + row_head * shape.head_dim;
+      call.begin[i] = static_cast<int>(rows.begin);
+      call.end[i] = static_cast<int>(rows.end);
+      call.m[i] = m + query;
+      call.l[i] = l + query;
+      call.o[i] = o + query * layout_.value_pitch;
+      if (call.queries == kMaxPageQueries) {
+        kernels_.attend_page(call, scratch_[thread]);
+        call.queries = 0;
+      }
+    });
+    if (call.queries > 0) kernels_.attend_page(call, scratch_[thread]);
+    return ViewOf(slot);
+  }
+
+  // Units(), [kv_heads, value_pitch]: the padding's values are zeros, in any unit.
+  std::vector<double> PaddedUnits(int fraction_bits) const {
+    const std::vector<double> units = Units(fraction_bits);
+    std::vector<double> padded(layout_.kv_heads * layout_.value_pitch, 1.0);
+    for (int64_t head = 0; head < layout_.kv_heads; ++head) {
+      std::copy_n(&units[head * layout_.value_dim], layout_.value_dim, &padded[head * layout_.value_pitch]);
+    }
+    return padded;
+  }
+
+  const CpuPageLayout layout_;
+  const PageKernels& kernels_;
+  Workspace& workspace_;
+  const int group_;
+  const int rows_per_block_;
+  int64_t row_blocks_ = 0;
+  int64_t unit_queries_ = 0;
+  bool keep_partials_ = true;
+  std::vector<PageRef> pages_;  // Those that some row sees.
+  float* partials_ =
+      nullptr;  // [units or threads] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]
+  std::vector<float*> scratch_;  // [threads]
+  std::vector<float> maxima_;    // [row_heads]
+};
+
+// Copies rows of one KV head's keys into the transposed blocks.
+template <class T>
+void WriteKeys(const CpuPageLayout& layout, T* page, int row, int rows, const T* keys, int64_t stride) {
+  for (int begin = row; begin < row + rows;) {
+    const int end = std::min(row + rows, (begin / kKeyBlockRows + 1) * kKeyBlockRows);
+    const T* from = keys + (begin - row) * stride;
+    for (int64_t d = 0; d < layout.head_dim; ++d) {
+      T* to = page + layout.key(begin, d);
+      for (int i = 0; i < end - begin; ++i) to[i] = from[i * stride + d];
+    }
+    begin = end;
+  }
+}
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(int threads, const PageKernels& kernels, int64_t kept_partials_bytes)
+      : kernels_(kernels), kept_partials_bytes_(kept_partials_bytes), workspace_(threads) {}
+
+  std::string name() const override { return absl::StrCat("cpu/", kernels_.target); }
+
+  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override {
+    void* slab = AllocateHuge(bytes);
+    if (slab == nullptr) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the machine has no memory for a slab of ", bytes, " bytes"));
+    }
+    return slab;
+  }
+  void FreeSlab(void* slab, int64_t bytes) override { FreeHuge(slab, bytes); }
+
+  int64_t PageBytes(const AttentionShape& shape) const override { return CpuPageLayout(shape).page_bytes(); }
+
+  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
+                         const void* values) override {
+    const CpuPageLayout layout(shape);
+    char* base = static_cast<char*>(page);
+    const int64_t key_stride = layout.kv_heads * layout.head_dim;
+    for (int64_t head = 0; head < layout.kv_heads; ++head) {
+      if (layout.element == 4) {
+        WriteKeys(layout, reinterpret_cast<uint32_t*>(base + layout.keys(head)), row, rows,
+                  static_cast<const uint32_t*>(keys) + head * layout.head_dim, key_stride);
+      } else {
+        WriteKeys(layout, reinterpret_cast<uint16_t*>(base + layout.keys(head)), row, rows,
+                  static_cast<const uint16_t*>(keys) + head * layout.head_dim, key_stride);
+      }
+      const int64_t used = layout.value_dim * layout.element;
+      for (int i = 0; i < rows; ++i) {
+        char* to = base + layout.values(head) + layout.value(row + i, 0) * layout.element;
+        std::memcpy(to, static_cast<const char*>(values) + (i * layout.kv_heads + head) * used, used);
+        std::memset(to + used, 0, (layout.value_pitch - layout.value_dim) * layout.element);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
+    std::memcpy(to, from, CpuPageLayout(shape).page_bytes());
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
+    if (absl::Status status = ValidateStep(args); !status.ok()) return status;
+    auto step = std::make_unique<CpuStep>(args, kernels_, workspace_, kept_partials_bytes_);
+    if (absl::Status status = step->Prepare(); !status.ok()) return status;
+    return step;
+  }
+
+ private:
+  const PageKernels& kernels_;
+  const int64_t kept_partials_bytes_;
+  Workspace workspace_;
+};
+
+const PageKernels& KernelsFor(const std::string& target) {
+  for (const PageKernels* kernels : RunnablePageKernels()) {
+    if (kernels->target == target) return *kernels;
+  }
+  internal::CheckFailed(__FILE__, __LINE__, absl::StrCat("this machine does not run target ", target));
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeCpuBackend(int threads) {
+  return MakeCpuBackendForTest(threads, CpuTargets().front());
+}
+
+std::vector<std::string> CpuTargets() {
+  std::vector<std::string> names;
+  for (const PageKernels* kernels : RunnablePageKernels()) names.emplace_back(kernels->target);
+  return names;
+}
+
+std::vector<std::string> BuiltCpuTargets() { return BuiltPageKernels(); }
+
+std::unique_ptr<Backend> MakeCpuBackendForTest(int threads, const std::string& target,
+                                               int64_t kept_partials_bytes) {
+  EDUBA_CHECK(threads >= 1);
+  return std::make_unique<CpuBackend>(threads, KernelsFor(target), kept_partials_bytes);
+}
+
+bool CpuTargetHasFma(const std::string& target) { return KernelsFor(target).has_fma; }
+
+}  // namespace eduba

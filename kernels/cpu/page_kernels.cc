@@ -1,0 +1,577 @@
+#include "kernels/cpu/page_kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+// SSSE3 machines without SSE4 are served by the baseline.
+#define HWY_DISABLED_TARGETS HWY_SSSE3
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/page_kernels.cc"
+#include "hwy/cache_control.h"
+#include "hwy/foreach_target.h"  // must precede highway.h
+#include "hwy/highway.h"
+#include "kernels/cpu/page_layout.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace eduba::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Dimensions summed from zero before they join the total; fixes the arithmetic of a logit (docs/numerics.md
+// section 2).
+constexpr int kDotSegment = 16;
+// Rows of values summed from zero before they join the total.
+constexpr int kRowSegment = 64;
+// Virtual lanes of the sum of weights.
+constexpr int kSumLanes = 16;
+// Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
+constexpr int kPrefetchBytes = 4096;
+
+using DF = hn::ScalableTag<float>;
+using VF = hn::Vec<DF>;
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
+// Registers for accumulators are kMaxTile * 2: 12 of AVX2's 16, 24 of AVX-512's 32.
+constexpr int kMaxTile = kLanes >= 16 ? 12 : 6;
+constexpr int kKeyPairs = kKeyBlockRows / (2 * kLanes);  // Pairs of vectors in a block of keys.
+static_assert(kKeyPairs >= 1);
+
+// Two vectors of consecutive elements, in the order that is cheapest to load: bf16 comes as even and odd
+// elements.
+struct F32 {
+  using T = float;
+  template <class D>
+  static HWY_INLINE void LoadPair(D d, const T* HWY_RESTRICT p, hn::Vec<D>& a, hn::Vec<D>& b) {
+    a = hn::LoadU(d, p);
+    b = hn::LoadU(d, p + hn::MaxLanes(d));
+  }
+  template <class D>
+  static HWY_INLINE void StorePair(D d, hn::Vec<D> a, hn::Vec<D> b, float* HWY_RESTRICT p) {
+    hn::StoreU(a, d, p);
+    hn::StoreU(b, d, p + hn::MaxLanes(d));
+  }
+};
+
+struct F16 : F32 {
+  using T = hwy::float16_t;
+  template <class D>
+  static HWY_INLINE void LoadPair(D d, const T* HWY_RESTRICT p, hn::Vec<D>& a, hn::Vec<D>& b) {
+    const hn::Rebind<hwy::float16_t, D> dh;
+    a = hn::PromoteTo(d, hn::LoadU(dh, p));
+    b = hn::PromoteTo(d, hn::LoadU(dh, p + hn::MaxLanes(d)));
+  }
+};
+
+struct Bf16 {
+  using T = uint16_t;
+  template <class D>
+  static HWY_INLINE void LoadPair(D d, const T* HWY_RESTRICT p, hn::Vec<D>& a, hn::Vec<D>& b) {
+    const hn::RebindToUnsigned<D> du;
+    const auto pair = hn::LoadU(du, reinterpret_cast<const uint32_t*>(p));
+    a = hn::BitCast(d, hn::ShiftLeft<16>(pair));
+    b = hn::BitCast(d, hn::And(pair, hn::Set(du, 0xffff0000U)));
+  }
+  template <class D>
+  static HWY_INLINE void StorePair(D d, hn::Vec<D> a, hn::Vec<D> b, float* HWY_RESTRICT p) {
+    if constexpr (hn::MaxLanes(D()) == 1) {
+      hn::StoreU(a, d, p);
+      hn::StoreU(b, d, p + 1);
+    } else {
+      hn::StoreInterleaved2(a, b, d, p);
+    }
+  }
+};
+
+// exp(x) for x <= 1: 0 below -87, NaN for NaN. Within 1.1 ulp.
+HWY_INLINE VF Exp(DF d, VF x) {
+  const hn::RebindToSigned<DF> di;
+  const VF round = hn::Set(d, 0x1.8p23F);
+  const VF shifted = hn::MulAdd(x, hn::Set(d, 1.44269504F), round);
+  const VF n = hn::Sub(shifted, round);
+  VF r = hn::MulAdd(n, hn::Set(d, -0.693145751953125F), x);
+  r = hn::MulAdd(n, hn::Set(d, -1.428606765330187e-06F), r);
+  VF p = hn::MulAdd(hn::Set(d, 0.00129408902F), r, hn::Set(d, 0.00836335309F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.0416814387F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.166665763F));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.499999553F));
+  p = hn::MulAdd(p, hn::Mul(r, r), hn::Add(r, hn::Set(d, 1.0F)));
+  // The low bits of `shifted` are n; a multiplication by 2^n keeps NaN.
+  const auto bits = hn::ShiftLeft<23>(hn::Add(hn::BitCast(di, shifted), hn::Set(di, 127)));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.0F)), hn::Mul(p, hn::BitCast(d, bits)));
+}
+
+// softcap * tanh(scale * dot / softcap), the tanh within 2 ulp.
+HWY_INLINE VF Capped(DF d, VF dot, VF scale, VF softcap) {
+  const VF u = hn::Div(hn::Mul(dot, scale), softcap);
+  const VF size = hn::Abs(u);
+  const VF z = hn::Mul(u, u);
+  VF p = hn::MulAdd(hn::Set(d, 0.00229274482F), z, hn::Set(d, -0.00834394526F));
+  p = hn::MulAdd(p, z, hn::Set(d, 0.0217689183F));
+  p = hn::MulAdd(p, z, hn::Set(d, -0.0539592579F));
+  p = hn::MulAdd(p, z, hn::Set(d, 0.133333042F));
+  p = hn::MulAdd(p, z, hn::Set(d, -0.333333343F));
+  const VF small = hn::MulAdd(hn::Mul(p, z), size, size);
+  // 1 - 2 e / (1 + e) with e = exp(-2 |u|).
+  const VF one = hn::Set(d, 1.0F);
+  const VF e = Exp(d, hn::Mul(size, hn::Set(d, -2.0F)));
+  const VF large = hn::Sub(one, hn::Div(hn::Add(e, e), hn::Add(one, e)));
+  const VF tanh = hn::IfThenElse(hn::Lt(size, hn::Set(d, 0.625F)), small, large);
+  return hn::Mul(softcap, hn::CopySign(tanh, u));
+}
+
+// Dot products of kQueries query vectors with kPairs pairs of vectors of keys, `first` keys into a block.
+// scores rows are kPageRows apart.
+template <class Type, int kQueries, int kPairs>
+HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first, int head_dim,
+                          const float* const* query, float* HWY_RESTRICT scores) {
+  const DF d;
+  block += first;
+  scores += first;
+  for (int begin = 0; begin < head_dim; begin += kDotSegment) {
+    const int end = std::min(begin + kDotSegment, head_dim);
+    VF sum[kQueries][2 * kPairs];
+    HWY_UNROLL(kMaxTile)
+    for (auto& row : sum) {
+      HWY_UNROLL(8)
+      for (auto& vector : row) vector = hn::Zero(d);
+    }
+    for (int i = begin; i < end; ++i) {
+      const typename Type::T* HWY_RESTRICT keys = block + static_cast<int64_t>(i) * kKeyBlockRows;
+      hwy::Prefetch(reinterpret_cast<const char*>(keys) + kPrefetchBytes);
+      VF key[2 * kPairs];
+      HWY_UNROLL(4)
+      for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, keys + p * 2 * kLanes, key[2 * p], key[2 * p + 1]);
+      HWY_UNROLL(kMaxTile)
+      for (int q = 0; q < kQueries; ++q) {
+        const VF x = hn::Set(d, query[q][i]);
+        HWY_UNROLL(8)
+        for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(x, key[v], sum[q][v]);
+      }
+    }
+    HWY_UNROLL(kMaxTile)
+    for (int q = 0; q < kQueries; ++q) {
+      float* HWY_RESTRICT row = scores + q * kPageRows;
+      HWY_UNROLL(4)
+      for (int p = 0; p < kPairs; ++p) {
+        float* HWY_RESTRICT at = row + p * 2 * kLanes;
+        VF a = sum[q][2 * p];
+        VF b = sum[q][2 * p + 1];
+        if (begin > 0) {
+          a = hn::Add(hn::LoadU(d, at), a);
+          b = hn::Add(hn::LoadU(d, at + kLanes), b);
+        }
+        if (end == head_dim) {
+          Type::StorePair(d, a, b, at);
+        } else {
+          hn::StoreU(a, d, at);
+          hn::StoreU(b, d, at + kLanes);
+        }
+      }
+    }
+  }
+}
+
+// Pairs that a tile of so many queries takes at once: enough chains to hide the latency, within the
+// registers.
+constexpr int PairsFor(int queries, int most) {
+  const int fit = std::max(1, kMaxTile / queries);
+  return std::min({fit >= 4 ? 4 : fit >= 2 ? 2 : 1, most, queries == 1 ? 4 : 2});
+}
+
+template <class Type, int kQueries>
+void ScoreBlock(const void* block, int head_dim, const float* const* query, float* scores) {
+  constexpr int kPairs = PairsFor(kQueries, kKeyPairs);
+  static_assert(kKeyPairs % kPairs == 0);
+  for (int p = 0; p < kKeyPairs; p += kPairs) {
+    ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * 2 * kLanes, head_dim,
+                                      query, scores);
+  }
+}
+
+// sum[q][c] += weight[q][row] * values[row][c] for rows [begin, end) and kPairs pairs of vectors of channels
+// from `first`. `sum` and `total` rows are `pitch` apart and hold pairs in LoadPair's order. The sum starts
+// from zero where `fresh`, and joins the total where `last`.
+template <class Type, class D, int kQueries, int kPairs>
+HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin,
+                          int end, bool fresh, bool last, const float* HWY_RESTRICT weight,
+                          float* HWY_RESTRICT sums, float* HWY_RESTRICT totals) {
+  using V = hn::Vec<D>;
+  constexpr int kN = static_cast<int>(hn::MaxLanes(D()));
+  sums += first;
+  totals += first;
+  V sum[kQueries][2 * kPairs];
+  HWY_UNROLL(kMaxTile)
+  for (int q = 0; q < kQueries; ++q) {
+    HWY_UNROLL(8)
+    for (int v = 0; v < 2 * kPairs; ++v)
+      sum[q][v] = fresh ? hn::Zero(d) : hn::LoadU(d, sums + q * pitch + v * kN);
+  }
+  for (int row = begin; row < end; ++row) {
+    const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
+    hwy::Prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
+    if constexpr (kPairs * 2 * kN * sizeof(typename Type::T) > 64) {
+      hwy::Prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes + 64);
+    }
+    V value[2 * kPairs];
+    HWY_UNROLL(4)
+    for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, at + p * 2 * kN, value[2 * p], value[2 * p + 1]);
+    HWY_UNROLL(kMaxTile)
+    for (int q = 0; q < kQueries; ++q) {
+      const V w = hn::Set(d, weight[q * kPageRows + row]);
+      HWY_UNROLL(8)
+      for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(w, value[v], sum[q][v]);
+    }
+  }
+  HWY_UNROLL(kMaxTile)
+  for (int q = 0; q < kQueries; ++q) {
+    HWY_UNROLL(8)
+    for (int v = 0; v < 2 * kPairs; ++v) {
+      const int at = q * pitch + v * kN;
+      if (last) {
+        hn::StoreU(hn::Add(hn::LoadU(d, totals + at), sum[q][v]), d, totals + at);
+      } else {
+        hn::StoreU(sum[q][v], d, sums + at);
+      }
+    }
+  }
+}
+
+// The tag for the last 16 channels where a pair of full vectors holds 32.
+using DTail = hn::CappedTag<float, kValueAlign / 2>;
+
+template <class Type, int kQueries>
+void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, const float* weight,
+               float* sums, float* totals) {
+  constexpr int kPairs = PairsFor(kQueries, 4);
+  constexpr int kPair = 2 * kLanes;
+  const auto* from = static_cast<const typename Type::T*>(values);
+  int first = 0;
+  for (; first + kPairs * kPair <= pitch; first += kPairs * kPair) {
+    WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, weight, sums,
+                                          totals);
+  }
+  for (; first + kPair <= pitch; first += kPair) {
+    WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, weight, sums, totals);
+  }
+  if (first < pitch) {
+    WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, weight, sums,
+                                        totals);
+  }
+}
+
+// From dot products to weights, in place: rows [begin, end) visible, [tile_begin, tile_end) (multiples of 16
+// around them) written, with 0 where invisible. Returns false when a visible logit is not finite.
+template <bool kCapped>
+bool Softmax(float* HWY_RESTRICT scores, int begin, int end, int tile_begin, int tile_end, float scale_value,
+             float softcap_value, float* m, float* l) {
+  const DF d;
+  constexpr int kVectors = kSumLanes / kLanes;
+  const VF scale = hn::Set(d, scale_value);
+  const VF softcap = hn::Set(d, softcap_value);
+  const VF infinity = hn::Set(d, std::numeric_limits<float>::infinity());
+  const VF begin_lane = hn::Set(d, static_cast<float>(begin));
+  const VF end_lane = hn::Set(d, static_cast<float>(end));
+  const auto visible = [&](int at) HWY_ATTR {
+    const VF lane = hn::Iota(d, static_cast<float>(at));
+    return hn::And(hn::Ge(lane, begin_lane), hn::Lt(lane, end_lane));
+  };
+  // Groups of 16 rows that are visible as a whole, and one on either side that may be so in part.
+  const int first = begin / kSumLanes * kSumLanes;
+  const int stop = (end + kSumLanes - 1) / kSumLanes * kSumLanes;
+  const auto is_whole = [&](int group) { return group >= begin && group + kSumLanes <= end; };
+
+  // The largest logit; with a cap, the logits replace the dot products.
+  VF high = hn::Neg(infinity);
+  VF low = infinity;
+  for (int group = first; group < stop; group += kSumLanes) {
+    const bool whole = is_whole(group);
+    HWY_UNROLL(kVectors)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = group + v * kLanes;
+      const VF dot = hn::LoadU(d, scores + at);
+      VF x;
+      if constexpr (kCapped) {
+        x = Capped(d, dot, scale, softcap);
+        hn::StoreU(x, d, scores + at);
+      } else {
+        x = hn::Mul(dot, scale);
+      }
+      if (whole) {
+        high = hn::Max(high, x);
+        low = hn::Min(low, x);
+      } else {
+        const auto mask = visible(at);
+        high = hn::Max(high, hn::IfThenElse(mask, x, hn::Neg(infinity)));
+        low = hn::Min(low, hn::IfThenElse(mask, x, infinity));
+      }
+    }
+  }
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, high));
+  const float smallest = hn::GetLane(hn::MinOfLanes(d, low));
+  if (!(largest <= std::numeric_limits<float>::max()) || !(smallest >= std::numeric_limits<float>::lowest()))
+    return false;
+
+  const VF minus_largest = hn::Set(d, -largest);
+  VF sum[kVectors];
+  for (auto& vector : sum) vector = hn::Zero(d);
+  for (int group = tile_begin; group < first; ++group) scores[group] = 0;
+  for (int group = first; group < stop; group += kSumLanes) {
+    const bool whole = is_whole(group);
+    HWY_UNROLL(kVectors)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = group + v * kLanes;
+      const VF x = hn::LoadU(d, scores + at);
+      // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
+      VF p = Exp(d, kCapped ? hn::Add(x, minus_largest) : hn::MulAdd(x, scale, minus_largest));
+      if (!whole) p = hn::IfThenElseZero(visible(at), p);
+      sum[v] = hn::Add(sum[v], p);
+      hn::StoreU(p, d, scores + at);
+    }
+  }
+  for (int group = stop; group < tile_end; ++group) scores[group] = 0;
+
+  alignas(64) float lanes[kSumLanes];
+  for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, lanes + v * kLanes);
+  for (int width = kSumLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  *m = largest;
+  *l = lanes[0];
+  return lanes[0] <= std::numeric_limits<float>::max();  // false for NaN
+}
+
+// Puts `pitch` totals into their natural order. False when one is not finite.
+template <class Type, class D>
+HWY_INLINE bool CopyInOrder(D d, const float* HWY_RESTRICT totals, int begin, int end,
+                            float* HWY_RESTRICT o) {
+  constexpr int kN = static_cast<int>(hn::MaxLanes(D()));
+  const auto largest = hn::Set(d, std::numeric_limits<float>::max());
+  auto finite = hn::Eq(largest, largest);
+  for (int c = begin; c + 2 * kN <= end; c += 2 * kN) {
+    const auto a = hn::LoadU(d, totals + c);
+    const auto b = hn::LoadU(d, totals + c + kN);
+    finite = hn::And(finite, hn::And(hn::Le(hn::Abs(a), largest), hn::Le(hn::Abs(b), largest)));
+    Type::StorePair(d, a, b, o + c);
+  }
+  return hn::AllTrue(d, finite);
+}
+
+template <class Type>
+bool WriteTotals(const float* totals, int pitch, float* o) {
+  const int whole = pitch / (2 * kLanes) * (2 * kLanes);
+  bool finite = CopyInOrder<Type>(DF(), totals, 0, whole, o);
+  if (whole < pitch) finite &= CopyInOrder<Type>(DTail(), totals, whole, pitch, o);
+  return finite;
+}
+
+// The instantiations for 1 to kMaxTile queries.
+using ScoreFunction = void (*)(const void*, int, const float* const*, float*);
+using WeighFunction = void (*)(const void*, int, int, int, bool, bool, const float*, float*, float*);
+template <class Type, int... kCounts>
+ScoreFunction ScoreFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
+  static constexpr ScoreFunction kTable[] = {ScoreBlock<Type, kCounts + 1>...};
+  return kTable[queries - 1];
+}
+template <class Type, int... kCounts>
+WeighFunction WeighFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
+  static constexpr WeighFunction kTable[] = {WeighRows<Type, kCounts + 1>...};
+  return kTable[queries - 1];
+}
+
+// Some neighbouring queries that share loads.
+struct Tile {
+  int first;
+  int count;
+  int begin;  // Rows [begin, end) hold everything that one of them sees.
+  int end;
+};
+
+template <class Type>
+void AttendPageTyped(const PageQueries& page, float* scratch) {
+  constexpr auto kCounts = std::make_integer_sequence<int, kMaxTile>();
+  const int pitch = page.value_pitch;
+  float* scores = scratch;                                               // [queries, 256]
+  float* sums = scores + int64_t{kMaxPageQueries} * kPageRows;           // [queries, pitch]
+  float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;  // [queries, pitch]
+  std::fill_n(totals, static_cast<int64_t>(page.queries) * pitch, 0.0F);
+
+  Tile tiles[kMaxPageQueries];
+  const int tile_count = (page.queries + kMaxTile - 1) / kMaxTile;
+  for (int t = 0; t < tile_count; ++t) {
+    Tile& tile = tiles[t];
+    tile.first = page.queries * t / tile_count;
+    tile.count = page.queries * (t + 1) / tile_count - tile.first;
+    tile.begin = *std::min_element(page.begin + tile.first, page.begin + tile.first + tile.count);
+    tile.end = *std::max_element(page.end + tile.first, page.end + tile.first + tile.count);
+  }
+
+  // Keys: block by block, so that all tiles find a block in the first-level cache.
+  for (int block = 0; block < kPageRows / kKeyBlockRows; ++block) {
+    const int begin = block * kKeyBlockRows;
+    const auto* keys =
+        static_cast<const typename Type::T*>(page.keys) + static_cast<int64_t>(begin) * page.head_dim;
+    for (int t = 0; t < tile_count; ++t) {
+      const Tile& tile = tiles[t];
+      if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
+      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first,
+                                          scores + tile.first * kPageRows + begin);
+    }
+  }
+
+  bool finite[kMaxPageQueries];
+  for (int t = 0; t < tile_count; ++t) {
+    const Tile& tile = tiles[t];
+    const int begin = tile.begin / kSumLanes * kSumLanes;
+    const int end = (tile.end + kSumLanes - 1) / kSumLanes * kSumLanes;
+    for (int q = tile.first; q < tile.first + tile.count; ++q) {
+      finite[q] = (page.softcap > 0 ? Softmax<true> : Softmax<false>)(scores + q * kPageRows, page.begin[q],
+                                                                      page.end[q], begin, end, page.scale,
+                                                                      page.softcap, page.m[q], page.l[q]);
+    }
+  }
+
+  // Values: segment by segment. Rows between two queries' ranges that none of the tile sees are left out:
+  // they may hold NaN.
+  for (int segment = 0; segment < kPageRows; segment += kRowSegment) {
+    for (int t = 0; t < tile_count; ++t) {
+      const Tile& tile = tiles[t];
+      const auto weigh = WeighFor<Type>(tile.count, kCounts);
+      const int segment_end = std::min(segment + kRowSegment, tile.end);
+      bool fresh = true;
+      for (int row = std::max(segment, tile.begin); row < segment_end;) {
+        // The run of rows from `row` that some query sees, and where the next one starts.
+        int run_end = row;
+        int next = segment_end;
+        for (bool grown = true; grown;) {
+          grown = false;
+          for (int q = tile.first; q < tile.first + tile.count; ++q) {
+            if (page.begin[q] <= run_end && page.end[q] > run_end) {
+              run_end = page.end[q];
+              grown = true;
+            }
+          }
+        }
+        run_end = std::min(run_end, segment_end);
+        for (int q = tile.first; q < tile.first + tile.count; ++q) {
+          if (page.begin[q] >= run_end) next = std::min(next, page.begin[q]);
+        }
+        if (run_end > row) {
+          const bool last = run_end == segment_end || next == segment_end;
+          weigh(page.values, pitch, row, run_end, fresh, last, scores + tile.first * kPageRows,
+                sums + tile.first * pitch, totals + tile.first * pitch);
+          fresh = false;
+        }
+        row = run_end == segment_end ? segment_end : next;
+      }
+    }
+  }
+
+  for (int q = 0; q < page.queries; ++q) {
+    if (!WriteTotals<Type>(totals + q * pitch, pitch, page.o[q]) || !finite[q]) {
+      *page.m[q] = std::numeric_limits<float>::infinity();
+      *page.l[q] = 0;
+    }
+  }
+}
+
+void AttendPage(const PageQueries& page, float* scratch) {
+  switch (page.dtype) {
+    case DType::kF32:
+      return AttendPageTyped<F32>(page, scratch);
+    case DType::kBf16:
+      return AttendPageTyped<Bf16>(page, scratch);
+    case DType::kF16:
+      return AttendPageTyped<F16>(page, scratch);
+  }
+}
+
+bool AddQuantised(const float* o, int count, double weight, const double* unit, double limit,
+                  int64_t* words) {
+  const hn::ScalableTag<double> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const hn::Rebind<float, decltype(d)> df;
+  constexpr int kN = static_cast<int>(hn::MaxLanes(d));
+  // x = high * 2^32 + low, both rounded to integers by an addition that leaves the integer in the last bits.
+  // The first step is exact whichever way it rounds, the second decides: ties to even, because 2^32 is even.
+  const auto round = hn::Set(d, 0x1.8p52);
+  const auto round_bits = hn::BitCast(di, round);
+  const auto down = hn::Set(d, 0x1p-32);
+  const auto up = hn::Set(d, 0x1p32);
+  const auto w = hn::Set(d, weight);
+  const auto most = hn::Set(d, limit);
+  auto fits = hn::Eq(most, most);
+  for (int c = 0; c < count; c += kN) {
+    const auto x = hn::Mul(hn::Mul(hn::PromoteTo(d, hn::LoadU(df, o + c)), w), hn::LoadU(d, unit + c));
+    fits = hn::And(fits, hn::Le(hn::Abs(x), most));
+    const auto high = hn::Add(hn::Mul(x, down), round);
+    const auto low = hn::Add(hn::Sub(x, hn::Mul(hn::Sub(high, round), up)), round);
+    const auto word = hn::Add(hn::ShiftLeft<32>(hn::Sub(hn::BitCast(di, high), round_bits)),
+                              hn::Sub(hn::BitCast(di, low), round_bits));
+    hn::StoreU(hn::Add(hn::LoadU(di, words + c), word), di, words + c);
+  }
+  return hn::AllTrue(d, fits);
+}
+
+uint64_t SumWords(const void* data, int64_t bytes) {
+  const hn::ScalableTag<uint64_t> d;
+  constexpr int kN = static_cast<int>(hn::MaxLanes(d));
+  const auto* words = static_cast<const uint64_t*>(data);
+  auto sum0 = hn::Zero(d);
+  auto sum1 = hn::Zero(d);
+  auto sum2 = hn::Zero(d);
+  auto sum3 = hn::Zero(d);
+  for (int64_t i = 0; i < bytes / 8; i += 4 * kN) {
+    hwy::Prefetch(reinterpret_cast<const char*>(words + i) + kPrefetchBytes);
+    sum0 = hn::Add(sum0, hn::LoadU(d, words + i));
+    sum1 = hn::Add(sum1, hn::LoadU(d, words + i + kN));
+    sum2 = hn::Add(sum2, hn::LoadU(d, words + i + 2 * kN));
+    sum3 = hn::Add(sum3, hn::LoadU(d, words + i + 3 * kN));
+  }
+  alignas(64) uint64_t lanes[kN];
+  hn::Store(hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3)), d, lanes);
+  uint64_t sum = 0;
+  for (const uint64_t lane : lanes) sum += lane;
+  return sum;
+}
+
+const PageKernels* Kernels() {
+  // HWY_NATIVE_FMA is missing in Highway 1.0.3; AVX2 and better have it on x86.
+  static constexpr bool kHasFma = HWY_TARGET <= HWY_AVX2 || HWY_TARGET == HWY_NEON;
+  static const PageKernels kKernels = {hwy::TargetName(HWY_TARGET), kHasFma, AttendPage, AddQuantised,
+                                       SumWords};
+  return &kKernels;
+}
+
+}  // namespace eduba::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace eduba {
+namespace {
+
+HWY_EXPORT(Kernels);
+
+}  // namespace
+
+std::vector<const PageKernels*> RunnablePageKernels() {
+  // Highway chooses once and for all; its test hook lets us take one table entry per target. Callers hold the
+  // pointers, so nothing depends on what is chosen afterwards.
+  std::vector<const PageKernels*> runnable;
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::GetChosenTarget().Update(target);
+    runnable.push_back(HWY_DYNAMIC_DISPATCH(Kernels)());
+  }
+  hwy::GetChosenTarget().DeInit();
+  return runnable;
+}
+
+std::vector<std::string> BuiltPageKernels() {
+  std::vector<std::string> names;
+  for (int64_t targets = HWY_TARGETS; targets != 0; targets &= targets - 1) {
+    names.emplace_back(hwy::TargetName(targets & -targets));
+  }
+  return names;
+}
+
+}  // namespace eduba
+#endif  // HWY_ONCE

@@ -1,0 +1,63 @@
+#ifndef EDUBA_KERNELS_CPU_PAGE_KERNELS_H_
+#define EDUBA_KERNELS_CPU_PAGE_KERNELS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/pages.h"
+
+namespace eduba {
+
+// Query vectors (rows times the query heads of one KV head) that one call takes.
+inline constexpr int kMaxPageQueries = 32;
+
+// One KV head of one page against some query vectors: what it adds to each, as a partial (backend.h, Attend).
+struct PageQueries {
+  DType dtype = DType::kF32;
+  const void* keys = nullptr;    // In CpuPageLayout.
+  const void* values = nullptr;  // In CpuPageLayout.
+  int head_dim = 1;
+  int value_pitch = 16;
+  float scale = 1;
+  float softcap = 0;
+  int queries = 0;                      // In [1, kMaxPageQueries].
+  const float* query[kMaxPageQueries];  // Each [head_dim].
+  int begin[kMaxPageQueries];           // Rows [begin, end) are visible; not empty.
+  int end[kMaxPageQueries];
+  float* m[kMaxPageQueries];  // Out: largest logit; +inf when anything was not finite.
+  float* l[kMaxPageQueries];  // Out
+  float* o[kMaxPageQueries];  // Out: each [value_pitch]
+};
+
+// Memory of one thread for AttendPage, 64-byte aligned: floats.
+inline int64_t PageScratchFloats(int value_pitch) {
+  return int64_t{kMaxPageQueries} * (kPageRows + 2 * int64_t{value_pitch});
+}
+
+// The SIMD kernels of one Highway target. Targets with fused multiply-add all give the same bits; so do those
+// without.
+struct PageKernels {
+  const char* target;  // "AVX2"
+  bool has_fma;
+  // Reads rows that at least one query sees (keys of the 32-row blocks around them, values exactly).
+  void (*attend_page)(const PageQueries& page, float* scratch);
+  // words[c] += rint(o[c] * weight * unit[c]) for count values, a multiple of 16. False when one of them
+  // exceeds `limit` in magnitude or is NaN; words are then undefined. REQUIRES: limit < 2^62 * 1.5.
+  bool (*add_quantised)(const float* o, int count, double weight, const double* unit, double limit,
+                        int64_t* words);
+  // Sums `bytes` (a multiple of 256) of memory as uint64: the read-only loop that stream bandwidth is
+  // measured with.
+  uint64_t (*sum_words)(const void* data, int64_t bytes);
+};
+
+// Targets that this build has and this machine runs, best first.
+std::vector<const PageKernels*> RunnablePageKernels();
+
+// All that this build has, best first: "AVX3", "AVX2", "SSE4", "SCALAR".
+std::vector<std::string> BuiltPageKernels();
+
+}  // namespace eduba
+
+#endif  // EDUBA_KERNELS_CPU_PAGE_KERNELS_H_

@@ -1,0 +1,317 @@
+#include "kernels/merging_step.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/portable_exp.h"
+
+namespace eduba {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// Without value exponents of their own (a channel that is all zeros may carry any), powers of two stay in
+// double's range.
+constexpr int kMinExponent = -900;
+constexpr int kMaxExponent = 900;
+
+int MaximumPathFractionBits(int64_t positions) {
+  return 62 - static_cast<int>(
+                  std::bit_width(static_cast<uint64_t>(positions)));  // bit_width(n) = ceil(log2(n + 1))
+}
+
+std::vector<PositionRange> ClipToSequence(const StepArgs& args) {
+  std::vector<PositionRange> ranges(args.visible.begin(), args.visible.end());
+  for (PositionRange& range : ranges) range = range.Intersect({0, args.positions});
+  return ranges;
+}
+
+}  // namespace
+
+absl::Status ValidateStep(const StepArgs& args) {
+  const AttentionShape& shape = args.shape;
+  if (shape.query_heads <= 0 || shape.kv_heads <= 0 || shape.head_dim <= 0 || shape.value_dim <= 0) {
+    return absl::InvalidArgumentError("attention shape: heads and dimensions must be positive");
+  }
+  if (shape.query_heads % shape.kv_heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("query_heads ", shape.query_heads, " is not a multiple of kv_heads ", shape.kv_heads));
+  }
+  if (!std::isfinite(shape.scale) || !std::isfinite(shape.softcap) || shape.softcap < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("scale ", shape.scale, " and softcap ", shape.softcap,
+                                                   " must be finite, softcap not negative"));
+  }
+  if (args.rows <= 0) return absl::InvalidArgumentError(absl::StrCat("a step of ", args.rows, " rows"));
+  const size_t rows = args.rows;
+  if (args.visible.size() != rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("visible has ", args.visible.size(), " ranges for ", rows, " rows"));
+  }
+  if (args.visible_sinks.size() != rows && !args.sink_pages.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("visible_sinks has ", args.visible_sinks.size(), " counts for ", rows, " rows"));
+  }
+  for (const int32_t sinks : args.visible_sinks) {
+    if (sinks < 0 || sinks > static_cast<int64_t>(args.sink_pages.size()) * kPageRows) {
+      return absl::InvalidArgumentError(absl::StrCat("a row sees ", sinks, " token sinks, but there are ",
+                                                     args.sink_pages.size(), " sink pages"));
+    }
+  }
+  if (!args.sink_logits.empty() && args.sink_logits.size() != static_cast<size_t>(shape.query_heads)) {
+    return absl::InvalidArgumentError(absl::StrCat("sink_logits has ", args.sink_logits.size(),
+                                                   " entries for ", shape.query_heads, " query heads"));
+  }
+  for (const float logit : args.sink_logits) {
+    if (!std::isfinite(logit))
+      return absl::InvalidArgumentError(absl::StrCat("sink logit ", logit, " is not finite"));
+  }
+  if (args.exponents.size() != static_cast<size_t>(shape.kv_heads) * shape.value_dim) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "exponents has ", args.exponents.size(),
+        " entries, wanted kv_heads * value_dim = ", static_cast<int64_t>(shape.kv_heads) * shape.value_dim));
+  }
+  if (args.positions < 0 || args.positions > kMaxPositions) {
+    return absl::InvalidArgumentError(absl::StrCat("a sequence of ", args.positions, " positions; at most ",
+                                                   kMaxPositions, " are possible"));
+  }
+  return absl::OkStatus();
+}
+
+PositionRange RowsInPage(PositionRange visible, int64_t page) {
+  const PositionRange rows = visible.Intersect({PageBegin(page), PageBegin(page + 1)});
+  if (rows.empty()) return {0, 0};
+  return {rows.begin - PageBegin(page), rows.end - PageBegin(page)};
+}
+
+double PowerOfTwo(int power) { return std::bit_cast<double>(static_cast<uint64_t>(power + 1023) << 52); }
+
+MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
+    : args_(args), pool_(pool), visible_(ClipToSequence(args)), bytes_read_(CountBytes()) {}
+
+std::vector<double> MergingStep::Units(int fraction_bits) const {
+  std::vector<double> units;
+  units.reserve(args_.exponents.size());
+  for (const int exponent : args_.exponents) {
+    units.push_back(PowerOfTwo(fraction_bits - std::clamp(exponent, kMinExponent, kMaxExponent)));
+  }
+  return units;
+}
+
+int64_t MergingStep::CountBytes() const {
+  // The union of the rows' ranges, then what of it each page holds.
+  std::vector<PositionRange> ranges;
+  for (const PositionRange& range : visible_) {
+    if (!range.empty()) ranges.push_back(range);
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
+  std::vector<PositionRange> merged;
+  for (const PositionRange& range : ranges) {
+    if (!merged.empty() && range.begin <= merged.back().end) {
+      merged.back().end = std::max(merged.back().end, range.end);
+    } else {
+      merged.push_back(range);
+    }
+  }
+  int64_t rows = 0;
+  for (const PageRef& page : args_.pages) {
+    for (const PositionRange& range : merged) rows += RowsInPage(range, page.index).size();
+  }
+  const AttentionShape& shape = args_.shape;
+  return rows * shape.kv_heads * (shape.head_dim + shape.value_dim) *
+         static_cast<int64_t>(DTypeBytes(shape.dtype));
+}
+
+void MergingStep::RecordFault(int64_t page, int64_t row_head) {
+  const std::lock_guard<std::mutex> lock(fault_mutex_);
+  if (!fault_ || std::make_pair(page, row_head) < std::make_pair(fault_->page, fault_->row_head)) {
+    fault_ = Fault{page, row_head};
+  }
+}
+
+void MergingStep::LoadSinks() {
+  if (sinks_loaded_) return;
+  sinks_loaded_ = true;
+  const AttentionShape& shape = args_.shape;
+  for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
+  if (args_.sink_pages.empty()) sink_tokens_ = 0;
+  sink_keys_.resize(sink_tokens_ * shape.kv_heads * shape.head_dim);
+  sink_values_.resize(sink_tokens_ * shape.kv_heads * shape.value_dim);
+  for (int64_t token = 0; token < sink_tokens_; ++token) {
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      const int64_t index = token * shape.kv_heads + head;
+      ReadRow(args_.sink_pages[PageOf(token)].data, static_cast<int>(token % kPageRows), head,
+              &sink_keys_[index * shape.head_dim], &sink_values_[index * shape.value_dim]);
+    }
+  }
+
+  const auto finite = [](float x) { return std::isfinite(x); };
+  sinks_finite_ = std::all_of(sink_keys_.begin(), sink_keys_.end(), finite) &&
+                  std::all_of(sink_values_.begin(), sink_values_.end(), finite);
+
+  sink_logits_.resize(row_heads() * sink_tokens_);
+  reference_.assign(row_heads(), -kInfinity);
+  pool_.ParallelFor(row_heads(), [&](int64_t row_head, int) {
+    const int row = static_cast<int>(row_head / shape.query_heads);
+    const int head = static_cast<int>(row_head % shape.query_heads);
+    const float* query = args_.queries + row_head * shape.head_dim;
+    double largest = args_.sink_logits.empty() ? -kInfinity : args_.sink_logits[head];
+    const int64_t seen = sink_tokens_ == 0 ? 0 : args_.visible_sinks[row];
+    for (int64_t token = 0; token < seen; ++token) {
+      const float* key = &sink_keys_[(token * shape.kv_heads + head / shape.group()) * shape.head_dim];
+      double dot = 0;
+      for (int d = 0; d < shape.head_dim; ++d) dot += static_cast<double>(query[d]) * key[d];
+      double logit = shape.scale * dot;
+      if (shape.softcap > 0) logit = shape.softcap * PortableTanh(logit / shape.softcap);
+      sink_logits_[row_head * sink_tokens_ + token] = logit;
+      largest = std::max(largest, logit);
+    }
+    reference_[row_head] = largest;
+  });
+}
+
+absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
+  LoadSinks();
+  sink_sums_.assign(row_heads() * words_per_target(), 0);
+  std::vector<Target> targets(row_heads());
+  for (int64_t i = 0; i < row_heads(); ++i) targets[i] = {i, reference_[i]};
+  SumPages(targets, {kSinkPathFractionBits, kSinkPathMax}, sink_sums_.data());
+  has_sink_sums_ = true;
+  return absl::MakeSpan(sink_sums_);
+}
+
+absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
+  LoadSinks();
+  paths_ = {};
+  selected_.clear();
+  for (int64_t i = 0; i < row_heads(); ++i) {
+    const bool sees_keys = !visible_[i / args_.shape.query_heads].empty();
+    bool fits = false;
+    if (has_sink_sums_) {
+      const int64_t* words = &sink_sums_[i * words_per_target()];
+      const int64_t total = words[args_.shape.value_dim];
+      const int64_t flags = words[args_.shape.value_dim + 1];
+      fits = flags == 0 && total >= kSinkPathMin && total <= kSinkPathMax;
+      if (flags >= kFaultFlag) {
+        fault_somewhere_ = true;
+        fits = true;
+      }
+    }
+    if (sees_keys && !fits) {
+      selected_.push_back(i);
+      ++paths_.maximum;
+    } else {
+      ++paths_.sink;
+    }
+  }
+  return absl::MakeConstSpan(selected_);
+}
+
+absl::StatusOr<absl::Span<float>> MergingStep::Maxima() {
+  maxima_.resize(selected_.size());
+  for (size_t i = 0; i < selected_.size(); ++i) maxima_[i] = LocalMaximum(selected_[i]);
+  return absl::MakeSpan(maxima_);
+}
+
+absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
+  maximum_sums_.assign(selected_.size() * words_per_target(), 0);
+  std::vector<Target> targets(selected_.size());
+  for (size_t i = 0; i < selected_.size(); ++i) targets[i] = {selected_[i], maxima_[i]};
+  // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
+  // much.
+  SumPages(targets, {MaximumPathFractionBits(args_.positions), int64_t{1} << 62}, maximum_sums_.data());
+  return absl::MakeSpan(maximum_sums_);
+}
+
+absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
+  LoadSinks();
+  const AttentionShape& shape = args_.shape;
+  const int64_t words = words_per_target();
+  const auto is_fault = [&](const int64_t* sums) { return sums[shape.value_dim + 1] != 0; };
+  if (!sinks_finite_) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a token sink's key or value is not finite: one of positions 0 to ", sink_tokens_ - 1));
+  }
+  for (size_t i = 0; i < selected_.size(); ++i) fault_somewhere_ |= is_fault(&maximum_sums_[i * words]);
+  if (fault_somewhere_) return FaultStatus();
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    if (maximum_sums_[i * words + shape.value_dim] == 0) {
+      return absl::InternalError(absl::StrCat("row ", selected_[i] / shape.query_heads,
+                                              " sees keys, but no worker of the group holds any of them"));
+    }
+  }
+
+  std::vector<int64_t> selected_index(row_heads(), -1);
+  for (size_t i = 0; i < selected_.size(); ++i) selected_index[selected_[i]] = static_cast<int64_t>(i);
+  pool_.ParallelFor(row_heads(), [&](int64_t i, int) {
+    float* output = outputs + i * shape.value_dim;
+    if (const int64_t j = selected_index[i]; j >= 0) {
+      FinishRowHead(i, absl::MakeConstSpan(maximum_sums_).subspan(j * words, words), maxima_[j],
+                    MaximumPathFractionBits(args_.positions), output, lse + i, sink_mass + i);
+    } else if (has_sink_sums_) {
+      FinishRowHead(i, absl::MakeConstSpan(sink_sums_).subspan(i * words, words), reference_[i],
+                    kSinkPathFractionBits, output, lse + i, sink_mass + i);
+    } else {
+      FinishRowHead(i, {}, -kInfinity, 0, output, lse + i, sink_mass + i);
+    }
+  });
+  return absl::OkStatus();
+}
+
+// `reference` is the logit that the keys' sums are relative to; `words` may be empty (no visible key
+// anywhere).
+void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const int64_t> words, double reference,
+                                int fraction_bits, float* output, float* lse, float* sink_mass) const {
+  const AttentionShape& shape = args_.shape;
+  const int row = static_cast<int>(row_head / shape.query_heads);
+  const int head = static_cast<int>(row_head % shape.query_heads);
+  const int kv_head = head / shape.group();
+  const double sink_reference = reference_[row_head];
+  const double common = std::max(reference, sink_reference);
+  if (common == -kInfinity) {
+    std::fill_n(output, shape.value_dim, 0.0F);
+    *lse = -std::numeric_limits<float>::infinity();
+    *sink_mass = 0;
+    return;
+  }
+
+  std::vector<double> sum(shape.value_dim, 0.0);
+  double keys = 0;
+  if (!words.empty()) {
+    const double weight = PortableExp(reference - common);
+    keys = weight * (static_cast<double>(words[shape.value_dim]) * PowerOfTwo(-fraction_bits));
+    for (int c = 0; c < shape.value_dim; ++c) {
+      const int exponent =
+          std::clamp<int>(args_.exponents[kv_head * shape.value_dim + c], kMinExponent, kMaxExponent);
+      sum[c] = weight * (static_cast<double>(words[c]) * PowerOfTwo(exponent - fraction_bits));
+    }
+  }
+  double sinks = args_.sink_logits.empty() ? 0 : PortableExp(args_.sink_logits[head] - common);
+  const int64_t seen = sink_tokens_ == 0 ? 0 : args_.visible_sinks[row];
+  for (int64_t token = 0; token < seen; ++token) {
+    const double weight = PortableExp(sink_logits_[row_head * sink_tokens_ + token] - common);
+    const float* value = &sink_values_[(token * shape.kv_heads + kv_head) * shape.value_dim];
+    sinks += weight;
+    for (int c = 0; c < shape.value_dim; ++c) sum[c] += weight * value[c];
+  }
+  const double total = keys + sinks;
+  for (int c = 0; c < shape.value_dim; ++c) output[c] = static_cast<float>(sum[c] / total);
+  *lse = static_cast<float>(common + std::log(total));
+  *sink_mass = static_cast<float>(sinks / total);
+}
+
+absl::Status MergingStep::FaultStatus() const {
+  if (!fault_) {
+    return absl::InvalidArgumentError(
+        "a logit, weight or value is not finite on another worker of the group; its message names the page");
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("a logit, weight or value is not finite, or beyond its channel's exponent: query row ",
+                   fault_->row_head / args_.shape.query_heads, ", head ",
+                   fault_->row_head % args_.shape.query_heads, ", page ", fault_->page, " (positions ",
+                   PageBegin(fault_->page), " to ", PageBegin(fault_->page + 1) - 1, ")"));
+}
+
+}  // namespace eduba

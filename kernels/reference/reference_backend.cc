@@ -1,0 +1,195 @@
+#include "kernels/reference/reference_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/merging_step.h"
+
+namespace eduba {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Where a page keeps its rows: keys [256, kv_heads, head_dim], then values [256, kv_heads, value_dim].
+struct Layout {
+  explicit Layout(const AttentionShape& s)
+      : element(static_cast<int64_t>(DTypeBytes(s.dtype))),
+        key_row(s.kv_heads * s.head_dim * element),
+        value_row(s.kv_heads * s.value_dim * element) {}
+  int64_t bytes() const { return kPageRows * (key_row + value_row); }
+  int64_t key(int row) const { return row * key_row; }
+  int64_t value(int row) const { return kPageRows * key_row + row * value_row; }
+
+  int64_t element;
+  int64_t key_row;
+  int64_t value_row;
+};
+
+// What one page adds to one query row and head.
+struct Partial {
+  double m = -kInfinity;
+  double l = 0;
+  std::vector<double> o;  // [value_dim]
+};
+
+class ReferenceStep final : public MergingStep {
+ public:
+  ReferenceStep(const StepArgs& args, ThreadPool& pool) : MergingStep(args, pool), layout_(args.shape) {}
+
+  absl::Status Attend() override {
+    for (const PageRef& page : args_.pages) {
+      for (int64_t i = 0; i < row_heads(); ++i) partials_.push_back(AttendPage(page, i));
+    }
+    return absl::OkStatus();
+  }
+
+ protected:
+  void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const override {
+    const AttentionShape& shape = args_.shape;
+    const char* base = static_cast<const char*>(page);
+    for (int d = 0; d < shape.head_dim; ++d) {
+      key[d] = LoadElement(base + layout_.key(row), shape.dtype, kv_head * shape.head_dim + d);
+    }
+    for (int c = 0; c < shape.value_dim; ++c) {
+      value[c] = LoadElement(base + layout_.value(row), shape.dtype, kv_head * shape.value_dim + c);
+    }
+  }
+
+  float LocalMaximum(int64_t row_head) const override {
+    double largest = -kInfinity;
+    for (size_t page = 0; page < args_.pages.size(); ++page)
+      largest = std::max(largest, PartialOf(page, row_head).m);
+    return static_cast<float>(largest);
+  }
+
+  void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
+    const std::vector<double> units = Units(quantum.fraction_bits);
+    const double one = PowerOfTwo(quantum.fraction_bits);
+    const int value_dim = args_.shape.value_dim;
+    for (const Target& target : targets) {
+      const auto head = static_cast<int>(target.row_head % args_.shape.query_heads);
+      const double* unit = &units[static_cast<int64_t>(head / args_.shape.group()) * value_dim];
+      int64_t flag = 0;
+      for (size_t page = 0; page < args_.pages.size() && flag == 0; ++page) {
+        const Partial& partial = PartialOf(page, target.row_head);
+        if (partial.m == -kInfinity || target.reference == -kInfinity) continue;
+        if (partial.m == kInfinity || target.reference == kInfinity) {
+          flag = kFaultFlag;
+          continue;
+        }
+        const double weight = std::exp(partial.m - target.reference);
+        const double l = partial.l * weight * one;
+        if (!(l <= static_cast<double>(quantum.limit)) ||
+            (words[value_dim] += std::llrint(l)) > quantum.limit) {
+          flag = 1;
+          continue;
+        }
+        for (int c = 0; c < value_dim; ++c) {
+          const double o = partial.o[c] * weight * unit[c];
+          if (std::abs(o) > 1.001 * l + 1) {  // A value beyond its channel's exponent.
+            RecordFault(args_.pages[page].index, target.row_head);
+            flag = kFaultFlag;
+            break;
+          }
+          words[c] += std::llrint(o);
+        }
+      }
+      if (flag != 0) std::fill_n(words, value_dim + 1, 0);
+      words[value_dim + 1] = flag;
+      words += words_per_target();
+    }
+  }
+
+ private:
+  const Partial& PartialOf(size_t page, int64_t row_head) const {
+    return partials_[page * row_heads() + row_head];
+  }
+
+  Partial AttendPage(const PageRef& page, int64_t row_head) {
+    const AttentionShape& shape = args_.shape;
+    const PositionRange rows = RowsInPage(visible_[row_head / shape.query_heads], page.index);
+    const int kv_head = static_cast<int>(row_head % shape.query_heads) / shape.group();
+    const float* query = args_.queries + row_head * shape.head_dim;
+    std::vector<float> key(shape.head_dim);
+    std::vector<float> value(shape.value_dim);
+    std::vector<double> logits(kPageRows);
+    Partial partial;
+    partial.o.resize(shape.value_dim);
+
+    bool finite = true;
+    for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
+      ReadRow(page.data, row, kv_head, key.data(), value.data());
+      double dot = 0;
+      for (int d = 0; d < shape.head_dim; ++d) dot += static_cast<double>(query[d]) * key[d];
+      logits[row] = shape.scale * dot;
+      if (shape.softcap > 0) logits[row] = shape.softcap * std::tanh(logits[row] / shape.softcap);
+      finite &= std::abs(logits[row]) <= std::numeric_limits<float>::max();
+      partial.m = std::max(partial.m, logits[row]);
+    }
+    // The maximum travels as fp32, so that is what a page's weights refer to.
+    partial.m = static_cast<float>(partial.m);
+    for (int row = static_cast<int>(rows.begin); row < rows.end && finite; ++row) {
+      ReadRow(page.data, row, kv_head, key.data(), value.data());
+      const double weight = std::exp(logits[row] - partial.m);
+      partial.l += weight;
+      for (int c = 0; c < shape.value_dim; ++c) partial.o[c] += weight * value[c];
+    }
+    for (const double o : partial.o) finite &= std::isfinite(o);
+    if (!finite) {
+      partial.m = kInfinity;
+      RecordFault(page.index, row_head);
+    }
+    return partial;
+  }
+
+  const Layout layout_;
+  std::vector<Partial> partials_;  // [pages, row_heads]
+};
+
+class ReferenceBackend final : public Backend {
+ public:
+  std::string name() const override { return "reference"; }
+
+  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override {
+    void* slab = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (slab == nullptr)
+      return absl::ResourceExhaustedError(absl::StrCat("no memory for a slab of ", bytes, " bytes"));
+    std::memset(slab, 0, bytes);
+    return slab;
+  }
+  void FreeSlab(void* slab, int64_t /*bytes*/) override { std::free(slab); }
+
+  int64_t PageBytes(const AttentionShape& shape) const override { return Layout(shape).bytes(); }
+
+  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
+                         const void* values) override {
+    const Layout layout(shape);
+    std::memcpy(static_cast<char*>(page) + layout.key(row), keys, rows * layout.key_row);
+    std::memcpy(static_cast<char*>(page) + layout.value(row), values, rows * layout.value_row);
+    return absl::OkStatus();
+  }
+
+  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
+    std::memcpy(to, from, Layout(shape).bytes());
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
+    if (absl::Status status = ValidateStep(args); !status.ok()) return status;
+    return std::make_unique<ReferenceStep>(args, pool_);
+  }
+
+ private:
+  ThreadPool pool_{1};
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeReferenceBackend() { return std::make_unique<ReferenceBackend>(); }
+
+}  // namespace eduba

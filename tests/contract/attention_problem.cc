@@ -1,0 +1,430 @@
+#include "tests/contract/attention_problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+
+namespace eduba {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+float Round(float value, DType dtype) {
+  char bytes[4];
+  StoreElement(bytes, dtype, 0, value);
+  return LoadElement(bytes, dtype, 0);
+}
+
+std::vector<char> Stored(const std::vector<float>& values, DType dtype) {
+  std::vector<char> bytes(values.size() * DTypeBytes(dtype));
+  for (size_t i = 0; i < values.size(); ++i)
+    StoreElement(bytes.data(), dtype, static_cast<int64_t>(i), values[i]);
+  return bytes;
+}
+
+// Which fp32 number system a channel's values live in; see ProblemSpec::Values.
+float ChannelSize(ProblemSpec::Values values, DType dtype, int channel) {
+  if (values == ProblemSpec::Values::kNormal) return 1;
+  const bool narrow = dtype == DType::kF16;
+  switch (channel % 4) {
+    case 0:
+      return 1;
+    case 1:
+      return narrow ? 1e-3F : 1e-20F;
+    case 2:
+      return narrow ? 1e4F : 1e20F;
+    default:
+      return 0;
+  }
+}
+
+}  // namespace
+
+std::string ProblemSpec::ToString() const {
+  return absl::StrCat(
+      "{seed=", seed, " heads=", shape.query_heads, "/", shape.kv_heads, " head_dim=", shape.head_dim,
+      " value_dim=", shape.value_dim, " dtype=", DTypeName(shape.dtype), " scale=", shape.scale,
+      " softcap=", shape.softcap, " rows=", rows, " positions=", positions, " sink_tokens=", sink_tokens,
+      " sink_logit=", sink_logit ? absl::StrCat(*sink_logit) : "none", " logit_size=", logit_size,
+      " sink_pull=", sink_pull, " values=", static_cast<int>(values), " visible=", static_cast<int>(visible),
+      " partly_visible_sinks=", partly_visible_sinks, "}");
+}
+
+Problem::Problem(const ProblemSpec& problem_spec) : spec(problem_spec) {
+  const AttentionShape& shape = spec.shape;
+  std::mt19937_64 random(spec.seed);
+  std::normal_distribution<float> normal;
+  const auto index = [&](int64_t count) {
+    return static_cast<int64_t>(random() % static_cast<uint64_t>(count));
+  };
+
+  queries.resize(static_cast<size_t>(spec.rows) * shape.query_heads * shape.head_dim);
+  for (float& x : queries) x = normal(random);
+  keys.resize(spec.positions * shape.kv_heads * shape.head_dim);
+  for (float& x : keys) x = normal(random);
+  // Token sinks along the first query's direction: they stand out for that query, above or below all keys.
+  for (int64_t j = 0; j < std::min<int64_t>(spec.sink_tokens, spec.positions) && spec.sink_pull != 0; ++j) {
+    for (int h = 0; h < shape.kv_heads; ++h) {
+      for (int d = 0; d < shape.head_dim; ++d) {
+        keys[(j * shape.kv_heads + h) * shape.head_dim + d] +=
+            spec.sink_pull * queries[static_cast<size_t>(h) * shape.group() * shape.head_dim + d];
+      }
+    }
+  }
+  float largest = 0;
+  for (size_t i = 0; i < static_cast<size_t>(spec.rows) * shape.query_heads; ++i) {
+    const float* query = &queries[i * shape.head_dim];
+    const int64_t kv_head = static_cast<int64_t>(i) % shape.query_heads / shape.group();
+    for (int64_t j = 0; j < spec.positions; ++j) {
+      const float* key = &keys[(j * shape.kv_heads + kv_head) * shape.head_dim];
+      largest = std::max(
+          largest, std::abs(shape.scale * std::inner_product(query, query + shape.head_dim, key, 0.0F)));
+    }
+  }
+  for (float& x : keys) x *= spec.logit_size / largest;
+  for (float& x : keys) x = Round(x, shape.dtype);
+  values.resize(spec.positions * shape.kv_heads * shape.value_dim);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int channel = static_cast<int>(i % shape.value_dim);
+    values[i] = Round(normal(random) * ChannelSize(spec.values, shape.dtype, channel), shape.dtype);
+  }
+
+  const int64_t sinks = std::min<int64_t>(spec.sink_tokens, spec.positions);
+  for (int row = 0; row < spec.rows; ++row) {
+    PositionRange range{sinks, spec.positions};
+    switch (spec.visible) {
+      case ProblemSpec::Visible::kAll:
+        break;
+      case ProblemSpec::Visible::kCausal:
+        range.end = spec.positions - std::min<int64_t>(spec.positions, (spec.rows - 1 - row) * 3);
+        break;
+      case ProblemSpec::Visible::kRandom: {
+        const int64_t a = index(spec.positions + 1);
+        const int64_t b = index(spec.positions + 1);
+        range = {std::max(sinks, std::min(a, b)), std::max(a, b)};
+        break;
+      }
+      case ProblemSpec::Visible::kWindow: {
+        const int64_t end = 1 + index(spec.positions);
+        range = {std::max(sinks, end - 1 - index(100)), end};
+        break;
+      }
+      case ProblemSpec::Visible::kOneOrNone: {
+        const int64_t at = index(spec.positions);
+        range = {std::max(sinks, at), at + (row % 2)};
+        break;
+      }
+    }
+    visible.push_back(range);
+    visible_sinks.push_back(
+        static_cast<int32_t>(spec.partly_visible_sinks && sinks > 0 ? index(sinks + 1) : sinks));
+  }
+  if (spec.sink_logit) {
+    for (int h = 0; h < shape.query_heads; ++h)
+      sink_logits.push_back(*spec.sink_logit + 0.125F * static_cast<float>(h));
+  }
+  exponents.assign(static_cast<size_t>(shape.kv_heads) * shape.value_dim, -149);
+  for (size_t i = 0; i < values.size(); ++i) {
+    int16_t& exponent = exponents[i % exponents.size()];
+    if (values[i] == 0) continue;
+    int e = 0;
+    if (std::frexp(std::abs(values[i]), &e) == 0.5F) --e;  // |v| = 2^(e - 1) exactly
+    exponent = std::max(exponent, static_cast<int16_t>(e));
+  }
+}
+
+bool Problem::Sees(int row, int64_t position) const {
+  return position < visible_sinks[row] || (position >= visible[row].begin && position < visible[row].end);
+}
+
+Problem Problem::WithRows(const std::vector<int>& rows) const {
+  Problem some = *this;
+  some.spec.rows = static_cast<int>(rows.size());
+  const size_t stride = static_cast<size_t>(spec.shape.query_heads) * spec.shape.head_dim;
+  some.queries.clear();
+  some.visible.clear();
+  some.visible_sinks.clear();
+  for (const int row : rows) {
+    some.queries.insert(some.queries.end(), &queries[row * stride], &queries[row * stride] + stride);
+    some.visible.push_back(visible[row]);
+    some.visible_sinks.push_back(visible_sinks[row]);
+  }
+  return some;
+}
+
+DenseResult Problem::Oracle() const {
+  DenseAttention dense;
+  dense.rows = spec.rows;
+  dense.query_heads = spec.shape.query_heads;
+  dense.kv_heads = spec.shape.kv_heads;
+  dense.head_dim = spec.shape.head_dim;
+  dense.value_dim = spec.shape.value_dim;
+  dense.scale = spec.shape.scale;
+  dense.softcap = spec.shape.softcap;
+  dense.queries = queries;
+  dense.keys = keys;
+  dense.values = values;
+  dense.sink_logits = sink_logits;
+  dense.sink_tokens = spec.sink_tokens;
+  dense.sees = [this](int row, long position) { return Sees(row, position); };
+  return ReferenceAttention(dense);
+}
+
+std::vector<double> Problem::Magnitudes() const {
+  Problem positive = *this;
+  for (float& v : positive.values) v = std::abs(v);
+  return positive.Oracle().outputs;
+}
+
+std::vector<float> Problem::PlainFloatAttention() const {
+  constexpr int64_t kBlock = 512;
+  const AttentionShape& shape = spec.shape;
+  std::vector<float> outputs;
+  for (int row = 0; row < spec.rows; ++row) {
+    for (int head = 0; head < shape.query_heads; ++head) {
+      const float* query = &queries[(static_cast<size_t>(row) * shape.query_heads + head) * shape.head_dim];
+      const int kv_head = head / shape.group();
+      float largest = -std::numeric_limits<float>::infinity();
+      float total = 0;
+      std::vector<float> sum(shape.value_dim, 0.0F);
+      if (!sink_logits.empty()) {
+        largest = sink_logits[head];
+        total = 1;
+      }
+      for (int64_t block = 0; block < spec.positions; block += kBlock) {
+        std::vector<std::pair<int64_t, float>> logits;
+        for (int64_t j = block; j < std::min(block + kBlock, spec.positions); ++j) {
+          if (!Sees(row, j)) continue;
+          float dot = 0;
+          for (int d = 0; d < shape.head_dim; ++d) {
+            dot = std::fma(query[d], keys[(j * shape.kv_heads + kv_head) * shape.head_dim + d], dot);
+          }
+          float logit = shape.scale * dot;
+          if (shape.softcap > 0) logit = shape.softcap * std::tanh(logit / shape.softcap);
+          logits.emplace_back(j, logit);
+        }
+        if (logits.empty()) continue;
+        float block_largest = largest;
+        for (const auto& [j, logit] : logits) block_largest = std::max(block_largest, logit);
+        const float rescale = std::exp(largest - block_largest);
+        largest = block_largest;
+        total *= rescale;
+        std::vector<float> block_sum(shape.value_dim, 0.0F);
+        float block_total = 0;
+        for (const auto& [j, logit] : logits) {
+          const float weight = std::exp(logit - largest);
+          block_total += weight;
+          for (int c = 0; c < shape.value_dim; ++c) {
+            block_sum[c] =
+                std::fma(weight, values[(j * shape.kv_heads + kv_head) * shape.value_dim + c], block_sum[c]);
+          }
+        }
+        total += block_total;
+        for (int c = 0; c < shape.value_dim; ++c) sum[c] = std::fma(sum[c], rescale, block_sum[c]);
+      }
+      for (const float s : sum) outputs.push_back(total > 0 ? s / total : 0);
+    }
+  }
+  return outputs;
+}
+
+bool Answer::operator==(const Answer& other) const {
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  };
+  return same(outputs, other.outputs) && same(lse, other.lse) && same(sink_mass, other.sink_mass) &&
+         paths.sink == other.paths.sink && paths.maximum == other.paths.maximum;
+}
+
+RankGroup::~RankGroup() { Free(); }
+
+void RankGroup::Free() {
+  if (slab_ != nullptr) backends_[0]->FreeSlab(slab_, slab_bytes_);
+  slab_ = nullptr;
+}
+
+void RankGroup::Load(const Problem& problem) {
+  Free();
+  const AttentionShape& shape = problem.spec.shape;
+  page_bytes_ = backends_[0]->PageBytes(shape);
+  slab_bytes_ = std::max<int64_t>(PageCount(problem.spec.positions), 1) * page_bytes_;
+  slab_ = backends_[0]->AllocateSlab(slab_bytes_).value();
+
+  // Whole pages of NaN, then the rows that anything may read, in two pieces where a page has more than one.
+  std::vector<char> needed(problem.spec.positions, 0);
+  for (int row = 0; row < problem.spec.rows; ++row) {
+    std::fill_n(needed.begin(), problem.visible_sinks[row], 1);
+    const PositionRange range = problem.visible[row].Intersect({0, problem.spec.positions});
+    if (!range.empty()) std::fill(needed.begin() + range.begin, needed.begin() + range.end, 1);
+  }
+  const int64_t key_row = static_cast<int64_t>(shape.kv_heads) * shape.head_dim;
+  const int64_t value_row = static_cast<int64_t>(shape.kv_heads) * shape.value_dim;
+  const std::vector<char> nan_keys = Stored(std::vector<float>(kPageRows * key_row, kNaN), shape.dtype);
+  const std::vector<char> nan_values = Stored(std::vector<float>(kPageRows * value_row, kNaN), shape.dtype);
+  const std::vector<char> keys = Stored(problem.keys, shape.dtype);
+  const std::vector<char> values = Stored(problem.values, shape.dtype);
+  const auto bytes = static_cast<int64_t>(DTypeBytes(shape.dtype));
+  for (int64_t p = 0; p < PageCount(problem.spec.positions); ++p) {
+    EDUBA_CHECK(
+        backends_[0]->WriteRows(shape, page(p), 0, kPageRows, nan_keys.data(), nan_values.data()).ok());
+    for (int64_t j = PageBegin(p); j < std::min(PageBegin(p + 1), problem.spec.positions);) {
+      if (!needed[j]) {
+        ++j;
+        continue;
+      }
+      int64_t end = j + 1;
+      while (end < std::min(PageBegin(p + 1), problem.spec.positions) && needed[end] && end - j < 77) ++end;
+      EDUBA_CHECK(backends_[0]
+                      ->WriteRows(shape, page(p), static_cast<int>(j - PageBegin(p)),
+                                  static_cast<int>(end - j), &keys[j * key_row * bytes],
+                                  &values[j * value_row * bytes])
+                      .ok());
+      j = end;
+    }
+  }
+}
+
+absl::StatusOr<Answer> RankGroup::Attend(const Problem& problem, const std::vector<int>& owners,
+                                         bool reversed) {
+  const AttentionShape& shape = problem.spec.shape;
+  const int64_t pages = PageCount(problem.spec.positions);
+  std::vector<std::vector<PageRef>> owned(backends_.size());
+  for (int64_t p = 0; p < pages; ++p) owned[owners[p % owners.size()]].push_back({page(p), p});
+  std::vector<PageRef> sink_pages;
+  for (int64_t p = 0; p < PageCount(std::min<int64_t>(problem.spec.sink_tokens, problem.spec.positions));
+       ++p) {
+    sink_pages.push_back({page(p), p});
+  }
+
+  std::vector<std::unique_ptr<AttentionStep>> steps;
+  for (size_t rank = 0; rank < backends_.size(); ++rank) {
+    if (reversed) std::reverse(owned[rank].begin(), owned[rank].end());
+    StepArgs args;
+    args.shape = shape;
+    args.rows = problem.spec.rows;
+    args.queries = problem.queries.data();
+    args.visible = problem.visible;
+    args.pages = owned[rank];
+    args.sink_pages = sink_pages;
+    args.visible_sinks = problem.visible_sinks;
+    args.sink_logits = problem.sink_logits;
+    args.exponents = problem.exponents;
+    args.positions = problem.spec.positions;
+    EDUBA_ASSIGN_OR_RETURN(auto step, backends_[rank]->StartStep(args));
+    steps.push_back(std::move(step));
+  }
+
+  // What an all-reduce does: afterwards every rank's span holds the same.
+  const auto reduce = [](auto& spans, auto combine) {
+    for (size_t i = 0; i < spans[0].size(); ++i) {
+      auto value = spans[0][i];
+      for (size_t rank = 1; rank < spans.size(); ++rank) value = combine(value, spans[rank][i]);
+      for (auto& span : spans) span[i] = value;
+    }
+  };
+  const auto add = [](int64_t a, int64_t b) { return a + b; };
+  words_.clear();
+  for (auto& step : steps) EDUBA_RETURN_IF_ERROR(step->Attend());
+  if (!sink_pages.empty() || !problem.sink_logits.empty()) {
+    std::vector<absl::Span<int64_t>> spans;
+    for (auto& step : steps) {
+      EDUBA_ASSIGN_OR_RETURN(auto span, step->SinkSums());
+      spans.push_back(span);
+    }
+    reduce(spans, add);
+    words_.insert(words_.end(), spans[0].begin(), spans[0].end());
+  }
+  std::optional<absl::Span<const int64_t>> selected;
+  for (auto& step : steps) {
+    EDUBA_ASSIGN_OR_RETURN(const auto own, step->SelectForMaximum());
+    EDUBA_CHECK(!selected || *selected == own);
+    selected = own;
+  }
+  if (!selected->empty()) {
+    std::vector<absl::Span<float>> maxima;
+    for (auto& step : steps) {
+      EDUBA_ASSIGN_OR_RETURN(auto span, step->Maxima());
+      maxima.push_back(span);
+    }
+    reduce(maxima, [](float a, float b) { return std::max(a, b); });
+    std::vector<absl::Span<int64_t>> spans;
+    for (auto& step : steps) {
+      EDUBA_ASSIGN_OR_RETURN(auto span, step->MaximumSums());
+      spans.push_back(span);
+    }
+    reduce(spans, add);
+    words_.insert(words_.end(), spans[0].begin(), spans[0].end());
+  }
+
+  std::optional<Answer> first;
+  absl::Status status;
+  for (auto& step : steps) {
+    Answer answer;
+    const size_t row_heads = static_cast<size_t>(problem.spec.rows) * shape.query_heads;
+    answer.outputs.assign(row_heads * shape.value_dim, kNaN);
+    answer.lse.assign(row_heads, kNaN);
+    answer.sink_mass.assign(row_heads, kNaN);
+    const absl::Status finished =
+        step->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data());
+    answer.paths = step->paths();
+    if (!finished.ok()) {
+      // The rank that met the fault names the page: keep that message.
+      if (status.ok() || finished.message().size() > status.message().size()) status = finished;
+      continue;
+    }
+    if (first) EDUBA_CHECK(*first == answer);  // Every rank can answer.
+    answer.bytes_read = step->bytes_read() + (first ? first->bytes_read : 0);
+    first = answer;
+  }
+  if (!status.ok()) {
+    EDUBA_CHECK(!first);  // All ranks fail together.
+    return status;
+  }
+  return *first;
+}
+
+namespace {
+
+template <class Visit>
+void ForEachError(const std::vector<float>& out, const std::vector<double>& wanted,
+                  const std::vector<double>& scale, int value_dim, Visit visit) {
+  for (size_t i = 0; i + value_dim <= wanted.size(); i += value_dim) {
+    double error = 0;
+    double norm = 0;
+    for (int c = 0; c < value_dim; ++c) {
+      error += (out[i + c] - wanted[i + c]) * (out[i + c] - wanted[i + c]);
+      norm += scale[i + c] * scale[i + c];
+    }
+    visit(std::sqrt(error) <= 1e-36 ? 0 : std::sqrt(error / norm));  // NaN and inf included
+  }
+}
+
+}  // namespace
+
+double WorstError(const std::vector<float>& out, const std::vector<double>& wanted,
+                  const std::vector<double>& scale, int value_dim) {
+  double worst = 0;
+  ForEachError(out, wanted, scale, value_dim, [&](double error) { worst = error <= worst ? worst : error; });
+  return worst;
+}
+
+double TypicalError(const std::vector<float>& out, const std::vector<double>& wanted,
+                    const std::vector<double>& scale, int value_dim) {
+  double sum = 0;
+  int64_t count = 0;
+  ForEachError(out, wanted, scale, value_dim, [&](double error) {
+    sum += error * error;
+    ++count;
+  });
+  return std::sqrt(sum / static_cast<double>(std::max<int64_t>(count, 1)));
+}
+
+}  // namespace eduba

@@ -1,0 +1,113 @@
+#ifndef EDUBA_TESTS_CONTRACT_ATTENTION_PROBLEM_H_
+#define EDUBA_TESTS_CONTRACT_ATTENTION_PROBLEM_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/reference/attention.h"
+
+namespace eduba {
+
+// One attention problem, all of it: two equal specs make the same arrays. A failing test prints it; paste it
+// back to replay.
+struct ProblemSpec {
+  uint64_t seed = 1;
+  AttentionShape shape;
+  int rows = 1;
+  int64_t positions = 300;
+  int sink_tokens = 0;
+  std::optional<float> sink_logit;  // Learned sink of every head (a little different from head to head).
+  float logit_size = 3;             // The largest |scale * (q . k)|, before rounding to the dtype.
+  float sink_pull =
+      0;  // > 0: token sinks outweigh keys for the first query of a KV head; < 0: the other way.
+  enum class Values {
+    kNormal,
+    kMixed
+  } values = Values::kNormal;  // kMixed: tiny, huge and all-zero channels.
+  enum class Visible { kAll, kCausal, kRandom, kWindow, kOneOrNone } visible = Visible::kAll;
+  bool partly_visible_sinks = false;  // Rows see only the first few token sinks.
+
+  std::string ToString() const;
+};
+
+// What a spec makes: dense arrays, and what each row sees.
+struct Problem {
+  explicit Problem(const ProblemSpec& problem_spec);
+
+  ProblemSpec spec;
+  std::vector<float> queries;  // [rows, query_heads, head_dim]
+  std::vector<float> keys;     // [positions, kv_heads, head_dim], rounded to the dtype
+  std::vector<float> values;   // [positions, kv_heads, value_dim], rounded to the dtype
+  std::vector<PositionRange> visible;
+  std::vector<int32_t> visible_sinks;
+  std::vector<float> sink_logits;
+  std::vector<int16_t> exponents;
+
+  bool Sees(int row, int64_t position) const;
+  // The same problem with only these rows of queries.
+  Problem WithRows(const std::vector<int>& rows) const;
+  DenseResult Oracle() const;
+  // The oracle's outputs with |v| for v: what the output would be without cancellation, and so what errors
+  // are measured against.
+  std::vector<double> Magnitudes() const;
+  // The same attention as fp32 programs compute it (PyTorch's scaled_dot_product_attention on a CPU): fp32
+  // dot products, blocks of 512 keys with a running maximum, fp32 sums. [rows, query_heads, value_dim]
+  std::vector<float> PlainFloatAttention() const;
+};
+
+struct Answer {
+  std::vector<float> outputs;
+  std::vector<float> lse;
+  std::vector<float> sink_mass;
+  PathCounts paths;
+  int64_t bytes_read = 0;
+
+  // Every bit of outputs, lse and sink mass, and the paths.
+  bool operator==(const Answer& other) const;
+};
+
+// A group of ranks in one process, without a transport: each has a backend of its own, and sums are added up
+// here.
+class RankGroup {
+ public:
+  explicit RankGroup(std::vector<std::unique_ptr<Backend>> backends) : backends_(std::move(backends)) {}
+  ~RankGroup();
+
+  // Writes the problem's positions into pages, with NaN in every row that no query sees and that is no sink.
+  void Load(const Problem& problem);
+  // Attention with page p on rank owners[p % owners.size()]; `reversed` gives each rank its pages last to
+  // first. REQUIRES: Load was called with a problem of the same keys and values.
+  absl::StatusOr<Answer> Attend(const Problem& problem, const std::vector<int>& owners,
+                                bool reversed = false);
+  // Page memory, to be harmed.
+  void* page(int64_t index) { return static_cast<char*>(slab_) + index * page_bytes_; }
+  Backend& backend(int rank) { return *backends_[rank]; }
+  // The summed words of the last Attend: sink path, then maximum path.
+  const std::vector<int64_t>& words() const { return words_; }
+  int size() const { return static_cast<int>(backends_.size()); }
+
+ private:
+  void Free();
+
+  std::vector<std::unique_ptr<Backend>> backends_;
+  void* slab_ = nullptr;
+  int64_t slab_bytes_ = 0;
+  int64_t page_bytes_ = 0;
+  std::vector<int64_t> words_;
+};
+
+// The largest of |out - wanted| / |scale| over rows and heads, each norm over the channels. With `scale` =
+// `wanted` it is the relative norm error. Below 1e-36 fp32 has no digits to compare.
+double WorstError(const std::vector<float>& out, const std::vector<double>& wanted,
+                  const std::vector<double>& scale, int value_dim);
+// The root mean square of the same.
+double TypicalError(const std::vector<float>& out, const std::vector<double>& wanted,
+                    const std::vector<double>& scale, int value_dim);
+
+}  // namespace eduba
+
+#endif  // EDUBA_TESTS_CONTRACT_ATTENTION_PROBLEM_H_

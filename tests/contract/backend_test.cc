@@ -1,0 +1,258 @@
+// The contract of kernels/backend.h, for every backend: the reference, and the CPU kernels on each
+// instruction set this machine runs.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <ostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/reference/reference_backend.h"
+#include "tests/contract/attention_problem.h"
+
+namespace eduba {
+namespace {
+
+using Values = ProblemSpec::Values;
+using Visible = ProblemSpec::Visible;
+
+struct BackendChoice {
+  std::string name;
+  std::function<std::unique_ptr<Backend>(int threads)> make;
+};
+
+std::vector<BackendChoice> AllBackends() {
+  std::vector<BackendChoice> all = {{"reference", [](int) { return MakeReferenceBackend(); }}};
+  for (const std::string& target : CpuTargets()) {
+    all.push_back(
+        {"cpu_" + target, [target](int threads) { return MakeCpuBackendForTest(threads, target); }});
+  }
+  return all;
+}
+
+RankGroup Group(const BackendChoice& choice, int ranks, int threads = 1) {
+  std::vector<std::unique_ptr<Backend>> backends;
+  for (int i = 0; i < ranks; ++i) backends.push_back(choice.make(threads));
+  return RankGroup(std::move(backends));
+}
+
+// Every spec of this stream differs, and is the same on every run.
+ProblemSpec RandomSpec(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  const auto pick = [&](auto... options) {
+    const std::common_type_t<decltype(options)...> all[] = {options...};
+    return all[random() % sizeof...(options)];
+  };
+  ProblemSpec spec;
+  spec.seed = seed;
+  spec.shape.kv_heads = pick(1, 1, 2, 3);
+  spec.shape.query_heads = spec.shape.kv_heads * pick(1, 2, 3, 4, 5, 7, 8, 40);
+  spec.shape.head_dim = pick(1, 3, 16, 55, 64, 80, 96, 128, 256);
+  spec.shape.value_dim = pick(1, 10, 16, 64, 130, spec.shape.head_dim);
+  spec.shape.dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
+  spec.shape.scale = pick(1.0F, 0.125F, 0.0883883F);
+  spec.shape.softcap = pick(0.0F, 0.0F, 0.0F, 30.0F);
+  spec.rows = pick(1, 1, 2, 3, 7, 20, 70);
+  spec.positions = pick(1, 2, 255, 256, 257, 300, 700, 1300);
+  spec.sink_tokens = pick(0, 0, 1, 4, 128, 300);
+  if (random() % 2 == 0) spec.sink_logit = pick(-30.0F, 0.0F, 3.0F, 30.0F, 300.0F);
+  spec.logit_size = pick(1.0F, 5.0F, 20.0F);
+  spec.sink_pull = pick(0.0F, 0.3F, -0.3F, 2.0F);
+  spec.values = pick(Values::kNormal, Values::kNormal, Values::kMixed);
+  spec.visible =
+      pick(Visible::kAll, Visible::kCausal, Visible::kRandom, Visible::kWindow, Visible::kOneOrNone);
+  spec.partly_visible_sinks = pick(false, true);
+  if (spec.rows * spec.shape.query_heads > 400) spec.rows = 3;
+  return spec;
+}
+
+std::ostream& operator<<(std::ostream& out, const BackendChoice& choice) { return out << choice.name; }
+
+class BackendContract : public testing::TestWithParam<BackendChoice> {};
+
+INSTANTIATE_TEST_SUITE_P(All, BackendContract, testing::ValuesIn(AllBackends()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(Backends, AreTheOnesThisBuildPromises) {
+#if defined(__x86_64__)
+  std::vector<std::string> built = BuiltCpuTargets();
+  ASSERT_EQ(built.size(), 4U) << testing::PrintToString(built);
+  EXPECT_THAT(std::vector<std::string>(built.begin(), built.begin() + 3),
+              testing::ElementsAre("AVX3", "AVX2", "SSE4"));
+  EXPECT_THAT(
+      built[3],
+      testing::AnyOf("SCALAR", "EMU128"));  // The portable baseline; which one depends on the compiler.
+  // A missing target must not look like a pass.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  EXPECT_THAT(CpuTargets(), testing::Contains(built[3]));
+  EXPECT_EQ(testing::Value(CpuTargets(), testing::Contains("AVX2")), avx2);
+  EXPECT_EQ(testing::Value(CpuTargets(), testing::Contains("AVX3")), avx512);
+#endif
+  EXPECT_EQ(MakeReferenceBackend()->name(), "reference");
+  EXPECT_EQ(MakeCpuBackend(1)->name(), "cpu/" + CpuTargets().front());
+}
+
+TEST_P(BackendContract, RandomProblemsMatchTheDefinition) {
+  RankGroup group = Group(GetParam(), 2);
+  for (uint64_t seed = 1; seed <= 250; ++seed) {
+    const ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    const Problem problem(spec);
+    group.Load(problem);
+    const auto answer = group.Attend(problem, {0, 1});
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    const DenseResult oracle = problem.Oracle();
+    // Channel by channel, as channels of very different sizes would hide in a common norm.
+    EXPECT_LE(WorstError(answer->outputs, oracle.outputs, problem.Magnitudes(), 1), 3e-6);
+    for (size_t i = 0; i < oracle.lse.size(); ++i) {
+      if (std::isinf(oracle.lse[i])) {
+        EXPECT_EQ(answer->lse[i], oracle.lse[i]);
+      } else {
+        EXPECT_NEAR(answer->lse[i], oracle.lse[i], 1e-6 * (3 + std::abs(oracle.lse[i])));
+      }
+      EXPECT_NEAR(answer->sink_mass[i], oracle.sink_mass[i], 3e-6);
+    }
+    if (HasFailure()) return;
+  }
+}
+
+// Everything that must not change a bit: the number of ranks, who owns which page, and in which order a rank
+// has its pages.
+TEST_P(BackendContract, AnyPlacementGivesTheSameBits) {
+  RankGroup group = Group(GetParam(), 8);
+  for (uint64_t seed = 1000; seed < 1060; ++seed) {
+    const ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    const Problem problem(spec);
+    group.Load(problem);
+    const auto alone = group.Attend(problem, {0});
+    ASSERT_TRUE(alone.ok()) << alone.status();
+    const std::vector<int64_t> words = group.words();
+    for (const std::vector<int>& owners :
+         {std::vector<int>{7}, {0, 1}, {2, 1, 0}, {0, 0, 3, 1, 4}, {0, 1, 2, 3, 4, 5, 6, 7}}) {
+      for (const bool reversed : {false, true}) {
+        const auto split = group.Attend(problem, owners, reversed);
+        ASSERT_TRUE(split.ok()) << split.status();
+        ASSERT_TRUE(*split == *alone)
+            << "owners " << testing::PrintToString(owners) << " reversed " << reversed;
+        EXPECT_EQ(split->bytes_read, alone->bytes_read);
+      }
+    }
+    EXPECT_EQ(words.empty(), group.words().empty());
+  }
+}
+
+TEST_P(BackendContract, ARowsBitsAreTheSameAloneAndInABatch) {
+  RankGroup group = Group(GetParam(), 1);
+  for (uint64_t seed = 2000; seed < 2060; ++seed) {
+    ProblemSpec spec = RandomSpec(seed);
+    if (spec.rows == 1) spec.rows = 5;
+    SCOPED_TRACE(spec.ToString());
+    const Problem problem(spec);
+    group.Load(problem);
+    const auto batch = group.Attend(problem, {0});
+    ASSERT_TRUE(batch.ok()) << batch.status();
+    const auto per_row = static_cast<size_t>(spec.shape.query_heads) * spec.shape.value_dim;
+    std::mt19937_64 random(seed);
+    for (int trial = 0; trial < 4; ++trial) {
+      std::vector<int> rows;
+      const int count = trial == 0 ? 1 : 1 + static_cast<int>(random() % spec.rows);
+      for (int i = 0; i < count; ++i) rows.push_back(static_cast<int>(random() % spec.rows));
+      const auto some = group.Attend(problem.WithRows(rows), {0});
+      ASSERT_TRUE(some.ok()) << some.status();
+      for (size_t i = 0; i < rows.size(); ++i) {
+        ASSERT_EQ(std::memcmp(&some->outputs[i * per_row], &batch->outputs[rows[i] * per_row],
+                              per_row * sizeof(float)),
+                  0)
+            << "row " << rows[i] << " of batch " << testing::PrintToString(rows);
+        const auto heads = static_cast<size_t>(spec.shape.query_heads);
+        ASSERT_EQ(std::memcmp(&some->lse[i * heads], &batch->lse[rows[i] * heads], heads * sizeof(float)), 0);
+      }
+    }
+  }
+}
+
+TEST_P(BackendContract, ThreadsDoNotChangeABit) {
+  RankGroup one = Group(GetParam(), 1, 1);
+  RankGroup three = Group(GetParam(), 1, 3);
+  for (uint64_t seed = 3000; seed < 3060; ++seed) {
+    const ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    const Problem problem(spec);
+    one.Load(problem);
+    three.Load(problem);
+    const auto a = one.Attend(problem, {0});
+    const auto b = three.Attend(problem, {0});
+    ASSERT_TRUE(a.ok() && b.ok());
+    ASSERT_TRUE(*a == *b);
+    ASSERT_EQ(one.words(), three.words());
+  }
+}
+
+// Partials kept, or computed again for every pass.
+TEST(CpuBackend, RecomputedPartialsGiveTheSameBits) {
+  for (const std::string& target : CpuTargets()) {
+    const auto group_with = [&](int64_t bytes) {
+      std::vector<std::unique_ptr<Backend>> backends;
+      backends.push_back(MakeCpuBackendForTest(2, target, bytes));
+      return RankGroup(std::move(backends));
+    };
+    RankGroup kept = group_with(kKeptPartialsBytesMax);
+    RankGroup recomputed = group_with(0);
+    for (uint64_t seed = 4000; seed < 4040; ++seed) {
+      const ProblemSpec spec = RandomSpec(seed);
+      SCOPED_TRACE(spec.ToString());
+      const Problem problem(spec);
+      kept.Load(problem);
+      recomputed.Load(problem);
+      const auto a = kept.Attend(problem, {0});
+      const auto b = recomputed.Attend(problem, {0});
+      ASSERT_TRUE(a.ok() && b.ok());
+      ASSERT_TRUE(*a == *b);
+      ASSERT_EQ(kept.words(), recomputed.words());
+    }
+  }
+}
+
+TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
+  for (const bool fma : {true, false}) {
+    std::vector<std::string> targets;
+    for (const std::string& target : CpuTargets()) {
+      if (CpuTargetHasFma(target) == fma) targets.push_back(target);
+    }
+    for (size_t i = 1; i < targets.size(); ++i) {
+      std::vector<std::unique_ptr<Backend>> first;
+      first.push_back(MakeCpuBackendForTest(1, targets[0]));
+      std::vector<std::unique_ptr<Backend>> second;
+      second.push_back(MakeCpuBackendForTest(1, targets[i]));
+      RankGroup a(std::move(first));
+      RankGroup b(std::move(second));
+      for (uint64_t seed = 5000; seed < 5100; ++seed) {
+        const ProblemSpec spec = RandomSpec(seed);
+        SCOPED_TRACE(absl::StrCat(targets[0], " and ", targets[i], ": ", spec.ToString()));
+        const Problem problem(spec);
+        a.Load(problem);
+        b.Load(problem);
+        const auto from_a = a.Attend(problem, {0});
+        const auto from_b = b.Attend(problem, {0});
+        ASSERT_TRUE(from_a.ok() && from_b.ok());
+        ASSERT_TRUE(*from_a == *from_b);
+        ASSERT_EQ(a.words(), b.words());
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace eduba
