@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -32,6 +33,10 @@ using hdf5::Id;
 constexpr int64_t kColumnsMax = int64_t{1} << 20;
 // Rows of a column, or stored elements of a sparse matrix, read at a time.
 constexpr int64_t kBlock = int64_t{1} << 18;
+// Rows in any order: numbers read at a time, and rows that nobody asked for but are cheaper read than
+// skipped.
+constexpr int64_t kScratchFloats = int64_t{1} << 22;
+constexpr int64_t kGapRows = 64;
 // A category per cell would be no category, and memory for names must end somewhere.
 constexpr int64_t kCategoriesMax = int64_t{1} << 20;
 
@@ -490,11 +495,45 @@ absl::Status CellMatrix::ReadRows(int64_t begin, int64_t count, float* out) cons
   const hdf5::Quiet quiet;
   EDUBA_CHECK(begin >= 0 && count >= 0 && count <= rows() && begin <= rows() - count);
   EDUBA_RETURN_IF_ERROR(Read(begin, count, out));
-  for (int64_t i = 0; i < count * cols(); ++i) {
-    if (std::isfinite(out[i])) continue;
-    return Invalid(absl::StrCat(name(), ": found ", out[i], " for cell ", begin + i / cols(),
-                                " (counted from 0), column ", i % cols(),
+  for (int64_t i = 0; i < count; ++i) EDUBA_RETURN_IF_ERROR(CheckFinite(begin + i, out + i * cols()));
+  return absl::OkStatus();
+}
+
+absl::Status CellMatrix::CheckFinite(int64_t row, const float* values) const {
+  for (int64_t i = 0; i < cols(); ++i) {
+    if (std::isfinite(values[i])) continue;
+    return Invalid(absl::StrCat(name(), ": found ", values[i], " for cell ", row,
+                                " (counted from 0), column ", i,
                                 ", wanted finite numbers; drop or fill such cells first"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CellMatrix::ReadRowList(absl::Span<const int64_t> rows, float* out) const {
+  const hdf5::Quiet quiet;
+  std::vector<size_t> order(rows.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rows[a] < rows[b]; });
+  const int64_t rows_max = std::max<int64_t>(1, kScratchFloats / cols());
+  std::vector<float> scratch;
+  for (size_t next = 0; next < order.size();) {
+    // A piece: rows that lie closely enough together, as many as the scratch space holds.
+    const int64_t begin = rows[order[next]];
+    int64_t end = begin + 1;
+    size_t last = next + 1;
+    for (; last < order.size(); ++last) {
+      const int64_t row = rows[order[last]];
+      if (row - end > kGapRows || row + 1 - begin > rows_max) break;
+      end = row + 1;
+    }
+    scratch.resize(static_cast<size_t>((end - begin) * cols()));
+    EDUBA_CHECK(begin >= 0 && end <= this->rows());
+    EDUBA_RETURN_IF_ERROR(Read(begin, end - begin, scratch.data()));
+    for (; next < last; ++next) {
+      const float* row = &scratch[static_cast<size_t>((rows[order[next]] - begin) * cols())];
+      EDUBA_RETURN_IF_ERROR(CheckFinite(rows[order[next]], row));
+      std::copy(row, row + cols(), out + static_cast<int64_t>(order[next]) * cols());
+    }
   }
   return absl::OkStatus();
 }

@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 
 namespace eduba {
 
@@ -30,9 +31,14 @@ class CellMatrix {
   // REQUIRES: the range lies in the matrix.
   absl::Status ReadRows(int64_t begin, int64_t count, float* out) const;
 
+  // The same for rows in any order, repeats and all: row rows[i] to out + i * cols(). Neighbouring rows are
+  // read together, so ask for many at a time. REQUIRES: every row lies in the matrix.
+  absl::Status ReadRowList(absl::Span<const int64_t> rows, float* out) const;
+
  private:
   virtual absl::Status Read(int64_t begin, int64_t count, float* out) const = 0;
   virtual const std::string& name() const = 0;  // "file.h5ad: obsm/X_pca"
+  absl::Status CheckFinite(int64_t row, const float* values) const;
 };
 
 // One label per cell.

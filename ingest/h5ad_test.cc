@@ -400,6 +400,29 @@ TEST(H5ad, ReadsLzf) {
   EXPECT_THAT(AllRows(*OpenOrDie(build.Done())->OpenMatrix("X").value(), 2), ElementsAre(7, 7, 7, 7));
 }
 
+TEST(H5ad, ReadsRowsInAnyOrder) {
+  Builder build("rows");
+  std::vector<std::string> names;
+  std::vector<float> values;
+  for (int i = 0; i < 500; ++i) {
+    names.push_back(absl::StrCat(i));
+    values.push_back(static_cast<float>(i));
+    values.push_back(static_cast<float>(-i));
+  }
+  values[2 * 3] = std::numeric_limits<float>::quiet_NaN();  // Row 3 lies between rows 2 and 7: read with
+                                                            // them, but not asked for.
+  build.Cells(names);
+  build.Numbers<float>("X", {500, 2}, H5T_IEEE_F32LE, values);
+  const auto file = OpenOrDie(build.Done());
+  const auto matrix = file->OpenMatrix("X").value();
+  std::vector<float> out(12);
+  ASSERT_TRUE(matrix->ReadRowList({499, 7, 2, 7, 300, 0}, out.data()).ok());
+  EXPECT_THAT(out, ElementsAre(499, -499, 7, -7, 2, -2, 7, -7, 300, -300, 0, 0));
+  EXPECT_TRUE(matrix->ReadRowList({}, nullptr).ok());
+  EXPECT_THAT(std::string(matrix->ReadRowList({4, 3}, out.data()).message()),
+              HasSubstr("found nan for cell 3"));
+}
+
 TEST(H5ad, AMatrixOutlivesItsFile) {
   Builder build("outlives");
   build.Cells({"a"});
