@@ -1,0 +1,35 @@
+#include "kernels/fingerprint.h"
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/reference/reference_backend.h"
+
+namespace eduba {
+namespace {
+
+TEST(Fingerprint, IsTheSameForEveryThreadCountAndRun) {
+  const uint64_t one = Fingerprint(*MakeCpuBackend(1)).value();
+  const auto backend = MakeCpuBackend(3);
+  EXPECT_EQ(Fingerprint(*backend).value(), one);
+  EXPECT_EQ(Fingerprint(*backend).value(), one);
+}
+
+TEST(Fingerprint, TellsBackendsApartExactlyWhereTheirArithmeticDiffers) {
+  std::map<bool, uint64_t> by_fma;
+  for (const std::string& target : CpuTargets()) {
+    const uint64_t print = Fingerprint(*MakeCpuBackendForTest(1, target)).value();
+    const auto [it, fresh] = by_fma.emplace(CpuTargetHasFma(target), print);
+    EXPECT_EQ(it->second, print) << target;
+  }
+  if (by_fma.size() == 2) {
+    EXPECT_NE(by_fma[false], by_fma[true]);
+  }
+  for (const auto& [fma, print] : by_fma) EXPECT_NE(print, Fingerprint(*MakeReferenceBackend()).value());
+}
+
+}  // namespace
+}  // namespace eduba
