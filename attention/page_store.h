@@ -1,0 +1,92 @@
+#ifndef EDUBA_ATTENTION_PAGE_STORE_H_
+#define EDUBA_ATTENTION_PAGE_STORE_H_
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+
+namespace eduba {
+
+class PageStore;
+
+// One page of backend memory, given back when it is destroyed. Must not outlive its PageStore.
+class Page {
+ public:
+  Page() = default;
+  Page(Page&& other) noexcept { *this = std::move(other); }
+  Page& operator=(Page&& other) noexcept;
+  Page(const Page&) = delete;
+  Page& operator=(const Page&) = delete;
+  ~Page();
+
+  void* data() const { return data_; }
+
+ private:
+  friend class PageStore;
+  Page(PageStore* store, void* data) : store_(store), data_(data) {}
+
+  PageStore* store_ = nullptr;
+  void* data_ = nullptr;
+};
+
+// Pages from a byte budget that is fixed at the start. Memory comes from the backend in slabs, each cut into
+// pages of one size: a small slab first, then as much again as the size has already, up to kSlabBytesMax (or
+// one page, where a page is larger). A slab goes back to the backend when its last page does. Thread-safe.
+class PageStore {
+ public:
+  static constexpr int64_t kSlabBytesMin = int64_t{256} << 10;
+  static constexpr int64_t kSlabBytesMax = int64_t{16} << 20;
+
+  // The slabs' bytes never exceed `memory_bytes`. `backend` must outlive the store.
+  PageStore(Backend* backend, int64_t memory_bytes);
+  // REQUIRES: every Page is gone.
+  ~PageStore();
+  PageStore(const PageStore&) = delete;
+  PageStore& operator=(const PageStore&) = delete;
+
+  // `count` pages of `page_bytes` each, or none: RESOURCE_EXHAUSTED when they do not fit. What is in a page
+  // is undefined.
+  absl::StatusOr<std::vector<Page>> Reserve(int64_t page_bytes, int64_t count);
+
+  int64_t memory_bytes() const { return memory_bytes_; }
+  // Bytes of the pages that exist.
+  int64_t used_bytes() const;
+
+ private:
+  friend class Page;
+  struct Slab {
+    int64_t bytes = 0;
+    int64_t page_bytes = 0;
+    std::vector<char*> free;  // Pages of this slab that nobody holds.
+  };
+  using Slabs = std::map<char*, Slab>;  // By first byte.
+  // All slabs of one page size.
+  struct SizeClass {
+    int64_t slab_bytes = 0;
+    int64_t free_pages = 0;
+    std::set<char*>
+        with_free;  // First bytes of slabs that have free pages; the lowest address is used first.
+  };
+
+  void Release(void* page);
+  absl::Status AddSlab(int64_t page_bytes, int64_t pages_wanted);
+  void DropSlab(Slabs::iterator slab);
+  void DropFreeSlabs(int64_t page_bytes);
+
+  Backend* const backend_;
+  const int64_t memory_bytes_;
+  mutable std::mutex mutex_;  // Guards all below.
+  Slabs slabs_;
+  std::map<int64_t, SizeClass> classes_;  // By page bytes.
+  int64_t slab_bytes_ = 0;
+  int64_t used_bytes_ = 0;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_ATTENTION_PAGE_STORE_H_

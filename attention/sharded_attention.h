@@ -1,0 +1,47 @@
+#ifndef EDUBA_ATTENTION_SHARDED_ATTENTION_H_
+#define EDUBA_ATTENTION_SHARDED_ATTENTION_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "attention/sequence.h"
+#include "attention/visibility.h"
+#include "collective/communicator.h"
+#include "kernels/backend.h"
+
+namespace eduba {
+
+// Query rows of one layer, the same on every rank.
+struct AttentionQuery {
+  int layer = 0;
+  Policy policy = Policy::kGlobal;
+  int64_t length = 0;                   // Positions the rows may see, 1 to the sequence's length.
+  absl::Span<const float> queries;      // [rows, query_heads, head_dim], finite
+  absl::Span<const int64_t> positions;  // [rows], each below `length`
+};
+
+struct AttentionAnswer {
+  std::vector<float> outputs;              // [rows, query_heads, value_dim]
+  std::vector<float> lse;                  // [rows, query_heads], natural log
+  std::vector<float> sink_mass;            // [rows, query_heads]
+  std::vector<int32_t> row_heads_maximum;  // [rows]: heads of the row that took the maximum path
+  int64_t bytes_read = 0;                  // Of keys and values, by this worker.
+  int collectives = 0;
+};
+
+// One step of docs/numerics.md: every rank reads its own pages, the sums meet in one all-reduce (three where
+// a row needs the maximum path, two without sinks), and every rank gets the same answer.
+//
+// INVALID_ARGUMENT when the arithmetic left the finite numbers; all ranks get it, and the group lives on. Any
+// other error is this rank's own or the communicator's, which is dead then: an error ahead of a collective
+// aborts it, so that no rank waits for one that will not come.
+absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& communicator,
+                                              const Sequence& sequence, const AttentionQuery& query,
+                                              absl::Time deadline);
+
+}  // namespace eduba
+
+#endif  // EDUBA_ATTENTION_SHARDED_ATTENTION_H_
