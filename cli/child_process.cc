@@ -1,0 +1,128 @@
+#include "cli/child_process.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
+
+namespace eduba {
+namespace {
+
+constexpr absl::Duration kJoinPoll = absl::Milliseconds(20);
+constexpr size_t kReadyLineBytesMax = 4096;
+
+// In the child, after fork: only calls that are safe between fork and exec.
+[[noreturn]] void RunProgram(pid_t parent, int stdout_fd, char* const* arguments) {
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, nullptr);
+  prctl(PR_SET_PDEATHSIG, SIGTERM);
+  if (getppid() != parent) _exit(1);  // It ended before the line above could tell us.
+  dup2(stdout_fd, STDOUT_FILENO);
+  execv("/proc/self/exe", arguments);
+  _exit(127);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ChildProcess>> ChildProcess::Start(const std::string& name,
+                                                                  const std::vector<std::string>& arguments) {
+  int fds[2];
+  if (pipe2(fds, O_CLOEXEC) != 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("no pipe for ", name, ": ", std::strerror(errno)));
+  }
+  std::string program = "eduba";
+  std::vector<std::string> copy = arguments;
+  std::vector<char*> argv = {program.data()};
+  for (std::string& argument : copy) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  const pid_t parent = getpid();
+  const pid_t pid = fork();
+  if (pid == 0) RunProgram(parent, fds[1], argv.data());
+  close(fds[1]);
+  if (pid < 0) {
+    const int error = errno;
+    close(fds[0]);
+    return absl::ResourceExhaustedError(absl::StrCat("cannot start ", name, ": ", std::strerror(error)));
+  }
+  return std::unique_ptr<ChildProcess>(new ChildProcess(name, pid, fds[0]));
+}
+
+ChildProcess::ChildProcess(std::string name, pid_t pid, int stdout_fd)
+    : name_(std::move(name)), pid_(pid), stdout_fd_(stdout_fd) {}
+
+ChildProcess::~ChildProcess() {
+  Join(absl::InfinitePast());
+  close(stdout_fd_);
+}
+
+absl::StatusOr<std::string> ChildProcess::WaitUntilReady(absl::Time deadline) {
+  std::string text;
+  while (!absl::StrContains(text, '\n')) {
+    const absl::Duration left = deadline - absl::Now();
+    if (left <= absl::ZeroDuration()) {
+      return absl::DeadlineExceededError(absl::StrCat(name_, " did not get ready in time"));
+    }
+    pollfd ready = {stdout_fd_, POLLIN, 0};
+    const int polled = poll(&ready, 1, static_cast<int>(absl::ToInt64Milliseconds(left)) + 1);
+    if (polled <= 0) continue;
+    char buffer[256];
+    const ssize_t bytes = read(stdout_fd_, buffer, sizeof(buffer));
+    if (bytes <= 0 || text.size() > kReadyLineBytesMax) {
+      return absl::UnavailableError(
+          absl::StrCat(name_, " ended before it was ready; its own message is above"));
+    }
+    text.append(buffer, bytes);
+  }
+  absl::string_view line = absl::string_view(text).substr(0, text.find('\n'));
+  if (!absl::ConsumePrefix(&line, "ready: ")) {
+    return absl::InternalError(absl::StrCat(name_, " said '", line, "' instead of its address"));
+  }
+  return std::string(line);
+}
+
+bool ChildProcess::Running() {
+  int status = 0;
+  if (running_ && waitpid(pid_, &status, WNOHANG) == pid_) Ended(status);
+  return running_;
+}
+
+void ChildProcess::Terminate() {
+  if (Running()) kill(pid_, SIGTERM);
+}
+
+void ChildProcess::Join(absl::Time deadline) {
+  while (Running()) {
+    if (absl::Now() >= deadline) {
+      kill(pid_, SIGKILL);
+      int status = 0;
+      if (waitpid(pid_, &status, 0) == pid_) Ended(status);
+      running_ = false;
+      return;
+    }
+    // SIGCHLD is held, so its arrival shortens nothing; this is a bounded poll of one waitpid.
+    absl::SleepFor(kJoinPoll);
+  }
+}
+
+void ChildProcess::Ended(int wait_status) {
+  running_ = false;
+  failed_ = !WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0;
+  how_ = WIFEXITED(wait_status)
+             ? absl::StrCat("exit code ", WEXITSTATUS(wait_status))
+             : absl::StrCat("signal ", WTERMSIG(wait_status), " (", strsignal(WTERMSIG(wait_status)), ")");
+}
+
+}  // namespace eduba

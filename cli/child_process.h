@@ -1,0 +1,59 @@
+#ifndef EDUBA_CLI_CHILD_PROCESS_H_
+#define EDUBA_CLI_CHILD_PROCESS_H_
+
+#include <sys/types.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace eduba {
+
+// Another run of this program. It gets SIGTERM when its parent ends, however that ends. Its stderr is ours;
+// its stdout comes to us.
+class ChildProcess {
+ public:
+  // `arguments` without the program's name. REQUIRES: this process has one thread (between fork and exec
+  // nothing of ours may hold a lock).
+  static absl::StatusOr<std::unique_ptr<ChildProcess>> Start(const std::string& name,
+                                                             const std::vector<std::string>& arguments);
+  // Kills it when it still runs.
+  ~ChildProcess();
+  ChildProcess(const ChildProcess&) = delete;
+  ChildProcess& operator=(const ChildProcess&) = delete;
+
+  // "worker 2": how messages call it.
+  const std::string& name() const { return name_; }
+  pid_t pid() const { return pid_; }
+
+  // The address of its first line, "ready: ADDRESS". UNAVAILABLE when it ended before, DEADLINE_EXCEEDED when
+  // the line did not come in time.
+  absl::StatusOr<std::string> WaitUntilReady(absl::Time deadline);
+
+  // False once it has ended; then how() says how: "exit code 1", "signal 9 (Killed)".
+  bool Running();
+  const std::string& how() const { return how_; }
+  bool failed() const { return failed_; }
+
+  void Terminate();  // SIGTERM; returns at once.
+  // Waits for its end; kills it at `deadline`.
+  void Join(absl::Time deadline);
+
+ private:
+  ChildProcess(std::string name, pid_t pid, int stdout_fd);
+  void Ended(int wait_status);
+
+  const std::string name_;
+  const pid_t pid_;
+  int stdout_fd_;
+  bool running_ = true;
+  bool failed_ = false;
+  std::string how_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_CLI_CHILD_PROCESS_H_

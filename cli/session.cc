@@ -1,0 +1,287 @@
+// eduba session create|append|show|list|delete. (attend has a file of its own.)
+
+#include <iostream>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "CLI/Option.hpp"
+#include "CLI/Validators.hpp"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/time.h"
+#include "base/dtype.h"
+#include "base/status_macros.h"
+#include "cli/command.h"
+#include "cli/flags.h"
+#include "cli/npy_rows.h"
+#include "cli/output.h"
+#include "cli/session_attend.h"
+#include "rpc/spec.h"
+
+namespace eduba {
+namespace {
+
+std::string DTypeText(v1::DType dtype) {
+  const auto known = DTypeFromProto(dtype);
+  return known.ok() ? DTypeName(*known) : "?";
+}
+
+Json SessionJson(const v1::Session& session) {
+  const v1::SessionSpec& spec = session.spec();
+  return {
+      {"name", session.name()},
+      {"length", session.length()},
+      {"bytes", session.bytes()},
+      {"lost", session.lost()},
+      {"created_unix_ms", session.created_unix_ms()},
+      {"layers", spec.layers()},
+      {"query_heads", spec.query_heads()},
+      {"kv_heads", spec.kv_heads()},
+      {"head_dim", spec.head_dim()},
+      {"value_dim", spec.value_dim()},
+      {"dtype", DTypeText(spec.dtype())},
+      {"sink_tokens", spec.sink_tokens()},
+      {"sink_logits", std::vector<float>(spec.sink_logits().begin(), spec.sink_logits().end())},
+      {"window", spec.window()},
+      {"scale", spec.scale()},
+      {"softcap", spec.softcap()},
+      {"stripe_pages", spec.stripe_pages()},
+  };
+}
+
+void PrintSession(const v1::Session& session) {
+  const v1::SessionSpec& spec = session.spec();
+  std::vector<std::vector<std::string>> rows = {
+      {"session", session.name()},
+      {"length", absl::StrCat(session.length(), " positions, ", BytesText(session.bytes()))},
+      {"heads", absl::StrFormat("%d query, %d kv, head_dim %d, value_dim %d", spec.query_heads(),
+                                spec.kv_heads(), spec.head_dim(), spec.value_dim())},
+      {"layers", absl::StrCat(spec.layers())},
+      {"dtype", DTypeText(spec.dtype())},
+      {"sinks", absl::StrCat(spec.sink_tokens(), " tokens, learned ",
+                             spec.sink_logits().empty() ? "none" : absl::StrJoin(spec.sink_logits(), " "))},
+      {"window", spec.window() > 0 ? absl::StrCat(spec.window(), " positions") : "none"},
+      {"logits", absl::StrFormat("scale %g%s", spec.scale(),
+                                 spec.softcap() > 0 ? absl::StrFormat(", softcap %g", spec.softcap()) : "")},
+      {"stripes", absl::StrCat(spec.stripe_pages(), " pages")},
+      {"created", absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", absl::FromUnixMillis(session.created_unix_ms()),
+                                   absl::UTCTimeZone())},
+  };
+  if (session.lost()) {
+    rows.push_back({"lost", "its content went with a worker; delete it and append again"});
+  }
+  PrintTable(rows);
+}
+
+void Report(const v1::Session& session, bool json) {
+  if (json) {
+    PrintJson(SessionJson(session));
+  } else {
+    PrintSession(session);
+  }
+}
+
+// --- create ---
+
+struct CreateOptions {
+  ServerFlags server;
+  bool json = false;
+  std::string name;
+  int layers = 1;
+  int query_heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int value_dim = 0;
+  std::string dtype = "f32";
+  int64_t sink_tokens = 0;
+  std::vector<float> sink_logits;
+  int64_t window = 0;
+  std::optional<float> scale;
+  float softcap = 0;
+  int stripe_pages = 0;
+};
+
+void AddCreateOptions(CLI::App& command, CreateOptions& options) {
+  command.add_option("NAME", options.name, "Name of the new session: 1 to 128 of A-Z a-z 0-9 . _ -")
+      ->required();
+  command.add_option("--query-heads", options.query_heads, "Query heads, a multiple of --kv-heads")
+      ->required();
+  command.add_option("--kv-heads", options.kv_heads, "Key and value heads")->required();
+  command.add_option("--head-dim", options.head_dim, "Elements of a key, 1 to 1024")->required();
+  command.add_option("--value-dim", options.value_dim, "Elements of a value, 1 to 1024 [--head-dim]");
+  command.add_option("--layers", options.layers, "Layers; arrays then have a leading layer axis")
+      ->capture_default_str();
+  command.add_option("--dtype", options.dtype, "How keys and values are stored")
+      ->check(CLI::IsMember({"f32", "bf16", "f16"}))
+      ->capture_default_str();
+  command.add_option("--sink-tokens", options.sink_tokens, "The first positions, replicated on every worker")
+      ->capture_default_str();
+  command
+      .add_option("--sink-logit", options.sink_logits,
+                  "Learned sink: a logit in the denominator only; one value, or one per query head (A,B,...)")
+      ->delimiter(',')
+      ->allow_extra_args(false);
+  command.add_option("--window", options.window, "Last positions that --policy window sees");
+  command.add_option("--scale", options.scale, "logit = scale * (q . k) [1/sqrt(head_dim)]");
+  command.add_option("--softcap", options.softcap, "logit = softcap * tanh(scale * (q . k) / softcap)");
+  command.add_option("--stripe-pages", options.stripe_pages,
+                     "Pages of 256 positions that are placed together [64]");
+  AddServerFlags(command, options.server);
+  AddJsonFlag(command, options.json);
+}
+
+absl::Status RunCreate(const CreateOptions& options) {
+  v1::SessionSpec spec;
+  spec.set_layers(options.layers);
+  spec.set_query_heads(options.query_heads);
+  spec.set_kv_heads(options.kv_heads);
+  spec.set_head_dim(options.head_dim);
+  spec.set_value_dim(options.value_dim);
+  EDUBA_ASSIGN_OR_RETURN(const DType dtype, ParseDType(options.dtype));
+  spec.set_dtype(DTypeToProto(dtype));
+  spec.set_sink_tokens(options.sink_tokens);
+  spec.mutable_sink_logits()->Assign(options.sink_logits.begin(), options.sink_logits.end());
+  spec.set_window(options.window);
+  if (options.scale) spec.set_scale(*options.scale);
+  spec.set_softcap(options.softcap);
+  spec.set_stripe_pages(options.stripe_pages);
+  EDUBA_ASSIGN_OR_RETURN(const v1::Session session,
+                         Connect(options.server)->CreateSession(options.name, spec));
+  Report(session, options.json);
+  return absl::OkStatus();
+}
+
+// --- append ---
+
+struct AppendFlags {
+  ServerFlags server;
+  bool json = false;
+  std::string name;
+  std::string keys;
+  std::string values;
+  std::optional<int64_t> at;
+  bool thin = false;
+};
+
+void AddAppendOptions(CLI::App& command, AppendFlags& options) {
+  command.add_option("NAME", options.name, "The session")->required();
+  command
+      .add_option(
+          "--keys", options.keys,
+          "k.npy: f32 or f16 [tokens, kv_heads, head_dim], with a leading layer axis when there are layers")
+      ->required();
+  command.add_option("--values", options.values, "v.npy: f32 or f16 [tokens, kv_heads, value_dim], likewise")
+      ->required();
+  command.add_option(
+      "--at", options.at,
+      "Position where the append starts [the end]; makes a repetition of the same append safe");
+  command.add_flag("--thin", options.thin, "Send through the coordinator, where workers cannot be reached");
+  AddServerFlags(command, options.server);
+  AddJsonFlag(command, options.json);
+}
+
+absl::Status RunAppend(const AppendFlags& options) {
+  const auto client = Connect(options.server);
+  EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client->GetSession(options.name));
+  EDUBA_ASSIGN_OR_RETURN(const auto rows, NpyRows::Open(options.keys, options.values, session.spec()));
+  v1::AppendReceipt receipt;
+  const absl::Time started = absl::Now();
+  {
+    ProgressReport progress("append");
+    const AppendOptions append = {options.at,
+                                  [&](int64_t done, int64_t total) { progress.Bytes(done, total); }};
+    EDUBA_ASSIGN_OR_RETURN(receipt, options.thin ? client->AppendThin(session, rows->tokens(), *rows, append)
+                                                 : client->Append(session, rows->tokens(), *rows, append));
+  }
+  const double seconds = absl::ToDoubleSeconds(absl::Now() - started);
+  const std::string digest = absl::StrFormat("%016x%016x", receipt.digest_high(), receipt.digest_low());
+  if (options.json) {
+    PrintJson({{"at", receipt.at()},
+               {"count", receipt.count()},
+               {"length", receipt.length()},
+               {"already_stored", receipt.already_stored()},
+               {"digest", digest},
+               {"seconds", seconds}});
+    return absl::OkStatus();
+  }
+  std::cout << absl::StrFormat("%s %d positions at %d in %.3f s; length %d, digest %s",
+                               receipt.already_stored() ? "had already" : "appended", receipt.count(),
+                               receipt.at(), seconds, receipt.length(), digest)
+            << std::endl;
+  return absl::OkStatus();
+}
+
+// --- show, list, delete ---
+
+struct NameOptions {
+  ServerFlags server;
+  bool json = false;
+  std::string name;
+};
+
+void AddNameOptions(CLI::App& command, NameOptions& options) {
+  command.add_option("NAME", options.name, "The session")->required();
+  AddServerFlags(command, options.server);
+  AddJsonFlag(command, options.json);
+}
+
+absl::Status RunShow(const NameOptions& options) {
+  EDUBA_ASSIGN_OR_RETURN(const v1::Session session, Connect(options.server)->GetSession(options.name));
+  Report(session, options.json);
+  return absl::OkStatus();
+}
+
+absl::Status RunDelete(const NameOptions& options) {
+  EDUBA_RETURN_IF_ERROR(Connect(options.server)->DeleteSession(options.name));
+  if (options.json) {
+    PrintJson({{"deleted", options.name}});
+  } else {
+    std::cout << "deleted " << options.name << std::endl;
+  }
+  return absl::OkStatus();
+}
+
+struct ListOptions {
+  ServerFlags server;
+  bool json = false;
+};
+
+void AddListOptions(CLI::App& command, ListOptions& options) {
+  AddServerFlags(command, options.server);
+  AddJsonFlag(command, options.json);
+}
+
+absl::Status RunList(const ListOptions& options) {
+  EDUBA_ASSIGN_OR_RETURN(const auto sessions, Connect(options.server)->ListSessions());
+  if (options.json) {
+    Json list = Json::array();
+    for (const v1::Session& session : sessions) list.push_back(SessionJson(session));
+    PrintJson(list);
+    return absl::OkStatus();
+  }
+  std::vector<std::vector<std::string>> rows = {{"session", "length", "bytes", "dtype", "state"}};
+  for (const v1::Session& session : sessions) {
+    rows.push_back({session.name(), absl::StrCat(session.length()), BytesText(session.bytes()),
+                    DTypeText(session.spec().dtype()), session.lost() ? "lost" : "ok"});
+  }
+  PrintTable(rows);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddSessionCommands(CLI::App& app, Command& chosen) {
+  CLI::App* session = app.add_subcommand("session", "Create, fill, ask, show and delete sessions");
+  session->require_subcommand(1);
+  AddCommand(*session, "create", "Create an empty session", chosen, AddCreateOptions, RunCreate);
+  AddCommand(*session, "append", "Append keys and values from .npy files", chosen, AddAppendOptions,
+             RunAppend);
+  AddAttendCommand(*session, chosen);
+  AddCommand(*session, "show", "Show one session", chosen, AddNameOptions, RunShow);
+  AddCommand(*session, "list", "List all sessions", chosen, AddListOptions, RunList);
+  AddCommand(*session, "delete", "Delete a session and free its memory", chosen, AddNameOptions, RunDelete);
+}
+
+}  // namespace eduba

@@ -1,0 +1,24 @@
+#ifndef EDUBA_CLI_SYSTEM_H_
+#define EDUBA_CLI_SYSTEM_H_
+
+#include <cstdint>
+#include <string>
+
+namespace eduba {
+
+// What this process may use: the machine's memory, or less when its control group says so.
+int64_t UsableMemoryBytes();
+
+// CPUs that this process may run on.
+int UsableCores();
+
+// The processor's name, as /proc/cpuinfo has it; "unknown" without one.
+std::string ProcessorName();
+
+// Memory for pages when --memory-bytes is not given: 60 % of what there is. The rest is for the operating
+// system's cache, the client's arrays and other programs.
+int64_t DefaultStoreBytes();
+
+}  // namespace eduba
+
+#endif  // EDUBA_CLI_SYSTEM_H_
