@@ -1,0 +1,378 @@
+#include "worker/engine.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "collective/local/local_communicator.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/reference/reference_backend.h"
+
+namespace eduba {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr uint64_t kSession = 77;
+constexpr uint64_t kAppend = 501;
+
+// One rank: an engine and everything that it said.
+class Rank {
+ public:
+  explicit Rank(LocalHub* hub) {
+    Engine::Options options;
+    options.backend = backend_.get();
+    options.store = &store;
+    options.connect = [hub](const v1::FormGroup& form, absl::Time deadline) {
+      return hub->Join(form.epoch(), form.attempt(), form.rank(), form.size(), deadline);
+    };
+    options.send = [this](const v1::WorkerMessage& message) {
+      const std::scoped_lock lock(mutex_);
+      said_.push_back(message);
+      changed_.notify_all();
+    };
+    options.on_active = [this](bool is_active) {
+      const std::scoped_lock lock(mutex_);
+      active_ = is_active;
+    };
+    engine = std::make_unique<Engine>(std::move(options));
+  }
+
+  void Form(uint64_t epoch, int rank, int size) {
+    v1::GroupMessage message;
+    v1::FormGroup& form = *message.mutable_form();
+    form.set_epoch(epoch);
+    form.set_attempt(1);
+    form.set_rank(rank);
+    form.set_size(size);
+    form.set_timeout_ms(30000);
+    engine->Handle(message);
+    epoch_ = epoch;
+    ordinal_ = 0;
+  }
+
+  void Abort(uint64_t epoch, const std::string& reason) {
+    v1::GroupMessage message;
+    message.mutable_abort()->set_epoch(epoch);
+    message.mutable_abort()->set_reason(reason);
+    engine->Handle(message);
+  }
+
+  // Sends the command with the next ordinal.
+  void Send(v1::Command command) {
+    v1::GroupMessage message;
+    *message.mutable_command() = std::move(command);
+    message.mutable_command()->set_epoch(epoch_);
+    message.mutable_command()->set_ordinal(++ordinal_);
+    message.mutable_command()->set_timeout_ms(30000);
+    engine->Handle(message);
+  }
+
+  // The next thing said.
+  v1::WorkerMessage Next() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return heard_ < said_.size(); });
+    return said_[heard_++];
+  }
+  v1::CommandResult Result() { return Next().result(); }
+  v1::CommandResult Run(v1::Command command) {
+    Send(std::move(command));
+    return Result();
+  }
+  bool active() {
+    const std::scoped_lock lock(mutex_);
+    return active_;
+  }
+  void SkipOrdinal() { ++ordinal_; }
+
+ private:
+  std::unique_ptr<Backend> backend_ = MakeReferenceBackend();
+
+ public:
+  PageStore store{backend_.get(), int64_t{16} << 20};
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<v1::WorkerMessage> said_;
+  size_t heard_ = 0;
+  bool active_ = false;
+  uint64_t epoch_ = 0;
+  uint64_t ordinal_ = 0;
+
+ public:
+  std::unique_ptr<Engine> engine;
+};
+
+v1::Command Open() {
+  v1::Command command;
+  v1::OpenSession& open = *command.mutable_open_session();
+  open.set_session_id(kSession);
+  open.mutable_spec()->set_query_heads(1);
+  open.mutable_spec()->set_kv_heads(1);
+  open.mutable_spec()->set_head_dim(2);
+  open.mutable_spec()->set_value_dim(1);
+  open.mutable_spec()->set_window(4);
+  return command;
+}
+
+v1::Command Close() {
+  v1::Command command;
+  command.mutable_close_session()->set_session_id(kSession);
+  return command;
+}
+
+v1::Command Begin(int64_t at, int64_t count, bool owned) {
+  v1::Command command;
+  v1::BeginAppend& begin = *command.mutable_begin_append();
+  begin.set_append_id(kAppend);
+  begin.set_session_id(kSession);
+  begin.set_at(at);
+  begin.set_count(count);
+  if (owned) {
+    v1::Extent& extent = *begin.add_owned();
+    extent.set_first_position(at);
+    extent.set_count(count);
+  }
+  return command;
+}
+
+v1::Command Seal() {
+  v1::Command command;
+  command.mutable_seal_append()->set_append_id(kAppend);
+  return command;
+}
+
+v1::Command Commit(const std::string& exponents) {
+  v1::Command command;
+  command.mutable_commit_append()->set_append_id(kAppend);
+  command.mutable_commit_append()->set_exponents(exponents);
+  return command;
+}
+
+template <typename T>
+std::string Bytes(const std::vector<T>& numbers) {
+  return std::string(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T));
+}
+
+// Position j has key (1, 0) and value j + 1.
+v1::UploadRequest Rows(int64_t first, int count) {
+  v1::UploadRequest request;
+  request.set_append_id(kAppend);
+  request.set_first_position(first);
+  request.set_count(count);
+  request.set_dtype(v1::DTYPE_F32);
+  std::vector<float> keys;
+  std::vector<float> values;
+  for (int64_t j = first; j < first + count; ++j) {
+    keys.insert(keys.end(), {1, 0});
+    values.push_back(static_cast<float>(j + 1));
+  }
+  request.set_keys(Bytes(keys));
+  request.set_values(Bytes(values));
+  return request;
+}
+
+v1::Command Attend(int64_t length, std::vector<int64_t> positions, std::vector<float> queries) {
+  v1::Command command;
+  v1::AttendStep& step = *command.mutable_attend();
+  step.set_session_id(kSession);
+  step.set_length(length);
+  step.set_policy(v1::POLICY_GLOBAL);
+  step.set_rows(static_cast<int>(positions.size()));
+  step.set_queries(Bytes(queries));
+  step.mutable_positions()->Add(positions.begin(), positions.end());
+  return command;
+}
+
+float FirstOutput(const v1::CommandResult& result) {
+  float output = 0;
+  EXPECT_GE(result.attend().outputs().size(), sizeof(output)) << result.ShortDebugString();
+  std::memcpy(&output, result.attend().outputs().data(), sizeof(output));
+  return output;
+}
+
+absl::StatusCode CodeOf(const v1::CommandResult& result) {
+  return static_cast<absl::StatusCode>(result.code());
+}
+
+// Ranks in a group, with a session of three positions (values 1, 2, 3) that rank 0 owns.
+class EngineTest : public ::testing::Test {
+ protected:
+  void StartGroup(int size) {
+    while (static_cast<int>(ranks_.size()) < size) ranks_.push_back(std::make_unique<Rank>(&hub_));
+    ++epoch_;
+    for (int rank = 0; rank < size; ++rank) ranks_[rank]->Form(epoch_, rank, size);
+    for (int rank = 0; rank < size; ++rank) {
+      const v1::WorkerMessage formed = ranks_[rank]->Next();
+      ASSERT_EQ(formed.formed().code(), 0) << formed.ShortDebugString();
+      EXPECT_EQ(formed.formed().epoch(), epoch_);
+      EXPECT_TRUE(ranks_[rank]->active());
+    }
+  }
+
+  void Fill() {
+    for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+      ASSERT_EQ(ranks_[rank]->Run(Open()).code(), 0);
+      ASSERT_EQ(ranks_[rank]->Run(Begin(0, 3, rank == 0)).code(), 0);
+    }
+    ASSERT_EQ(ranks_[0]->engine->Upload(Rows(0, 3)), absl::OkStatus());
+    const v1::CommandResult seal = ranks_[0]->Run(Seal());
+    ASSERT_EQ(seal.code(), 0) << seal.message();
+    for (size_t rank = 1; rank < ranks_.size(); ++rank) {
+      const v1::CommandResult empty = ranks_[rank]->Run(Seal());
+      ASSERT_EQ(empty.code(), 0);
+      EXPECT_EQ(empty.seal().digest_low(), 0u);
+      EXPECT_EQ(empty.seal().exponents(), Bytes(std::vector<int16_t>{INT16_MIN}));
+    }
+    EXPECT_EQ(seal.seal().exponents(), Bytes(std::vector<int16_t>{2}));  // |v| <= 3 <= 2^2
+    for (const auto& rank : ranks_) ASSERT_EQ(rank->Run(Commit(seal.seal().exponents())).code(), 0);
+  }
+
+  LocalHub hub_;
+  uint64_t epoch_ = 0;
+  std::vector<std::unique_ptr<Rank>> ranks_;
+};
+
+TEST_F(EngineTest, AnAppendIsQueriedAcrossRanksAndRankZeroAnswers) {
+  StartGroup(2);
+  Fill();
+  for (const auto& rank : ranks_) rank->Send(Attend(3, {2, 0}, {1, 0, 1, 0}));
+  const v1::CommandResult answer = ranks_[0]->Result();
+  const v1::CommandResult other = ranks_[1]->Result();
+  ASSERT_EQ(answer.code(), 0) << answer.message();
+  ASSERT_EQ(other.code(), 0) << other.message();
+  EXPECT_FLOAT_EQ(FirstOutput(answer), 2.0f);  // equal weights of 1, 2, 3
+  EXPECT_EQ(answer.attend().outputs().size(), 8u);
+  EXPECT_EQ(answer.attend().lse().size(), 8u);
+  EXPECT_EQ(answer.attend().sink_mass(), Bytes(std::vector<float>{0, 0}));
+  EXPECT_EQ(answer.attend().row_heads_maximum(), Bytes(std::vector<int32_t>{1, 1}));  // no sink to refer to
+  EXPECT_EQ(answer.attend().collectives(), 2);
+  EXPECT_EQ(answer.attend().bytes_read(), 3 * 3 * 4);
+  EXPECT_TRUE(other.attend().outputs().empty());
+  EXPECT_EQ(other.attend().bytes_read(), 0);
+}
+
+TEST_F(EngineTest, AnOrdinalThatIsNotDueEndsTheGroup) {
+  StartGroup(1);
+  ranks_[0]->SkipOrdinal();
+  const v1::CommandResult gap = ranks_[0]->Run(Open());
+  EXPECT_EQ(CodeOf(gap), absl::StatusCode::kAborted);
+  EXPECT_THAT(gap.message(), HasSubstr("command 2 came where 1 was due"));
+  EXPECT_FALSE(ranks_[0]->active());
+  EXPECT_EQ(CodeOf(ranks_[0]->Run(Open())), absl::StatusCode::kAborted);
+}
+
+TEST_F(EngineTest, AbortGroupEndsACollectiveUnderWay) {
+  StartGroup(2);
+  Fill();
+  // Rank 1 never gets the step, so rank 0 waits for it.
+  ranks_[0]->Send(Attend(3, {2}, {1, 0}));
+  ranks_[0]->Abort(epoch_, "rank 1 left");
+  const v1::CommandResult result = ranks_[0]->Result();
+  EXPECT_EQ(CodeOf(result), absl::StatusCode::kAborted);
+  EXPECT_THAT(result.message(), HasSubstr("rank 1 left"));
+  EXPECT_EQ(CodeOf(ranks_[0]->Run(Seal())), absl::StatusCode::kAborted);
+  EXPECT_FALSE(ranks_[0]->active());
+  EXPECT_EQ(ranks_[0]->store.used_bytes(), 0);
+}
+
+TEST_F(EngineTest, ANewGroupStartsEmpty) {
+  StartGroup(1);
+  Fill();
+  EXPECT_GT(ranks_[0]->store.used_bytes(), 0);
+  StartGroup(1);
+  EXPECT_EQ(ranks_[0]->store.used_bytes(), 0);
+  EXPECT_EQ(CodeOf(ranks_[0]->Run(Begin(0, 3, true))), absl::StatusCode::kNotFound);
+}
+
+TEST_F(EngineTest, AnEpochThatEndsWhileItFormsIsNotJoined) {
+  Rank alone(&hub_);
+  alone.Form(9, 0, 2);
+  alone.Abort(9, "the other one left");
+  // The other rank does come, so Join succeeds, but too late.
+  absl::Notification joined;
+  std::thread other([this, &joined] {
+    const auto communicator = hub_.Join(9, 1, 1, 2, absl::Now() + absl::Seconds(30));
+    joined.WaitForNotification();
+  });
+  const v1::WorkerMessage formed = alone.Next();
+  joined.Notify();
+  other.join();
+  EXPECT_EQ(static_cast<absl::StatusCode>(formed.formed().code()), absl::StatusCode::kAborted);
+  EXPECT_THAT(formed.formed().message(), HasSubstr("the other one left"));
+  EXPECT_FALSE(alone.active());
+}
+
+TEST_F(EngineTest, AWrongStepIsRefusedByAllAndTheGroupLivesOn) {
+  StartGroup(2);
+  Fill();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  v1::Command wrong_layer = Attend(3, {2}, {1, 0});
+  wrong_layer.mutable_attend()->set_layer(1);
+  const v1::Command wrong[] = {Attend(3, {2}, {1, nan}), Attend(3, {2}, {1}), Attend(3, {3}, {1, 0}),
+                               Attend(3, {2, 1}, {1, 0}), wrong_layer};
+  for (const v1::Command& command : wrong) {
+    for (const auto& rank : ranks_) {
+      const v1::CommandResult result = rank->Run(command);
+      EXPECT_TRUE(CodeOf(result) == absl::StatusCode::kInvalidArgument ||
+                  CodeOf(result) == absl::StatusCode::kOutOfRange)
+          << result.ShortDebugString();
+    }
+  }
+  for (const auto& rank : ranks_) rank->Send(Attend(3, {2}, {1, 0}));
+  EXPECT_FLOAT_EQ(FirstOutput(ranks_[0]->Result()), 2.0f);
+}
+
+TEST_F(EngineTest, ARankThatCannotTakePartEndsTheGroupForAll) {
+  StartGroup(2);
+  Fill();
+  ASSERT_EQ(ranks_[0]->Run(Seal()).code(),
+            static_cast<int>(absl::StatusCode::kNotFound));  // uses up an ordinal
+  ASSERT_EQ(ranks_[1]->Run(Close()).code(), 0);
+  for (const auto& rank : ranks_) rank->Send(Attend(3, {2}, {1, 0}));
+  EXPECT_EQ(CodeOf(ranks_[1]->Result()), absl::StatusCode::kAborted);
+  const absl::StatusCode waiting = CodeOf(ranks_[0]->Result());
+  EXPECT_TRUE(waiting == absl::StatusCode::kUnavailable || waiting == absl::StatusCode::kAborted);
+}
+
+TEST_F(EngineTest, ClosingASessionGivesAllItsMemoryBack) {
+  StartGroup(1);
+  Fill();
+  ASSERT_EQ(ranks_[0]->Run(Begin(3, 1000, true)).code(), 0);
+  ASSERT_EQ(ranks_[0]->engine->Upload(Rows(3, 10)), absl::OkStatus());
+  ASSERT_EQ(ranks_[0]->Run(Close()).code(), 0);
+  EXPECT_EQ(ranks_[0]->store.used_bytes(), 0);
+  EXPECT_EQ(ranks_[0]->engine->Upload(Rows(13, 10)).code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(ranks_[0]->Run(Close()).code(), 0);
+}
+
+TEST_F(EngineTest, AnUploadErrorIsRepeatedAtTheSeal) {
+  StartGroup(1);
+  ASSERT_EQ(ranks_[0]->Run(Open()).code(), 0);
+  ASSERT_EQ(ranks_[0]->Run(Begin(0, 3, true)).code(), 0);
+  v1::UploadRequest rows = Rows(0, 3);
+  rows.set_values(Bytes(std::vector<float>{1, std::numeric_limits<float>::infinity(), 3}));
+  EXPECT_EQ(ranks_[0]->engine->Upload(rows).code(), absl::StatusCode::kInvalidArgument);
+  const v1::CommandResult seal = ranks_[0]->Run(Seal());
+  EXPECT_EQ(CodeOf(seal), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(seal.message(), HasSubstr("values at position 1, layer 0, KV head 0, channel 0: found Inf"));
+}
+
+TEST_F(EngineTest, StopWaitsForNoOneAndLeavesNothing) {
+  StartGroup(2);
+  Fill();
+  ranks_[0]->Send(Attend(3, {2}, {1, 0}));  // waits for rank 1
+  ranks_[0]->engine->Stop();
+  EXPECT_EQ(ranks_[0]->store.used_bytes(), 0);
+  EXPECT_EQ(ranks_[0]->engine->Upload(Rows(3, 1)).code(), absl::StatusCode::kNotFound);
+}
+
+}  // namespace
+}  // namespace eduba

@@ -1,0 +1,259 @@
+#include "worker/worker.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "base/check.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "collective/gloo/gloo_communicator.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/fingerprint.h"
+#include "kernels/reference/reference_backend.h"
+#include "rpc/channel.h"
+#include "rpc/limits.h"
+#include "rpc/status.h"
+#include "worker/rendezvous_client.h"
+
+namespace eduba {
+namespace {
+
+constexpr absl::Duration kBackoffMin = absl::Milliseconds(200);
+constexpr absl::Duration kBackoffMax = absl::Seconds(2);
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const std::string& name, int threads) {
+  if (name == "cpu") return MakeCpuBackend(threads);
+  if (name == "reference") return MakeReferenceBackend();
+  return absl::InvalidArgumentError(absl::StrCat("backend '", name, "' is not known: use cpu or reference"));
+}
+
+std::string RandomName() {
+  std::random_device random;
+  return absl::StrFormat("%08x%08x", random(), random());
+}
+
+// This machine's name, for an address that others can use where we listen on all interfaces.
+std::string MachineName() {
+  char name[256] = {};
+  if (gethostname(name, sizeof(name) - 1) != 0) return "localhost";
+  return name;
+}
+
+// "[::1]" as "::1".
+std::string WithoutBrackets(const std::string& host) {
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']') return host.substr(1, host.size() - 2);
+  return host;
+}
+
+// A Join stream that the engine, the heartbeat and the reader share.
+class Uplink {
+ public:
+  using Stream = grpc::ClientReaderWriterInterface<v1::WorkerMessage, v1::GroupMessage>;
+  explicit Uplink(Stream* stream) : stream_(stream) {}
+
+  // False when the stream is broken; its reader finds out why.
+  bool Send(const v1::WorkerMessage& message) {
+    const std::scoped_lock lock(mutex_);
+    return stream_->Write(message);
+  }
+
+ private:
+  std::mutex mutex_;
+  Stream* const stream_;
+};
+
+// Sends a heartbeat each interval from a thread of its own, whatever the engine is busy with.
+class Heart {
+ public:
+  Heart(Uplink& uplink, const PageStore& store) : thread_([this, &uplink, &store] { Beat(uplink, store); }) {}
+  ~Heart() {
+    {
+      const std::scoped_lock lock(mutex_);
+      stopping_ = true;
+      changed_.notify_one();
+    }
+    thread_.join();
+  }
+
+ private:
+  void Beat(Uplink& uplink, const PageStore& store) {
+    std::unique_lock lock(mutex_);
+    while (!stopping_) {
+      lock.unlock();
+      v1::WorkerMessage message;
+      message.mutable_heartbeat()->set_memory_used_bytes(store.used_bytes());
+      const bool sent = uplink.Send(message);
+      lock.lock();
+      if (!sent) return;
+      changed_.wait_for(lock, std::chrono::milliseconds(kHeartbeatIntervalMs), [this] { return stopping_; });
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stopping_ = false;  // Guarded by mutex_.
+  std::thread thread_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Start(Options options) {
+  auto worker = std::unique_ptr<Worker>(new Worker(std::move(options)));
+  EDUBA_RETURN_IF_ERROR(worker->Init());
+  return worker;
+}
+
+Worker::Worker(Options options) : options_(std::move(options)) {}
+
+absl::Status Worker::Init() {
+  if (options_.memory_bytes <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("memory for pages is ", options_.memory_bytes, " bytes, wanted more than 0"));
+  }
+  if (options_.threads < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("threads is ", options_.threads, ", wanted at least 1"));
+  }
+  EDUBA_RETURN_IF_ERROR(ParseAddress(options_.coordinator).status());
+  EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_.backend, options_.threads));
+  store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
+  EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
+  incarnation_ = RandomName();
+  group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
+  EDUBA_ASSIGN_OR_RETURN(server_, RpcServer::Start(options_.listen, {&pages_}));
+
+  EDUBA_ASSIGN_OR_RETURN(auto bound, ParseAddress(server_->address()));
+  if (bound.first == "0.0.0.0" || bound.first == "[::]") bound.first = MachineName();
+  address_ = options_.advertise.empty() ? absl::StrCat(bound.first, ":", bound.second) : options_.advertise;
+  EDUBA_ASSIGN_OR_RETURN(const auto advertised, ParseAddress(address_));
+  host_ = WithoutBrackets(advertised.first);
+  thread_ = std::thread([this] { Run(); });
+  return absl::OkStatus();
+}
+
+Worker::~Worker() { Shutdown(absl::ZeroDuration()); }
+
+absl::Status Worker::Wait() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return done_; });
+  return result_;
+}
+
+void Worker::Shutdown(absl::Duration grace) {
+  const std::scoped_lock only(shutdown_mutex_);
+  {
+    const std::scoped_lock lock(mutex_);
+    draining_ = true;
+  }
+  if (server_ != nullptr) server_->Shutdown(grace);
+  {
+    const std::scoped_lock lock(mutex_);
+    stopping_ = true;
+    if (stream_context_ != nullptr) stream_context_->TryCancel();
+    changed_.notify_all();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Worker::SetServing(bool serving) {
+  const std::scoped_lock lock(mutex_);
+  if (!draining_) server_->SetServing(serving);
+}
+
+void Worker::Run() {
+  absl::Duration backoff = kBackoffMin;
+  while (true) {
+    bool joined = false;
+    absl::Status status = ServeStream(joined);
+    std::unique_lock lock(mutex_);
+    if (!stopping_ && absl::IsFailedPrecondition(status)) {
+      result_ =
+          Annotate(status, absl::StrCat("the coordinator at ", options_.coordinator, " refused this worker"));
+      stopping_ = true;
+    }
+    if (stopping_) break;
+    // Once for every connection that was lost, and once for the first that could not be made.
+    if (joined || backoff == kBackoffMin) {
+      LogWarning(absl::StrCat("not connected to the coordinator at ", options_.coordinator, ": ",
+                              std::string(status.message()), "; trying again"));
+    }
+    backoff = joined ? kBackoffMin : std::min(2 * backoff, kBackoffMax);
+    changed_.wait_for(lock, absl::ToChronoNanoseconds(backoff), [this] { return stopping_; });
+    if (stopping_) break;
+  }
+  const std::scoped_lock lock(mutex_);
+  done_ = true;
+  changed_.notify_all();
+}
+
+absl::Status Worker::ServeStream(bool& joined) {
+  grpc::ClientContext context;
+  {
+    const std::scoped_lock lock(mutex_);
+    if (stopping_) return absl::CancelledError("the worker stops");
+    stream_context_ = &context;
+  }
+  const auto stream = group_->Join(&context);
+  Uplink uplink(stream.get());
+  {
+    v1::WorkerMessage hello;
+    *hello.mutable_hello() = Hello();
+    uplink.Send(hello);
+  }
+  Engine::Options options;
+  options.backend = backend_.get();
+  options.store = store_.get();
+  options.connect = [this](const v1::FormGroup& form, absl::Time deadline) {
+    return Connect(form, deadline);
+  };
+  options.send = [&uplink](const v1::WorkerMessage& message) { uplink.Send(message); };
+  options.on_active = [this](bool active) { SetServing(active); };
+  const auto engine = std::make_shared<Engine>(std::move(options));
+  pages_.SetEngine(engine);
+  {
+    const Heart heart(uplink, *store_);
+    v1::GroupMessage message;
+    while (stream->Read(&message)) {
+      joined = true;
+      engine->Handle(std::move(message));
+    }
+    pages_.SetEngine(nullptr);
+    engine->Stop();
+  }
+  const absl::Status status = FromGrpc(stream->Finish());
+  const std::scoped_lock lock(mutex_);
+  stream_context_ = nullptr;
+  return status;
+}
+
+v1::WorkerHello Worker::Hello() const {
+  v1::WorkerHello hello;
+  hello.set_protocol(kGroupProtocol);
+  hello.set_version(options_.version);
+  hello.set_incarnation(incarnation_);
+  hello.set_address(address_);
+  hello.set_backend(backend_->name());
+  hello.set_threads(options_.threads);
+  hello.set_memory_bytes(options_.memory_bytes);
+  hello.set_fingerprint(fingerprint_);
+  hello.set_transport(options_.hub != nullptr ? "local" : "gloo");
+  return hello;
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> Worker::Connect(const v1::FormGroup& form,
+                                                              absl::Time deadline) {
+  if (options_.hub != nullptr) {
+    return options_.hub->Join(form.epoch(), form.attempt(), form.rank(), form.size(), deadline);
+  }
+  RendezvousClient rendezvous(group_.get(), form.epoch(), form.attempt());
+  GlooOptions gloo;
+  gloo.host = host_;
+  return ConnectGloo(form.rank(), form.size(), rendezvous, gloo, deadline);
+}
+
+}  // namespace eduba

@@ -1,0 +1,92 @@
+#ifndef EDUBA_WORKER_WORKER_H_
+#define EDUBA_WORKER_WORKER_H_
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "attention/page_store.h"
+#include "collective/local/local_communicator.h"
+#include "eduba/v1/group.grpc.pb.h"
+#include "kernels/backend.h"
+#include "rpc/server.h"
+#include "worker/engine.h"
+#include "worker/pages_service.h"
+
+namespace eduba {
+
+// A whole worker: its Pages server, its place in the coordinator's group, and the engine between them.
+class Worker {
+ public:
+  struct Options {
+    std::string coordinator;             // host:port
+    std::string listen = "127.0.0.1:0";  // Of the Pages server.
+    // host:port by which clients reach this worker; the other workers connect to the same host. Empty: the
+    // address listened on, with this machine's name where that is a wildcard.
+    std::string advertise;
+    int64_t memory_bytes = 0;  // For pages. REQUIRES: > 0.
+    int threads = 1;           // Of the kernels.
+    // "cpu" (the best instruction set of this machine) or "reference" (slow, to compare with).
+    std::string backend = "cpu";
+    std::string version;  // Of the program.
+    // Where the workers of this process meet. Null: the ranks are processes, which Gloo connects.
+    LocalHub* hub = nullptr;
+  };
+
+  // Serves, and keeps asking the coordinator to be taken in. INVALID_ARGUMENT for bad options, UNAVAILABLE
+  // when the port is taken.
+  static absl::StatusOr<std::unique_ptr<Worker>> Start(Options options);
+  // As Shutdown(absl::ZeroDuration()).
+  ~Worker();
+
+  // host:port by which clients reach it.
+  const std::string& address() const { return address_; }
+
+  // Returns OK after Shutdown, or FAILED_PRECONDITION when the coordinator refused this worker for good.
+  absl::Status Wait();
+  // Takes no new uploads, gives those under way `grace`, then leaves the group. Idempotent; any thread.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  explicit Worker(Options options);
+
+  absl::Status Init();
+  void SetServing(bool serving);
+  // Joins again and again, until Shutdown or a refusal.
+  void Run();
+  // One Join stream, from hello to its end. Sets `joined` once the coordinator has answered.
+  absl::Status ServeStream(bool& joined);
+  v1::WorkerHello Hello() const;
+  absl::StatusOr<std::unique_ptr<Communicator>> Connect(const v1::FormGroup& form, absl::Time deadline);
+
+  const Options options_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<PageStore> store_;
+  PagesService pages_;
+  std::unique_ptr<v1::Group::Stub> group_;
+  std::unique_ptr<RpcServer> server_;
+  std::string address_;
+  std::string host_;  // Of address_, as sockets want it.
+  std::string incarnation_;
+  uint64_t fingerprint_ = 0;
+
+  std::mutex shutdown_mutex_;  // Held by the one Shutdown that does the work.
+  std::mutex mutex_;           // Guards all below but the thread.
+  std::condition_variable changed_;
+  bool draining_ = false;  // The server is going: it is told nothing more.
+  bool stopping_ = false;
+  bool done_ = false;
+  absl::Status result_;
+  grpc::ClientContext* stream_context_ = nullptr;  // Of the Join under way.
+  std::thread thread_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_WORKER_WORKER_H_
