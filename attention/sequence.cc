@@ -23,12 +23,14 @@ const void* PageTable::Tail(int64_t index) const {
 Sequence::Sequence(SequenceSpec spec)
     : spec_(std::move(spec)),
       layers_(spec_.layers),
-      exponents_(spec_.exponents(), kNoExponent),
+      exponents_{{0, std::vector<int16_t>(spec_.exponents(), kNoExponent)}},
       owned_exponents_(spec_.exponents(), kNoExponent) {}
 
-absl::Span<const int16_t> Sequence::exponents(int layer) const {
+absl::Span<const int16_t> Sequence::exponents(int layer, int64_t length) const {
+  auto version = exponents_.rbegin();
+  while (version->length > length) ++version;  // The first holds from 0.
   const int64_t size = spec_.exponents_per_layer();
-  return absl::MakeConstSpan(exponents_).subspan(layer * size, size);
+  return absl::MakeConstSpan(version->values).subspan(layer * size, size);
 }
 
 void Sequence::Extend(int64_t length, std::vector<int16_t> exponents, std::vector<int16_t> owned_exponents) {
@@ -36,7 +38,7 @@ void Sequence::Extend(int64_t length, std::vector<int16_t> exponents, std::vecto
   EDUBA_CHECK_EQ(static_cast<int64_t>(exponents.size()), spec_.exponents());
   EDUBA_CHECK_EQ(static_cast<int64_t>(owned_exponents.size()), spec_.exponents());
   length_ = length;
-  exponents_ = std::move(exponents);
+  if (exponents != exponents_.back().values) exponents_.push_back({length, std::move(exponents)});
   owned_exponents_ = std::move(owned_exponents);
 }
 

@@ -54,8 +54,10 @@ class Sequence {
   int64_t length() const { return length_; }
   const PageTable& pages(int layer) const { return layers_[layer].owned; }
   const PageTable& sink_pages(int layer) const { return layers_[layer].sinks; }
-  // [kv_heads, value_dim], agreed by all workers: |v[., c]| <= 2^e[c] over the committed rows.
-  absl::Span<const int16_t> exponents(int layer) const;
+  // [kv_heads, value_dim], agreed by all workers: |v[., c]| <= 2^e[c] over the rows below `length`, a length
+  // that was committed once. So a query that was asked before an append has the same bits whether it runs
+  // before or after.
+  absl::Span<const int16_t> exponents(int layer, int64_t length) const;
   // [layers, kv_heads, value_dim]: the same over the rows that this worker owns; kNoExponent where all are
   // zero.
   const std::vector<int16_t>& owned_exponents() const { return owned_exponents_; }
@@ -74,7 +76,12 @@ class Sequence {
   const SequenceSpec spec_;
   int64_t length_ = 0;
   std::vector<Layer> layers_;
-  std::vector<int16_t> exponents_;
+  // In force from `length` on. One more only when an append brings a larger value, so there are few.
+  struct Exponents {
+    int64_t length;
+    std::vector<int16_t> values;
+  };
+  std::vector<Exponents> exponents_;
   std::vector<int16_t> owned_exponents_;
 };
 

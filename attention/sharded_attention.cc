@@ -70,7 +70,7 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.sink_pages = sequence.sink_pages(query.layer).refs();
   args.visible_sinks = visible_sinks;
   args.sink_logits = spec.sink_logits;
-  args.exponents = sequence.exponents(query.layer);
+  args.exponents = sequence.exponents(query.layer, query.length);
   args.positions = query.length;
 
   AttentionAnswer answer;

@@ -121,8 +121,10 @@ DenseResult Oracle(const Problem& p) {
 // The same content on some number of workers, each a thread with its own backend, store and sequence.
 class Cluster {
  public:
-  // Places stripes of `stripe_pages` pages round robin, and appends in random chunks.
-  Cluster(const Problem& problem, int ranks, int64_t stripe_pages, std::mt19937_64& random)
+  // Places stripes of `stripe_pages` pages round robin, and appends the first `length` positions (-1: all) in
+  // random chunks.
+  Cluster(const Problem& problem, int ranks, int64_t stripe_pages, std::mt19937_64& random,
+          int64_t length = -1)
       : problem_(problem), ranks_(ranks) {
     for (int rank = 0; rank < ranks; ++rank) {
       // Threads are no part of an answer either.
@@ -130,8 +132,9 @@ class Cluster {
       stores_.push_back(std::make_unique<PageStore>(backends_.back().get(), int64_t{1} << 30));
       sequences_.push_back(std::make_unique<Sequence>(problem.spec));
     }
-    for (int64_t at = 0; at < problem.length;) {
-      const int64_t n = std::min<int64_t>(problem.length - at, 1 + static_cast<int64_t>(random() % 1500));
+    if (length < 0) length = problem.length;
+    for (int64_t at = 0; at < length;) {
+      const int64_t n = std::min<int64_t>(length - at, 1 + static_cast<int64_t>(random() % 1500));
       Append(at, n, stripe_pages);
       at += n;
     }
@@ -161,7 +164,6 @@ class Cluster {
   // A backend to use in place of a rank's own.
   std::function<Backend*(int rank, Backend& own)> wrap;
 
- private:
   void Append(int64_t at, int64_t n, int64_t stripe_pages) {
     std::vector<std::shared_ptr<StagedAppend>> appends;
     std::vector<int16_t> exponents(problem_.spec.exponents(), kNoExponent);
@@ -192,6 +194,7 @@ class Cluster {
     for (const auto& append : appends) EXPECT_EQ(append->Publish(exponents), absl::OkStatus());
   }
 
+ private:
   void Send(StagedAppend& append, int layer, PositionRange range) const {
     const AttentionShape& shape = problem_.spec.shape;
     const int64_t key_row = int64_t{shape.kv_heads} * shape.head_dim;
@@ -297,6 +300,35 @@ TEST(ShardedAttention, AnyRanksStripesChunksAndBatchesGiveTheSameBytes) {
   // Both paths were there to be wrong.
   EXPECT_GT(sink_path, 20);
   EXPECT_GT(maximum_path, 20);
+}
+
+// A call's rows all see the length that was committed when it began, also those that run after a later
+// append.
+TEST(ShardedAttention, ALaterAppendDoesNotChangeABitOfAQueryOnTheEarlierLength) {
+  for (uint64_t seed = 100; seed < 110; ++seed) {
+    Problem p = MakeProblem(seed);
+    if (p.length < 2) continue;
+    SCOPED_TRACE(p.Text());
+    const int64_t earlier = p.length / 2;
+    // Larger values later, so that their exponents, and with them the rounding of the sums, differ.
+    const int64_t value_row = int64_t{p.spec.shape.kv_heads} * p.spec.shape.value_dim;
+    for (int layer = 0; layer < p.spec.layers; ++layer) {
+      for (int64_t i = earlier * value_row; i < p.length * value_row; ++i) {
+        p.values[layer * p.length * value_row + i] *= 8;
+      }
+    }
+    for (int64_t& position : p.positions) position = std::min(position, earlier - 1);
+    AttentionQuery query = QueryOf(p);
+    query.length = earlier;
+    std::mt19937_64 random(seed);
+    Cluster cluster(p, 2, 1, random, earlier);
+    const auto before = cluster.Attend(query);
+    cluster.Append(earlier, p.length - earlier, 1);
+    const auto after = cluster.Attend(query);
+    ASSERT_TRUE(before[0].ok() && after[0].ok()) << before[0].status() << after[0].status();
+    EXPECT_TRUE(SameBytes(after[0]->outputs, before[0]->outputs));
+    EXPECT_TRUE(SameBytes(after[0]->lse, before[0]->lse));
+  }
 }
 
 TEST(ShardedAttention, BytesReadAddUpToTheVisibleRowsOnce) {
