@@ -16,11 +16,14 @@ namespace eduba {
 // it. Calls come from one thread at a time; Abort may come from any thread. Each call returns when the result
 // is in `data`, or an error:
 //   DEADLINE_EXCEEDED  a rank did not arrive by `deadline`
-//   UNAVAILABLE        a rank is gone, or its connection broke
+//   UNAVAILABLE        a rank that this call needs is gone, or its connection broke
 //   ABORTED            Abort was called, or an earlier call failed
-//   INTERNAL           the ranks did not make the same call (found by a check word; see CheckedSum in the
-//   transports)
+//   INTERNAL           the ranks did not make the same call
 // within `deadline` + 200 ms at the latest, on every rank that is alive. After an error `data` is undefined.
+//
+// An error is one rank's view: another may have got all it needed for the same call and return OK with the
+// right result; it then meets the error in its next call. Destroying a Communicator is leaving the group; a
+// rank may do so as soon as its last call has returned, and the others still complete that call.
 //
 // Memory: `data` is in the memory of the backend that the group was made for (host memory for local and
 // gloo).

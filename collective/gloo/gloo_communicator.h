@@ -19,13 +19,15 @@ struct GlooOptions {
 };
 
 // Connects this rank with every other over TCP and returns its Communicator. `rendezvous` is used only during
-// the call: one Set (key "gloo/RANK") and size-1 Gets. Needs size-1 sockets, two threads and about 4 MiB for
+// the call: one Set (key "gloo/RANK") and size-1 Gets. Needs size-1 sockets, two threads and about 3 MiB for
 // as long as the Communicator lives. Threads of one process may connect as different ranks.
 //   INVALID_ARGUMENT     rank is not in [0, size), or `options.host` is no address of this machine
 //   DEADLINE_EXCEEDED    a rank did not come by `deadline`
 //   UNAVAILABLE          a rank's connection broke or was refused
 //   FAILED_PRECONDITION  a rank runs another version of the transport
 //   anything else        from `rendezvous`, as it is
+// The process ignores SIGPIPE from the first call on, unless it has a handler of its own.
+//
 // An attempt that failed on one rank fails on those that wait for it; start again with a fresh rendezvous.
 //
 // The transport checks each message's header, and its receives have a fixed size, so ranks that make

@@ -1,10 +1,12 @@
 #include "collective/gloo/mesh.h"
 
+#include <gloo/common/error.h>
 #include <gloo/transport/context.h>
 #include <gloo/transport/device.h>
 #include <gloo/transport/pair.h>
 #include <gloo/transport/tcp/device.h>
 #include <gloo/transport/unbound_buffer.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <chrono>
@@ -23,8 +25,8 @@ namespace eduba {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Memory for the frames of one kind (sent, or received at one parity), over all peers. With it a step's whole
-// payload fits one frame in a small group, and a large group still needs no more memory.
+// Memory for the frames of one kind (sent, or received at even or odd exchanges), over all peers. With it a
+// step's whole payload fits one frame in a small group, and a large group still needs no more memory.
 constexpr int64_t kFrameBudget = int64_t{1} << 20;
 // Changes with the frame's layout, so that builds that would misread each other say so.
 constexpr uint64_t kFormat = 0xEDBA'0001;
@@ -46,6 +48,13 @@ int64_t Capacity(int size) {
   return share / kAlignment * kAlignment;
 }
 
+// Gloo writes to connections without MSG_NOSIGNAL, from its thread and from ours: one that a peer has closed
+// would end the process. A handler that somebody else has set stays.
+void IgnoreBrokenPipes() {
+  struct sigaction current = {};
+  if (sigaction(SIGPIPE, nullptr, &current) == 0 && current.sa_handler == SIG_DFL) signal(SIGPIPE, SIG_IGN);
+}
+
 std::string Key(int rank) { return absl::StrCat("gloo/", rank); }
 
 }  // namespace
@@ -58,6 +67,7 @@ absl::StatusOr<std::unique_ptr<GlooMesh>> GlooMesh::Connect(int rank, int size, 
                                                             const GlooOptions& options, absl::Time deadline) {
   auto mesh = std::unique_ptr<GlooMesh>(new GlooMesh(rank, size));
   if (size == 1) return mesh;
+  IgnoreBrokenPipes();
   EDUBA_RETURN_IF_ERROR(mesh->MakePairs(options));
   mesh->watcher_ = std::thread(&GlooMesh::Watch, mesh.get());
   EDUBA_RETURN_IF_ERROR(mesh->ConnectPairs(rendezvous, deadline));
@@ -90,7 +100,7 @@ absl::Status GlooMesh::MakePairs(const GlooOptions& options) {
     for (int peer = 0; peer < size_; ++peer) {
       if (peer == rank_) continue;
       context_->createPair(peer);
-      peers_[peer] = {.send = MakeFrame(), .receive = {MakeFrame(), MakeFrame()}};
+      MakeFrames(peers_[peer]);
     }
   } catch (const std::exception& e) {
     return absl::UnavailableError(absl::StrCat("cannot listen on ", options.host, ": ", e.what()));
@@ -136,17 +146,38 @@ absl::Status GlooMesh::ConnectPairs(Rendezvous& rendezvous, absl::Time deadline)
   return absl::OkStatus();
 }
 
-GlooMesh::Frame GlooMesh::MakeFrame() const {
-  const int64_t bytes = kAlignment + capacity_;
-  Frame frame;
-  frame.bytes.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, bytes)));
-  EDUBA_CHECK(frame.bytes != nullptr);
-  frame.buffer = context_->createUnboundBuffer(frame.bytes.get(), bytes);
-  return frame;
+int64_t GlooMesh::FrameBytes() const { return kAlignment + capacity_; }
+
+void GlooMesh::MakeFrames(Peer& peer) const {
+  peer.frames.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, 3 * FrameBytes())));
+  EDUBA_CHECK(peer.frames != nullptr);
+  peer.buffer = context_->createUnboundBuffer(peer.frames.get(), 3 * FrameBytes());
 }
 
 void GlooMesh::Announce(int peer, uint64_t sequence) {
-  peers_[peer].receive[sequence % 2].buffer->recv(peer, sequence);
+  peers_[peer].buffer->recv(peer, sequence, ReceiveOffset(sequence), FrameBytes());
+}
+
+int64_t GlooMesh::ReceiveOffset(uint64_t sequence) const {
+  return (1 + static_cast<int64_t>(sequence % 2)) * FrameBytes();
+}
+
+// A peer that leaves right after its last call has sent all we wait for, but Gloo may look at the broken
+// connection before it looks at the finished message. Asked a second time it looks at the message first.
+bool GlooMesh::WaitSent(int peer) {
+  try {
+    return peers_[peer].buffer->waitSend(kNever);
+  } catch (const gloo::IoException&) {
+    return peers_[peer].buffer->waitSend(kNever);
+  }
+}
+
+bool GlooMesh::WaitReceived(int peer) {
+  try {
+    return peers_[peer].buffer->waitRecv(kNever);
+  } catch (const gloo::IoException&) {
+    return peers_[peer].buffer->waitRecv(kNever);
+  }
 }
 
 absl::Status GlooMesh::Exchange(const Call& call, const Outgoing& outgoing, const Incoming& incoming,
@@ -172,32 +203,23 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
                            .unused = {}};
 
   // 1. Send. Each rank starts with its own neighbour, so that no rank is everybody's first.
-  absl::Span<const std::byte> copied;
-  gloo::transport::UnboundBuffer* frame = nullptr;
-  std::vector<gloo::transport::UnboundBuffer*> sent;
-  sent.reserve(size_ - 1);
   for (int i = 1; i < size_; ++i) {
     const int peer = waiting_for = (rank_ + i) % size_;
     const absl::Span<const std::byte> payload = outgoing(peer);
     EDUBA_CHECK(static_cast<int64_t>(payload.size()) <= capacity_);
-    if (frame == nullptr || payload.data() != copied.data() || payload.size() != copied.size()) {
-      frame = peers_[peer].send.buffer.get();
-      std::byte* const bytes = peers_[peer].send.bytes.get();
-      std::memcpy(bytes, &mine, sizeof(mine));
-      if (!payload.empty()) std::memcpy(bytes + kAlignment, payload.data(), payload.size());
-      copied = payload;
-    }
-    frame->send(peer, sequence, 0, kAlignment + payload.size());
-    sent.push_back(frame);
+    std::byte* const frame = peers_[peer].frames.get();
+    std::memcpy(frame, &mine, sizeof(mine));
+    if (!payload.empty()) std::memcpy(frame + kAlignment, payload.data(), payload.size());
+    peers_[peer].buffer->send(peer, sequence, 0, kAlignment + payload.size());
   }
 
   // 2. Receive, in the order in which the peers sent to us.
   for (int i = 1; i < size_; ++i) {
     const int peer = waiting_for = (rank_ + size_ - i) % size_;
-    Frame& received = peers_[peer].receive[sequence % 2];
-    if (!received.buffer->waitRecv(kNever)) return absl::CancelledError("");  // Fail was called and says why.
+    if (!WaitReceived(peer)) return absl::CancelledError("");  // Fail was called and says why.
+    const std::byte* const frame = peers_[peer].frames.get() + ReceiveOffset(sequence);
     WireHeader theirs;
-    std::memcpy(&theirs, received.bytes.get(), sizeof(theirs));
+    std::memcpy(&theirs, frame, sizeof(theirs));
     if (std::memcmp(&theirs, &mine, sizeof(mine)) != 0) {
       const std::string their_call =
           theirs.format == kFormat ? DescribeCall(static_cast<Operation>(theirs.operation), theirs.count)
@@ -206,7 +228,7 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
                                               DescribeCall(call.operation, call.count), ", rank ", peer, " ",
                                               their_call, " (exchange ", sequence, ")"));
     }
-    incoming(peer, received.bytes.get() + kAlignment);
+    incoming(peer, frame + kAlignment);
     // The frame is free again, for the exchange after the next. A peer may have left after its last call;
     // this one need not fail for it.
     try {
@@ -217,8 +239,8 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
   }
 
   // 3. The frames must be out before they are written again.
-  for (gloo::transport::UnboundBuffer* buffer : sent) {
-    if (!buffer->waitSend(kNever)) return absl::CancelledError("");
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer != rank_ && !WaitSent(peer)) return absl::CancelledError("");
   }
   return absl::OkStatus();
 }
@@ -275,11 +297,9 @@ void GlooMesh::Watch() {
   // Wake this rank's call first; closing takes Gloo's thread a tick (10 ms) for each connection. The close
   // tells the peers.
   for (Peer& peer : peers_) {
-    for (Frame* frame : {&peer.send, &peer.receive[0], &peer.receive[1]}) {
-      if (frame->buffer == nullptr) continue;
-      frame->buffer->abortWaitRecv();
-      frame->buffer->abortWaitSend();
-    }
+    if (peer.buffer == nullptr) continue;  // This rank itself.
+    peer.buffer->abortWaitRecv();
+    peer.buffer->abortWaitSend();
   }
   for (int peer = 0; peer < size_; ++peer) {
     if (peer != rank_) context_->getPair(peer)->close();

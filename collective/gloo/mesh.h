@@ -47,7 +47,7 @@ class GlooMesh {
     Operation operation = Operation::kBarrier;
     int64_t count = 0;  // In elements.
   };
-  // The bytes that `peer` gets; at most capacity(). Equal spans are copied once.
+  // The bytes that `peer` gets; at most capacity().
   using Outgoing = std::function<absl::Span<const std::byte>(int peer)>;
   // Called once for each peer, with the frame's whole payload (capacity() bytes, aligned to 64), of which as
   // many are set as the peer sent; that the calls agree tells how many.
@@ -76,20 +76,25 @@ class GlooMesh {
   struct FreeDeleter {
     void operator()(std::byte* p) const;
   };
-  struct Frame {
-    std::unique_ptr<std::byte, FreeDeleter> bytes;  // A wire header, then the payload.
-    std::unique_ptr<gloo::transport::UnboundBuffer> buffer;
-  };
+  // Three frames (sent, received at even and at odd exchanges), each a wire header and then the payload, and
+  // one Gloo buffer over them all. One, because when a connection breaks Gloo tells the buffers whose receive
+  // has not begun, but not the one that it is in the middle of sending or receiving: here the next receive,
+  // always announced, brings the word to both.
   struct Peer {
-    Frame send;
-    Frame receive[2];  // By the exchange's parity; both announced to the peer while we are between exchanges.
+    std::unique_ptr<std::byte, FreeDeleter> frames;
+    std::unique_ptr<gloo::transport::UnboundBuffer> buffer;
   };
 
   GlooMesh(int rank, int size);
   absl::Status MakePairs(const GlooOptions& options);
   absl::Status ConnectPairs(Rendezvous& rendezvous, absl::Time deadline);
-  Frame MakeFrame() const;
+  void MakeFrames(Peer& peer) const;
+  int64_t FrameBytes() const;
+  int64_t ReceiveOffset(uint64_t sequence) const;
   void Announce(int peer, uint64_t sequence);
+  // Waits for the frame to be sent, or for the next one to be received. False: Fail was called.
+  bool WaitSent(int peer);
+  bool WaitReceived(int peer);
   absl::Status RunExchange(uint64_t sequence, const Call& call, const Outgoing& outgoing,
                            const Incoming& incoming, int& waiting_for);
   absl::Status Begin(absl::Time deadline);

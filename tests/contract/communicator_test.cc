@@ -1,0 +1,434 @@
+// One contract for every transport. What collective/communicator.h promises is asked here of each, with the
+// same words.
+#include "collective/communicator.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "collective/gloo/gloo_communicator.h"
+#include "collective/local/local_communicator.h"
+#include "collective/map_rendezvous.h"
+
+namespace eduba {
+namespace {
+
+using ::testing::AnyOf;
+using ::testing::Eq;
+using ::testing::HasSubstr;
+
+constexpr auto kOk = absl::StatusCode::kOk;
+constexpr auto kAborted = absl::StatusCode::kAborted;
+constexpr auto kDeadlineExceeded = absl::StatusCode::kDeadlineExceeded;
+constexpr auto kInternal = absl::StatusCode::kInternal;
+constexpr auto kUnavailable = absl::StatusCode::kUnavailable;
+
+// So far away that a test which meets it has failed; so near that it fails by itself.
+absl::Time Far() { return absl::Now() + absl::Seconds(60); }
+
+using Join =
+    std::function<absl::StatusOr<std::unique_ptr<Communicator>>(int rank, int size, absl::Time deadline)>;
+
+// How the ranks of one new group join it.
+struct Transport {
+  const char* name;
+  Join (*new_group)();
+};
+
+Join NewLocalGroup() {
+  return [hub = std::make_shared<LocalHub>()](int rank, int size, absl::Time deadline) {
+    return hub->Join(/*epoch=*/1, /*attempt=*/0, rank, size, deadline);
+  };
+}
+
+Join NewGlooGroup() {
+  return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
+    return ConnectGloo(rank, size, *board, GlooOptions(), deadline);
+  };
+}
+
+void OnThreads(int count, const std::function<void(int)>& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
+using Group = std::vector<std::unique_ptr<Communicator>>;
+
+Group Form(const Join& join, int size) {
+  Group group(size);
+  OnThreads(size, [&](int rank) {
+    auto joined = join(rank, size, Far());
+    EXPECT_TRUE(joined.ok()) << "rank " << rank << ": " << joined.status();
+    if (joined.ok()) group[rank] = *std::move(joined);
+  });
+  return group;
+}
+
+// Any word, the same in every run: half of the sums wrap around.
+int64_t Word(int rank, int64_t call, int64_t i) {
+  uint64_t x =
+      (static_cast<uint64_t>(rank) << 56) ^ (static_cast<uint64_t>(call) << 40) ^ static_cast<uint64_t>(i);
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return static_cast<int64_t>(x ^ (x >> 31));
+}
+
+float Real(int rank, int64_t call, int64_t i) { return static_cast<float>(Word(rank, call, i)); }
+
+absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
+  std::vector<int64_t> data(count);
+  for (int64_t i = 0; i < count; ++i) data[i] = Word(c.rank(), call, i);
+  const absl::Status status = c.SumI64(absl::MakeSpan(data), deadline);
+  if (!status.ok()) return status;
+  for (int64_t i = 0; i < count; ++i) {
+    uint64_t want = 0;
+    for (int r = 0; r < c.size(); ++r) want += static_cast<uint64_t>(Word(r, call, i));
+    if (static_cast<uint64_t>(data[i]) == want) continue;
+    return absl::DataLossError(
+        absl::StrCat("sum ", call, " of ", count, ", word ", i, ": ", data[i], ", want ", want));
+  }
+  return status;
+}
+
+absl::Status MaxAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
+  std::vector<float> data(count);
+  for (int64_t i = 0; i < count; ++i) data[i] = Real(c.rank(), call, i);
+  const absl::Status status = c.MaxF32(absl::MakeSpan(data), deadline);
+  if (!status.ok()) return status;
+  for (int64_t i = 0; i < count; ++i) {
+    float want = Real(0, call, i);
+    for (int r = 1; r < c.size(); ++r) want = std::max(want, Real(r, call, i));
+    if (data[i] == want) continue;
+    return absl::DataLossError(
+        absl::StrCat("max ", call, " of ", count, ", float ", i, ": ", data[i], ", want ", want));
+  }
+  return status;
+}
+
+class CommunicatorContract : public testing::TestWithParam<Transport> {
+ protected:
+  Group Form(int size) { return eduba::Form(GetParam().new_group(), size); }
+};
+
+TEST_P(CommunicatorContract, KnowsWhoItIs) {
+  const Group group = Form(3);
+  for (int r = 0; r < 3; ++r) {
+    EXPECT_EQ(group[r]->rank(), r);
+    EXPECT_EQ(group[r]->size(), 3);
+    EXPECT_STREQ(group[r]->transport(), GetParam().name);
+  }
+}
+
+// 64Ki + 1 words take the ways for large payloads, and divide by no group size but 1 and 5.
+TEST_P(CommunicatorContract, SumsAndMaximaAreExactForEverySizeAndGroup) {
+  for (const int ranks : {1, 2, 3, 5, 8}) {
+    const Group group = Form(ranks);
+    OnThreads(ranks, [&](int rank) {
+      int64_t call = 0;
+      for (const int64_t count : {0, 1, 2, 3, 1009, 65537}) {
+        EXPECT_EQ(SumAndCheck(*group[rank], count, ++call, Far()), absl::OkStatus()) << ranks << " ranks";
+        EXPECT_EQ(MaxAndCheck(*group[rank], count, ++call, Far()), absl::OkStatus()) << ranks << " ranks";
+      }
+    });
+  }
+}
+
+TEST_P(CommunicatorContract, SumsPayloadsOfManyMebibytes) {
+  for (const int ranks : {2, 3}) {
+    const Group group = Form(ranks);
+    OnThreads(ranks, [&](int rank) {
+      EXPECT_EQ(SumAndCheck(*group[rank], 600'001, 1, Far()), absl::OkStatus()) << ranks << " ranks";
+    });
+  }
+}
+
+TEST_P(CommunicatorContract, SumsWrapAround) {
+  const int64_t largest = std::numeric_limits<int64_t>::max();
+  const int64_t smallest = std::numeric_limits<int64_t>::min();
+  const Group group = Form(2);
+  const std::vector<std::vector<int64_t>> given = {{largest, smallest, largest, -1},
+                                                   {1, smallest, largest, 1}};
+  OnThreads(2, [&](int rank) {
+    std::vector<int64_t> data = given[rank];
+    EXPECT_EQ(group[rank]->SumI64(absl::MakeSpan(data), Far()), absl::OkStatus());
+    EXPECT_EQ(data, (std::vector<int64_t>{smallest, 0, -2, 0}));
+  });
+}
+
+TEST_P(CommunicatorContract, MaximaOfNegativesInfinitiesAndZerosAreExactToTheBit) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float tiny = std::numeric_limits<float>::denorm_min();
+  const Group group = Form(3);
+  const std::vector<std::vector<float>> given = {
+      {-3.f, -infinity, -infinity, -0.f, 0.f, -0.f, -tiny, 1.f},
+      {-2.f, -infinity, -1e38f, 0.f, -0.f, -0.f, -0.f, infinity},
+      {-5.f, -infinity, -infinity, -0.f, -0.f, -0.f, -1.f, -infinity}};
+  const std::vector<float> want = {-2.f, -infinity, -1e38f, 0.f, 0.f, -0.f, -0.f, infinity};
+  OnThreads(3, [&](int rank) {
+    std::vector<float> data = given[rank];
+    EXPECT_EQ(group[rank]->MaxF32(absl::MakeSpan(data), Far()), absl::OkStatus());
+    for (size_t i = 0; i < want.size(); ++i) {
+      EXPECT_EQ(std::bit_cast<uint32_t>(data[i]), std::bit_cast<uint32_t>(want[i]))
+          << "rank " << rank << ", " << i;
+    }
+  });
+}
+
+TEST_P(CommunicatorContract, ABarrierHoldsEveryRankUntilTheLast) {
+  const int ranks = 5;
+  const Group group = Form(ranks);
+  std::atomic<int> arrived = 0;
+  OnThreads(ranks, [&](int rank) {
+    for (int round = 1; round <= 20; ++round) {
+      ++arrived;
+      EXPECT_EQ(group[rank]->Barrier(Far()), absl::OkStatus());
+      EXPECT_GE(arrived, round * ranks);
+      EXPECT_EQ(group[rank]->Barrier(Far()), absl::OkStatus());
+    }
+  });
+}
+
+TEST_P(CommunicatorContract, KeepsManyMixedCallsInOrder) {
+  const uint32_t seed = 20240607;
+  const int ranks = 3;
+  const Group group = Form(ranks);
+  OnThreads(ranks, [&](int rank) {
+    std::mt19937 random(seed);  // The same sequence on every rank.
+    for (int call = 0; call < 300; ++call) {
+      const int kind = static_cast<int>(random() % 3);
+      const int64_t count = random() % 8 == 0 ? random() % 20'000 : random() % 200;
+      const absl::Status status = kind == 0   ? SumAndCheck(*group[rank], count, call, Far())
+                                  : kind == 1 ? MaxAndCheck(*group[rank], count, call, Far())
+                                              : group[rank]->Barrier(Far());
+      ASSERT_TRUE(status.ok()) << status << " (seed=" << seed << " call=" << call << " kind=" << kind
+                               << " count=" << count;
+    }
+  });
+}
+
+TEST_P(CommunicatorContract, WaitsForEverWhenAskedTo) {
+  const Group group = Form(2);
+  OnThreads(2, [&](int rank) {
+    EXPECT_EQ(SumAndCheck(*group[rank], 10, 1, absl::InfiniteFuture()), absl::OkStatus());
+    EXPECT_EQ(SumAndCheck(*group[rank], 10, 2, Far()), absl::OkStatus());
+  });
+}
+
+TEST_P(CommunicatorContract, JoiningGivesUpWhenARankDoesNotCome) {
+  const Join join = GetParam().new_group();
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(100);
+  OnThreads(2, [&](int rank) {
+    EXPECT_EQ(join(rank, 3, deadline).status().code(), kDeadlineExceeded) << "rank " << rank;
+    EXPECT_GE(absl::Now(), deadline);
+  });
+}
+
+TEST_P(CommunicatorContract, ACallGivesUpAtItsDeadlineWhenARankDoesNotCome) {
+  const Group group = Form(3);
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(150);
+  OnThreads(2, [&](int rank) {
+    const absl::Status status = SumAndCheck(*group[rank], 100, 1, deadline);
+    EXPECT_EQ(status.code(), kDeadlineExceeded) << status;
+    EXPECT_GE(absl::Now(), deadline);
+    EXPECT_THAT(std::string(status.message()), HasSubstr("rank"));
+  });
+  // The others may have sent the late one all it needs, but then they left.
+  EXPECT_THAT(SumAndCheck(*group[2], 100, 1, Far()).code(), AnyOf(Eq(kOk), Eq(kUnavailable)));
+  EXPECT_THAT(SumAndCheck(*group[2], 100, 2, Far()).code(), AnyOf(Eq(kAborted), Eq(kUnavailable)));
+}
+
+TEST_P(CommunicatorContract, AbortEndsTheCallUnderWay) {
+  const Group group = Form(3);  // Ranks 1 and 2 never call.
+  std::atomic<bool> calling = false;
+  std::thread aborter([&] {
+    while (!calling) std::this_thread::yield();
+    group[0]->Abort(absl::InternalError("epoch 4 is over"));
+    group[0]->Abort(absl::InternalError("said twice"));
+  });
+  calling = true;
+  const absl::Status status = group[0]->Barrier(Far());
+  aborter.join();
+  EXPECT_EQ(status.code(), kAborted) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("epoch 4 is over"));
+}
+
+TEST_P(CommunicatorContract, AbortBetweenCallsEndsTheNextOnEveryRank) {
+  const Group group = Form(3);
+  OnThreads(3, [&](int rank) { EXPECT_EQ(group[rank]->Barrier(Far()), absl::OkStatus()); });
+  group[0]->Abort(absl::CancelledError("draining"));
+  OnThreads(3, [&](int rank) {
+    const absl::Status status = SumAndCheck(*group[rank], 5, 1, Far());
+    EXPECT_EQ(status.code(), rank == 0 ? kAborted : kUnavailable) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(rank == 0 ? "draining" : "rank 0"));
+  });
+}
+
+TEST_P(CommunicatorContract, ARankThatLeavesEndsTheCallOfTheOthers) {
+  Group group = Form(3);
+  std::atomic<int> calling = 0;
+  OnThreads(3, [&](int rank) {
+    if (rank == 1) {
+      while (calling < 2) std::this_thread::yield();
+      group[1].reset();
+      return;
+    }
+    ++calling;
+    const absl::Status status = SumAndCheck(*group[rank], 100, 1, Far());
+    EXPECT_EQ(status.code(), kUnavailable) << status;
+  });
+}
+
+TEST_P(CommunicatorContract, LeavingRightAfterTheLastCallSpoilsItForNobody) {
+  for (const int64_t count : {0, 100, 5'000, 70'000}) {
+    for (int round = 0; round < 5; ++round) {
+      Group group = Form(4);
+      OnThreads(4, [&](int rank) {
+        EXPECT_EQ(SumAndCheck(*group[rank], count, 1, Far()), absl::OkStatus())
+            << "rank " << rank << ", " << count;
+        group[rank].reset();
+      });
+    }
+  }
+}
+
+TEST_P(CommunicatorContract, EveryCallAfterAnErrorReturnsItsTextAsAborted) {
+  const Group group = Form(2);
+  const absl::Status first = group[0]->Barrier(absl::Now() + absl::Milliseconds(20));
+  ASSERT_EQ(first.code(), kDeadlineExceeded);
+  std::vector<float> floats(3);
+  for (int i = 0; i < 2; ++i) {
+    for (const absl::Status& later :
+         {SumAndCheck(*group[0], 1, 1, Far()), group[0]->MaxF32(absl::MakeSpan(floats), Far()),
+          group[0]->Barrier(Far())}) {
+      EXPECT_EQ(later.code(), kAborted);
+      EXPECT_EQ(later.message(), first.message());
+    }
+  }
+}
+
+struct Mismatch {
+  const char* what;
+  std::function<absl::Status(Communicator&)> most;
+  std::function<absl::Status(Communicator&)> odd;
+};
+
+std::function<absl::Status(Communicator&)> Sum(int64_t count) {
+  return [count](Communicator& c) { return SumAndCheck(c, count, 1, Far()); };
+}
+std::function<absl::Status(Communicator&)> Max(int64_t count) {
+  return [count](Communicator& c) { return MaxAndCheck(c, count, 1, Far()); };
+}
+
+std::vector<Mismatch> Mismatches() {
+  return {{"another operation, as many bytes", Sum(4), Max(8)},
+          {"one word more", Sum(4), Sum(5)},
+          {"nothing and something", Sum(0), Sum(1)},
+          {"barrier and sum of nothing", [](Communicator& c) { return c.Barrier(Far()); }, Sum(0)},
+          {"small and large", Sum(10), Sum(200'000)},
+          {"large and larger", Max(200'000), Max(200'001)}};
+}
+
+TEST_P(CommunicatorContract, TwoRanksThatCallDifferentlyAreBothToldSo) {
+  for (const Mismatch& mismatch : Mismatches()) {
+    SCOPED_TRACE(mismatch.what);
+    const Group group = Form(2);
+    OnThreads(2, [&](int rank) {
+      const absl::Status status = rank == 0 ? mismatch.most(*group[0]) : mismatch.odd(*group[1]);
+      EXPECT_EQ(status.code(), kInternal) << mismatch.what << ": " << status;
+      EXPECT_THAT(std::string(status.message()), HasSubstr("different calls")) << mismatch.what;
+    });
+  }
+}
+
+// The first to find the difference ends the group, so others may only learn that it is gone.
+TEST_P(CommunicatorContract, AmongManyRanksNobodyGetsAnAnswerFromDifferentCalls) {
+  for (const Mismatch& mismatch : Mismatches()) {
+    const Group group = Form(4);
+    std::atomic<int> told = 0;
+    OnThreads(4, [&](int rank) {
+      const absl::Status status = rank == 2 ? mismatch.odd(*group[rank]) : mismatch.most(*group[rank]);
+      EXPECT_THAT(status.code(), AnyOf(Eq(kInternal), Eq(kUnavailable))) << mismatch.what << ": " << status;
+      if (status.code() == kInternal) ++told;
+    });
+    EXPECT_GE(told, 1) << mismatch.what;
+  }
+}
+
+TEST_P(CommunicatorContract, AnAbortAtAnyMomentOfAStreamEndsEveryRankWithAnErrorAndNoWrongSum) {
+  const uint32_t seed = 77;
+  std::mt19937 random(seed);
+  for (int round = 0; round < 10; ++round) {
+    const int ranks = 3;
+    const Group group = Form(ranks);
+    const int victim = static_cast<int>(random() % ranks);
+    const int64_t at = random() % 50;
+    std::atomic<int64_t> calls = 0;
+    std::thread aborter([&] {
+      while (calls < at) std::this_thread::yield();
+      group[victim]->Abort(absl::CancelledError("enough"));
+    });
+    OnThreads(ranks, [&](int rank) {
+      absl::Status status;
+      for (int64_t call = 0; status.ok(); ++call, ++calls)
+        status = SumAndCheck(*group[rank], 3'000 * (call % 7), call, Far());
+      EXPECT_THAT(status.code(), AnyOf(Eq(kAborted), Eq(kUnavailable)))
+          << status << " (seed=" << seed << " round=" << round << " rank=" << rank << " victim=" << victim;
+    });
+    aborter.join();
+  }
+}
+
+TEST_P(CommunicatorContract, ANewGroupWorksAfterAnAbort) {
+  {
+    const Group group = Form(3);
+    group[1]->Abort(absl::CancelledError("over"));
+    OnThreads(3, [&](int rank) { EXPECT_NE(group[rank]->Barrier(Far()).code(), kOk); });
+  }
+  const Group group = Form(3);
+  OnThreads(3, [&](int rank) { EXPECT_EQ(SumAndCheck(*group[rank], 500, 1, Far()), absl::OkStatus()); });
+}
+
+int64_t Entries(const char* directory) {
+  const auto entries = std::filesystem::directory_iterator(directory);
+  return std::distance(begin(entries), end(entries));
+}
+
+TEST_P(CommunicatorContract, TwentyRebuildsLeakNoDescriptorAndNoThread) {
+  const auto rebuild = [&](int round) {
+    const Group group = Form(3);
+    OnThreads(3,
+              [&](int rank) { EXPECT_EQ(SumAndCheck(*group[rank], 100, round, Far()), absl::OkStatus()); });
+    if (round % 2 == 1) group[round % 3]->Abort(absl::CancelledError("over"));
+  };
+  rebuild(0);
+  const int64_t descriptors = Entries("/proc/self/fd");
+  const int64_t threads = Entries("/proc/self/task");
+  for (int round = 1; round <= 20; ++round) rebuild(round);
+  EXPECT_LE(Entries("/proc/self/fd"), descriptors);
+  // A joined thread may stay in /proc for a moment.
+  const absl::Time limit = Far();
+  while (Entries("/proc/self/task") > threads && absl::Now() < limit) std::this_thread::yield();
+  EXPECT_LE(Entries("/proc/self/task"), threads);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CommunicatorContract,
+                         testing::Values(Transport{"local", NewLocalGroup}, Transport{"gloo", NewGlooGroup}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace eduba
