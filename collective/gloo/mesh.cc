@@ -6,7 +6,10 @@
 #include <gloo/transport/pair.h>
 #include <gloo/transport/tcp/device.h>
 #include <gloo/transport/unbound_buffer.h>
+#include <netdb.h>
 #include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -55,6 +58,35 @@ void IgnoreBrokenPipes() {
   if (sigaction(SIGPIPE, nullptr, &current) == 0 && current.sa_handler == SIG_DFL) signal(SIGPIPE, SIG_IGN);
 }
 
+// The first of the host's addresses that belongs to this machine. Not left to Gloo, which reads an unset
+// pointer when a name has no address.
+absl::StatusOr<gloo::transport::tcp::attr> Resolve(const std::string& host) {
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (const int error = getaddrinfo(host.c_str(), nullptr, &hints, &found); error != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("host \"", host, "\" has no address: ", gai_strerror(error)));
+  }
+  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> list(found, freeaddrinfo);
+  for (const addrinfo* it = found; it != nullptr; it = it->ai_next) {
+    const int fd = socket(it->ai_family, it->ai_socktype | SOCK_CLOEXEC, it->ai_protocol);
+    if (fd == -1) continue;
+    const bool ours = bind(fd, it->ai_addr, it->ai_addrlen) == 0;
+    close(fd);
+    if (!ours) continue;
+    gloo::transport::tcp::attr attr(host.c_str());
+    attr.ai_family = it->ai_family;
+    attr.ai_socktype = it->ai_socktype;
+    attr.ai_protocol = it->ai_protocol;
+    attr.ai_addrlen = static_cast<int>(it->ai_addrlen);
+    std::memcpy(&attr.ai_addr, it->ai_addr, it->ai_addrlen);
+    return attr;
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "host \"", host, "\" is no address of this machine; give one that the other ranks can reach"));
+}
+
 std::string Key(int rank) { return absl::StrCat("gloo/", rank); }
 
 }  // namespace
@@ -88,13 +120,9 @@ GlooMesh::~GlooMesh() {
 }
 
 absl::Status GlooMesh::MakePairs(const GlooOptions& options) {
+  EDUBA_ASSIGN_OR_RETURN(const gloo::transport::tcp::attr attr, Resolve(options.host));
   try {
-    device_ = gloo::transport::tcp::CreateDevice(gloo::transport::tcp::attr(options.host.c_str()));
-  } catch (const std::exception& e) {
-    return absl::InvalidArgumentError(absl::StrCat("cannot use host \"", options.host,
-                                                   "\", want a name or address of this machine: ", e.what()));
-  }
-  try {
+    device_ = std::make_shared<gloo::transport::tcp::Device>(attr);
     context_ = device_->createContext(rank_, size_);
     context_->setTimeout(kNever);
     for (int peer = 0; peer < size_; ++peer) {

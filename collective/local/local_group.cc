@@ -1,7 +1,6 @@
 #include "collective/local/local_group.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -111,8 +110,7 @@ void LocalGroup::ReduceSlice(int64_t slice) const {
       combine(absl::MakeSpan(result, count),
               absl::MakeConstSpan(static_cast<const T*>(ranks_[r].call.data) + begin, count));
     }
-    for (int r = 1; r < size_; ++r)
-      std::memcpy(static_cast<T*>(ranks_[r].call.data) + begin, result, count * sizeof(T));
+    for (int r = 1; r < size_; ++r) std::copy_n(result, count, static_cast<T*>(ranks_[r].call.data) + begin);
   };
   if (first.operation == Operation::kSumI64) reduce(int64_t{}, AddInto);
   if (first.operation == Operation::kMaxF32) reduce(float{}, MaxInto);
