@@ -58,6 +58,8 @@ absl::StatusOr<std::vector<Page>> PageStore::Reserve(int64_t page_bytes, int64_t
   }
   sizes.free_pages -= count;
   used_bytes_ += count * page_bytes;
+  // A large new slab may lie before small ones and take all.
+  DropFreeSlabs(page_bytes);
   return pages;
 }
 
@@ -119,13 +121,13 @@ void PageStore::DropSlab(Slabs::iterator slab) {
 }
 
 void PageStore::DropFreeSlabs(int64_t page_bytes) {
-  for (auto slab = slabs_.begin(); slab != slabs_.end();) {
-    const auto next = std::next(slab);
-    const Slab& s = slab->second;
-    if (s.page_bytes == page_bytes && static_cast<int64_t>(s.free.size()) * page_bytes == s.bytes)
-      DropSlab(slab);
-    slab = next;
+  std::vector<Slabs::iterator> unused;
+  for (char* const base : classes_.at(page_bytes).with_free) {
+    const auto slab = slabs_.find(base);
+    if (static_cast<int64_t>(slab->second.free.size()) * page_bytes == slab->second.bytes)
+      unused.push_back(slab);
   }
+  for (const Slabs::iterator slab : unused) DropSlab(slab);
 }
 
 }  // namespace eduba

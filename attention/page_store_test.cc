@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <set>
 #include <thread>
@@ -23,12 +24,15 @@ class SlabBackend : public Backend {
     if (bytes_ + bytes > limit) return absl::ResourceExhaustedError("the device is full");
     bytes_ += bytes;
     ++slabs_;
-    return std::aligned_alloc(64, bytes);
+    if (!descending) return std::aligned_alloc(64, bytes);
+    if (arena_ == nullptr) arena_.reset(static_cast<char*>(std::aligned_alloc(64, kArenaBytes)));
+    below_ -= bytes;
+    return arena_.get() + below_;
   }
   void FreeSlab(void* slab, int64_t bytes) override {
     bytes_ -= bytes;
     --slabs_;
-    std::free(slab);
+    if (!descending) std::free(slab);
   }
   int64_t PageBytes(const AttentionShape&) const override { return 64; }
   absl::Status WriteRows(const AttentionShape&, void*, int, int, const void*, const void*) override {
@@ -42,12 +46,20 @@ class SlabBackend : public Backend {
   }
 
   int64_t limit = INT64_MAX;
+  bool descending = false;  // Every slab lies before the one that came before it.
   int64_t bytes() const { return bytes_; }
   int64_t slabs() const { return slabs_; }
 
  private:
+  static constexpr int64_t kArenaBytes = int64_t{16} << 20;
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+
   int64_t bytes_ = 0;
   int64_t slabs_ = 0;
+  std::unique_ptr<char, Free> arena_;
+  int64_t below_ = kArenaBytes;
 };
 
 TEST(PageStore, GivesDistinctPagesAndTakesThemBack) {
@@ -108,11 +120,25 @@ TEST(PageStore, AFullDeviceLeavesNoSlabBehind) {
 TEST(PageStore, SlabsGrowWithTheirUse) {
   SlabBackend backend;
   PageStore store(&backend, int64_t{1} << 30);
-  auto one = store.Reserve(4096, 1);
-  EXPECT_EQ(backend.bytes(), PageStore::kSlabBytesMin);
-  auto many = store.Reserve(4096, (int64_t{256} << 20) / 4096);
-  EXPECT_LT(backend.slabs(), 32);
-  EXPECT_LE(backend.bytes(), (int64_t{256} << 20) + PageStore::kSlabBytesMax + PageStore::kSlabBytesMin);
+  {
+    auto one = store.Reserve(4096, 1);
+    EXPECT_EQ(backend.bytes(), PageStore::kSlabBytesMin);
+    auto many = store.Reserve(4096, (int64_t{256} << 20) / 4096);
+    EXPECT_LT(backend.slabs(), 32);
+    EXPECT_LE(backend.bytes(), (int64_t{256} << 20) + PageStore::kSlabBytesMax + PageStore::kSlabBytesMin);
+  }
+  EXPECT_EQ(backend.bytes(), 0);
+}
+
+TEST(PageStore, ASlabWithoutAPageInUseGoesBackWhereverItLies) {
+  SlabBackend backend;
+  backend.descending = true;
+  PageStore store(&backend, int64_t{1} << 30);
+  // Slabs of 64, 64, 128, 256 and 512 pages; the first one is not needed in the end.
+  const auto pages = store.Reserve(4096, 960);
+  ASSERT_TRUE(pages.ok());
+  EXPECT_EQ(backend.slabs(), 4);
+  EXPECT_EQ(backend.bytes(), 960 * 4096);
 }
 
 TEST(PageStore, APageLargerThanASlabIsItsOwnSlab) {
