@@ -12,34 +12,37 @@ struct sqlite3;
 
 namespace eduba {
 
-// The coordinator's durable state in one SQLite file, DIR/coordinator.sqlite (write-ahead log, synchronous =
-// FULL: what Apply returned OK for survives a power cut). Owned by one process: a second store on the same
-// directory is refused. Not thread-safe.
+// The coordinator's memory beyond its life: an SQLite database, DIR/eduba.db. A change is on the disk when
+// Apply returns OK (WAL, synchronous=FULL), and wholly absent otherwise. Not thread-safe.
 class Store {
  public:
-  // Opens or creates it; an empty `data_dir` keeps everything in memory. Errors name the file:
-  //   FAILED_PRECONDITION  another coordinator uses the directory, or a newer Eduba wrote it
-  //   DATA_LOSS            the file is not what a coordinator wrote (truncated, damaged, another program's)
-  //   UNAVAILABLE          the directory or file cannot be created, read or written
-  static absl::StatusOr<std::unique_ptr<Store>> Open(const std::string& data_dir);
+  // Creates the folder and the database when they are missing; an empty `dir` keeps all in memory.
+  //   UNAVAILABLE          another coordinator has the database open
+  //   FAILED_PRECONDITION  a newer release wrote it
+  //   DATA_LOSS            it cannot be read
+  static absl::StatusOr<std::unique_ptr<Store>> Open(const std::string& dir);
   ~Store();
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
+  // DATA_LOSS when what is there makes no sense.
   absl::StatusOr<StoredState> Load();
-  // One transaction: after an error nothing of it is stored. RESOURCE_EXHAUSTED when the disk is full.
+  // RESOURCE_EXHAUSTED when the disk is full.
   absl::Status Apply(const Change& change);
 
  private:
-  explicit Store(std::string path) : path_(std::move(path)) {}
+  Store(std::string path, sqlite3* db);
 
-  absl::Status Initialise();
-  absl::Status Execute(const std::string& sql);
+  absl::Status Prepare();
+  absl::Status Execute(const char* sql);
   absl::Status Error(int code, const std::string& doing) const;
-  friend class Statement;
+  absl::Status ApplyInTransaction(const Change& change);
+  absl::Status SetMeta(const char* key, uint64_t value);
 
-  std::string path_;
-  sqlite3* db_ = nullptr;
+  class Statement;
+
+  const std::string path_;
+  sqlite3* const db_;
 };
 
 }  // namespace eduba

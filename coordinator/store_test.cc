@@ -1,136 +1,155 @@
 #include "coordinator/store.h"
 
-#include <sqlite3.h>
-#include <stdlib.h>
-
 #include <filesystem>
 #include <fstream>
-#include <string>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "rpc/spec.h"
+#include "sqlite3.h"
 
 namespace eduba {
 namespace {
 
 class StoreTest : public testing::Test {
  protected:
-  StoreTest() {
-    std::string name = (std::filesystem::temp_directory_path() / "store_test_XXXXXX").string();
-    dir_ = mkdtemp(name.data());
+  void SetUp() override {
+    dir_ = std::filesystem::path(testing::TempDir()) /
+           testing::UnitTest::GetInstance()->current_test_info()->name();
+    std::filesystem::remove_all(dir_);
   }
-  ~StoreTest() override { std::filesystem::remove_all(dir_); }
+  void TearDown() override { std::filesystem::remove_all(dir_); }
 
-  std::string File() const { return dir_ + "/coordinator.sqlite"; }
-  void RunSql(const char* sql) {
+  std::unique_ptr<Store> Open() {
+    auto store = Store::Open(dir_);
+    EXPECT_TRUE(store.ok()) << store.status();
+    return store.ok() ? *std::move(store) : nullptr;
+  }
+  std::string path() const { return (dir_ / "eduba.db").string(); }
+  void Sql(const char* sql) {
     sqlite3* db = nullptr;
-    ASSERT_EQ(sqlite3_open(File().c_str(), &db), SQLITE_OK);
+    ASSERT_EQ(sqlite3_open(path().c_str(), &db), SQLITE_OK);
     ASSERT_EQ(sqlite3_exec(db, sql, nullptr, nullptr, nullptr), SQLITE_OK) << sqlite3_errmsg(db);
     sqlite3_close(db);
   }
-  absl::StatusCode OpenCode() { return Store::Open(dir_).status().code(); }
 
-  std::string dir_;
+  static SessionRecord Session(uint64_t id, const std::string& name) {
+    SessionRecord session;
+    session.id = id;
+    session.name = name;
+    v1::SessionSpec spec;
+    spec.set_query_heads(4);
+    spec.set_kv_heads(2);
+    spec.set_head_dim(8);
+    spec.set_notes("line\nwith \"quotes\"");
+    session.spec = *CompleteSpec(spec);
+    session.created_unix_ms = 1234567890123;
+    return session;
+  }
+
+  std::filesystem::path dir_;
 };
 
-SessionRecord Atlas(uint64_t id) {
-  SessionRecord session;
-  session.id = id;
-  session.name = "atlas" + std::to_string(id);
-  session.spec.set_head_dim(64);
-  session.spec.set_notes(std::string("a\0b", 3));
-  session.created_unix_ms = 1234567890123;
-  return session;
-}
-
-TEST_F(StoreTest, KeepsWhatWasApplied) {
-  const Digest digest{~uint64_t{0}, uint64_t{1} << 63};  // beyond SQLite's signed integers
+TEST_F(StoreTest, KeepsEverythingOverARestart) {
+  const AppendRecord first{0, 10, {~uint64_t{0}, uint64_t{1} << 63}};
+  const AppendRecord second{10, 5, {7, 8}};
   {
-    auto store = Store::Open(dir_);
-    ASSERT_TRUE(store.ok()) << store.status();
-    EXPECT_TRUE((*store)->Apply(EpochBegun{7}).ok());
-    EXPECT_TRUE((*store)->Apply(SessionCreated{Atlas(1)}).ok());
-    EXPECT_TRUE((*store)->Apply(SessionCreated{Atlas(2)}).ok());
-    EXPECT_TRUE((*store)->Apply(AppendCommitted{2, {0, 300, digest}}).ok());
-    EXPECT_TRUE((*store)->Apply(AppendCommitted{2, {300, 5, {}}}).ok());
-    EXPECT_TRUE((*store)->Apply(SessionErased{1}).ok());
+    const auto store = Open();
+    ASSERT_TRUE(store->Apply(EpochBegun{41}).ok());
+    ASSERT_TRUE(store->Apply(SessionCreated{Session(3, "a")}).ok());
+    ASSERT_TRUE(store->Apply(SessionCreated{Session(4, "b")}).ok());
+    ASSERT_TRUE(store->Apply(AppendCommitted{3, first}).ok());
+    ASSERT_TRUE(store->Apply(AppendCommitted{3, second}).ok());
   }
-  auto store = Store::Open(dir_);
-  ASSERT_TRUE(store.ok()) << store.status();
-  const auto state = (*store)->Load();
+  const auto state = Open()->Load();
   ASSERT_TRUE(state.ok()) << state.status();
-  EXPECT_EQ(state->epoch, 7);
-  EXPECT_EQ(state->next_session_id, 3);
-  ASSERT_EQ(state->sessions.size(), 1);
+  EXPECT_EQ(state->epoch, 41);
+  EXPECT_EQ(state->next_session_id, 5);
+  ASSERT_EQ(state->sessions.size(), 2);
   const SessionRecord& session = state->sessions[0];
-  EXPECT_EQ(session.id, 2);
-  EXPECT_EQ(session.name, "atlas2");
-  EXPECT_EQ(session.spec.notes(), std::string("a\0b", 3));
+  EXPECT_EQ(session.name, "a");
   EXPECT_EQ(session.created_unix_ms, 1234567890123);
-  EXPECT_EQ(session.length(), 305);
-  ASSERT_EQ(session.appends.size(), 2);
-  EXPECT_EQ(session.appends[0], (AppendRecord{0, 300, digest}));
+  EXPECT_EQ(session.spec.SerializeAsString(), Session(3, "a").spec.SerializeAsString());
+  EXPECT_THAT(session.appends, testing::ElementsAre(first, second));
+  EXPECT_EQ(session.length(), 15);
+  EXPECT_EQ(state->sessions[1].length(), 0);
 }
 
-TEST_F(StoreTest, ErasingASessionErasesItsAppendsAndKeepsItsIdUsed) {
-  auto store = Store::Open(dir_);
-  ASSERT_TRUE(store.ok());
-  ASSERT_TRUE((*store)->Apply(SessionCreated{Atlas(1)}).ok());
-  ASSERT_TRUE((*store)->Apply(AppendCommitted{1, {0, 300, {}}}).ok());
-  ASSERT_TRUE((*store)->Apply(SessionErased{1}).ok());
-  EXPECT_EQ((*store)->Load()->next_session_id, 2);
-  // The same key again would fail if the old rows were still there.
-  ASSERT_TRUE((*store)->Apply(SessionCreated{Atlas(1)}).ok());
-  EXPECT_TRUE((*store)->Apply(AppendCommitted{1, {0, 300, {}}}).ok());
+TEST_F(StoreTest, AnErasedSessionTakesItsAppendsAndKeepsItsIdUsed) {
+  {
+    const auto store = Open();
+    ASSERT_TRUE(store->Apply(SessionCreated{Session(1, "a")}).ok());
+    ASSERT_TRUE(store->Apply(AppendCommitted{1, {0, 10, {}}}).ok());
+    ASSERT_TRUE(store->Apply(SessionErased{1}).ok());
+  }
+  const auto state = Open()->Load();
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_TRUE(state->sessions.empty());
+  EXPECT_EQ(state->next_session_id, 2);
 }
 
-TEST_F(StoreTest, AFailedChangeStoresNothingAndTheNextOneWorks) {
-  auto store = Store::Open(dir_);
-  ASSERT_TRUE(store.ok());
-  ASSERT_TRUE((*store)->Apply(SessionCreated{Atlas(1)}).ok());
-  SessionRecord same_name = Atlas(5);
-  same_name.name = "atlas1";
-  EXPECT_FALSE((*store)->Apply(SessionCreated{same_name}).ok());
-  EXPECT_FALSE((*store)->Apply(AppendCommitted{99, {0, 1, {}}}).ok());
-  EXPECT_EQ((*store)->Load()->next_session_id, 2);
-  EXPECT_TRUE((*store)->Apply(SessionCreated{Atlas(2)}).ok());
-  EXPECT_EQ((*store)->Load()->sessions.size(), 2);
+TEST_F(StoreTest, ARefusedChangeLeavesNothingBehind) {
+  const auto store = Open();
+  ASSERT_TRUE(store->Apply(SessionCreated{Session(1, "a")}).ok());
+  EXPECT_FALSE(store->Apply(SessionCreated{Session(2, "a")}).ok());
+  EXPECT_FALSE(store->Apply(AppendCommitted{9, {0, 1, {}}}).ok());
+  const auto state = store->Load();
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_EQ(state->sessions.size(), 1);
+  EXPECT_EQ(state->next_session_id, 2);
+  EXPECT_TRUE(store->Apply(AppendCommitted{1, {0, 1, {}}}).ok());
 }
 
-TEST_F(StoreTest, ASecondCoordinatorIsRefused) {
-  auto store = Store::Open(dir_);
-  ASSERT_TRUE(store.ok());
-  EXPECT_EQ(OpenCode(), absl::StatusCode::kFailedPrecondition);
-  store->reset();
-  EXPECT_EQ(OpenCode(), absl::StatusCode::kOk);
+TEST_F(StoreTest, LetsOnlyOneCoordinatorIn) {
+  Open().reset();
+  const auto store = Open();
+  const auto second = Store::Open(dir_);
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable) << second.status();
+  EXPECT_THAT(std::string(second.status().message()), testing::HasSubstr("another coordinator"));
 }
 
-TEST_F(StoreTest, ANewerSchemaIsRefused) {
-  ASSERT_EQ(OpenCode(), absl::StatusCode::kOk);
-  RunSql("PRAGMA user_version = 99");
-  EXPECT_EQ(OpenCode(), absl::StatusCode::kFailedPrecondition);
+TEST_F(StoreTest, RefusesANewerSchema) {
+  Open().reset();
+  Sql("PRAGMA user_version = 99");
+  EXPECT_EQ(Store::Open(dir_).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(StoreTest, AnotherProgramsFileIsRefusedAndLeftAsItIs) {
-  RunSql("CREATE TABLE theirs (x); INSERT INTO theirs VALUES (1)");
-  EXPECT_EQ(OpenCode(), absl::StatusCode::kDataLoss);
-  RunSql("SELECT x FROM theirs");
+TEST_F(StoreTest, RefusesAnotherProgramsDatabase) {
+  std::filesystem::create_directories(dir_);
+  Sql("CREATE TABLE music (title TEXT)");
+  const auto store = Store::Open(dir_);
+  EXPECT_EQ(store.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(store.status().message()), testing::HasSubstr("another program"));
 }
 
-TEST_F(StoreTest, ADamagedFileIsSaid) {
-  std::ofstream(File()) << std::string(4096, 'x');
-  EXPECT_EQ(OpenCode(), absl::StatusCode::kDataLoss);
+TEST_F(StoreTest, RefusesAFolderThatCannotBe) {
+  std::ofstream(dir_) << "a file";
+  EXPECT_EQ(Store::Open(dir_ / "sub").status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(StoreTest, AnImpossibleDirectoryIsSaid) {
-  EXPECT_EQ(Store::Open("/proc/none/here").status().code(), absl::StatusCode::kUnavailable);
+TEST_F(StoreTest, RefusesAFileThatIsNoDatabase) {
+  std::filesystem::create_directories(dir_);
+  std::ofstream(path()) << std::string(8192, 'x');
+  EXPECT_EQ(Store::Open(dir_).status().code(), absl::StatusCode::kDataLoss);
 }
 
-TEST(MemoryStore, ForgetsWithTheProcess) {
+TEST_F(StoreTest, RefusesRecordsThatMakeNoSense) {
+  {
+    const auto store = Open();
+    ASSERT_TRUE(store->Apply(SessionCreated{Session(1, "a")}).ok());
+  }
+  Sql("INSERT INTO appends VALUES (1, 5, 5, 0, 0)");
+  EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
+  Sql("DELETE FROM appends; UPDATE sessions SET spec = x'ff'");
+  EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST_F(StoreTest, WithoutAFolderKeepsAllInMemory) {
   auto store = Store::Open("");
   ASSERT_TRUE(store.ok()) << store.status();
-  ASSERT_TRUE((*store)->Apply(SessionCreated{Atlas(1)}).ok());
-  EXPECT_EQ((*store)->Load()->sessions.size(), 1);
-  EXPECT_EQ((*Store::Open(""))->Load()->sessions.size(), 0);
+  ASSERT_TRUE((*store)->Apply(EpochBegun{2}).ok());
+  EXPECT_EQ((*store)->Load()->epoch, 2);
+  EXPECT_TRUE(Store::Open("").ok());
 }
 
 }  // namespace

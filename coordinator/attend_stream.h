@@ -1,0 +1,71 @@
+#ifndef EDUBA_COORDINATOR_ATTEND_STREAM_H_
+#define EDUBA_COORDINATOR_ATTEND_STREAM_H_
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "coordinator/runtime.h"
+#include "eduba/v1/eduba.pb.h"
+#include "grpcpp/server_context.h"
+#include "grpcpp/support/server_callback.h"
+
+namespace eduba {
+
+// INVALID_ARGUMENT names the first NaN or Inf of f32 [rows, query_heads, head_dim]; `first_row` is the number
+// of the first one.
+absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpec& spec, int64_t first_row);
+
+// One Attend call. Reads ahead of the answers that the client has taken by a bounded number of bytes. Deletes
+// itself when the stream has ended.
+class AttendStream final : public grpc::ServerBidiReactor<v1::AttendRequest, v1::AttendResponse>,
+                           public Caller {
+ public:
+  explicit AttendStream(Runtime* runtime);
+
+  void OnStarted(const AttendStarted& started) override;
+  void OnRows(v1::AttendResponse::Rows rows) override;
+  void OnReply(absl::StatusOr<Answer> answer) override;
+
+  void OnReadDone(bool ok) override;
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+
+ private:
+  ~AttendStream() override = default;
+
+  void Begin(bool ok);
+  void Fail(const absl::Status& status);
+  // With mutex_ held.
+  void Enqueue(v1::AttendResponse response);
+  void EndWith(const absl::Status& status);
+  void ReadMore();
+
+  Runtime* const runtime_;
+  const absl::Time start_;
+  v1::AttendRequest incoming_;
+  int64_t received_rows_ = 0;
+
+  // Never held while the runtime is called: the runtime calls On... with its own mutex held.
+  std::mutex mutex_;
+  RequestId id_ = 0;  // Guarded by mutex_, as all below; 0 until the header has been handed in.
+  std::shared_ptr<const v1::SessionSpec> spec_;
+  int64_t row_bytes_ = 0;         // of a query or of an answer, whichever is more
+  int64_t outstanding_rows_ = 0;  // read from the client and not yet answered to it
+  bool reading_ = true;           // a message is awaited or being worked on: incoming_ is taken
+  bool read_all_ = false;
+  std::deque<v1::AttendResponse> queue_;  // the front is being written
+  bool ending_ = false;
+  absl::Status end_;
+  bool finished_ = false;
+  bool cancelled_ = false;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_ATTEND_STREAM_H_

@@ -1,0 +1,49 @@
+#ifndef EDUBA_COORDINATOR_JOIN_STREAM_H_
+#define EDUBA_COORDINATOR_JOIN_STREAM_H_
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "coordinator/runtime.h"
+#include "eduba/v1/group.pb.h"
+#include "grpcpp/server_context.h"
+#include "grpcpp/support/server_callback.h"
+
+namespace eduba {
+
+// One worker's Join stream. Messages wait in a queue of their own, so a slow worker delays nobody else.
+// Deletes itself when the stream has ended.
+class JoinStream final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::GroupMessage>,
+                         public WorkerLink {
+ public:
+  JoinStream(Runtime* runtime, grpc::CallbackServerContext* context);
+
+  void Send(std::shared_ptr<const v1::GroupMessage> message) override;
+  void Close(const absl::Status& status) override;
+
+  void OnReadDone(bool ok) override;
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+
+ private:
+  ~JoinStream() override = default;
+
+  Runtime* const runtime_;
+  grpc::CallbackServerContext* const context_;
+  WorkerId id_ = 0;
+  v1::WorkerMessage incoming_;
+
+  // Never held while the runtime is called: the runtime calls Send and Close with its own mutex held.
+  std::mutex mutex_;
+  std::deque<std::shared_ptr<const v1::GroupMessage>>
+      queue_;                            // Guarded by mutex_; the front is being written.
+  std::optional<absl::Status> closing_;  // Guarded by mutex_.
+  bool finished_ = false;                // Guarded by mutex_.
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_JOIN_STREAM_H_

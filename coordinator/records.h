@@ -1,0 +1,70 @@
+#ifndef EDUBA_COORDINATOR_RECORDS_H_
+#define EDUBA_COORDINATOR_RECORDS_H_
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "eduba/v1/eduba.pb.h"
+
+namespace eduba {
+
+// A sum of 128-bit row hashes modulo 2^128: digests of neighbouring ranges add up to the digest of both.
+struct Digest {
+  uint64_t low = 0;
+  uint64_t high = 0;
+
+  Digest& operator+=(const Digest& other) {
+    low += other.low;
+    high += other.high + (low < other.low ? 1 : 0);
+    return *this;
+  }
+  bool operator==(const Digest&) const = default;
+};
+
+// One committed append.
+struct AppendRecord {
+  int64_t at = 0;
+  int64_t count = 0;
+  Digest digest;
+
+  bool operator==(const AppendRecord&) const = default;
+};
+
+// What survives a restart of the coordinator. `appends` tile [0, length) in order.
+struct SessionRecord {
+  uint64_t id = 0;  // never reused
+  std::string name;
+  v1::SessionSpec spec;  // completed
+  int64_t created_unix_ms = 0;
+  std::vector<AppendRecord> appends;
+
+  int64_t length() const { return appends.empty() ? 0 : appends.back().at + appends.back().count; }
+};
+
+struct StoredState {
+  uint64_t epoch = 0;  // the last one that was begun
+  uint64_t next_session_id = 1;
+  std::vector<SessionRecord> sessions;
+};
+
+// The changes that are written down, each in one transaction.
+struct EpochBegun {
+  uint64_t epoch = 0;
+};
+struct SessionCreated {
+  SessionRecord session;  // without appends; its id becomes used
+};
+struct SessionErased {
+  uint64_t session_id = 0;
+};
+struct AppendCommitted {
+  uint64_t session_id = 0;
+  AppendRecord append;
+};
+using Change = std::variant<EpochBegun, SessionCreated, SessionErased, AppendCommitted>;
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_RECORDS_H_

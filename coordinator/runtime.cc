@@ -1,0 +1,221 @@
+#include "coordinator/runtime.h"
+
+#include <chrono>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/log.h"
+
+namespace eduba {
+namespace {
+
+constexpr std::chrono::milliseconds kTick{100};
+constexpr std::chrono::milliseconds kCancelPoll{20};
+
+int64_t NowMs() {
+  const auto since = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::milliseconds>(since).count();
+}
+
+absl::Status ShuttingDown() {
+  return absl::UnavailableError("the coordinator is shutting down: retry later");
+}
+
+// A caller that is a waiting thread.
+class BlockingCaller final : public Caller {
+ public:
+  explicit BlockingCaller(std::function<bool()> cancelled) : cancelled_(std::move(cancelled)) {}
+
+  void OnReply(absl::StatusOr<Answer> answer) override {
+    const std::lock_guard lock(mutex_);
+    answer_ = std::move(answer);
+    done_.notify_one();
+  }
+  // False: cancelled first.
+  bool Wait() {
+    std::unique_lock lock(mutex_);
+    while (!done_.wait_for(lock, kCancelPoll, [this] { return answer_.has_value(); })) {
+      if (cancelled_()) return false;
+    }
+    return true;
+  }
+  std::optional<absl::StatusOr<Answer>> Take() {
+    const std::lock_guard lock(mutex_);
+    return std::move(answer_);
+  }
+
+ private:
+  const std::function<bool()> cancelled_;
+  std::mutex mutex_;
+  std::condition_variable done_;
+  std::optional<absl::StatusOr<Answer>> answer_;  // Guarded by mutex_.
+};
+
+}  // namespace
+
+Runtime::Runtime(ClusterState::Options options, std::unique_ptr<Store> store, StoredState stored,
+                 std::function<void(bool)> set_serving)
+    : store_(std::move(store)),
+      set_serving_(std::move(set_serving)),
+      state_(std::move(options), std::move(stored)),
+      ticker_([this] { Ticks(); }) {}
+
+Runtime::~Runtime() {
+  Stop();
+  ticker_.join();
+}
+
+void Runtime::Ticks() {
+  std::unique_lock lock(mutex_);
+  while (!stopped_) {
+    changed_.wait_for(lock, kTick);
+    if (stopped_) break;
+    state_.Tick(NowMs());
+    CarryOut();
+  }
+}
+
+void Runtime::Run(RequestId request, const Event& event) {
+  event(state_, request, NowMs());
+  CarryOut();
+}
+
+void Runtime::CarryOut() {
+  // Carrying one out may bring more (Persist): they come after those that were asked for before.
+  for (std::vector<Effect> effects = state_.TakeEffects(); !effects.empty(); effects = state_.TakeEffects()) {
+    for (Effect& effect : effects) CarryOutOne(std::move(effect));
+  }
+}
+
+void Runtime::CarryOutOne(Effect any) {
+  std::visit(
+      [this](auto&& effect) {
+        using T = std::decay_t<decltype(effect)>;
+        if constexpr (std::is_same_v<T, SendToWorker>) {
+          if (const auto it = links_.find(effect.worker); it != links_.end())
+            it->second->Send(std::move(effect.message));
+        } else if constexpr (std::is_same_v<T, CloseWorker>) {
+          if (const auto link = links_.extract(effect.worker); !link.empty())
+            link.mapped()->Close(effect.status);
+        } else if constexpr (std::is_same_v<T, Reply>) {
+          if (const auto caller = callers_.extract(effect.request); !caller.empty()) {
+            caller.mapped()->OnReply(std::move(effect.answer));
+            changed_.notify_all();
+          }
+        } else if constexpr (std::is_same_v<T, AttendStarted>) {
+          if (const auto it = callers_.find(effect.request); it != callers_.end())
+            it->second->OnStarted(effect);
+        } else if constexpr (std::is_same_v<T, AttendedRows>) {
+          if (const auto it = callers_.find(effect.request); it != callers_.end()) {
+            it->second->OnRows(std::move(effect.rows));
+          }
+        } else if constexpr (std::is_same_v<T, Persist>) {
+          const absl::Status status = store_->Apply(effect.change);
+          if (!status.ok()) LogError(std::string(status.message()));
+          state_.Persisted(effect.id, status, NowMs());
+        } else if constexpr (std::is_same_v<T, ResetRendezvous>) {
+          board_.Reset(effect.epoch, effect.attempt);
+        } else if constexpr (std::is_same_v<T, SetServing>) {
+          active_ = effect.serving;
+          set_serving_(effect.serving);
+          changed_.notify_all();
+        } else {
+          static_assert(std::is_same_v<T, Note>);
+          LogInfo(effect.text);
+        }
+      },
+      std::move(any));
+}
+
+absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
+  const std::lock_guard lock(mutex_);
+  if (stopped_) return ShuttingDown();
+  const WorkerId id = next_worker_++;
+  links_[id] = link;
+  state_.WorkerConnected(id, NowMs());
+  CarryOut();
+  return id;
+}
+
+void Runtime::WorkerSaid(WorkerId worker, v1::WorkerMessage message) {
+  const std::lock_guard lock(mutex_);
+  if (stopped_) return;
+  state_.WorkerSaid(worker, std::move(message), NowMs());
+  CarryOut();
+}
+
+void Runtime::RemoveWorker(WorkerId worker, const std::string& why) {
+  const std::lock_guard lock(mutex_);
+  if (links_.erase(worker) == 0) return;
+  state_.WorkerGone(worker, why, NowMs());
+  CarryOut();
+}
+
+RequestId Runtime::Start(Caller* caller, const Event& event) {
+  const std::lock_guard lock(mutex_);
+  if (draining_) {
+    caller->OnReply(ShuttingDown());
+    return 0;
+  }
+  const RequestId id = next_request_++;
+  callers_[id] = caller;
+  Run(id, event);
+  return id;
+}
+
+void Runtime::Continue(RequestId request, const Event& event) {
+  const std::lock_guard lock(mutex_);
+  if (callers_.count(request) > 0) Run(request, event);
+}
+
+void Runtime::Cancel(RequestId request) {
+  const std::lock_guard lock(mutex_);
+  if (callers_.erase(request) == 0) return;
+  state_.Cancel(request, NowMs());
+  CarryOut();
+  changed_.notify_all();
+}
+
+absl::StatusOr<Answer> Runtime::Call(const Event& event, const std::function<bool()>& cancelled) {
+  BlockingCaller caller(cancelled);
+  const RequestId id = Start(&caller, event);
+  if (!caller.Wait()) Cancel(id);
+  // The reply may have come between the two.
+  std::optional<absl::StatusOr<Answer>> answer = caller.Take();
+  if (!answer.has_value()) return absl::CancelledError("the caller gave up or its deadline passed");
+  return *std::move(answer);
+}
+
+absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
+  std::unique_lock lock(mutex_);
+  const auto until = absl::ToChronoTime(deadline);
+  if (changed_.wait_until(lock, until, [this] { return active_ || stopped_; }) && active_)
+    return absl::OkStatus();
+  if (stopped_) return ShuttingDown();
+  return absl::DeadlineExceededError("the group of workers is not complete");
+}
+
+bool Runtime::Drain(absl::Time deadline) {
+  std::unique_lock lock(mutex_);
+  draining_ = true;
+  return changed_.wait_until(lock, absl::ToChronoTime(deadline), [this] { return callers_.empty(); });
+}
+
+void Runtime::Stop() {
+  const std::lock_guard lock(mutex_);
+  if (stopped_) return;
+  draining_ = true;
+  stopped_ = true;
+  active_ = false;
+  for (const auto& [id, caller] : std::exchange(callers_, {})) caller->OnReply(ShuttingDown());
+  for (const auto& [id, link] : std::exchange(links_, {})) link->Close(ShuttingDown());
+  board_.Reset(0, 0);
+  changed_.notify_all();
+}
+
+}  // namespace eduba

@@ -1,0 +1,106 @@
+#ifndef EDUBA_COORDINATOR_RUNTIME_H_
+#define EDUBA_COORDINATOR_RUNTIME_H_
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "coordinator/effects.h"
+#include "coordinator/rendezvous_board.h"
+#include "coordinator/state.h"
+#include "coordinator/store.h"
+
+namespace eduba {
+
+// Who waits for a request. Called with the runtime's mutex held: must neither block nor call the runtime.
+class Caller {
+ public:
+  virtual ~Caller() = default;
+  virtual void OnStarted(const AttendStarted& /*started*/) {}
+  virtual void OnRows(v1::AttendResponse::Rows /*rows*/) {}
+  // Last.
+  virtual void OnReply(absl::StatusOr<Answer> answer) = 0;
+};
+
+// The way to one worker. Called as a Caller is.
+class WorkerLink {
+ public:
+  virtual ~WorkerLink() = default;
+  virtual void Send(std::shared_ptr<const v1::GroupMessage> message) = 0;
+  // Last.
+  virtual void Close(const absl::Status& status) = 0;
+};
+
+// Runs one ClusterState: one mutex around it, a clock, the store, a thread that ticks; hands events in and
+// carries effects out. Thread-safe.
+class Runtime {
+ public:
+  using Event = std::function<void(ClusterState& state, RequestId request, int64_t now_ms)>;
+
+  // `set_serving` is called with the mutex held, whenever a group becomes active or ends.
+  Runtime(ClusterState::Options options, std::unique_ptr<Store> store, StoredState stored,
+          std::function<void(bool)> set_serving);
+  // As Stop.
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  // `link` must live until RemoveWorker returns, or Close was called. UNAVAILABLE after Stop.
+  absl::StatusOr<WorkerId> AddWorker(WorkerLink* link);
+  void WorkerSaid(WorkerId worker, v1::WorkerMessage message);
+  void RemoveWorker(WorkerId worker, const std::string& why);
+
+  // Begins a request with `event`. `caller` must live until it has its reply or Cancel returned. After Drain
+  // the reply is UNAVAILABLE.
+  RequestId Start(Caller* caller, const Event& event);
+  // A further event of a request that may have ended already.
+  void Continue(RequestId request, const Event& event);
+  void Cancel(RequestId request);
+  // Start, and wait for the reply; `cancelled` is asked now and then.
+  absl::StatusOr<Answer> Call(const Event& event, const std::function<bool()>& cancelled);
+
+  RendezvousBoard& board() { return board_; }
+
+  // Waits until a group is active.
+  absl::Status WaitUntilActive(absl::Time deadline);
+  // Takes no new requests and waits until those under way have ended. False: not all have at `deadline`.
+  bool Drain(absl::Time deadline);
+  // Ends all requests and all workers' streams with UNAVAILABLE. Idempotent.
+  void Stop();
+
+ private:
+  void Ticks();
+  // With mutex_ held.
+  void Run(RequestId request, const Event& event);
+  void CarryOut();
+  void CarryOutOne(Effect effect);
+
+  const std::unique_ptr<Store> store_;
+  const std::function<void(bool)> set_serving_;
+  RendezvousBoard board_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  ClusterState state_;  // Guarded by mutex_, as all below.
+  std::map<WorkerId, WorkerLink*> links_;
+  std::map<RequestId, Caller*> callers_;
+  WorkerId next_worker_ = 1;
+  RequestId next_request_ = 1;
+  bool active_ = false;
+  bool draining_ = false;
+  bool stopped_ = false;
+
+  std::thread ticker_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_RUNTIME_H_

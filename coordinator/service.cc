@@ -1,0 +1,155 @@
+#include "coordinator/service.h"
+
+#include <utility>
+#include <variant>
+
+#include "absl/time/clock.h"
+#include "coordinator/attend_stream.h"
+#include "coordinator/join_stream.h"
+#include "coordinator/thin_upload.h"
+#include "rpc/status.h"
+
+namespace eduba {
+namespace {
+
+// Waits for the request that `event` begins; the answer's alternative must be T.
+template <typename T>
+absl::Status Ask(Runtime* runtime, const grpc::ServerContext* context, const Runtime::Event& event,
+                 T* response) {
+  absl::StatusOr<Answer> answer = runtime->Call(event, [context] { return context->IsCancelled(); });
+  if (!answer.ok()) return answer.status();
+  *response = std::get<T>(*std::move(answer));
+  return absl::OkStatus();
+}
+
+absl::Status Abort(Runtime* runtime, uint64_t append_id) {
+  const auto event = [append_id](ClusterState& state, RequestId id, int64_t now) {
+    state.AbortAppend(id, append_id, now);
+  };
+  // Also when the caller has gone.
+  return runtime->Call(event, [] { return false; }).status();
+}
+
+absl::Status Commit(Runtime* runtime, const grpc::ServerContext* context, uint64_t append_id,
+                    v1::AppendReceipt* receipt) {
+  const auto event = [append_id](ClusterState& state, RequestId id, int64_t now) {
+    state.CommitAppend(id, append_id, now);
+  };
+  return Ask(runtime, context, event, receipt);
+}
+
+}  // namespace
+
+grpc::Status EdubaService::CreateSession(grpc::ServerContext* context,
+                                         const v1::CreateSessionRequest* request, v1::Session* response) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.CreateSession(id, *request, absl::ToUnixMillis(absl::Now()), now);
+  };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::Status EdubaService::GetSession(grpc::ServerContext* context, const v1::GetSessionRequest* request,
+                                      v1::Session* response) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t) {
+    state.GetSession(id, *request);
+  };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::Status EdubaService::ListSessions(grpc::ServerContext* context, const v1::ListSessionsRequest* request,
+                                        v1::ListSessionsResponse* response) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t) {
+    state.ListSessions(id, *request);
+  };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::Status EdubaService::DeleteSession(grpc::ServerContext* context,
+                                         const v1::DeleteSessionRequest* request,
+                                         v1::DeleteSessionResponse*) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.DeleteSession(id, *request, now);
+  };
+  Done done;
+  return ToGrpc(Ask(runtime_, context, event, &done));
+}
+
+grpc::Status EdubaService::PlanAppend(grpc::ServerContext* context, const v1::PlanAppendRequest* request,
+                                      v1::AppendPlan* response) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.PlanAppend(id, *request, now);
+  };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::Status EdubaService::CommitAppend(grpc::ServerContext* context, const v1::CommitAppendRequest* request,
+                                        v1::AppendReceipt* response) {
+  return ToGrpc(Commit(runtime_, context, request->append_id(), response));
+}
+
+grpc::Status EdubaService::AbortAppend(grpc::ServerContext*, const v1::AbortAppendRequest* request,
+                                       v1::AbortAppendResponse*) {
+  return ToGrpc(Abort(runtime_, request->append_id()));
+}
+
+grpc::Status EdubaService::Append(grpc::ServerContext* context, grpc::ServerReader<v1::AppendRequest>* reader,
+                                  v1::AppendReceipt* response) {
+  v1::AppendRequest request;
+  if (!reader->Read(&request) || !request.has_plan()) {
+    return ToGrpc(absl::InvalidArgumentError("the first message of Append must be `plan`"));
+  }
+  v1::AppendPlan plan;
+  grpc::Status planned = PlanAppend(context, &request.plan(), &plan);
+  if (!planned.ok()) return planned;
+  // From here on the append is ours to end.
+  v1::GetSessionRequest get;
+  get.set_name(request.plan().session());
+  v1::Session session;
+  absl::Status status = FromGrpc(GetSession(context, &get, &session));
+  if (status.ok()) {
+    ThinUpload upload(*context, session.spec(), plan);
+    while (status.ok() && reader->Read(&request)) {
+      status = request.has_piece()
+                   ? upload.Send(request.piece())
+                   : absl::InvalidArgumentError("every message of Append after the first must be `piece`");
+    }
+    if (status.ok()) status = upload.Finish();
+  }
+  if (status.ok()) status = Commit(runtime_, context, plan.append_id(), response);
+  if (!status.ok()) (void)Abort(runtime_, plan.append_id());
+  return ToGrpc(status);
+}
+
+grpc::ServerBidiReactor<v1::AttendRequest, v1::AttendResponse>* EdubaService::Attend(
+    grpc::CallbackServerContext*) {
+  return new AttendStream(runtime_);
+}
+
+grpc::Status EdubaService::ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest*,
+                                       v1::ListWorkersResponse* response) {
+  const auto event = [](ClusterState& state, RequestId id, int64_t) { state.ListWorkers(id); };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::ServerBidiReactor<v1::WorkerMessage, v1::GroupMessage>* GroupService::Join(
+    grpc::CallbackServerContext* context) {
+  return new JoinStream(runtime_, context);
+}
+
+grpc::Status GroupService::RendezvousSet(grpc::ServerContext*, const v1::RendezvousSetRequest* request,
+                                         v1::RendezvousSetResponse*) {
+  return ToGrpc(
+      runtime_->board().Set(request->epoch(), request->attempt(), request->key(), request->value()));
+}
+
+grpc::Status GroupService::RendezvousGet(grpc::ServerContext* context,
+                                         const v1::RendezvousGetRequest* request,
+                                         v1::RendezvousGetResponse* response) {
+  absl::StatusOr<std::string> value = runtime_->board().Get(
+      request->epoch(), request->attempt(), request->key(), [context] { return context->IsCancelled(); });
+  if (!value.ok()) return ToGrpc(value.status());
+  response->set_value(*std::move(value));
+  return grpc::Status::OK;
+}
+
+}  // namespace eduba

@@ -1,0 +1,60 @@
+#ifndef EDUBA_COORDINATOR_SERVICE_H_
+#define EDUBA_COORDINATOR_SERVICE_H_
+
+#include "coordinator/runtime.h"
+#include "eduba/v1/eduba.grpc.pb.h"
+#include "eduba/v1/group.grpc.pb.h"
+#include "grpcpp/server_context.h"
+
+namespace eduba {
+
+// The doors of the coordinator: convert, hand to the runtime, wait, convert back. Streams that go both ways
+// are callbacks (AttendStream, JoinStream), because only those can end a stream whose other side is silent.
+
+class EdubaService final : public v1::Eduba::WithCallbackMethod_Attend<v1::Eduba::Service> {
+ public:
+  explicit EdubaService(Runtime* runtime) : runtime_(runtime) {}
+
+  grpc::Status CreateSession(grpc::ServerContext* context, const v1::CreateSessionRequest* request,
+                             v1::Session* response) override;
+  grpc::Status GetSession(grpc::ServerContext* context, const v1::GetSessionRequest* request,
+                          v1::Session* response) override;
+  grpc::Status ListSessions(grpc::ServerContext* context, const v1::ListSessionsRequest* request,
+                            v1::ListSessionsResponse* response) override;
+  grpc::Status DeleteSession(grpc::ServerContext* context, const v1::DeleteSessionRequest* request,
+                             v1::DeleteSessionResponse* response) override;
+  grpc::Status PlanAppend(grpc::ServerContext* context, const v1::PlanAppendRequest* request,
+                          v1::AppendPlan* response) override;
+  grpc::Status CommitAppend(grpc::ServerContext* context, const v1::CommitAppendRequest* request,
+                            v1::AppendReceipt* response) override;
+  grpc::Status AbortAppend(grpc::ServerContext* context, const v1::AbortAppendRequest* request,
+                           v1::AbortAppendResponse* response) override;
+  grpc::Status Append(grpc::ServerContext* context, grpc::ServerReader<v1::AppendRequest>* reader,
+                      v1::AppendReceipt* response) override;
+  grpc::ServerBidiReactor<v1::AttendRequest, v1::AttendResponse>* Attend(
+      grpc::CallbackServerContext* context) override;
+  grpc::Status ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest* request,
+                           v1::ListWorkersResponse* response) override;
+
+ private:
+  Runtime* const runtime_;
+};
+
+class GroupService final : public v1::Group::WithCallbackMethod_Join<v1::Group::Service> {
+ public:
+  explicit GroupService(Runtime* runtime) : runtime_(runtime) {}
+
+  grpc::ServerBidiReactor<v1::WorkerMessage, v1::GroupMessage>* Join(
+      grpc::CallbackServerContext* context) override;
+  grpc::Status RendezvousSet(grpc::ServerContext* context, const v1::RendezvousSetRequest* request,
+                             v1::RendezvousSetResponse* response) override;
+  grpc::Status RendezvousGet(grpc::ServerContext* context, const v1::RendezvousGetRequest* request,
+                             v1::RendezvousGetResponse* response) override;
+
+ private:
+  Runtime* const runtime_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_SERVICE_H_

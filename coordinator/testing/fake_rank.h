@@ -1,0 +1,148 @@
+#ifndef EDUBA_COORDINATOR_TESTING_FAKE_RANK_H_
+#define EDUBA_COORDINATOR_TESTING_FAKE_RANK_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/records.h"
+#include "eduba/v1/group.pb.h"
+
+namespace eduba {
+
+// What a worker of one epoch answers, without any attention: outputs are twice the queries, lse is the row's
+// position, so that a test can see which row went where. Notes what it was asked, and what should not have
+// been.
+class FakeRank {
+ public:
+  explicit FakeRank(int rank) : rank_(rank) {}
+
+  // Content of what is uploaded, where no rows are added one by one: enters the digest.
+  uint64_t content = 1;
+  // The next command of that kind fails with this.
+  std::map<v1::Command::KindCase, absl::Status> failures;
+
+  // A row of an append, uploaded.
+  void AddRow(uint64_t append_id, int64_t hash) { uploads_[append_id].low += static_cast<uint64_t>(hash); }
+
+  v1::CommandResult Answer(const v1::Command& command) {
+    if (command.ordinal() != ++ordinal_) {
+      complaints.push_back(
+          absl::StrCat("rank ", rank_, " got ordinal ", command.ordinal(), ", wanted ", ordinal_));
+    }
+    commands.push_back(command.kind_case());
+    v1::CommandResult result;
+    result.set_epoch(command.epoch());
+    result.set_ordinal(command.ordinal());
+    const auto failure = failures.extract(command.kind_case());
+    if (!failure.empty()) {
+      result.set_code(static_cast<int>(failure.mapped().code()));
+      result.set_message(std::string(failure.mapped().message()));
+      return result;
+    }
+    switch (command.kind_case()) {
+      case v1::Command::kOpenSession:
+        if (!sessions_.emplace(command.open_session().session_id(), command.open_session().spec()).second) {
+          complaints.push_back("a session was opened twice");
+        }
+        break;
+      case v1::Command::kCloseSession:
+        if (sessions_.erase(command.close_session().session_id()) == 0)
+          complaints.push_back("no session to close");
+        break;
+      case v1::Command::kBeginAppend:
+        appends_[command.begin_append().append_id()] = command.begin_append();
+        break;
+      case v1::Command::kSealAppend:
+        Seal(appends_.at(command.seal_append().append_id()), result.mutable_seal());
+        break;
+      case v1::Command::kCommitAppend:
+        if (appends_.erase(command.commit_append().append_id()) == 0)
+          complaints.push_back("no append to publish");
+        exponents = command.commit_append().exponents();
+        break;
+      case v1::Command::kAbortAppend:
+        appends_.erase(command.abort_append().append_id());
+        break;
+      case v1::Command::kAttend:
+        Attend(command.attend(), result.mutable_attend());
+        break;
+      case v1::Command::KIND_NOT_SET:
+        complaints.push_back("an empty command");
+        break;
+    }
+    return result;
+  }
+
+  size_t appends() const { return appends_.size(); }
+  size_t sessions() const { return sessions_.size(); }
+
+  std::vector<v1::Command::KindCase> commands;
+  std::vector<std::string> complaints;
+  std::string exponents;  // of the last commit
+
+ private:
+  void Seal(const v1::BeginAppend& append, v1::SealResult* seal) {
+    Digest digest;
+    const auto upload = uploads_.find(append.append_id());
+    if (upload != uploads_.end()) {
+      digest = upload->second;
+    } else {
+      for (const v1::Extent& extent : append.owned()) {
+        for (int64_t i = 0; i < extent.count(); ++i) {
+          digest += Digest{(extent.first_position() + i + 1) * content * 0x9e3779b97f4a7c15u, content};
+        }
+      }
+    }
+    seal->set_digest_low(digest.low);
+    seal->set_digest_high(digest.high);
+    const v1::SessionSpec& spec = sessions_.at(append.session_id());
+    std::string bytes(size_t{2} * spec.layers() * spec.kv_heads() * spec.value_dim(), '\0');
+    for (size_t i = 0; i < bytes.size() / 2; ++i) {
+      const auto exponent = static_cast<int16_t>(i % 2 == 0 ? rank_ : -rank_);
+      std::memcpy(bytes.data() + 2 * i, &exponent, 2);
+    }
+    seal->set_exponents(bytes);
+  }
+
+  void Attend(const v1::AttendStep& step, v1::AttendResult* result) {
+    result->set_bytes_read(100);
+    result->set_collectives(1);
+    if (step.positions_size() != step.rows()) complaints.push_back("a step without a position for every row");
+    if (rank_ != 0) return;
+    const v1::SessionSpec& spec = sessions_.at(step.session_id());
+    const int64_t heads = spec.query_heads();
+    std::vector<float> queries(step.queries().size() / 4);
+    std::memcpy(queries.data(), step.queries().data(), step.queries().size());
+    std::vector<float> outputs;
+    std::vector<float> lse;
+    const std::vector<float> mass(step.rows() * heads, 0.25f);
+    std::vector<int32_t> maximum;
+    for (int64_t row = 0; row < step.rows(); ++row) {
+      for (int64_t head = 0; head < heads; ++head) {
+        const float* query = queries.data() + (row * heads + head) * spec.head_dim();
+        for (int c = 0; c < spec.value_dim(); ++c) outputs.push_back(2 * query[c % spec.head_dim()]);
+        lse.push_back(static_cast<float>(step.positions(static_cast<int>(row))));
+      }
+      maximum.push_back(1);
+    }
+    result->set_outputs(outputs.data(), outputs.size() * 4);
+    result->set_lse(lse.data(), lse.size() * 4);
+    result->set_sink_mass(mass.data(), mass.size() * 4);
+    result->set_row_heads_maximum(maximum.data(), maximum.size() * 4);
+  }
+
+  const int rank_;
+  uint64_t ordinal_ = 0;
+  std::map<uint64_t, v1::SessionSpec> sessions_;
+  std::map<uint64_t, v1::BeginAppend> appends_;
+  std::map<uint64_t, Digest> uploads_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_TESTING_FAKE_RANK_H_
