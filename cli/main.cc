@@ -43,6 +43,7 @@ int Main(int argc, char** argv) {
   app.footer("Exit codes: 0 done, 1 failed, 2 bad usage. EDUBA_SERVER names the server for all clients.");
   Command chosen;
   AddSessionCommands(app, chosen);
+  AddAtlasCommands(app, chosen);
   AddInfoCommands(app, chosen);
 
   try {

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <numeric>
 #include <utility>
@@ -41,6 +42,30 @@ constexpr int64_t kGapRows = 64;
 constexpr int64_t kCategoriesMax = int64_t{1} << 20;
 
 absl::Status Invalid(const std::string& message) { return absl::InvalidArgumentError(message); }
+
+// Calls read(begin, end, wanted) for runs of rows [begin, end), of at most `rows_max` rows, that together
+// hold all of `rows`; `wanted` are the indices i of which rows[i] lies in the run. Rows that lie close
+// together share a run, whatever their order.
+absl::Status ForEachPiece(
+    absl::Span<const int64_t> rows, int64_t rows_max,
+    const std::function<absl::Status(int64_t, int64_t, absl::Span<const size_t>)>& read) {
+  std::vector<size_t> order(rows.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rows[a] < rows[b]; });
+  for (size_t first = 0; first < order.size();) {
+    const int64_t begin = rows[order[first]];
+    int64_t end = begin + 1;
+    size_t last = first + 1;
+    for (; last < order.size(); ++last) {
+      const int64_t row = rows[order[last]];
+      if (row - end > kGapRows || row + 1 - begin > rows_max) break;
+      end = row + 1;
+    }
+    EDUBA_RETURN_IF_ERROR(read(begin, end, absl::MakeConstSpan(order).subspan(first, last - first)));
+    first = last;
+  }
+  return absl::OkStatus();
+}
 
 // --- matrices ---
 
@@ -300,7 +325,7 @@ class OpenFile final : public H5adFile {
   int64_t cells() const override { return names_->size(); }
 
   absl::StatusOr<std::unique_ptr<CellMatrix>> OpenMatrix(const std::string& key) const override {
-    const hdf5::Quiet quiet;
+    const hdf5::Turn turn;
     EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<CellMatrix> matrix, FindMatrix(key));
     if (matrix->rows() != cells()) {
       return Invalid(absl::StrCat(Named(key), ": found ", matrix->rows(), " rows, wanted one for each of ",
@@ -314,7 +339,7 @@ class OpenFile final : public H5adFile {
   }
 
   absl::StatusOr<CellLabels> ReadLabels(const std::string& column) const override {
-    const hdf5::Quiet quiet;
+    const hdf5::Turn turn;
     const std::string name(absl::StripPrefix(column, "obs/"));
     if (!absl::StartsWith(column, "obs/") || name.empty()) {
       return Invalid(absl::StrCat(path_, ": found label column '", column, "', wanted obs/NAME"));
@@ -327,10 +352,17 @@ class OpenFile final : public H5adFile {
     return labels;
   }
 
-  absl::StatusOr<std::vector<std::string>> ReadCellNames(int64_t begin, int64_t count) const override {
-    const hdf5::Quiet quiet;
-    EDUBA_CHECK(begin >= 0 && count >= 0 && count <= cells() && begin <= cells() - count);
-    return names_->ReadText(begin, count);
+  absl::StatusOr<std::vector<std::string>> ReadCellNames(absl::Span<const int64_t> rows) const override {
+    const hdf5::Turn turn;
+    std::vector<std::string> out(rows.size());
+    EDUBA_RETURN_IF_ERROR(
+        ForEachPiece(rows, kBlock, [&](int64_t begin, int64_t end, absl::Span<const size_t> wanted) {
+          EDUBA_CHECK(begin >= 0 && end <= cells());
+          EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> names, names_->ReadText(begin, end - begin));
+          for (const size_t i : wanted) out[i] = names[static_cast<size_t>(rows[i] - begin)];
+          return absl::OkStatus();
+        }));
+    return out;
   }
 
  private:
@@ -492,7 +524,7 @@ class OpenFile final : public H5adFile {
 }  // namespace
 
 absl::Status CellMatrix::ReadRows(int64_t begin, int64_t count, float* out) const {
-  const hdf5::Quiet quiet;
+  const hdf5::Turn turn;
   EDUBA_CHECK(begin >= 0 && count >= 0 && count <= rows() && begin <= rows() - count);
   EDUBA_RETURN_IF_ERROR(Read(begin, count, out));
   for (int64_t i = 0; i < count; ++i) EDUBA_RETURN_IF_ERROR(CheckFinite(begin + i, out + i * cols()));
@@ -510,36 +542,24 @@ absl::Status CellMatrix::CheckFinite(int64_t row, const float* values) const {
 }
 
 absl::Status CellMatrix::ReadRowList(absl::Span<const int64_t> rows, float* out) const {
-  const hdf5::Quiet quiet;
-  std::vector<size_t> order(rows.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rows[a] < rows[b]; });
-  const int64_t rows_max = std::max<int64_t>(1, kScratchFloats / cols());
+  const hdf5::Turn turn;
   std::vector<float> scratch;
-  for (size_t next = 0; next < order.size();) {
-    // A piece: rows that lie closely enough together, as many as the scratch space holds.
-    const int64_t begin = rows[order[next]];
-    int64_t end = begin + 1;
-    size_t last = next + 1;
-    for (; last < order.size(); ++last) {
-      const int64_t row = rows[order[last]];
-      if (row - end > kGapRows || row + 1 - begin > rows_max) break;
-      end = row + 1;
-    }
-    scratch.resize(static_cast<size_t>((end - begin) * cols()));
-    EDUBA_CHECK(begin >= 0 && end <= this->rows());
-    EDUBA_RETURN_IF_ERROR(Read(begin, end - begin, scratch.data()));
-    for (; next < last; ++next) {
-      const float* row = &scratch[static_cast<size_t>((rows[order[next]] - begin) * cols())];
-      EDUBA_RETURN_IF_ERROR(CheckFinite(rows[order[next]], row));
-      std::copy(row, row + cols(), out + static_cast<int64_t>(order[next]) * cols());
-    }
-  }
-  return absl::OkStatus();
+  return ForEachPiece(rows, std::max<int64_t>(1, kScratchFloats / cols()),
+                      [&](int64_t begin, int64_t end, absl::Span<const size_t> wanted) {
+                        EDUBA_CHECK(begin >= 0 && end <= this->rows());
+                        scratch.resize(static_cast<size_t>((end - begin) * cols()));
+                        EDUBA_RETURN_IF_ERROR(Read(begin, end - begin, scratch.data()));
+                        for (const size_t i : wanted) {
+                          const float* row = &scratch[static_cast<size_t>((rows[i] - begin) * cols())];
+                          EDUBA_RETURN_IF_ERROR(CheckFinite(rows[i], row));
+                          std::copy(row, row + cols(), out + static_cast<int64_t>(i) * cols());
+                        }
+                        return absl::OkStatus();
+                      });
 }
 
 absl::StatusOr<std::unique_ptr<H5adFile>> H5adFile::Open(const std::string& path) {
-  const hdf5::Quiet quiet;
+  const hdf5::Turn turn;
   RegisterLzfFilter();
   struct stat info {};
   if (stat(path.c_str(), &info) != 0) {

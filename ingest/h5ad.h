@@ -16,7 +16,7 @@ namespace eduba {
 // to 0.12 wrote: tables as groups or as datasets of records, categories inside the column, under __categories
 // or under uns; dense and sparse matrices; gzip and whatever other HDF5 filter is installed. Errors are
 // kInvalidArgument, one line, and begin with the file's path, except for kNotFound where there is no such
-// file. One thread at a time.
+// file. May be used from several threads; HDF5 works for one at a time.
 
 // A matrix with one row per cell, read in blocks so that it may be larger than memory.
 class CellMatrix {
@@ -62,8 +62,8 @@ class H5adFile {
   // `column` is obs/NAME. Text, integers, booleans and categories of these; nullable columns, too.
   virtual absl::StatusOr<CellLabels> ReadLabels(const std::string& column) const = 0;
 
-  // Names (the index of obs) of cells [begin, begin + count).
-  virtual absl::StatusOr<std::vector<std::string>> ReadCellNames(int64_t begin, int64_t count) const = 0;
+  // Names (the index of obs) of the cells `rows`, in any order. REQUIRES: every row lies in the file.
+  virtual absl::StatusOr<std::vector<std::string>> ReadCellNames(absl::Span<const int64_t> rows) const = 0;
 };
 
 }  // namespace eduba

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -17,6 +18,13 @@ constexpr size_t kNamesListedMax = 30;
 constexpr size_t kFixedTextBytesMax = size_t{1} << 20;
 // Bytes of text asked of HDF5 at a time.
 constexpr size_t kTextBlockBytes = size_t{1} << 22;
+
+// Recursive, because closing an object takes its turn, too. Never destroyed: files may be closed at the very
+// end.
+std::recursive_mutex& TurnMutex() {
+  static auto* const mutex = new std::recursive_mutex;
+  return *mutex;
+}
 
 // Keeps the first description, which upwards is the innermost one.
 herr_t KeepFirst(unsigned index, const H5E_error2_t* error, void* out) {
@@ -133,12 +141,16 @@ const char* ClassText(H5T_class_t type_class) {
 
 }  // namespace
 
-Quiet::Quiet() {
+Turn::Turn() {
+  TurnMutex().lock();
   H5Eget_auto2(H5E_DEFAULT, &handler_, &data_);
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }
 
-Quiet::~Quiet() { H5Eset_auto2(H5E_DEFAULT, handler_, data_); }
+Turn::~Turn() {
+  H5Eset_auto2(H5E_DEFAULT, handler_, data_);
+  TurnMutex().unlock();
+}
 
 absl::Status Error(const std::string& message) {
   std::string reason;

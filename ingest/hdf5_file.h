@@ -15,13 +15,14 @@
 // What h5ad.cc needs of HDF5, with Status for errors. Internal to ingest/.
 namespace eduba::hdf5 {
 
-// While one lives, HDF5 prints nothing on this thread: its errors become Status instead.
-class Quiet {
+// Everything that calls HDF5 holds one: HDF5 works for one thread at a time, and prints nothing (its errors
+// become Status). One thread may hold several.
+class Turn {
  public:
-  Quiet();
-  ~Quiet();
-  Quiet(const Quiet&) = delete;
-  Quiet& operator=(const Quiet&) = delete;
+  Turn();
+  ~Turn();
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
 
  private:
   H5E_auto2_t handler_ = nullptr;
@@ -39,7 +40,9 @@ class Id {
     return *this;
   }
   ~Id() {
-    if (id_ >= 0) H5Idec_ref(id_);
+    if (id_ < 0) return;
+    const Turn turn;
+    H5Idec_ref(id_);
   }
 
   bool ok() const { return id_ >= 0; }

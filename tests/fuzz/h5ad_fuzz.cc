@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -268,7 +269,9 @@ void ReadAll(const std::string& path) {
   const int64_t cells = (*file)->cells();
   // An array of which every element is in the file is as small as the generator's axes.
   EDUBA_CHECK(cells >= 0 && cells <= kAxisMax);
-  const auto names = (*file)->ReadCellNames(0, cells);
+  std::vector<int64_t> all(static_cast<size_t>(cells));
+  std::iota(all.begin(), all.end(), int64_t{0});
+  const auto names = (*file)->ReadCellNames(all);
   if (names.ok()) EDUBA_CHECK_EQ(static_cast<int64_t>(names->size()), cells);
   for (const char* column : {"obs/kind", "obs/index", "obs/X_pca", "obs/_index"}) {
     const auto labels = (*file)->ReadLabels(column);
