@@ -28,6 +28,9 @@ constexpr size_t kReadyLineBytesMax = 4096;
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
+  // Ctrl-C in a terminal goes to the whole foreground group; the parent decides in which order its children
+  // end.
+  setpgid(0, 0);
   prctl(PR_SET_PDEATHSIG, SIGTERM);
   if (getppid() != parent) _exit(1);  // It ended before the line above could tell us.
   dup2(stdout_fd, STDOUT_FILENO);

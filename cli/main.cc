@@ -42,8 +42,10 @@ int Main(int argc, char** argv) {
   app.require_subcommand(1);
   app.footer("Exit codes: 0 done, 1 failed, 2 bad usage. EDUBA_SERVER names the server for all clients.");
   Command chosen;
+  AddServeCommands(app, chosen);
   AddSessionCommands(app, chosen);
   AddAtlasCommands(app, chosen);
+  AddBenchCommands(app, chosen);
   AddInfoCommands(app, chosen);
 
   try {

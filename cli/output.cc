@@ -24,6 +24,14 @@ bool LooksNumeric(const std::string& cell) {
   return cell.empty() || absl::ascii_isdigit(cell[0]) || cell[0] == '-' || cell[0] == '+';
 }
 
+double Share(int64_t done, int64_t total) {
+  return total > 0 ? std::min(1.0, static_cast<double>(done) / static_cast<double>(total)) : 1.0;
+}
+
+double SecondsLeft(int64_t done, int64_t total, double rate) {
+  return rate > 0 ? static_cast<double>(total - done) / rate : 0;
+}
+
 }  // namespace
 
 void PrintJson(const Json& json) {
@@ -74,25 +82,44 @@ ProgressReport::~ProgressReport() {
   if (line_open_) std::fputc('\n', stderr);
 }
 
-void ProgressReport::Update(int64_t done, int64_t total, bool bytes) {
+void ProgressReport::Bytes(int64_t done, int64_t total) {
+  const double elapsed = Elapsed(done >= total);
+  if (elapsed < 0) return;
+  const double rate = static_cast<double>(done) / elapsed;
+  Print(Share(done, total),
+        absl::StrFormat("%s of %s, %s/s, %.0f s left", BytesText(done), BytesText(total),
+                        BytesText(static_cast<int64_t>(rate)), SecondsLeft(done, total, rate)));
+}
+
+void ProgressReport::Rows(int64_t done, int64_t total) {
+  const double elapsed = Elapsed(done >= total);
+  if (elapsed < 0) return;
+  const double rate = static_cast<double>(done) / elapsed;
+  Print(Share(done, total),
+        absl::StrFormat("%d of %d, %.0f/s, %.0f s left", done, total, rate, SecondsLeft(done, total, rate)));
+}
+
+void ProgressReport::Parts(const std::string& what, int64_t done, int64_t total) {
+  if (Elapsed(done >= total) < 0) return;
+  Print(Share(done, total), absl::StrFormat("%d of %d, %s", done, total, what));
+}
+
+double ProgressReport::Elapsed(bool last) {
   const absl::Time now = absl::Now();
-  const bool last = done >= total && line_open_;  // The bar should end full.
-  if (now < next_ && !last) return;
+  // A bar that was begun should end full.
+  if (now < next_ && !(last && line_open_)) return -1;
   next_ = now + (terminal_ ? kTerminalInterval : kLineInterval);
-  const double share = total > 0 ? static_cast<double>(done) / static_cast<double>(total) : 1.0;
-  const double rate = static_cast<double>(done) / std::max(1e-3, absl::ToDoubleSeconds(now - started_));
-  const double left = rate > 0 ? static_cast<double>(total - done) / rate : 0;
-  const std::string amount = bytes ? absl::StrCat(BytesText(done), " of ", BytesText(total), ", ",
-                                                  BytesText(static_cast<int64_t>(rate)), "/s")
-                                   : absl::StrFormat("%d of %d, %.0f/s", done, total, rate);
-  const std::string text = absl::StrFormat("%3.0f %%  %s, %.0f s left", 100 * share, amount, left);
+  return std::max(1e-3, absl::ToDoubleSeconds(now - started_));
+}
+
+void ProgressReport::Print(double share, const std::string& text) {
   if (terminal_) {
     const int filled = static_cast<int>(share * kBarWidth);
-    std::fprintf(stderr, "\r%s [%s%s] %s\x1b[K", label_.c_str(), std::string(filled, '#').c_str(),
-                 std::string(kBarWidth - filled, '.').c_str(), text.c_str());
+    std::fprintf(stderr, "\r%s [%s%s] %3.0f %%  %s\x1b[K", label_.c_str(), std::string(filled, '#').c_str(),
+                 std::string(kBarWidth - filled, '.').c_str(), 100 * share, text.c_str());
     line_open_ = true;
   } else {
-    std::fprintf(stderr, "%s: %s\n", label_.c_str(), text.c_str());
+    std::fprintf(stderr, "%s: %3.0f %%  %s\n", label_.c_str(), 100 * share, text.c_str());
   }
   std::fflush(stderr);
 }

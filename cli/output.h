@@ -34,11 +34,15 @@ class ProgressReport {
   ProgressReport(const ProgressReport&) = delete;
   ProgressReport& operator=(const ProgressReport&) = delete;
 
-  void Bytes(int64_t done, int64_t total) { Update(done, total, /*bytes=*/true); }
-  void Rows(int64_t done, int64_t total) { Update(done, total, /*bytes=*/false); }
+  void Bytes(int64_t done, int64_t total);
+  void Rows(int64_t done, int64_t total);
+  // `what` names the part that comes next.
+  void Parts(const std::string& what, int64_t done, int64_t total);
 
  private:
-  void Update(int64_t done, int64_t total, bool bytes);
+  // Seconds since the start; negative when it is too early to print again.
+  double Elapsed(bool last);
+  void Print(double share, const std::string& text);
 
   const std::string label_;
   const bool terminal_;

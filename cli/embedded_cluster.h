@@ -1,0 +1,49 @@
+#ifndef EDUBA_CLI_EMBEDDED_CLUSTER_H_
+#define EDUBA_CLI_EMBEDDED_CLUSTER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "collective/local/local_communicator.h"
+#include "coordinator/coordinator.h"
+#include "worker/worker.h"
+
+namespace eduba {
+
+// A coordinator and its workers in this process, joined by the `local` transport. They speak gRPC with each
+// other as separate processes would: the same code path.
+class EmbeddedCluster {
+ public:
+  struct Options {
+    std::string listen = "127.0.0.1:0";  // Of the coordinator; workers listen on free ports of the same host.
+    int workers = 1;
+    int64_t memory_bytes = 0;  // For pages, over all workers. REQUIRES: > 0.
+    std::string data_dir;      // Of the coordinator. Empty: nothing is kept.
+    std::string version;
+  };
+
+  // Returns when everything listens; the group forms after that.
+  static absl::StatusOr<std::unique_ptr<EmbeddedCluster>> Start(const Options& options);
+  // As Shutdown(absl::ZeroDuration()).
+  ~EmbeddedCluster();
+
+  // Of the coordinator.
+  const std::string& address() const { return coordinator_->address(); }
+  // Calls under way get `grace`. Idempotent.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  EmbeddedCluster() = default;
+
+  LocalHub hub_;
+  std::unique_ptr<Coordinator> coordinator_;
+  std::vector<std::unique_ptr<Worker>> workers_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_CLI_EMBEDDED_CLUSTER_H_

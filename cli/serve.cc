@@ -1,0 +1,252 @@
+// eduba up, coordinator, worker.
+
+#include <algorithm>
+#include <csignal>
+#include <iostream>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "CLI/Option.hpp"
+#include "CLI/Validators.hpp"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/log.h"
+#include "base/pages.h"
+#include "base/status_macros.h"
+#include "cli/child_process.h"
+#include "cli/command.h"
+#include "cli/embedded_cluster.h"
+#include "cli/flags.h"
+#include "cli/signals.h"
+#include "cli/system.h"
+#include "cli/wait_for_group.h"
+#include "coordinator/coordinator.h"
+#include "rpc/server.h"
+#include "worker/worker.h"
+
+namespace eduba {
+namespace {
+
+// Calls under way when the program is asked to end.
+constexpr absl::Duration kDrainGrace = absl::Seconds(10);
+// For one part to listen.
+constexpr absl::Duration kStartTimeout = absl::Seconds(60);
+
+// Who reads it may wait for this line: it comes when calls can come.
+void PrintReady(const std::string& address) { std::cout << "ready: " << address << std::endl; }
+
+// Takes signals until one asks the program to end.
+void WaitForEnd() {
+  while (!AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
+  }
+  LogInfo("asked to end: no new calls; those under way may finish");
+}
+
+// --- up ---
+
+struct UpOptions {
+  int workers = 2;
+  bool processes = false;
+  std::string listen = "127.0.0.1:7070";
+  int64_t memory_bytes = DefaultStoreBytes();
+  std::string data_dir;
+};
+
+void AddUpOptions(CLI::App& command, UpOptions& options) {
+  command.add_option("--workers", options.workers, "Workers")
+      ->check(CLI::Range(1, kMaxGroupSize))
+      ->capture_default_str();
+  command.add_flag("--processes", options.processes,
+                   "Every worker a process of its own, joined by Gloo (otherwise: all in this process)");
+  command.add_option("--listen", options.listen, "Address to serve on, HOST:PORT")->capture_default_str();
+  AddBytesOption(command, "--memory-bytes", options.memory_bytes,
+                 "Memory for keys and values, over all workers; 8GiB, 500MiB, ... [60 % of this machine's]");
+  command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
+}
+
+absl::Status UpInThisProcess(const UpOptions& options) {
+  EmbeddedCluster::Options cluster_options;
+  cluster_options.listen = options.listen;
+  cluster_options.workers = options.workers;
+  cluster_options.memory_bytes = options.memory_bytes;
+  cluster_options.data_dir = options.data_dir;
+  cluster_options.version = EDUBA_VERSION;
+  EDUBA_ASSIGN_OR_RETURN(const auto cluster, EmbeddedCluster::Start(cluster_options));
+  EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(cluster->address()));
+  if (complete) {
+    PrintReady(cluster->address());
+    WaitForEnd();
+  }
+  cluster->Shutdown(kDrainGrace);
+  return absl::OkStatus();
+}
+
+// The coordinator first, then its workers.
+using Children = std::vector<std::unique_ptr<ChildProcess>>;
+
+// Starts all parts; returns the coordinator's address.
+absl::StatusOr<std::string> StartChildren(const UpOptions& options, Children& children) {
+  EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(options.listen));
+  std::vector<std::string> arguments = {"coordinator", "--listen", options.listen, "--group-size",
+                                        absl::StrCat(options.workers)};
+  if (!options.data_dir.empty()) {
+    arguments.insert(arguments.end(), {"--data-dir", options.data_dir});
+  }
+  EDUBA_ASSIGN_OR_RETURN(auto coordinator, ChildProcess::Start("the coordinator", arguments));
+  children.push_back(std::move(coordinator));
+  EDUBA_ASSIGN_OR_RETURN(const std::string address,
+                         children.front()->WaitUntilReady(absl::Now() + kStartTimeout));
+  for (int i = 0; i < options.workers; ++i) {
+    EDUBA_ASSIGN_OR_RETURN(
+        auto worker, ChildProcess::Start(absl::StrCat("worker ", i),
+                                         {"worker", "--coordinator", address, "--listen",
+                                          absl::StrCat(host_and_port.first, ":0"), "--memory-bytes",
+                                          absl::StrCat(options.memory_bytes / options.workers), "--threads",
+                                          absl::StrCat(std::max(1, UsableCores() / options.workers))}));
+    children.push_back(std::move(worker));
+  }
+  return address;
+}
+
+// Says which children have ended since the last call; `reported` remembers which. False when the coordinator
+// has.
+bool ReportEnded(Children& children, std::set<pid_t>& reported, const std::string& address) {
+  for (const auto& child : children) {
+    if (child->Running() || !reported.insert(child->pid()).second) continue;
+    LogError(
+        absl::StrCat(child->name(), " (process ", child->pid(), ") ended: ", child->how(),
+                     child == children.front()
+                         ? ""
+                         : absl::StrCat("; calls answer UNAVAILABLE until another has joined: eduba worker "
+                                        "--coordinator ",
+                                        address, " --listen 127.0.0.1:0")));
+  }
+  return children.front()->Running();
+}
+
+// Until the program is asked to end, or the coordinator ends.
+absl::Status ServeFromChildren(const UpOptions& options, Children& children) {
+  EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, children));
+  EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(address));
+  if (!complete) return absl::OkStatus();
+  PrintReady(address);
+  std::set<pid_t> reported;
+  while (ReportEnded(children, reported, address)) {
+    if (AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
+      LogInfo("asked to end: no new calls; those under way may finish");
+      return absl::OkStatus();
+    }
+  }
+  return absl::UnavailableError("the coordinator ended, so nothing can be served; start again");
+}
+
+absl::Status UpInProcesses(const UpOptions& options) {
+  Children children;
+  const absl::Status served = ServeFromChildren(options, children);
+  // The coordinator, which is the first, ends first: its calls under way need the workers.
+  for (const auto& child : children) {
+    child->Terminate();
+    child->Join(absl::Now() + kDrainGrace + absl::Seconds(5));
+  }
+  return served;
+}
+
+absl::Status RunUp(const UpOptions& options) {
+  if (options.memory_bytes / options.workers < 1) {
+    return absl::InvalidArgumentError("--memory-bytes leaves nothing for each worker; give more");
+  }
+  HoldSignals();
+  return options.processes ? UpInProcesses(options) : UpInThisProcess(options);
+}
+
+// --- coordinator ---
+
+struct CoordinatorOptions {
+  std::string listen;
+  int group_size = 0;
+  std::string data_dir;
+};
+
+void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
+  command.add_option("--listen", options.listen, "Address to serve on, HOST:PORT; port 0: any free one")
+      ->required();
+  command.add_option("--group-size", options.group_size, "Workers that make a group")
+      ->required()
+      ->check(CLI::Range(1, kMaxGroupSize));
+  command.add_option("--data-dir", options.data_dir, "Folder for sessions' records [kept in memory]");
+}
+
+absl::Status RunCoordinator(const CoordinatorOptions& options) {
+  HoldSignals();
+  Coordinator::Options coordinator_options;
+  coordinator_options.listen = options.listen;
+  coordinator_options.group_size = options.group_size;
+  coordinator_options.data_dir = options.data_dir;
+  coordinator_options.transport = "gloo";
+  coordinator_options.version = EDUBA_VERSION;
+  EDUBA_ASSIGN_OR_RETURN(const auto coordinator, Coordinator::Start(coordinator_options));
+  PrintReady(coordinator->address());
+  WaitForEnd();
+  coordinator->Shutdown(kDrainGrace);
+  return absl::OkStatus();
+}
+
+// --- worker ---
+
+struct WorkerOptions {
+  std::string coordinator;
+  std::string listen;
+  int64_t memory_bytes = DefaultStoreBytes();
+  int threads = UsableCores();
+};
+
+void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
+  command.add_option("--coordinator", options.coordinator, "Address of the coordinator, HOST:PORT")
+      ->required();
+  command
+      .add_option("--listen", options.listen,
+                  "Address to take uploads on, as clients reach it, HOST:PORT; port 0: any free one")
+      ->required();
+  AddBytesOption(command, "--memory-bytes", options.memory_bytes,
+                 "Memory for keys and values: 8GiB, 500MiB, ... [60 % of this machine's]");
+  command.add_option("--threads", options.threads, "Threads of the kernels")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+}
+
+absl::Status RunWorker(const WorkerOptions& options) {
+  HoldSignals();
+  Worker::Options worker_options;
+  worker_options.coordinator = options.coordinator;
+  worker_options.listen = options.listen;
+  worker_options.memory_bytes = options.memory_bytes;
+  worker_options.threads = options.threads;
+  worker_options.version = EDUBA_VERSION;
+  EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
+  PrintReady(worker->address());
+  // A worker that is refused for good ends by itself; the signal brings that to where we wait.
+  absl::Status ended;
+  std::thread waiter([&] {
+    ended = worker->Wait();
+    kill(getpid(), SIGTERM);
+  });
+  WaitForEnd();
+  worker->Shutdown(kDrainGrace);
+  waiter.join();
+  return ended;
+}
+
+}  // namespace
+
+void AddServeCommands(CLI::App& app, Command& chosen) {
+  AddCommand(app, "up", "Run a coordinator and its workers on this machine", chosen, AddUpOptions, RunUp);
+  AddCommand(app, "coordinator", "Run a coordinator for workers on other machines", chosen,
+             AddCoordinatorOptions, RunCoordinator);
+  AddCommand(app, "worker", "Run one worker", chosen, AddWorkerOptions, RunWorker);
+}
+
+}  // namespace eduba
