@@ -142,7 +142,7 @@ def oracle(keys, values, queries, limit, spec):
     k = np.repeat(keys.astype(np.float64), group, axis=1)
     v = np.repeat(values.astype(np.float64), group, axis=1)
     logits = np.einsum("rhd,thd->rht", queries.astype(np.float64), k) * spec.scale
-    logits[np.arange(len(keys))[None, None, :] > np.asarray(limit)[:, None, None]] = -np.inf
+    logits = np.where(np.arange(len(keys)) > np.asarray(limit)[:, None, None], -np.inf, logits)
     top = logits.max(axis=-1, keepdims=True)
     weights = np.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)

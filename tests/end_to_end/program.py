@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, *arguments, memory="256MiB"):
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([EDUBA, "up", "--listen", "127.0.0.1:0", "--memory-bytes", memory,
+        self.process = subprocess.Popen([EDUBA, "up", "--listen", "127.0.0.1:0", "--memory-bytes", str(memory),
                                          *map(str, arguments)], stdout=subprocess.PIPE, stderr=self.log, text=True)
         if not select.select([self.process.stdout], [], [], START_TIMEOUT_S)[0]:
             self.process.kill()
@@ -73,10 +73,12 @@ class Server:
     def __exit__(self, kind, *_):
         code = self.stop()
         self.process.stdout.close()
+        messages = self.messages()
+        self.log.close()
         if kind is not None:
-            sys.stderr.write("server: " + self.messages())
+            sys.stderr.write("server: " + messages)
         else:
-            assert code == 0, f"exit code {code}: {self.messages()}"
+            assert code == 0, f"exit code {code}: {messages}"
 
 
 def wait_until(condition, what, timeout_s=30):

@@ -1,0 +1,142 @@
+"""The wire as another language sees it: the guide's client, status codes, hostile messages. STUBS holds the generated Python."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import unittest
+
+import program
+
+sys.path.insert(0, os.environ["STUBS"])
+import grpc  # noqa: E402
+import numpy as np  # noqa: E402
+from eduba.v1 import eduba_pb2 as pb  # noqa: E402
+
+import grpc_client_example as example  # noqa: E402
+
+MEMORY_BYTES = 64 << 20
+
+
+def peak_bytes(pid):
+    """The most memory the process has had resident."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) << 10
+
+
+class Guide(unittest.TestCase):
+    def test_the_guide_quotes_the_example(self):
+        source = (program.ROOT / "tests/end_to_end/grpc_client_example.py").read_text()
+        parts = re.findall(r"^# \[\w+\]\n(.*?)^# \[end\]\n", source, re.S | re.M)
+        quoted = re.findall(r"^```python\n(.*?)^```\n", (program.ROOT / "docs/grpc.md").read_text(), re.S | re.M)
+        self.assertGreater(len(parts), 5)
+        self.assertEqual(quoted, parts, "docs/grpc.md and the example differ: copy the example's parts into the guide")
+
+    def test_the_example_runs(self):
+        for transport in ([], ["--processes"]):
+            with program.Server("--workers", 2, *transport) as server:
+                result = subprocess.run([sys.executable, example.__file__, server.address], capture_output=True, text=True,
+                                        env={**os.environ, "PYTHONPATH": os.environ["STUBS"]}, timeout=120)
+                self.assertEqual(result.returncode, 0, result.stderr)
+                self.assertIn("ok: relative error", result.stdout)
+                self.assertIn("over 2 workers", result.stdout)
+
+
+class Wire(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = program.Server("--workers", 2, memory=MEMORY_BYTES)
+        cls.addClassCleanup(cls.server.__exit__, None)
+        cls.channel, cls.eduba = example.connect(cls.server.address)
+        cls.addClassCleanup(cls.channel.close)
+        random = np.random.default_rng(5)
+        cls.keys = random.standard_normal((700, 2, 32), dtype=np.float32)
+        cls.values = random.standard_normal((700, 2, 16), dtype=np.float32)
+        cls.queries = random.standard_normal((3, 4, 32), dtype=np.float32)
+        cls.session = example.create(cls.eduba, "s")
+        example.create(cls.eduba, "empty")
+        example.append_bulk(cls.eduba, "s", 0, cls.keys, cls.values)
+        cls.before = cls.answer()
+
+    @classmethod
+    def answer(cls):
+        outputs, lse, sink_mass, _ = example.attend(cls.eduba, cls.session, cls.queries)
+        return outputs.tobytes(), lse.tobytes(), sink_mass.tobytes()
+
+    def expect(self, code, call, naming=""):
+        with self.assertRaises(grpc.RpcError) as raised:
+            call()
+        self.assertEqual(raised.exception.code(), code, raised.exception.details())
+        self.assertIn(naming, raised.exception.details())
+        self.assertEqual(self.answer(), self.before)
+        self.assertTrue(example.is_serving(self.channel))
+
+    def test_reflection_knows_the_services(self):
+        self.assertEqual(example.services(self.channel), ["eduba.v1.Eduba", "grpc.health.v1.Health"])
+
+    def test_every_mistake_has_its_code(self):
+        bad = self.keys.copy()
+        bad[5, 1, 7] = np.nan
+        code = grpc.StatusCode
+        huge = MEMORY_BYTES // 4
+        for append in (example.append_bulk, example.append_thin):
+            with self.subTest(append.__name__):
+                self.expect(code.INVALID_ARGUMENT, lambda: append(self.eduba, "empty", 0, bad, self.values), "keys")
+                self.expect(code.NOT_FOUND, lambda: append(self.eduba, "nobody", 0, self.keys, self.values), "nobody")
+                self.expect(code.OUT_OF_RANGE, lambda: append(self.eduba, "s", 701, self.keys, self.values), "700")
+                self.expect(code.ALREADY_EXISTS, lambda: append(self.eduba, "s", 0, self.keys + 1, self.values))
+        plan = lambda **args: lambda: self.eduba.PlanAppend(pb.PlanAppendRequest(session="empty", **args), timeout=30)
+        self.expect(code.RESOURCE_EXHAUSTED, plan(count=huge), "memory")
+        self.expect(code.INVALID_ARGUMENT, plan(count=0))
+        self.expect(code.INVALID_ARGUMENT, plan(count=-1))
+        self.expect(code.ALREADY_EXISTS, lambda: example.create(self.eduba, "s"))
+        empty = self.eduba.GetSession(pb.GetSessionRequest(name="empty"), timeout=30)
+        self.expect(code.FAILED_PRECONDITION, lambda: example.attend(self.eduba, empty, self.queries), "empty")
+        self.expect(code.INVALID_ARGUMENT, lambda: example.attend(self.eduba, self.session, self.queries * np.float32(np.inf)))
+        self.expect(code.INVALID_ARGUMENT, lambda: example.attend(self.eduba, self.session, self.queries[:, :3]))
+        self.expect(code.NOT_FOUND, lambda: example.attend(self.eduba, pb.Session(name="nobody"), self.queries))
+
+    def test_a_stream_without_a_header_is_refused(self):
+        call = lambda kind, request: lambda: list(kind(iter([request]), timeout=30))
+        self.expect(grpc.StatusCode.INVALID_ARGUMENT, call(self.eduba.Attend, pb.AttendRequest(rows=pb.AttendRequest.Rows())))
+        self.expect(grpc.StatusCode.INVALID_ARGUMENT, lambda: self.eduba.Append(iter([pb.AppendRequest()]), timeout=30))
+
+    def test_one_append_at_a_time_and_an_aborted_one_leaves_nothing(self):
+        request = pb.PlanAppendRequest(session="empty", count=10)
+        plan = self.eduba.PlanAppend(request, timeout=30)
+        self.expect(grpc.StatusCode.ABORTED, lambda: self.eduba.PlanAppend(request, timeout=30))
+        self.expect(grpc.StatusCode.FAILED_PRECONDITION,
+                    lambda: self.eduba.CommitAppend(pb.CommitAppendRequest(append_id=plan.append_id), timeout=30))
+        self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=plan.append_id), timeout=30)
+        self.expect(grpc.StatusCode.NOT_FOUND,
+                    lambda: self.eduba.CommitAppend(pb.CommitAppendRequest(append_id=plan.append_id), timeout=30))
+        plan = self.eduba.PlanAppend(request, timeout=30)
+        self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=plan.append_id), timeout=30)
+        self.assertEqual(self.eduba.GetSession(pb.GetSessionRequest(name="empty"), timeout=30).length, 0)
+
+    def test_a_bomb_is_refused_without_being_unpacked(self):
+        bomb = pb.CreateSessionRequest(name="bomb", spec=pb.SessionSpec(notes="0" * (512 << 20)))
+        before = peak_bytes(self.server.process.pid)
+        with self.assertRaises(grpc.RpcError) as raised:
+            self.eduba.CreateSession(bomb, compression=grpc.Compression.Gzip, timeout=60)
+        self.assertIn(raised.exception.code(), (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED,
+                                                grpc.StatusCode.INTERNAL))
+        self.assertLess(peak_bytes(self.server.process.pid) - before, 64 << 20)
+        self.assertEqual(self.answer(), self.before)
+
+    def test_a_message_above_the_limit_is_refused(self):
+        large = pb.CreateSessionRequest(name="large", spec=pb.SessionSpec(notes="0" * (16 << 20)))
+        self.expect(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: self.eduba.CreateSession(large, timeout=60))
+
+    def test_a_deadline_is_kept(self):
+        def never_ending():
+            yield pb.AttendRequest(header=pb.AttendRequest.Header(session="s"))
+            self.addCleanup(done.set)
+            done.wait(30)
+        done = threading.Event()
+        self.expect(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: list(self.eduba.Attend(never_ending(), timeout=0.5)))
+
+
+if __name__ == "__main__":
+    unittest.main()

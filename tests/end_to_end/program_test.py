@@ -1,0 +1,217 @@
+"""The program itself: usage, exit codes, starting and ending, processes that come and go."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import unittest
+
+import numpy as np
+
+import program
+
+COMMANDS = ["", "up", "coordinator", "worker", "workers", "doctor", "version", "session", "session create", "session append",
+            "session attend", "session show", "session list", "session delete", "atlas", "atlas load", "atlas annotate", "bench",
+            "bench merge", "bench append"]
+SHAPE = ["--query-heads", 2, "--kv-heads", 1, "--head-dim", 16]
+
+
+def alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Usage(unittest.TestCase):
+    def test_every_command_explains_itself(self):
+        for command in COMMANDS:
+            result = program.eduba(*command.split(), "--help")
+            self.assertEqual((result.returncode, result.stderr), (0, ""), command)
+            self.assertIn(f"Usage: {' '.join(['eduba', *command.split()])}", result.stdout)
+
+    def test_bad_usage_is_exit_code_2_and_one_line(self):
+        create = "session create x --query-heads 1 --kv-heads 1 --head-dim 4"
+        for line, naming in (("", "subcommand"), ("frobnicate", "frobnicate"), ("session", "subcommand"),
+                             ("session frob", "frob"), ("session list --frob", "--frob"), ("session create", "NAME"),
+                             ("session create x --kv-heads 1 --head-dim 4", "--query-heads"), (f"{create} --dtype f64", "f64"),
+                             ("session create x --head-dim many", "many"), (f"{create} y", "y"), ("session append x --keys", "--keys"),
+                             ("session attend x --queries q --out o --policy some", "some"), ("up --workers 0", "--workers"),
+                             ("up --workers 65", "--workers"), ("up --memory-bytes lots", "lots"),
+                             ("up --memory-bytes -5", "-5"), ("coordinator --listen 127.0.0.1:0", "--group-size"),
+                             ("worker --listen 127.0.0.1:0", "--coordinator"), ("session list --timeout 0", "--timeout")):
+            with self.subTest(line):
+                result = program.eduba(*line.split())
+                self.assertEqual(result.returncode, 2, result)
+                self.assertEqual(result.stdout, "")
+                self.assertRegex(result.stderr, r"\Aeduba: [^\n]+; see 'eduba [a-z ]*--help'\n\Z")
+                self.assertIn(naming, result.stderr)
+
+    def test_no_server_is_said_so(self):
+        with socket.socket() as held:  # Bound but not listening: nobody else gets the port.
+            held.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{held.getsockname()[1]}"
+            for arguments in (["workers"], ["session", "list"], ["session", "create", "x", *SHAPE]):
+                result = program.eduba(*arguments, server=address)
+                self.assertEqual(result.returncode, 1)
+                self.assertRegex(result.stderr, rf"\Aeduba: [^\n]*no server answers at {address}[^\n]*\n\Z")
+        for address in ("nonsense", "127.0.0.1:x"):
+            self.assertEqual(program.eduba("up", "--listen", address).returncode, 1)
+
+    def test_version_and_doctor_report(self):
+        self.assertRegex(program.eduba("version").stdout, r"\Aeduba \d+\.\d+\.\d+\n\Z")
+        self.assertIn("grpc", json.loads(program.eduba("version", "--json").stdout)["libraries"])
+        self.assertIn("cpu/", program.eduba("doctor", "--timeout", 1).stdout)
+        with program.Server() as server:
+            findings = server.report("doctor")
+            self.assertEqual(findings["server"]["state"], "ok")
+            self.assertIn("not built", findings["cuda"]["text"])
+
+    def test_a_port_that_is_taken_is_said_so(self):
+        with program.Server() as server:
+            for extra in ([], ["--processes"]):
+                result = program.eduba("up", "--listen", server.address, *extra)
+                self.assertEqual(result.returncode, 1, extra)
+                self.assertEqual(result.stdout, "")
+                self.assertIn(server.address, result.stderr)
+
+
+class Life(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.dir = pathlib.Path(folder.name)
+        random = np.random.default_rng(3)
+        for name, shape in (("k", (5000, 1, 16)), ("v", (5000, 1, 16)), ("q", (4, 2, 16))):
+            np.save(self.dir / f"{name}.npy", random.standard_normal(shape, dtype=np.float32))
+
+    def fill(self, server):
+        server.run("session", "create", "s", *SHAPE, "--stripe-pages", 1)
+        server.run("session", "append", "s", "--keys", self.dir / "k.npy", "--values", self.dir / "v.npy")
+
+    def attend(self, server):
+        return program.eduba("session", "attend", "s", "--queries", self.dir / "q.npy", "--out", self.dir / "o.npy",
+                             "--timeout", 20, server=server.address)
+
+    def children(self, server):
+        return sorted(int(p) for p in subprocess.run(["ps", "-o", "pid=", "--ppid", str(server.process.pid)],
+                                                     capture_output=True, text=True, check=True).stdout.split())
+
+    def test_sessions_can_be_listed_shown_and_deleted(self):
+        with program.Server() as server:
+            self.assertEqual(server.report("session", "list"), [])
+            self.fill(server)
+            server.run("session", "create", "another", *SHAPE, "--sink-logit", "-2.5", "--dtype", "bf16")
+            self.assertEqual([s["name"] for s in server.report("session", "list")], ["another", "s"])
+            shown = server.report("session", "show", "s")
+            self.assertEqual((shown["length"], shown["bytes"], shown["scale"]), (5000, 5000 * 2 * 16 * 4, 0.25))
+            self.assertEqual(server.report("session", "show", "another")["sink_logits"], [-2.5, -2.5])
+            self.assertIn("5000 positions", server.run("session", "show", "s"))
+            server.run("session", "delete", "s")
+            self.assertEqual([s["name"] for s in server.report("session", "list")], ["another"])
+            program.wait_until(lambda: all(w["memory_used_bytes"] == 0 for w in server.report("workers")["workers"]),
+                               "the deleted session's memory is free")
+
+    def test_sigint_ends_it_too(self):
+        with program.Server() as server:
+            server.process.send_signal(signal.SIGINT)
+            self.assertEqual(server.process.wait(30), 0)
+
+    def test_what_is_under_way_when_it_is_asked_to_end_may_finish(self):
+        """Many clients at once, SIGTERM among them: each gets its whole answer or an error, and the server ends well."""
+        queries = np.random.default_rng(4).standard_normal((3000, 2, 16), dtype=np.float32)
+        np.save(self.dir / "q.npy", queries)
+        with program.Server() as server:
+            self.fill(server)
+            self.assertEqual(self.attend(server).returncode, 0)
+            want = (self.dir / "o.npy").read_bytes()
+            def ask(i):
+                out = self.dir / f"o{i}.npy"
+                result = program.eduba("session", "attend", "s", "--queries", self.dir / "q.npy", "--out", out,
+                                       server=server.address)
+                return result, out.read_bytes() if out.exists() else None
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                answers = [pool.submit(ask, i) for i in range(8)]
+                next(concurrent.futures.as_completed(answers))
+                self.assertEqual(server.stop(), 0)
+            for answer in answers:
+                result, content = answer.result()
+                if result.returncode == 0:
+                    self.assertTrue(content == want)
+                else:
+                    self.assertEqual((result.returncode, content), (1, None))
+                    self.assertRegex(result.stderr, r"\Aeduba: [^\n]+\n\Z")
+
+    def test_a_killed_worker_is_reported_and_never_gives_a_wrong_answer(self):
+        with program.Server("--processes", "--workers", 2) as server:
+            self.fill(server)
+            self.assertEqual(self.attend(server).returncode, 0)
+            victim = self.children(server)[-1]
+            os.kill(victim, signal.SIGKILL)
+            result = self.attend(server)
+            self.assertEqual(result.returncode, 1)
+            self.assertRegex(result.stderr, r"\Aeduba: session attend: [^\n]+\n\Z")
+            program.wait_until(lambda: f"(process {victim}) ended: signal 9" in server.messages(), "the report")
+            # A worker that comes makes the group complete; what was lost is said to be lost.
+            replacement = subprocess.Popen([program.EDUBA, "worker", "--coordinator", server.address, "--listen", "127.0.0.1:0",
+                                            "--memory-bytes", "64MiB"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            try:
+                self.assertRegex(replacement.stdout.readline(), r"ready: 127\.0\.0\.1:\d+\n")
+                program.wait_until(lambda: server.report("workers")["state"] == "active", "a new group")
+                self.assertTrue(server.report("session", "show", "s")["lost"])
+                result = self.attend(server)
+                self.assertEqual(result.returncode, 1)
+                self.assertIn("delete", result.stderr)
+                server.run("session", "delete", "s")
+                self.fill(server)
+                self.assertEqual(self.attend(server).returncode, 0)
+            finally:
+                replacement.terminate()
+                self.assertEqual(replacement.wait(30), 0)
+                replacement.stdout.close()
+
+    def test_its_processes_end_with_it_however_it_ends(self):
+        server = program.Server("--processes", "--workers", 2)
+        children = self.children(server)
+        self.assertEqual(len(children), 3)
+        server.process.kill()
+        server.process.wait()
+        server.process.stdout.close()
+        program.wait_until(lambda: not any(map(alive, children)), "children end after SIGKILL of their parent")
+        server.log.close()
+
+    def test_a_dead_coordinator_ends_everything(self):
+        server = program.Server("--processes", "--workers", 1)
+        children = self.children(server)
+        os.kill(children[0], signal.SIGKILL)
+        self.assertEqual(server.process.wait(30), 1)
+        self.assertFalse(any(map(alive, children)))
+        self.assertIn("the coordinator (process", server.messages())
+        server.process.stdout.close()
+        server.log.close()
+
+    def test_a_data_dir_keeps_the_sessions_and_says_that_their_content_is_lost(self):
+        data = ["--data-dir", self.dir / "data"]
+        with program.Server(*data) as server:
+            self.fill(server)
+            server.run("session", "create", "kept", *SHAPE)
+        with program.Server(*data) as server:
+            lost = {s["name"]: s["lost"] for s in server.report("session", "list")}
+            self.assertEqual(lost, {"kept": False, "s": True})
+            self.assertEqual(self.attend(server).returncode, 1)
+
+    def test_benchmarks_report(self):
+        merge = json.loads(program.eduba("bench", "merge", "--rounds", 20, "--json").stdout)
+        self.assertEqual({m["transport"] for m in merge}, {"local", "gloo"})
+        append = json.loads(program.eduba("bench", "append", "--bytes", "16MiB", "--rounds", 2, "--json").stdout)
+        self.assertGreater(append["append_gb_per_s"], 0)
+        self.assertAlmostEqual(append["share"], append["append_gb_per_s"] / append["stream_gb_per_s"])
+
+
+if __name__ == "__main__":
+    unittest.main()
