@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs clang-tidy over our sources, as the release build compiles them. A file whose text, headers of ours and checks are unchanged since its
-# last clean run is not looked at again (build/tidy keeps one stamp a file).
+# Runs clang-tidy over our sources, as the release build compiles them. A file whose text, headers of ours and checks are unchanged since
+# its last clean run, in any checkout, is not looked at again: the user's cache folder keeps one stamp a file.
 #   tests/clang_tidy.sh [FILE...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,13 +10,14 @@ if (($#)); then
 else
   mapfile -t files < <(git ls-files '*.cc' ':!tests/fuzz')
 fi
-mkdir -p build/tidy
+export stamps=${XDG_CACHE_HOME:-$HOME/.cache}/eduba-tidy
+mkdir -p "$stamps"
 # Any header or check that changes invalidates all stamps: simple, and never stale.
 common=$(git ls-files -z '*.h' '*.proto' .clang-tidy | xargs -0 sha256sum | sha256sum | cut -c1-16)
 
 check() {
   local stamp
-  stamp=build/tidy/$(sha256sum <"$1" | cut -c1-32)-$2
+  stamp=$stamps/$(sha256sum <"$1" | cut -c1-32)-$2
   [[ -e $stamp ]] && return 0
   if clang-tidy -p build/release --quiet "$1" 2>/dev/null; then
     touch "$stamp"
