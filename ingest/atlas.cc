@@ -58,7 +58,7 @@ double SquaredDistance(const float* a, const float* b, int64_t size) {
 // The value below which a share `q` of `values` lies. REQUIRES: values is not empty.
 double Quantile(std::vector<double> values, double q) {
   const auto rank = static_cast<size_t>(q * static_cast<double>(values.size() - 1));
-  std::nth_element(values.begin(), values.begin() + static_cast<long>(rank), values.end());
+  std::nth_element(values.begin(), values.begin() + static_cast<ptrdiff_t>(rank), values.end());
   return values[rank];
 }
 
@@ -181,9 +181,10 @@ absl::StatusOr<Atlas> FitAtlas(Atlas atlas, absl::Span<const float> cells, absl:
   }
   if (distances.empty()) {
     const double widest = std::sqrt(*std::max_element(squared.begin(), squared.end()));
-    if (widest == 0)
+    if (widest == 0) {
       return absl::InvalidArgumentError(
           "found reference cells that are all the same, wanted 2 different ones");
+    }
     distances.push_back(widest);
   }
   if (!std::isfinite(norm) || !std::isfinite(distances.back())) {
@@ -302,10 +303,12 @@ absl::StatusOr<Atlas> AtlasFromJson(const std::string& text) {
                                                    ", wanted an atlas; load it with `eduba atlas load`"));
   };
   const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object() || !json.contains("format") || json["format"] != kFormat)
+  if (!json.is_object() || !json.contains("format") || json["format"] != kFormat) {
     return broken("the mark of an atlas");
-  if (!json.contains("version") || json["version"] != kVersion)
+  }
+  if (!json.contains("version") || json["version"] != kVersion) {
     return broken(absl::StrCat("version ", kVersion));
+  }
   for (const char* name : {"key", "label_column", "dtype"}) {
     if (!json.contains(name) || !json[name].is_string()) return broken(name);
   }

@@ -185,7 +185,7 @@ std::vector<std::string> ChildNames(hid_t object) {
 std::string MissingText(const std::string& what, const std::vector<std::string>& there) {
   if (there.empty()) return absl::StrCat("found no ", what, ": there is nothing in it");
   const std::vector<std::string> listed(
-      there.begin(), there.begin() + static_cast<long>(std::min(there.size(), kNamesListedMax)));
+      there.begin(), there.begin() + static_cast<ptrdiff_t>(std::min(there.size(), kNamesListedMax)));
   return absl::StrCat(
       "found no ", what, "; there is ", absl::StrJoin(listed, ", "),
       there.size() > listed.size() ? absl::StrCat(" and ", there.size() - listed.size(), " more") : "");

@@ -43,8 +43,8 @@ absl::StatusOr<std::vector<uint8_t>> LzfDecompress(absl::Span<const uint8_t> blo
     if (control < 32) {  // control + 1 bytes as they are.
       const size_t count = control + 1;
       if (count > block.size() - at || count > bytes_max - out.size()) return broken;
-      out.insert(out.end(), block.begin() + static_cast<long>(at),
-                 block.begin() + static_cast<long>(at + count));
+      out.insert(out.end(), block.begin() + static_cast<ptrdiff_t>(at),
+                 block.begin() + static_cast<ptrdiff_t>(at + count));
       at += count;
       continue;
     }
