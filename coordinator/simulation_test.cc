@@ -1,0 +1,345 @@
+// Whole clusters from a seed: random clients, workers that come, go, fail and fall silent, a disk that is
+// slow or full, a coordinator that restarts; every event in any order. FakeCluster complains about whatever
+// breaks an invariant. Run one seed again with EDUBA_SEED=n.
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "coordinator/testing/fake_cluster.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace eduba {
+namespace {
+
+constexpr int kGroup = 3;
+constexpr int kSteps = 1500;
+
+class Simulation {
+ public:
+  explicit Simulation(uint64_t seed) : random_(seed), cluster_(MakeOptions()) {}
+
+  void Run() {
+    for (int step = 0; step < kSteps; ++step) Step();
+    Heal();
+    Check();
+  }
+
+ private:
+  struct Query {
+    int submitted = 0;
+    bool finished = false;
+  };
+  struct Upload {
+    uint64_t id = 0;
+    int64_t end = 0;
+  };
+
+  static ClusterState::Options MakeOptions() {
+    ClusterState::Options options;
+    options.group_size = kGroup;
+    return options;
+  }
+
+  int64_t Below(int64_t bound) { return static_cast<int64_t>(random_() % bound); }
+  bool Chance(int percent) { return Below(100) < percent; }
+  std::string Name() { return absl::StrCat("s", Below(4)); }
+  template <typename Map>
+  typename Map::iterator Pick(Map& map) {
+    return map.empty() ? map.end() : std::next(map.begin(), Below(static_cast<int64_t>(map.size())));
+  }
+
+  void Step() {
+    const int64_t kind = Below(100);
+    if (kind < 50) {
+      Progress();
+    } else if (kind < 52) {
+      cluster_.Advance(Below(20) == 0 ? 4000 : 100 + Below(300));
+    } else if (kind < 55) {
+      Membership();
+    } else if (kind < 56) {
+      Trouble();
+    } else if (kind < 66) {
+      Sessions();
+    } else if (kind < 80) {
+      Appends();
+    } else {
+      Queries();
+    }
+    ForgetEnded();
+  }
+
+  // Something that was under way goes on.
+  void Progress() {
+    for (int i = 0; i < 4; ++i) {
+      if (Chance(20)) cluster_.FinishWrite();
+      const auto worker = Pick(cluster_.workers);
+      if (worker != cluster_.workers.end()) cluster_.Deliver(worker->first);
+    }
+  }
+
+  void Membership() {
+    std::map<WorkerId, bool> connected;
+    for (const auto& [id, worker] : cluster_.workers) {
+      if (worker.connected) connected[id] = true;
+    }
+    if (!connected.empty() && Chance(5)) return cluster_.Leave(Pick(connected)->first);
+    cluster_.Join(absl::StrCat("w", Below(kGroup + 1), ":1"), Chance(5) ? 8 : 7);
+  }
+
+  void Trouble() {
+    if (Chance(10)) return Restart();
+    if (Chance(20)) {
+      cluster_.disk_failures += 1;
+      return;
+    }
+    const auto worker = Pick(cluster_.workers);
+    if (worker == cluster_.workers.end()) return;
+    if (Chance(30)) {
+      worker->second.mute = true;
+    } else if (Chance(30)) {
+      worker->second.formation_failures = 2;
+    } else if (worker->second.rank != nullptr) {
+      const v1::Command::KindCase kinds[] = {v1::Command::kBeginAppend, v1::Command::kSealAppend,
+                                             v1::Command::kAttend};
+      const absl::StatusCode codes[] = {
+          absl::StatusCode::kInvalidArgument, absl::StatusCode::kResourceExhausted,
+          absl::StatusCode::kFailedPrecondition, absl::StatusCode::kUnavailable};
+      worker->second.rank->failures[kinds[Below(3)]] = absl::Status(codes[Below(4)], "on purpose");
+    }
+  }
+
+  void Restart() {
+    cluster_.Restart();
+    queries_.clear();
+    plans_.clear();
+    commits_.clear();
+    uploads_.clear();
+  }
+
+  void Sessions() {
+    const std::string name = Name();
+    const int64_t kind = Below(10);
+    cluster_.Ask([&](ClusterState& state, RequestId id) {
+      if (kind < 6) {
+        v1::CreateSessionRequest request;
+        request.set_name(name);
+        request.mutable_spec()->set_query_heads(2);
+        request.mutable_spec()->set_kv_heads(1);
+        request.mutable_spec()->set_head_dim(2);
+        request.mutable_spec()->set_stripe_pages(1);
+        request.mutable_spec()->set_window(5);
+        state.CreateSession(id, request, 0, cluster_.now());
+      } else if (kind < 8) {
+        v1::GetSessionRequest request;
+        request.set_name(name);
+        state.GetSession(id, request);
+      } else if (kind < 9) {
+        state.ListSessions(id, {});
+      } else {
+        v1::DeleteSessionRequest request;
+        request.set_name(name);
+        state.DeleteSession(id, request, cluster_.now());
+      }
+    });
+  }
+
+  void Appends() {
+    const auto upload =
+        uploads_.empty() ? uploads_.end() : std::next(uploads_.begin(), Below(uploads_.size()));
+    if (upload == uploads_.end() || Chance(40)) {
+      v1::PlanAppendRequest request;
+      request.set_session(Name());
+      request.set_count(1 + Below(2000));
+      if (Chance(30)) request.set_at(Below(1500));
+      plans_.insert(cluster_.Ask(
+          [&](ClusterState& state, RequestId id) { state.PlanAppend(id, request, cluster_.now()); }));
+      return;
+    }
+    const uint64_t append = upload->id;
+    const int64_t end = upload->end;
+    const bool commit = Chance(80);
+    if (!Chance(20)) uploads_.erase(upload);
+    const RequestId request = cluster_.Ask([&](ClusterState& state, RequestId id) {
+      if (commit) {
+        state.CommitAppend(id, append, cluster_.now());
+      } else {
+        state.AbortAppend(id, append, cluster_.now());
+      }
+    });
+    if (commit) commits_[request] = end;
+    if (Chance(10)) Cancel(request);
+  }
+
+  void Queries() {
+    const auto query = Pick(queries_);
+    if (query == queries_.end() || Chance(25)) {
+      v1::AttendRequest::Header header;
+      header.set_session(Name());
+      if (Chance(20)) header.set_policy(v1::POLICY_WINDOW);
+      queries_[cluster_.Ask(
+          [&](ClusterState& state, RequestId id) { state.StartAttend(id, header, cluster_.now()); })];
+      return;
+    }
+    const RequestId id = query->first;
+    if (!cluster_.requests[id].started) return;
+    if (Chance(10)) {
+      queries_.erase(query);
+      return Cancel(id);
+    }
+    if (query->second.finished) return;
+    if (Chance(30)) {
+      query->second.finished = true;
+      cluster_.state().FinishRows(id, cluster_.now());
+    } else {
+      // A row's values are its number.
+      const int rows = static_cast<int>(1 + Below(30));
+      std::vector<float> values;
+      for (int row = 0; row < rows; ++row)
+        values.insert(values.end(), 4, static_cast<float>(query->second.submitted++));
+      cluster_.state().SubmitRows(
+          id, std::string(reinterpret_cast<const char*>(values.data()), values.size() * 4), {},
+          cluster_.now());
+    }
+    cluster_.Collect();
+  }
+
+  void Cancel(RequestId id) {
+    if (cluster_.requests[id].reply.has_value()) return;
+    cluster_.Cancel(id);
+  }
+
+  void ForgetEnded() {
+    for (auto it = plans_.begin(); it != plans_.end();) {
+      const auto& reply = cluster_.requests[*it].reply;
+      if (!reply.has_value()) {
+        ++it;
+        continue;
+      }
+      if (reply->ok()) {
+        const auto& plan = std::get<v1::AppendPlan>(**reply);
+        int64_t next = plan.at();
+        for (const v1::Extent& extent : plan.extents()) {
+          EXPECT_EQ(extent.first_position(), next);
+          next += extent.count();
+        }
+        EXPECT_EQ(next, plan.at() + plan.count());
+        uploads_.push_back({plan.append_id(), next});
+      }
+      it = plans_.erase(it);
+    }
+    for (auto it = queries_.begin(); it != queries_.end();) {
+      const auto& request = cluster_.requests[it->first];
+      if (!request.reply.has_value()) {
+        ++it;
+        continue;
+      }
+      if (request.reply->ok()) {
+        int next = 0;
+        for (const v1::AttendResponse::Rows& rows : request.rows) {
+          EXPECT_EQ(rows.first_row(), next);
+          for (int row = 0; row < rows.count(); ++row) {
+            float value = 0;
+            std::memcpy(&value, rows.outputs().data() + 16 * row, 4);
+            EXPECT_EQ(value, 2.0f * static_cast<float>(next++));
+          }
+        }
+        EXPECT_EQ(next, it->second.submitted);
+        ++answered;
+      }
+      it = queries_.erase(it);
+    }
+    for (auto it = commits_.begin(); it != commits_.end();) {
+      const auto& request = cluster_.requests[it->first];
+      if (!request.reply.has_value() && !request.cancelled) {
+        ++it;
+        continue;
+      }
+      if (request.reply.has_value() && request.reply->ok()) {
+        const auto& receipt = std::get<v1::AppendReceipt>(**request.reply);
+        EXPECT_EQ(receipt.at() + receipt.count(), it->second);
+        EXPECT_GE(receipt.length(), it->second);
+        ++committed;
+      }
+      it = commits_.erase(it);
+    }
+  }
+
+  // Faults stop: everybody who waits must get an answer, and the group must come back.
+  void Heal() {
+    cluster_.disk_failures = 0;
+    std::vector<WorkerId> ids;
+    for (auto& [id, worker] : cluster_.workers) {
+      if (worker.connected) ids.push_back(id);
+    }
+    for (const WorkerId id : ids) cluster_.Leave(id);
+    for (int i = 0; i < kGroup; ++i) cluster_.Join(absl::StrCat("new", i, ":1"));
+    for (const auto& [id, query] : queries_) cluster_.state().FinishRows(id, cluster_.now());
+    cluster_.Collect();
+    for (int i = 0; i < 50; ++i) {
+      cluster_.Settle();
+      cluster_.Advance(100);
+    }
+    cluster_.Settle();
+    ForgetEnded();
+  }
+
+  void Check() {
+    EXPECT_THAT(cluster_.complaints(), testing::IsEmpty());
+    EXPECT_TRUE(cluster_.serving);
+    for (const auto& [id, request] : cluster_.requests) {
+      EXPECT_NE(request.reply.has_value(), request.cancelled) << "request " << id;
+    }
+    const auto answer = cluster_.Get([](ClusterState& state, RequestId id) { state.ListSessions(id, {}); });
+    const auto& list = std::get<v1::ListSessionsResponse>(*answer);
+    EXPECT_EQ(static_cast<size_t>(list.sessions_size()), cluster_.stored().sessions.size());
+    for (const v1::Session& session : list.sessions()) {
+      for (const SessionRecord& stored : cluster_.stored().sessions) {
+        if (stored.name != session.name()) continue;
+        EXPECT_EQ(stored.length(), session.length());
+      }
+      EXPECT_EQ(session.lost(), session.length() > 0) << "the group is new";
+    }
+    for (const auto& [id, worker] : cluster_.workers) {
+      if (!worker.connected) continue;
+      const auto open = std::count_if(list.sessions().begin(), list.sessions().end(),
+                                      [](const v1::Session& session) { return !session.lost(); });
+      EXPECT_EQ(static_cast<int64_t>(worker.rank->sessions()), open);
+      EXPECT_EQ(worker.rank->appends(), 0);
+    }
+  }
+
+  std::mt19937_64 random_;
+  FakeCluster cluster_;
+  std::map<RequestId, Query> queries_;
+  std::set<RequestId> plans_;
+  std::vector<Upload> uploads_;
+  std::map<RequestId, int64_t> commits_;  // to the end of the append
+
+ public:
+  int answered = 0;   // calls that ended well
+  int committed = 0;  // appends
+};
+
+TEST(Simulation, KeepsItsInvariantsWhateverHappens) {
+  const char* one = std::getenv("EDUBA_SEED");
+  const uint64_t first = one == nullptr ? 1 : std::strtoull(one, nullptr, 10);
+  const uint64_t last = one == nullptr ? 400 : first;
+  int answered = 0;
+  int committed = 0;
+  for (uint64_t seed = first; seed <= last; ++seed) {
+    SCOPED_TRACE(absl::StrCat("EDUBA_SEED=", seed));
+    Simulation simulation(seed);
+    simulation.Run();
+    answered += simulation.answered;
+    committed += simulation.committed;
+    ASSERT_FALSE(testing::Test::HasFailure());
+  }
+  if (one != nullptr) return;
+  // A simulation in which nothing succeeds proves nothing.
+  EXPECT_GT(answered, 1000);
+  EXPECT_GT(committed, 1000);
+}
+
+}  // namespace
+}  // namespace eduba
