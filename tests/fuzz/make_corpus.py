@@ -1,4 +1,4 @@
-"""Writes the seeds of npy_fuzz and h5ad_fuzz under corpus/: /usr/bin/python3 tests/fuzz/make_corpus.py"""
+"""Writes the seeds of the fuzz targets under corpus/: /usr/bin/python3 tests/fuzz/make_corpus.py"""
 
 import io
 import pathlib
@@ -38,7 +38,16 @@ def h5ad_seeds():
         yield f"random{i}", generator.randbytes(600)
 
 
-for target, seeds in {"npy_fuzz": npy_seeds(), "h5ad_fuzz": h5ad_seeds()}.items():
+def request_seeds():
+    """As for h5ad_fuzz: each byte is a decision."""
+    generator = random.Random(2)
+    for i in range(8):
+        yield f"random{i}", generator.randbytes(400)
+    # Session s0 as it is; plan 8 positions, commit, ask a query of one row, finish.
+    yield "life", bytes([0, 3, 0, 0, 8, 16, 1, 0, 8, 9, 5, 1, 1, 6, 0, 1, 1, 1, 7, 1, 8, 1] + [0] * 16 + [9, 0])
+
+
+for target, seeds in {"npy_fuzz": npy_seeds(), "h5ad_fuzz": h5ad_seeds(), "request_fuzz": request_seeds()}.items():
     folder = CORPUS / target
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in seeds:
