@@ -64,6 +64,7 @@ absl::StatusOr<MergeBenchResult> BenchMerge(const MergeBenchOptions& options) {
   std::vector<absl::Status> outcomes(options.ranks);
   std::vector<std::vector<double>> times_us(options.ranks, std::vector<double>(options.rounds));
   std::vector<std::thread> threads;
+  threads.reserve(options.ranks);
   for (int rank = 0; rank < options.ranks; ++rank) {
     threads.emplace_back([&, rank] {
       auto group = options.transport == "local" ? hub.Join(0, 0, rank, options.ranks, Limit())

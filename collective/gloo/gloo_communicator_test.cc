@@ -80,6 +80,7 @@ TEST(ConnectGloo, TwoRanksAddUp) {
   MapRendezvous board;
   std::vector<std::vector<int64_t>> data = {{1, 2}, {10, 20}};
   std::vector<std::thread> threads;
+  threads.reserve(2);
   for (int r = 0; r < 2; ++r) {
     threads.emplace_back([&, r] {
       auto c = ConnectGloo(r, 2, board, {}, Soon());

@@ -47,6 +47,7 @@ TEST(LocalHub, CommunicatorsOutliveTheHub) {
   auto hub = std::make_unique<LocalHub>();
   std::vector<std::unique_ptr<Communicator>> ranks(2);
   std::vector<std::thread> threads;
+  threads.reserve(2);
   for (int r = 0; r < 2; ++r) {
     threads.emplace_back([&, r] { ranks[r] = hub->Join(1, 0, r, 2, Soon()).value(); });
   }

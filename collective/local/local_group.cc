@@ -35,7 +35,7 @@ absl::Status LocalGroup::Run(int rank, const LocalCall& call, absl::Time deadlin
   self.call = call;
   const uint64_t round = round_;
   if (++entered_ == size_) {
-    const absl::Status differences = Differences();
+    absl::Status differences = Differences();
     if (!differences.ok()) {
       Fail(differences);
       self.entered = false;

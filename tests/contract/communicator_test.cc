@@ -63,6 +63,7 @@ Join NewGlooGroup() {
 
 void OnThreads(int count, const std::function<void(int)>& body) {
   std::vector<std::thread> threads;
+  threads.reserve(count);
   for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
   for (std::thread& thread : threads) thread.join();
 }
@@ -93,7 +94,7 @@ float Real(int rank, int64_t call, int64_t i) { return static_cast<float>(Word(r
 absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
   std::vector<int64_t> data(count);
   for (int64_t i = 0; i < count; ++i) data[i] = Word(c.rank(), call, i);
-  const absl::Status status = c.SumI64(absl::MakeSpan(data), deadline);
+  absl::Status status = c.SumI64(absl::MakeSpan(data), deadline);
   if (!status.ok()) return status;
   for (int64_t i = 0; i < count; ++i) {
     uint64_t want = 0;
@@ -108,7 +109,7 @@ absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Tim
 absl::Status MaxAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
   std::vector<float> data(count);
   for (int64_t i = 0; i < count; ++i) data[i] = Real(c.rank(), call, i);
-  const absl::Status status = c.MaxF32(absl::MakeSpan(data), deadline);
+  absl::Status status = c.MaxF32(absl::MakeSpan(data), deadline);
   if (!status.ok()) return status;
   for (int64_t i = 0; i < count; ++i) {
     float want = Real(0, call, i);
@@ -384,8 +385,9 @@ TEST_P(CommunicatorContract, AnAbortAtAnyMomentOfAStreamEndsEveryRankWithAnError
     });
     OnThreads(ranks, [&](int rank) {
       absl::Status status;
-      for (int64_t call = 0; status.ok(); ++call, ++calls)
+      for (int64_t call = 0; status.ok(); ++call, ++calls) {
         status = SumAndCheck(*group[rank], 3'000 * (call % 7), call, Far());
+      }
       EXPECT_THAT(status.code(), AnyOf(Eq(kAborted), Eq(kUnavailable)))
           << status << " (seed=" << seed << " round=" << round << " rank=" << rank << " victim=" << victim;
     });
