@@ -98,8 +98,8 @@ class AttentionStep {
   virtual absl::StatusOr<absl::Span<float>> Maxima() = 0;
 
   // [selected, value_dim + 2] int64, as SinkSums, with the reduced maximum for M and
-  // F' = 62 - ceil(log2(positions + 1)) for 46. Uses the partials that Attend kept; a backend that had no room
-  // for them computes them again, to the same bits.
+  // F' = 62 - ceil(log2(positions + 1)) for 46. Uses the partials that Attend kept; a backend that had no
+  // room for them computes them again, to the same bits.
   virtual absl::StatusOr<absl::Span<int64_t>> MaximumSums() = 0;
 
   // Folds in the token sinks and learned sinks, computed in double, divides, and writes to host memory:

@@ -30,7 +30,7 @@ MAY_INCLUDE = {
 # Outside library -> the only places that may include its headers.
 CONFINED = {
     r"<?\"?(grpcpp|grpc)/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
-    r"<?\"?eduba/v1/.*\.grpc\.pb\.h": ("coordinator/", "worker/", "client/", "cli/", "tests/"),
+    r"<?\"?eduba/v1/.*\.grpc\.pb\.h": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
     r"<?\"?eduba/v1/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
     r"<?\"?(hdf5|H5)": ("ingest/", "tests/fuzz/"),
     r"<?\"?sqlite3\.h": ("coordinator/",),
