@@ -32,6 +32,7 @@ struct Problem {
   Policy policy = Policy::kGlobal;
   int rows = 0;
   float logit_size = 0;
+  float logit_shift = 0;       // Added to every logit of a key or token sink (before softcap).
   std::vector<float> keys;     // [layers, length, kv_heads, head_dim], in the stored type's numbers
   std::vector<float> values;   // [layers, length, kv_heads, value_dim]
   std::vector<float> queries;  // [rows, query_heads, head_dim]
@@ -44,7 +45,7 @@ struct Problem {
                         " dtype=", DTypeName(spec.shape.dtype), " sinks=", spec.sink_tokens,
                         " learned=", spec.sink_logits.size(), " window=", spec.window,
                         " policy=", policy == Policy::kGlobal ? "global" : "window", " rows=", rows,
-                        " softcap=", spec.shape.softcap, " logits=", logit_size, "}");
+                        " softcap=", spec.shape.softcap, " logits=", logit_size, "+", logit_shift, "}");
   }
 };
 
@@ -88,6 +89,14 @@ Problem MakeProblem(uint64_t seed) {
   const float value_size = std::ldexp(1.0f, static_cast<int>(below(20)) - 10);
   for (float& x : p.values) x = stored(value_size * normal(random));
   for (float& x : p.queries) x = normal(random);
+  // Far from 0, a rank that answers 0 where it has nothing to say would be heard.
+  const float shifts[] = {0, 0, -60, 60};
+  p.logit_shift = shifts[below(4)];
+  if (p.logit_shift != 0) {
+    for (size_t i = 0; i < p.keys.size(); i += shape.head_dim) p.keys[i] = 4;
+    for (size_t i = 0; i < p.queries.size(); i += shape.head_dim)
+      p.queries[i] = p.logit_shift / (4 * shape.scale);
+  }
   for (int r = 0; r < p.rows; ++r) p.positions.push_back(below(2) == 0 ? p.length - 1 : below(p.length));
   return p;
 }
@@ -235,7 +244,7 @@ AttentionQuery QueryOf(const Problem& p) {
 void CompareWithOracle(const Problem& p, const AttentionAnswer& answer) {
   const DenseResult oracle = Oracle(p);
   // Logits of normal queries and keys reach three times their size; fp32 rounds them relative to that.
-  const double tolerance = 1e-6 * (1 + 0.2 * p.logit_size);
+  const double tolerance = 1e-6 * (1 + 0.2 * p.logit_size + 0.1 * std::abs(p.logit_shift));
   const int value_dim = p.spec.shape.value_dim;
   for (int64_t i = 0; i < int64_t{p.rows} * p.spec.shape.query_heads; ++i) {
     double error = 0;
