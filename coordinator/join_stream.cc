@@ -42,8 +42,13 @@ void JoinStream::OnReadDone(bool ok) {
     runtime_->RemoveWorker(id_, "its stream ended");
     return Close(absl::UnavailableError("the stream ended"));
   }
-  runtime_->WorkerSaid(id_, std::move(incoming_));
-  incoming_.Clear();
+  v1::WorkerMessage message;
+  {
+    // The last reaction ran on another thread.
+    const std::lock_guard lock(mutex_);
+    message.Swap(&incoming_);
+  }
+  runtime_->WorkerSaid(id_, std::move(message));
   const std::lock_guard lock(mutex_);
   if (!finished_ && !closing_.has_value()) StartRead(&incoming_);
 }

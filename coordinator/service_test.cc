@@ -103,7 +103,7 @@ class FakeWorker final : public v1::Pages::Service {
     return grpc::Status::OK;
   }
 
-  int64_t rows = 0;  // uploaded, of replicas too
+  std::atomic<int64_t> rows{0};  // uploaded, of replicas too
 
  private:
   void Serve() {

@@ -35,7 +35,8 @@ class Worker {
     // "cpu" (the best instruction set of this machine) or "reference" (slow, to compare with).
     std::string backend = "cpu";
     std::string version;  // Of the program.
-    // Where the workers of this process meet. Null: the ranks are processes, which Gloo connects.
+    // Where the workers of this process meet; outlives them. Null: the ranks are processes, which Gloo
+    // connects.
     LocalHub* hub = nullptr;
   };
 

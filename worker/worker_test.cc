@@ -186,14 +186,14 @@ class WorkerTest : public ::testing::Test {
     return bytes == "\x08\x01";  // HealthCheckResponse{status: SERVING}
   }
 
+  LocalHub hub_;
   ScriptedCoordinator coordinator_;
   std::unique_ptr<RpcServer> server_;
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
 TEST_F(WorkerTest, SaysWhoItIsAndThatItLives) {
-  LocalHub hub;
-  const Worker& worker = StartWorker(&hub);
+  const Worker& worker = StartWorker(&hub_);
   const v1::WorkerHello hello = coordinator_.Hellos(1)[0];
   EXPECT_EQ(hello.protocol(), kGroupProtocol);
   EXPECT_EQ(hello.version(), "test");
@@ -207,8 +207,7 @@ TEST_F(WorkerTest, SaysWhoItIsAndThatItLives) {
 }
 
 TEST_F(WorkerTest, ServesOnlyInAGroup) {
-  LocalHub hub;
-  const Worker& worker = StartWorker(&hub);
+  const Worker& worker = StartWorker(&hub_);
   coordinator_.Hellos(1);
   EXPECT_FALSE(IsServing(worker.address()));
   coordinator_.Send(0, FormMessage(0, 1));
@@ -243,22 +242,19 @@ TEST_F(WorkerTest, WorkersOfSeveralProcessesMeetOnTheBoard) {
 
 TEST_F(WorkerTest, ARefusalForGoodEndsIt) {
   coordinator_.RefuseNext(absl::FailedPreconditionError("its arithmetic differs"));
-  LocalHub hub;
-  const absl::Status status = StartWorker(&hub).Wait();
+  const absl::Status status = StartWorker(&hub_).Wait();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(status.message()), HasSubstr("its arithmetic differs"));
 }
 
 TEST_F(WorkerTest, ComesAgainWhenItIsToldTo) {
   coordinator_.RefuseNext(absl::UnavailableError("the group is complete"));
-  LocalHub hub;
-  StartWorker(&hub);
+  StartWorker(&hub_);
   EXPECT_EQ(coordinator_.Hellos(1).size(), 1u);
 }
 
 TEST_F(WorkerTest, UploadsGoToTheirAppendAndErrorsComeBack) {
-  LocalHub hub;
-  const Worker& worker = StartWorker(&hub);
+  const Worker& worker = StartWorker(&hub_);
   coordinator_.Hellos(1);
   coordinator_.Send(0, FormMessage(0, 1));
   coordinator_.Next(0);
@@ -315,8 +311,7 @@ TEST_F(WorkerTest, UploadsGoToTheirAppendAndErrorsComeBack) {
 }
 
 TEST_F(WorkerTest, ShutdownLeavesTheCoordinator) {
-  LocalHub hub;
-  Worker& worker = StartWorker(&hub);
+  Worker& worker = StartWorker(&hub_);
   coordinator_.Hellos(1);
   worker.Shutdown(absl::ZeroDuration());
   EXPECT_EQ(worker.Wait(), absl::OkStatus());
