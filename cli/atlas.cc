@@ -66,6 +66,7 @@ absl::StatusOr<Atlas> Fit(const LoadOptions& options, const AtlasCells& cells, c
   std::vector<float> vectors(sample.size() * static_cast<size_t>(cells.dims()));
   EDUBA_RETURN_IF_ERROR(cells.ReadAt(sample, vectors.data()));
   std::vector<int32_t> codes;
+  codes.reserve(sample.size());
   for (const int64_t index : sample) codes.push_back(labels.codes[static_cast<size_t>(index)]);
   auto fitted = FitAtlas(std::move(atlas), vectors, codes);
   if (!fitted.ok()) return Annotate(fitted.status(), options.file);
@@ -114,8 +115,9 @@ absl::Status RunLoad(const LoadOptions& options) {
   if (!receipt.ok()) {
     // The session is ours and of no use without its cells.
     const absl::Status deleted = client->DeleteSession(options.name);
-    if (!deleted.ok())
+    if (!deleted.ok()) {
       LogWarning(absl::StrCat("session ", options.name, " is left behind empty: ", deleted.ToString()));
+    }
     return receipt.status();
   }
   const double seconds = absl::ToDoubleSeconds(absl::Now() - started);

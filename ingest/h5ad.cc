@@ -301,8 +301,9 @@ class OpenFile final : public H5adFile {
     std::string index;  // The column with the cells' names.
     if (H5Iget_type(obs.get()) == H5I_DATASET) {
       EDUBA_ASSIGN_OR_RETURN(Dataset records, Dataset::Adopt(std::move(obs), Named("obs")));
-      if (!records.is_records())
+      if (!records.is_records()) {
         return Invalid(absl::StrCat(Named("obs"), ": found an array, wanted a table"));
+      }
       obs_records_ = std::make_shared<const Dataset>(std::move(records));
       index = H5Tget_member_index(obs_records_->type(), "index") >= 0 ? "index" : "_index";
     } else if (H5Iget_type(obs.get()) == H5I_GROUP) {
@@ -418,8 +419,9 @@ class OpenFile final : public H5adFile {
         }
         const H5T_class_t type_class = H5Tget_class(data.type());
         const bool number = type_class == H5T_FLOAT || type_class == H5T_INTEGER;
-        if (!number)
+        if (!number) {
           return Invalid(absl::StrCat(Named(key), ": found no numbers in it, wanted floats or integers"));
+        }
         return std::make_unique<DenseMatrix>(std::move(data));
       }
       default:
@@ -481,8 +483,9 @@ class OpenFile final : public H5adFile {
                                   hdf5::TextAttribute(child.get(), "encoding-type"),
                                   "', wanted categories, text, integers or booleans"));
     }
-    if (H5Iget_type(child.get()) != H5I_DATASET)
+    if (H5Iget_type(child.get()) != H5I_DATASET) {
       return Invalid(absl::StrCat(full, ": found no array, wanted a column"));
+    }
     EDUBA_ASSIGN_OR_RETURN(Dataset data, Dataset::Adopt(std::move(child), full));
     if (H5Aexists(data.id(), "categories") <= 0) {
       EDUBA_ASSIGN_OR_RETURN(const Column column, Column::Of(std::move(data)));
@@ -579,8 +582,9 @@ absl::StatusOr<std::unique_ptr<H5adFile>> H5adFile::Open(const std::string& path
                                 " bytes without its signature), wanted an .h5ad file"));
   }
   Id file(H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT));
-  if (!file.ok())
+  if (!file.ok()) {
     return hdf5::Error(absl::StrCat(path, ": truncated or broken; write or copy the file again"));
+  }
   auto out = std::make_unique<OpenFile>(path, std::move(file));
   EDUBA_RETURN_IF_ERROR(out->OpenCells());
   return out;

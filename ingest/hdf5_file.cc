@@ -113,8 +113,9 @@ bool IsWholeInFile(hid_t dataset, hid_t space, const std::vector<int64_t>& shape
     return false;
   }
   unsigned __int128 wanted = 1;
-  for (size_t i = 0; i < shape.size(); ++i)
+  for (size_t i = 0; i < shape.size(); ++i) {
     wanted *= (static_cast<hsize_t>(shape[i]) + chunk[i] - 1) / chunk[i];
+  }
   return written == wanted;
 }
 
@@ -240,8 +241,9 @@ absl::StatusOr<Dataset> Dataset::Adopt(Id dataset, const std::string& name) {
   out.id_ = std::move(dataset);
   out.type_ = Id(H5Dget_type(out.id_.get()));
   out.space_ = Id(H5Dget_space(out.id_.get()));
-  if (!out.type_.ok() || !out.space_.ok())
+  if (!out.type_.ok() || !out.space_.ok()) {
     return Error(absl::StrCat(name, ": cannot read its type or shape"));
+  }
   const H5S_class_t space_class = H5Sget_simple_extent_type(out.space_.get());
   if (space_class == H5S_NULL) return absl::InvalidArgumentError(absl::StrCat(name, ": holds nothing"));
   out.scalar_ = space_class == H5S_SCALAR;
@@ -418,8 +420,9 @@ absl::StatusOr<std::vector<std::string>> Column::ReadText(int64_t begin, int64_t
     } else {
       std::vector<char> values(static_cast<size_t>(rows) * text.bytes);
       EDUBA_RETURN_IF_ERROR(Read(type_.get(), at, rows, values.data()));
-      for (int64_t i = 0; i < rows; ++i)
+      for (int64_t i = 0; i < rows; ++i) {
         out.push_back(FixedText(&values[static_cast<size_t>(i) * text.bytes], text));
+      }
     }
   }
   return out;

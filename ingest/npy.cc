@@ -196,8 +196,9 @@ absl::StatusOr<NpyType> TypeFromDescr(const std::string& descr) {
       if (std::strchr("<|=>", descr[0]) != nullptr) return row.type;
     }
     const std::string kind = descr.substr(descr[0] == '<' || descr[0] == '>' || descr[0] == '|' ? 1 : 0, 1);
-    if (kind == "O")
+    if (kind == "O") {
       return absl::InvalidArgumentError(absl::StrCat("found Python objects, wanted numbers", fix));
+    }
     if (kind == "U" || kind == "S") {
       return absl::InvalidArgumentError(absl::StrCat("found strings ('", descr, "'), wanted numbers"));
     }

@@ -139,10 +139,10 @@ absl::StatusOr<std::vector<int64_t>> ReadRowList(const std::string& path, int64_
 
 template <typename T>
 absl::StatusOr<std::vector<T>> NpyFile::ReadAll() const {
-  const absl::Status expected = Expect({NpyTypeOf<T>()}, shape(), "");
+  absl::Status expected = Expect({NpyTypeOf<T>()}, shape(), "");
   if (!expected.ok()) return expected;
   std::vector<T> out(static_cast<size_t>(elements()));
-  const absl::Status read = Read(0, elements(), out.data());
+  absl::Status read = Read(0, elements(), out.data());
   if (!read.ok()) return read;
   return out;
 }

@@ -229,8 +229,9 @@ TEST(NpyWriter, PiecesAndOneWriteGiveTheSameFile) {
   ASSERT_TRUE(WriteNpy<int64_t>(TempPath("whole"), {4}, values).ok());
   auto writer = NpyWriter::Create(TempPath("pieces"), NpyType::kI64, {4});
   ASSERT_TRUE(writer.ok());
-  for (size_t i = 0; i < 4; ++i)
+  for (size_t i = 0; i < 4; ++i) {
     ASSERT_TRUE((*writer)->Append(absl::MakeConstSpan(values).subspan(i, 1)).ok());
+  }
   ASSERT_TRUE((*writer)->Finish().ok());
   EXPECT_EQ(ReadBytes(TempPath("whole")), ReadBytes(TempPath("pieces")));
   EXPECT_EQ(NpyFile::Open(TempPath("whole")).value()->ReadAll<int64_t>().value(), values);
