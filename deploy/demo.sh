@@ -47,5 +47,5 @@ if ! is_atlas "$atlas"; then
 fi
 
 say "The main job"
-/usr/bin/python3 deploy/demo/demo.py --eduba build/release/eduba --atlas "$atlas" --work "$work" --cells "$cells"
-say "Done. The tables of calls are in $work"
+# In the place of this shell, so that a signal reaches the one who stops the service.
+exec /usr/bin/python3 deploy/demo/demo.py --eduba build/release/eduba --atlas "$atlas" --work "$work" --cells "$cells"

@@ -156,7 +156,7 @@ template <typename T>
 absl::Status WriteNpy(const std::string& path, const std::vector<int64_t>& shape, absl::Span<const T> data) {
   auto writer = NpyWriter::Create(path, NpyTypeOf<T>(), shape);
   if (!writer.ok()) return writer.status();
-  const absl::Status appended = (*writer)->Append(data);
+  absl::Status appended = (*writer)->Append(data);
   if (!appended.ok()) return appended;
   return (*writer)->Finish();
 }

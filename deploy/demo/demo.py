@@ -17,6 +17,7 @@ from service import Service
 SPLITS = 5      # of which the first is shown in full
 NEIGHBOURS = 15  # scanpy's default
 WORKERS = 4
+CELLS_MIN = 1000
 PLANTED_QUERIES = 5
 
 
@@ -101,7 +102,7 @@ class Demo:
         heading(f"Scale: {self.synthetic_cells:,} SYNTHETIC cells, the reference resampled with noise, and 3 of a type of their own")
         reference, asked = split(len(self.labels), 0)
         made = Synthetic(self.vectors[reference], self.labels[reference], self.names, self.synthetic_cells)
-        file = self.work / f"synthetic_{self.synthetic_cells}.h5ad"
+        file = self.work / "synthetic.h5ad"
         # Written every time: the numbers that follow are taken from the generator in this order.
         write_h5ad(file, made.count, self.vectors.shape[1], made.labels, made.names, "synthetic",
                    made.blocks(Progress("  writing")))
@@ -169,8 +170,15 @@ def main():
     parser.add_argument("--atlas", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--cells", type=int, required=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that the service is stopped on the way out.
-    Demo(parser.parse_args()).run()
+    arguments = parser.parse_args()
+    if arguments.cells < CELLS_MIN:
+        parser.error(f"found --cells {arguments.cells}, wanted {CELLS_MIN} or more")
+    # So that the service is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    began = time.monotonic()
+    Demo(arguments).run()
+    print(f"\nDone in {time.monotonic() - began:.0f} s. The tables of calls are in {arguments.work}")
 
 
 if __name__ == "__main__":
