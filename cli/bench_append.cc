@@ -68,7 +68,7 @@ class RepeatedRows : public RowSource {
   }
 
   DType dtype() const override { return DType::kBf16; }
-  absl::Status Read(int layer, int64_t first, int64_t count, void* keys, void* values) const override {
+  absl::Status Read(int /*layer*/, int64_t first, int64_t count, void* keys, void* values) const override {
     for (int64_t row = 0; row < count; row += kOverlap) {
       const int64_t part = std::min(kOverlap, count - row);
       const size_t bytes = part * row_elements_ * sizeof(uint16_t);

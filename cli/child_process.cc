@@ -14,7 +14,6 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 
 namespace eduba {
@@ -89,11 +88,12 @@ absl::StatusOr<std::string> ChildProcess::WaitUntilReady(absl::Time deadline) {
     }
     text.append(buffer, bytes);
   }
-  absl::string_view line = absl::string_view(text).substr(0, text.find('\n'));
-  if (!absl::ConsumePrefix(&line, "ready: ")) {
+  const std::string line = text.substr(0, text.find('\n'));
+  const std::string announcement = "ready: ";
+  if (!absl::StartsWith(line, announcement)) {
     return absl::InternalError(absl::StrCat(name_, " said '", line, "' instead of its address"));
   }
-  return std::string(line);
+  return line.substr(announcement.size());
 }
 
 bool ChildProcess::Running() {

@@ -2,7 +2,7 @@
 
 #include <iostream>
 #include <string>
-#include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -15,6 +15,7 @@
 #include "cli/system.h"
 #include "grpcpp/grpcpp.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "rpc/server.h"
 
 namespace eduba {
 namespace {
@@ -106,19 +107,25 @@ void AddDoctorOptions(CLI::App& command, DoctorOptions& options) {
   AddJsonFlag(command, options.json);
 }
 
-// One line of the examination. `state` is "ok", "note" (works, but mind it) or "bad" (`up` would fail).
+// One line of the examination. `state` is "ok", or "note" for what the reader should mind.
 struct Finding {
   std::string name;
   std::string state;
   std::string text;
 };
 
-Finding ExamineServer(const ServerFlags& flags) {
+std::vector<Finding> ExamineServer(const ServerFlags& flags) {
   const auto group = Connect(flags)->ListWorkers();
-  if (!group.ok()) return {"server", "note", std::string(group.status().message())};
-  return {"server", group->state() == "active" ? "ok" : "note",
-          absl::StrCat(flags.server, " answers: version ", group->version(), ", group ", group->state(), ", ",
-                       group->workers_size(), " of ", group->group_size(), " workers")};
+  if (group.ok()) {
+    return {{"server", group->state() == "active" ? "ok" : "note",
+             absl::StrCat(flags.server, " answers: version ", group->version(), ", group ", group->state(),
+                          ", ", group->workers_size(), " of ", group->group_size(), " workers")}};
+  }
+  const absl::Status port = RpcServer::Start(flags.server, {}).status();
+  return {{"server", "note", std::string(group.status().message())},
+          {"port", port.ok() ? "ok" : "note",
+           port.ok() ? absl::StrCat(flags.server, " is free: 'eduba up' can serve there")
+                     : std::string(port.message())}};
 }
 
 absl::Status RunDoctor(const DoctorOptions& options) {
@@ -136,8 +143,8 @@ absl::Status RunDoctor(const DoctorOptions& options) {
       {"memory", memory >= (int64_t{2} << 30) ? "ok" : "note",
        absl::StrCat(BytesText(memory), "; 'eduba up' would keep ", BytesText(DefaultStoreBytes()),
                     " for pages (--memory-bytes)")},
-      ExamineServer(options.server),
   };
+  for (Finding& finding : ExamineServer(options.server)) findings.push_back(std::move(finding));
   const Json libraries = LibraryVersions();
   for (const auto& [library, version] : libraries.items()) {
     findings.push_back({library, "ok", version.get<std::string>()});

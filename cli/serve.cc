@@ -146,7 +146,7 @@ absl::Status ServeFromChildren(const UpOptions& options, Children& children) {
 
 absl::Status UpInProcesses(const UpOptions& options) {
   Children children;
-  const absl::Status served = ServeFromChildren(options, children);
+  absl::Status served = ServeFromChildren(options, children);
   // The coordinator, which is the first, ends first: its calls under way need the workers.
   for (const auto& child : children) {
     child->Terminate();

@@ -105,7 +105,7 @@ struct Client::Stub {
   std::unique_ptr<v1::Eduba::Stub> service;
 
   absl::Status Explain(const grpc::Status& status) const {
-    const absl::Status result = FromGrpc(status);
+    absl::Status result = FromGrpc(status);
     // gRPC's own words for this name sockets and retry states.
     if (absl::IsUnavailable(result) && absl::StartsWith(status.error_message(), "failed to connect")) {
       return absl::UnavailableError(

@@ -117,6 +117,11 @@ class Life(unittest.TestCase):
             program.wait_until(lambda: all(w["memory_used_bytes"] == 0 for w in server.report("workers")["workers"]),
                                "the deleted session's memory is free")
 
+    def test_memory_is_given_in_units_and_split_over_the_workers(self):
+        for transport in ([], ["--processes"]):
+            with program.Server("--workers", 3, *transport, memory="1.5GiB") as server:
+                self.assertEqual([w["memory_bytes"] for w in server.report("workers")["workers"]], [512 << 20] * 3)
+
     def test_sigint_ends_it_too(self):
         with program.Server() as server:
             server.process.send_signal(signal.SIGINT)
