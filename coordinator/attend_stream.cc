@@ -42,6 +42,8 @@ absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpe
 }
 
 AttendStream::AttendStream(Runtime* runtime) : runtime_(runtime), start_(absl::Now()) {
+  // Once a read has been started, reactions come on other threads.
+  const std::lock_guard lock(mutex_);
   StartRead(&incoming_);
 }
 
@@ -108,7 +110,7 @@ void AttendStream::OnStarted(const AttendStarted& started) {
   row_bytes_ = int64_t{4} * spec_->query_heads() * std::max(spec_->head_dim(), spec_->value_dim() + 2);
 }
 
-void AttendStream::OnRows(v1::AttendResponse::Rows rows) {
+void AttendStream::OnRows(v1::AttendResponse::Rows&& rows) {
   v1::AttendResponse response;
   *response.mutable_rows() = std::move(rows);
   const std::lock_guard lock(mutex_);

@@ -28,7 +28,7 @@ class AttendStream final : public grpc::ServerBidiReactor<v1::AttendRequest, v1:
   explicit AttendStream(Runtime* runtime);
 
   void OnStarted(const AttendStarted& started) override;
-  void OnRows(v1::AttendResponse::Rows rows) override;
+  void OnRows(v1::AttendResponse::Rows&& rows) override;
   void OnReply(absl::StatusOr<Answer> answer) override;
 
   void OnReadDone(bool ok) override;

@@ -13,8 +13,9 @@ JoinStream::JoinStream(Runtime* runtime, grpc::CallbackServerContext* context)
     Close(id.status());
     return;
   }
-  id_ = *id;
+  // Once a read has been started, reactions come on other threads.
   const std::lock_guard lock(mutex_);
+  id_ = *id;
   if (!finished_) StartRead(&incoming_);
 }
 
@@ -37,18 +38,25 @@ void JoinStream::Close(const absl::Status& status) {
   context_->TryCancel();
 }
 
+WorkerId JoinStream::id() {
+  const std::lock_guard lock(mutex_);
+  return id_;
+}
+
 void JoinStream::OnReadDone(bool ok) {
   if (!ok) {
-    runtime_->RemoveWorker(id_, "its stream ended");
+    runtime_->RemoveWorker(id(), "its stream ended");
     return Close(absl::UnavailableError("the stream ended"));
   }
+  WorkerId worker = 0;
   v1::WorkerMessage message;
   {
     // The last reaction ran on another thread.
     const std::lock_guard lock(mutex_);
+    worker = id_;
     message.Swap(&incoming_);
   }
-  runtime_->WorkerSaid(id_, std::move(message));
+  runtime_->WorkerSaid(worker, std::move(message));
   const std::lock_guard lock(mutex_);
   if (!finished_ && !closing_.has_value()) StartRead(&incoming_);
 }
@@ -64,7 +72,7 @@ void JoinStream::OnWriteDone(bool ok) {
 }
 
 void JoinStream::OnCancel() {
-  runtime_->RemoveWorker(id_, "its connection broke");
+  runtime_->RemoveWorker(id(), "its connection broke");
   Close(absl::CancelledError("the connection broke"));
 }
 

@@ -30,14 +30,15 @@ class JoinStream final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::G
 
  private:
   ~JoinStream() override = default;
+  WorkerId id();
 
   Runtime* const runtime_;
   grpc::CallbackServerContext* const context_;
-  WorkerId id_ = 0;
   v1::WorkerMessage incoming_;
 
   // Never held while the runtime is called: the runtime calls Send and Close with its own mutex held.
   std::mutex mutex_;
+  WorkerId id_ = 0;  // Guarded by mutex_.
   std::deque<std::shared_ptr<const v1::GroupMessage>>
       queue_;                            // Guarded by mutex_; the front is being written.
   std::optional<absl::Status> closing_;  // Guarded by mutex_.

@@ -97,19 +97,22 @@ void Runtime::CarryOutOne(Effect any) {
       [this](auto&& effect) {
         using T = std::decay_t<decltype(effect)>;
         if constexpr (std::is_same_v<T, SendToWorker>) {
-          if (const auto it = links_.find(effect.worker); it != links_.end())
+          if (const auto it = links_.find(effect.worker); it != links_.end()) {
             it->second->Send(std::move(effect.message));
+          }
         } else if constexpr (std::is_same_v<T, CloseWorker>) {
-          if (const auto link = links_.extract(effect.worker); !link.empty())
+          if (const auto link = links_.extract(effect.worker); !link.empty()) {
             link.mapped()->Close(effect.status);
+          }
         } else if constexpr (std::is_same_v<T, Reply>) {
           if (const auto caller = callers_.extract(effect.request); !caller.empty()) {
             caller.mapped()->OnReply(std::move(effect.answer));
             changed_.notify_all();
           }
         } else if constexpr (std::is_same_v<T, AttendStarted>) {
-          if (const auto it = callers_.find(effect.request); it != callers_.end())
+          if (const auto it = callers_.find(effect.request); it != callers_.end()) {
             it->second->OnStarted(effect);
+          }
         } else if constexpr (std::is_same_v<T, AttendedRows>) {
           if (const auto it = callers_.find(effect.request); it != callers_.end()) {
             it->second->OnRows(std::move(effect.rows));
@@ -194,8 +197,9 @@ absl::StatusOr<Answer> Runtime::Call(const Event& event, const std::function<boo
 absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
   std::unique_lock lock(mutex_);
   const auto until = absl::ToChronoTime(deadline);
-  if (changed_.wait_until(lock, until, [this] { return active_ || stopped_; }) && active_)
+  if (changed_.wait_until(lock, until, [this] { return active_ || stopped_; }) && active_) {
     return absl::OkStatus();
+  }
   if (stopped_) return ShuttingDown();
   return absl::DeadlineExceededError("the group of workers is not complete");
 }

@@ -25,7 +25,7 @@ class Caller {
  public:
   virtual ~Caller() = default;
   virtual void OnStarted(const AttendStarted& /*started*/) {}
-  virtual void OnRows(v1::AttendResponse::Rows /*rows*/) {}
+  virtual void OnRows(v1::AttendResponse::Rows&& /*rows*/) {}
   // Last.
   virtual void OnReply(absl::StatusOr<Answer> answer) = 0;
 };

@@ -76,8 +76,9 @@ int ClusterState::StepRows(const v1::SessionSpec& spec, const BatchKey& key) con
   const int64_t answer_bytes = int64_t{4} * (spec.query_heads() * (int64_t{spec.value_dim()} + 2) + 1);
   const int64_t query_bytes = int64_t{4} * spec.query_heads() * spec.head_dim();
   int64_t pages = PagesOfBusiestRank(key.length, spec.stripe_pages(), options_.group_size);
-  if (key.policy == v1::POLICY_WINDOW && !key.positions)
+  if (key.policy == v1::POLICY_WINDOW && !key.positions) {
     pages = std::min(pages, PageCount(spec.window()) + 1);
+  }
   const int64_t partial_bytes = int64_t{4} * spec.query_heads() * (int64_t{spec.value_dim()} + 2) * pages;
   const int64_t rows = std::min({int64_t{kStepRowsMax}, kPayloadBytesMax / answer_bytes,
                                  kPayloadBytesMax / query_bytes, kPartialBytesMax / partial_bytes});

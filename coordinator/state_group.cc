@@ -217,8 +217,9 @@ void ClusterState::OnFormed(WorkerEntry* worker, const v1::GroupFormed& formed, 
   if (formed.code() != 0) return AttemptFailed(absl::StrCat(NameOf(*worker), ": ", formed.message()), now_ms);
   worker->formed = true;
   const std::vector<WorkerEntry*> ranks = Ranks();
-  if (std::all_of(ranks.begin(), ranks.end(), [](const WorkerEntry* w) { return w->formed; }))
+  if (std::all_of(ranks.begin(), ranks.end(), [](const WorkerEntry* w) { return w->formed; })) {
     Activate(now_ms);
+  }
 }
 
 void ClusterState::Activate(int64_t now_ms) {
@@ -253,8 +254,9 @@ void ClusterState::EndEpoch(const std::string& why, int64_t now_ms) {
   const absl::Status status = absl::UnavailableError(absl::StrCat(text, ": retry the whole call"));
   while (!calls_.empty()) FailCall(calls_.begin()->first, status);
   while (!appends_.empty()) {
-    for (const RequestId waiter : std::exchange(appends_.begin()->second.waiters, {}))
+    for (const RequestId waiter : std::exchange(appends_.begin()->second.waiters, {})) {
       Respond(waiter, status);
+    }
     ForgetAppend(appends_.begin()->first);
   }
   SessionsLoseTheirEpoch(text);
@@ -349,8 +351,9 @@ void ClusterState::Completed(const PendingCommand& command, int64_t now_ms) {
 absl::Status ClusterState::FirstFailure(const PendingCommand& command) {
   for (const WorkerEntry* worker : Ranks()) {
     const absl::Status status = ResultStatus(*command.results[worker->rank]);
-    if (!status.ok())
+    if (!status.ok()) {
       return absl::Status(status.code(), absl::StrCat(NameOf(*worker), ": ", std::string(status.message())));
+    }
   }
   return absl::OkStatus();
 }
@@ -397,17 +400,20 @@ void ClusterState::Persisted(uint64_t id, const absl::Status& status, int64_t no
   EDUBA_CHECK(it != writes_.end());
   const PendingWrite write = std::move(it->second);
   writes_.erase(it);
-  if (std::holds_alternative<SessionCreated>(write.change))
+  if (std::holds_alternative<SessionCreated>(write.change)) {
     return OnSessionRecorded(write.subject, status, now_ms);
-  if (std::holds_alternative<SessionErased>(write.change))
+  }
+  if (std::holds_alternative<SessionErased>(write.change)) {
     return OnSessionErased(write.subject, status, now_ms);
+  }
   if (const auto* append = std::get_if<AppendCommitted>(&write.change)) {
     return OnAppendRecorded(*append, write.subject, status, now_ms);
   }
   EDUBA_CHECK(phase_ == Phase::kRecording);
   if (!status.ok() || Greeted() < options_.group_size) {
-    if (!status.ok())
+    if (!status.ok()) {
       Emit(Note{absl::StrCat("cannot begin epoch ", epoch_, ": ", std::string(status.message()))});
+    }
     phase_ = Phase::kWaiting;
     form_at_ms_ = now_ms + kAttemptDelayMaxMs;
     return;

@@ -776,6 +776,25 @@ TEST_F(StateTest, AHugeCallDoesNotStarveASmallOne) {
   EXPECT_EQ(Totals(huge).rows, 10 * kStepRowsMax);
 }
 
+TEST_F(StateTest, KindsOfRowsTakeTurns) {
+  StartGroup();
+  ASSERT_TRUE(Create("x").ok());
+  ASSERT_TRUE(Create("y").ok());
+  ASSERT_TRUE(Append("x", 0, 10).ok());
+  ASSERT_TRUE(Append("y", 0, 10).ok());
+  const RequestId huge = Attend("x");
+  for (int i = 0; i < 10; ++i) Rows(huge, kStepRowsMax, 1);
+  const RequestId other = Attend("y");
+  Rows(other, 3, 2);
+  Finish(other);
+  // The two steps under way, one of the huge call that was queued before, and then the other session's.
+  for (int i = 0; i < 4; ++i) {
+    cluster_.Deliver(a_);
+    cluster_.Deliver(b_);
+  }
+  EXPECT_THAT(Outputs(other), ElementsAre(4, 4, 4));
+}
+
 TEST_F(StateTest, StepsAreBoundedByMessagesAndByPartials) {
   StartGroup();
   v1::CreateSessionRequest request = CreateRequest("wide");

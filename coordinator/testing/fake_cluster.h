@@ -40,7 +40,7 @@ class FakeCluster {
     std::vector<v1::AttendResponse::Rows> rows;
   };
 
-  explicit FakeCluster(ClusterState::Options options, StoredState stored = {})
+  explicit FakeCluster(const ClusterState::Options& options, StoredState stored = {})
       : options_(options),
         stored_(std::move(stored)),
         state_(std::make_unique<ClusterState>(options, stored_)) {}
@@ -269,8 +269,9 @@ class FakeCluster {
     if (command.has_begin_append()) command.mutable_begin_append()->clear_owned();
     const auto key = std::make_pair(command.epoch(), command.ordinal());
     const auto [it, inserted] = commands_.emplace(key, command.SerializeAsString());
-    if (!inserted && it->second != command.SerializeAsString())
+    if (!inserted && it->second != command.SerializeAsString()) {
       complaints_.push_back("ranks got different commands");
+    }
   }
 
   const ClusterState::Options options_;

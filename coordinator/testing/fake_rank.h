@@ -51,8 +51,9 @@ class FakeRank {
         }
         break;
       case v1::Command::kCloseSession:
-        if (sessions_.erase(command.close_session().session_id()) == 0)
+        if (sessions_.erase(command.close_session().session_id()) == 0) {
           complaints.push_back("no session to close");
+        }
         break;
       case v1::Command::kBeginAppend:
         appends_[command.begin_append().append_id()] = command.begin_append();
@@ -61,8 +62,9 @@ class FakeRank {
         Seal(appends_.at(command.seal_append().append_id()), result.mutable_seal());
         break;
       case v1::Command::kCommitAppend:
-        if (appends_.erase(command.commit_append().append_id()) == 0)
+        if (appends_.erase(command.commit_append().append_id()) == 0) {
           complaints.push_back("no append to publish");
+        }
         exponents = command.commit_append().exponents();
         break;
       case v1::Command::kAbortAppend:
