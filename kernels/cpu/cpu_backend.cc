@@ -284,9 +284,10 @@ void WriteKeys(const CpuPageLayout& layout, T* page, int row, int rows, const T*
   for (int begin = row; begin < row + rows;) {
     const int end = std::min(row + rows, (begin / kKeyBlockRows + 1) * kKeyBlockRows);
     const T* from = keys + (begin - row) * stride;
+    int64_t slot[kKeyBlockRows];
+    for (int i = 0; i < end - begin; ++i) slot[i] = layout.key(begin + i, 0);
     for (int64_t d = 0; d < layout.head_dim; ++d) {
-      T* to = page + layout.key(begin, d);
-      for (int i = 0; i < end - begin; ++i) to[i] = from[i * stride + d];
+      for (int i = 0; i < end - begin; ++i) page[slot[i] + d * kKeyBlockRows] = from[i * stride + d];
     }
     begin = end;
   }

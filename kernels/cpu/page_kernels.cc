@@ -18,11 +18,15 @@ HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Dimensions summed from zero before they join the total; fixes the arithmetic of a logit (docs/numerics.md
-// section 2).
-constexpr int kDotSegment = 16;
+// Dimensions of a segment of a dot product; fixes the arithmetic of a logit (docs/numerics.md section 2). Segments are summed
+// from zero, and their sum is kept in two floats.
+constexpr int DotSegment(int head_dim) { return head_dim <= 16 ? 8 : 16; }
+// From a dot product in the scratch to what its rounding left.
+constexpr int kLowOffset = kMaxPageQueries * kScorePitch;
 // Rows of values summed from zero before they join the total.
 constexpr int kRowSegment = 64;
+// Rows of values between two bursts of prefetches.
+constexpr int kRowChunk = 8;
 // Virtual lanes of the sum of weights.
 constexpr int kSumLanes = 16;
 // Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
@@ -33,13 +37,21 @@ using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 // Registers for accumulators are kMaxTile * 2: 12 of AVX2's 16, 24 of AVX-512's 32.
 constexpr int kMaxTile = kLanes >= 16 ? 12 : 6;
-constexpr int kKeyPairs = kKeyBlockRows / (2 * kLanes);  // Pairs of vectors in a block of keys.
+constexpr int kHalfBlock = kKeyBlockRows / 2;
+constexpr int kKeyPairs = kHalfBlock / kLanes;  // Pairs of vectors in a block of keys.
 static_assert(kKeyPairs >= 1);
 
-// Two vectors of consecutive elements, in the order that is cheapest to load: bf16 comes as even and odd
-// elements.
+// How stored elements become pairs of vectors of N lanes.
+//   LoadKeys   a: keys 0 to N - 1, b: keys 16 to 16 + N - 1 of a block, `p` at key 0 (CpuPageLayout::key)
+//   LoadPair   2 N consecutive elements, in the order that is cheapest to load: bf16 comes as even and odd elements
+//   StorePair  puts what LoadPair made back into their natural order
 struct F32 {
   using T = float;
+  static constexpr int kKeyStride = 1;  // Elements from a key to the next.
+  static HWY_INLINE void LoadKeys(DF d, const T* HWY_RESTRICT p, VF& a, VF& b) {
+    a = hn::LoadU(d, p);
+    b = hn::LoadU(d, p + kHalfBlock);
+  }
   template <class D>
   static HWY_INLINE void LoadPair(D d, const T* HWY_RESTRICT p, hn::Vec<D>& a, hn::Vec<D>& b) {
     a = hn::LoadU(d, p);
@@ -54,6 +66,11 @@ struct F32 {
 
 struct F16 : F32 {
   using T = hwy::float16_t;
+  static HWY_INLINE void LoadKeys(DF d, const T* HWY_RESTRICT p, VF& a, VF& b) {
+    const hn::Rebind<hwy::float16_t, DF> dh;
+    a = hn::PromoteTo(d, hn::LoadU(dh, p));
+    b = hn::PromoteTo(d, hn::LoadU(dh, p + kHalfBlock));
+  }
   template <class D>
   static HWY_INLINE void LoadPair(D d, const T* HWY_RESTRICT p, hn::Vec<D>& a, hn::Vec<D>& b) {
     const hn::Rebind<hwy::float16_t, D> dh;
@@ -64,6 +81,8 @@ struct F16 : F32 {
 
 struct Bf16 {
   using T = uint16_t;
+  static HWY_INLINE void LoadKeys(DF d, const T* HWY_RESTRICT p, VF& a, VF& b) { LoadPair(d, p, a, b); }
+  static constexpr int kKeyStride = 2;
   template <class D>
   static HWY_INLINE void LoadPair(D d, const T* HWY_RESTRICT p, hn::Vec<D>& a, hn::Vec<D>& b) {
     const hn::RebindToUnsigned<D> du;
@@ -119,16 +138,27 @@ HWY_INLINE VF Capped(DF d, VF dot, VF scale, VF softcap) {
   return hn::Mul(softcap, hn::CopySign(tanh, u));
 }
 
-// Dot products of kQueries query vectors with kPairs pairs of vectors of keys, `first` keys into a block.
-// scores rows are kPageRows apart.
+// Pass `index` of `count` over the same bytes: prefetches its share of the lines that lie kPrefetchBytes after them, so that each
+// line is asked for once, and evenly.
+HWY_INLINE void PrefetchShare(const void* from, int64_t bytes, int index, int count) {
+  const char* line = static_cast<const char*>(from) + kPrefetchBytes;
+  for (int64_t at = int64_t{index} * 64; at < bytes; at += int64_t{count} * 64) hwy::Prefetch(line + at);
+}
+
+// Dot products of kQueries query vectors with kPairs pairs of vectors of a block's keys, from pair `first`, as two numbers:
+// scores, and kLowOffset after it what the scores' rounding left (nothing where one segment holds all dimensions). Rows of
+// scores are kScorePitch apart.
 template <class Type, int kQueries, int kPairs>
 HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first, int head_dim,
-                          const float* const* query, float* HWY_RESTRICT scores) {
+                          const float* const* query, int pass, int passes, float* HWY_RESTRICT scores) {
   const DF d;
-  block += first;
-  scores += first;
-  for (int begin = 0; begin < head_dim; begin += kDotSegment) {
-    const int end = std::min(begin + kDotSegment, head_dim);
+  const typename Type::T* HWY_RESTRICT from = block + first * kLanes * Type::kKeyStride;
+  scores += first * kLanes;
+  const int segment = DotSegment(head_dim);
+  for (int begin = 0; begin < head_dim; begin += segment) {
+    const int end = std::min(begin + segment, head_dim);
+    PrefetchShare(block + static_cast<int64_t>(begin) * kKeyBlockRows,
+                  (end - begin) * kKeyBlockRows * static_cast<int64_t>(sizeof(*block)), pass, passes);
     VF sum[kQueries][2 * kPairs];
     HWY_UNROLL(kMaxTile)
     for (auto& row : sum) {
@@ -136,11 +166,12 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
       for (auto& vector : row) vector = hn::Zero(d);
     }
     for (int i = begin; i < end; ++i) {
-      const typename Type::T* HWY_RESTRICT keys = block + static_cast<int64_t>(i) * kKeyBlockRows;
-      hwy::Prefetch(reinterpret_cast<const char*>(keys) + kPrefetchBytes);
+      const typename Type::T* HWY_RESTRICT keys = from + static_cast<int64_t>(i) * kKeyBlockRows;
       VF key[2 * kPairs];
       HWY_UNROLL(4)
-      for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, keys + p * 2 * kLanes, key[2 * p], key[2 * p + 1]);
+      for (int p = 0; p < kPairs; ++p) {
+        Type::LoadKeys(d, keys + p * kLanes * Type::kKeyStride, key[2 * p], key[2 * p + 1]);
+      }
       HWY_UNROLL(kMaxTile)
       for (int q = 0; q < kQueries; ++q) {
         const VF x = hn::Set(d, query[q][i]);
@@ -150,22 +181,21 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
     }
     HWY_UNROLL(kMaxTile)
     for (int q = 0; q < kQueries; ++q) {
-      float* HWY_RESTRICT row = scores + q * kPageRows;
-      HWY_UNROLL(4)
-      for (int p = 0; p < kPairs; ++p) {
-        float* HWY_RESTRICT at = row + p * 2 * kLanes;
-        VF a = sum[q][2 * p];
-        VF b = sum[q][2 * p + 1];
+      HWY_UNROLL(8)
+      for (int v = 0; v < 2 * kPairs; ++v) {
+        float* HWY_RESTRICT high_at = scores + q * kScorePitch + v / 2 * kLanes + v % 2 * kHalfBlock;
+        float* HWY_RESTRICT low_at = high_at + kLowOffset;
+        VF high = sum[q][v];
         if (begin > 0) {
-          a = hn::Add(hn::LoadU(d, at), a);
-          b = hn::Add(hn::LoadU(d, at + kLanes), b);
+          // high + low is exactly what the total and the segment add up to.
+          const VF before = hn::LoadU(d, high_at);
+          high = hn::Add(before, sum[q][v]);
+          const VF part = hn::Sub(high, before);
+          VF low = hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(sum[q][v], part));
+          if (begin > segment) low = hn::Add(low, hn::LoadU(d, low_at));
+          hn::StoreU(low, d, low_at);
         }
-        if (end == head_dim) {
-          Type::StorePair(d, a, b, at);
-        } else {
-          hn::StoreU(a, d, at);
-          hn::StoreU(b, d, at + kLanes);
-        }
+        hn::StoreU(high, d, high_at);
       }
     }
   }
@@ -178,13 +208,15 @@ constexpr int PairsFor(int queries, int most) {
   return std::min({fit >= 4 ? 4 : fit >= 2 ? 2 : 1, most, queries == 1 ? 4 : 2});
 }
 
+// `tile` of `tiles` that read the same block.
 template <class Type, int kQueries>
-void ScoreBlock(const void* block, int head_dim, const float* const* query, float* scores) {
+void ScoreBlock(const void* block, int head_dim, const float* const* query, int tile, int tiles, float* scores) {
   constexpr int kPairs = PairsFor(kQueries, kKeyPairs);
+  constexpr int kPasses = kKeyPairs / kPairs;
   static_assert(kKeyPairs % kPairs == 0);
-  for (int p = 0; p < kKeyPairs; p += kPairs) {
-    ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * 2 * kLanes, head_dim,
-                                      query, scores);
+  for (int p = 0; p < kPasses; ++p) {
+    ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * kPairs, head_dim, query,
+                                      tile * kPasses + p, tiles * kPasses, scores);
   }
 }
 
@@ -192,8 +224,8 @@ void ScoreBlock(const void* block, int head_dim, const float* const* query, floa
 // from `first`. `sum` and `total` rows are `pitch` apart and hold pairs in LoadPair's order. The sum starts
 // from zero where `fresh`, and joins the total where `last`.
 template <class Type, class D, int kQueries, int kPairs>
-HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin,
-                          int end, bool fresh, bool last, const float* HWY_RESTRICT weight,
+HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin, int end,
+                          bool fresh, bool last, int pass, int passes, const float* HWY_RESTRICT weight,
                           float* HWY_RESTRICT sums, float* HWY_RESTRICT totals) {
   using V = hn::Vec<D>;
   constexpr int kN = static_cast<int>(hn::MaxLanes(D()));
@@ -206,20 +238,21 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
     for (int v = 0; v < 2 * kPairs; ++v)
       sum[q][v] = fresh ? hn::Zero(d) : hn::LoadU(d, sums + q * pitch + v * kN);
   }
-  for (int row = begin; row < end; ++row) {
-    const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
-    hwy::Prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
-    if constexpr (kPairs * 2 * kN * sizeof(typename Type::T) > 64) {
-      hwy::Prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes + 64);
-    }
-    V value[2 * kPairs];
-    HWY_UNROLL(4)
-    for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, at + p * 2 * kN, value[2 * p], value[2 * p + 1]);
-    HWY_UNROLL(kMaxTile)
-    for (int q = 0; q < kQueries; ++q) {
-      const V w = hn::Set(d, weight[q * kPageRows + row]);
-      HWY_UNROLL(8)
-      for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(w, value[v], sum[q][v]);
+  for (int chunk = begin; chunk < end; chunk += kRowChunk) {
+    const int chunk_end = std::min(chunk + kRowChunk, end);
+    PrefetchShare(values + static_cast<int64_t>(chunk) * pitch,
+                  static_cast<int64_t>(chunk_end - chunk) * pitch * static_cast<int64_t>(sizeof(*values)), pass, passes);
+    for (int row = chunk; row < chunk_end; ++row) {
+      const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
+      V value[2 * kPairs];
+      HWY_UNROLL(4)
+      for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, at + p * 2 * kN, value[2 * p], value[2 * p + 1]);
+      HWY_UNROLL(kMaxTile)
+      for (int q = 0; q < kQueries; ++q) {
+        const V w = hn::Set(d, weight[q * kScorePitch + row]);
+        HWY_UNROLL(8)
+        for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(w, value[v], sum[q][v]);
+      }
     }
   }
   HWY_UNROLL(kMaxTile)
@@ -239,29 +272,38 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
 // The tag for the last 16 channels where a pair of full vectors holds 32.
 using DTail = hn::CappedTag<float, kValueAlign / 2>;
 
+// `tile` of `tiles` that read the same rows.
 template <class Type, int kQueries>
-void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, const float* weight,
-               float* sums, float* totals) {
+void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, int tile, int tiles,
+               const float* weight, float* sums, float* totals) {
   constexpr int kPairs = PairsFor(kQueries, 4);
   constexpr int kPair = 2 * kLanes;
   const auto* from = static_cast<const typename Type::T*>(values);
+  const int wide = pitch / (kPairs * kPair);
+  const int narrow = (pitch - wide * kPairs * kPair) / kPair;
+  const int tail = pitch % kPair > 0 ? 1 : 0;
+  const int passes = wide + narrow + tail;
   int first = 0;
-  for (; first + kPairs * kPair <= pitch; first += kPairs * kPair) {
-    WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, weight, sums,
-                                          totals);
-  }
-  for (; first + kPair <= pitch; first += kPair) {
-    WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, weight, sums, totals);
-  }
-  if (first < pitch) {
-    WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, weight, sums,
-                                        totals);
+  for (int pass = 0; pass < passes; ++pass) {
+    const int turn = tile * passes + pass;
+    if (pass < wide) {
+      WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, turn, tiles * passes, weight,
+                                            sums, totals);
+      first += kPairs * kPair;
+    } else if (pass < wide + narrow) {
+      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, turn, tiles * passes, weight, sums,
+                                       totals);
+      first += kPair;
+    } else {
+      WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, turn, tiles * passes, weight,
+                                          sums, totals);
+    }
   }
 }
 
 // From dot products to weights, in place: rows [begin, end) visible, [tile_begin, tile_end) (multiples of 16
 // around them) written, with 0 where invisible. Returns false when a visible logit is not finite.
-template <bool kCapped>
+template <bool kCapped, bool kLow>
 bool Softmax(float* HWY_RESTRICT scores, int begin, int end, int tile_begin, int tile_end, float scale_value,
              float softcap_value, float* m, float* l) {
   const DF d;
@@ -322,7 +364,9 @@ bool Softmax(float* HWY_RESTRICT scores, int begin, int end, int tile_begin, int
       const int at = group + v * kLanes;
       const VF x = hn::LoadU(d, scores + at);
       // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-      VF p = Exp(d, kCapped ? hn::Add(x, minus_largest) : hn::MulAdd(x, scale, minus_largest));
+      VF y = kCapped ? hn::Add(x, minus_largest) : hn::MulAdd(x, scale, minus_largest);
+      if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, scores + kLowOffset + at), scale, y);
+      VF p = Exp(d, y);
       if (!whole) p = hn::IfThenElseZero(visible(at), p);
       sum[v] = hn::Add(sum[v], p);
       hn::StoreU(p, d, scores + at);
@@ -365,8 +409,8 @@ bool WriteTotals(const float* totals, int pitch, float* o) {
 }
 
 // The instantiations for 1 to kMaxTile queries.
-using ScoreFunction = void (*)(const void*, int, const float* const*, float*);
-using WeighFunction = void (*)(const void*, int, int, int, bool, bool, const float*, float*, float*);
+using ScoreFunction = void (*)(const void*, int, const float* const*, int, int, float*);
+using WeighFunction = void (*)(const void*, int, int, int, bool, bool, int, int, const float*, float*, float*);
 template <class Type, int... kCounts>
 ScoreFunction ScoreFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
   static constexpr ScoreFunction kTable[] = {ScoreBlock<Type, kCounts + 1>...};
@@ -391,7 +435,7 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
   constexpr auto kCounts = std::make_integer_sequence<int, kMaxTile>();
   const int pitch = page.value_pitch;
   float* scores = scratch;                                               // [queries, 256]
-  float* sums = scores + int64_t{kMaxPageQueries} * kPageRows;           // [queries, pitch]
+  float* sums = scores + 2 * int64_t{kMaxPageQueries} * kScorePitch;  // [queries, pitch]
   float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;  // [queries, pitch]
   std::fill_n(totals, static_cast<int64_t>(page.queries) * pitch, 0.0F);
 
@@ -413,18 +457,21 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     for (int t = 0; t < tile_count; ++t) {
       const Tile& tile = tiles[t];
       if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
-      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first,
-                                          scores + tile.first * kPageRows + begin);
+      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first, t, tile_count,
+                                          scores + tile.first * kScorePitch + begin);
     }
   }
 
+  const auto softmax = page.softcap > 0                 ? Softmax<true, false>
+                       : page.head_dim > DotSegment(page.head_dim) ? Softmax<false, true>
+                                                     : Softmax<false, false>;
   bool finite[kMaxPageQueries];
   for (int t = 0; t < tile_count; ++t) {
     const Tile& tile = tiles[t];
     const int begin = tile.begin / kSumLanes * kSumLanes;
     const int end = (tile.end + kSumLanes - 1) / kSumLanes * kSumLanes;
     for (int q = tile.first; q < tile.first + tile.count; ++q) {
-      finite[q] = (page.softcap > 0 ? Softmax<true> : Softmax<false>)(scores + q * kPageRows, page.begin[q],
+      finite[q] = softmax(scores + q * kScorePitch, page.begin[q],
                                                                       page.end[q], begin, end, page.scale,
                                                                       page.softcap, page.m[q], page.l[q]);
     }
@@ -457,7 +504,7 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
         }
         if (run_end > row) {
           const bool last = run_end == segment_end || next == segment_end;
-          weigh(page.values, pitch, row, run_end, fresh, last, scores + tile.first * kPageRows,
+          weigh(page.values, pitch, row, run_end, fresh, last, t, tile_count, scores + tile.first * kScorePitch,
                 sums + tile.first * pitch, totals + tile.first * pitch);
           fresh = false;
         }

@@ -31,9 +31,12 @@ struct PageQueries {
   float* o[kMaxPageQueries];  // Out: each [value_pitch]
 };
 
+// Floats between the scores of neighbouring queries: not a power of two, or they would all fall on the same lines of the cache.
+inline constexpr int kScorePitch = kPageRows + 16;
+
 // Memory of one thread for AttendPage, 64-byte aligned: floats.
 inline int64_t PageScratchFloats(int value_pitch) {
-  return int64_t{kMaxPageQueries} * (kPageRows + 2 * int64_t{value_pitch});
+  return 2 * int64_t{kMaxPageQueries} * (kScorePitch + int64_t{value_pitch});
 }
 
 // The SIMD kernels of one Highway target. Targets with fused multiply-add all give the same bits; so do those

@@ -23,7 +23,8 @@ struct CpuPageLayout {
         value_dim(shape.value_dim),
         value_pitch((shape.value_dim + kValueAlign - 1) / kValueAlign * kValueAlign),
         kv_heads(shape.kv_heads),
-        element(static_cast<int64_t>(DTypeBytes(shape.dtype))) {}
+        element(static_cast<int64_t>(DTypeBytes(shape.dtype))),
+        paired_keys(shape.dtype == DType::kBf16) {}
 
   int64_t key_bytes() const { return kPageRows * head_dim * element; }
   int64_t value_bytes() const { return kPageRows * value_pitch * element; }
@@ -35,7 +36,9 @@ struct CpuPageLayout {
   int64_t values(int64_t kv_head) const { return keys(kv_head) + key_bytes(); }
   // Element offsets inside one head's keys or values.
   int64_t key(int64_t row, int64_t d) const {
-    return ((row / kKeyBlockRows) * head_dim + d) * kKeyBlockRows + row % kKeyBlockRows;
+    const int64_t in_block = row % kKeyBlockRows;
+    return ((row / kKeyBlockRows) * head_dim + d) * kKeyBlockRows +
+           (paired_keys ? in_block % (kKeyBlockRows / 2) * 2 + in_block / (kKeyBlockRows / 2) : in_block);
   }
   int64_t value(int64_t row, int64_t c) const { return row * value_pitch + c; }
 
@@ -44,6 +47,7 @@ struct CpuPageLayout {
   int64_t value_pitch;
   int64_t kv_heads;
   int64_t element;
+  bool paired_keys;
 };
 
 }  // namespace eduba

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -250,6 +251,65 @@ TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
         ASSERT_TRUE(*from_a == *from_b);
         ASSERT_EQ(a.words(), b.words());
       }
+    }
+  }
+}
+
+ProblemSpec AccuracySpec(int head_dim, int64_t positions, float logit_size, uint64_t seed) {
+  ProblemSpec spec;
+  spec.seed = seed;
+  spec.shape = {/*query_heads=*/4, /*kv_heads=*/2, head_dim, /*value_dim=*/64, DType::kBf16, 1 / std::sqrt(static_cast<float>(head_dim)), 0};
+  spec.rows = positions > 100000 ? 1 : 8;
+  spec.positions = positions;
+  spec.logit_size = logit_size;
+  return spec;
+}
+
+TEST_P(BackendContract, ErrorStaysWithin3e6ForModerateLogits) {
+  RankGroup group = Group(GetParam(), 1);
+  double worst = 0;
+  for (const int head_dim : {16, 64, 128, 256}) {
+    for (const int64_t positions : {1, 2, 5, 30, 300, 3000, 20000}) {
+      // Sink mass from 1e-9 to 1 - 1e-7, and none.
+      for (const float sink : {-1000.0F, -15.0F, 0.0F, 18.0F, 33.0F}) {
+        ProblemSpec spec = AccuracySpec(head_dim, positions, 20, positions + head_dim);
+        if (sink > -1000) spec.sink_logit = sink;
+        SCOPED_TRACE(spec.ToString());
+        const Problem problem(spec);
+        group.Load(problem);
+        const auto answer = group.Attend(problem, {0});
+        ASSERT_TRUE(answer.ok()) << answer.status();
+        const DenseResult oracle = problem.Oracle();
+        const double error = WorstError(answer->outputs, oracle.outputs, oracle.outputs, spec.shape.value_dim);
+        worst = std::max(worst, error);
+        EXPECT_LE(error, 3e-6);
+      }
+    }
+  }
+  RecordProperty("worst_relative_error", absl::StrCat(worst));
+  std::printf("worst %g\n", worst);
+}
+
+TEST_P(BackendContract, ErrorIsNeverAbovePlainFloatAttentionForExtremeLogits) {
+  RankGroup group = Group(GetParam(), 1);
+  for (const int head_dim : {16, 64, 128, 256}) {
+    for (const float logit_size : {20.0F, 60.0F, 150.0F, 300.0F, 1000.0F, 30000.0F}) {
+      double worst = 0, wplain = 0, typ = 0, tplain = 0;
+      for (uint64_t seed = 1; seed <= 8; ++seed) {
+        const ProblemSpec spec = AccuracySpec(head_dim, 2000, logit_size, seed);
+        SCOPED_TRACE(spec.ToString());
+        const Problem problem(spec);
+        group.Load(problem);
+        const auto answer = group.Attend(problem, {0});
+        ASSERT_TRUE(answer.ok()) << answer.status();
+        const DenseResult oracle = problem.Oracle();
+        const std::vector<float> plain = problem.PlainFloatAttention();
+        worst = std::max(worst, WorstError(answer->outputs, oracle.outputs, oracle.outputs, 64));
+        wplain = std::max(wplain, WorstError(plain, oracle.outputs, oracle.outputs, 64));
+        typ += TypicalError(answer->outputs, oracle.outputs, oracle.outputs, 64) / 8;
+        tplain += TypicalError(plain, oracle.outputs, oracle.outputs, 64) / 8;
+      }
+      std::printf("hd %d logit %g: worst %.3g plain %.3g  typical %.3g plain %.3g\n", head_dim, logit_size, worst, wplain, typ, tplain);
     }
   }
 }
