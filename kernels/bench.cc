@@ -5,11 +5,10 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <oneapi/dnnl/dnnl.hpp>
 #include <random>
 #include <thread>
 #include <utility>
-
-#include <oneapi/dnnl/dnnl.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -24,7 +23,8 @@ namespace eduba {
 namespace {
 
 int Threads(const BenchOptions& options) {
-  return options.threads > 0 ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return options.threads > 0 ? options.threads
+                             : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 template <class Body>
@@ -44,11 +44,13 @@ struct StreamPattern {
   const char* name;
   int64_t piece_bytes;  // 0: one run per thread.
 };
-constexpr StreamPattern kPatterns[] = {{"one run per thread", 0}, {"pieces of 1 MiB", 1 << 20}, {"pieces of 64 KiB", 1 << 16}};
+constexpr StreamPattern kPatterns[] = {
+    {"one run per thread", 0}, {"pieces of 1 MiB", 1 << 20}, {"pieces of 64 KiB", 1 << 16}};
 constexpr int64_t kSumGrain = 256;
 
 // Reads the buffer once. The sum goes where no optimiser can lose it.
-void StreamOnce(const StreamPattern& pattern, ThreadPool& pool, const void* data, int64_t bytes, std::atomic<uint64_t>& sum) {
+void StreamOnce(const StreamPattern& pattern, ThreadPool& pool, const void* data, int64_t bytes,
+                std::atomic<uint64_t>& sum) {
   static const PageKernels* const kernels = RunnablePageKernels().front();
   const int64_t run = (bytes / pool.threads() + kSumGrain - 1) / kSumGrain * kSumGrain;
   const int64_t piece = pattern.piece_bytes > 0 ? pattern.piece_bytes : run;
@@ -94,7 +96,8 @@ absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vector<floa
 // Pages full of one random page's numbers, and queries against them.
 class AttendProblem {
  public:
-  AttendProblem(Backend& backend, const AttentionShape& shape, int rows, int64_t pages, char* memory, ThreadPool& pool)
+  AttendProblem(Backend& backend, const AttentionShape& shape, int rows, int64_t pages, char* memory,
+                ThreadPool& pool)
       : visible_(rows, {0, pages * kPageRows}), sink_logits_(shape.query_heads, 2.0F) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
@@ -113,7 +116,9 @@ class AttendProblem {
     const std::vector<char> values = stored(int64_t{kPageRows} * shape.kv_heads * shape.value_dim, &exponent);
     exponents_.assign(static_cast<size_t>(shape.kv_heads) * shape.value_dim, exponent);
     pool.ParallelFor(pages, [&](int64_t p, int) {
-      backend.WriteRows(shape, memory + p * backend.PageBytes(shape), 0, kPageRows, keys.data(), values.data()).IgnoreError();
+      backend
+          .WriteRows(shape, memory + p * backend.PageBytes(shape), 0, kPageRows, keys.data(), values.data())
+          .IgnoreError();
     });
     for (int64_t p = 0; p < pages; ++p) refs_.push_back({memory + p * backend.PageBytes(shape), p});
     args_.shape = shape;
@@ -143,7 +148,8 @@ absl::Status CheckAgainstReference(Backend& backend, const AttentionShape& shape
   const auto reference = MakeReferenceBackend();
   const Buffer memory(kPages * backend.PageBytes(shape));
   const Buffer reference_memory(kPages * reference->PageBytes(shape));
-  if (memory.data() == nullptr || reference_memory.data() == nullptr) return absl::ResourceExhaustedError("no memory");
+  if (memory.data() == nullptr || reference_memory.data() == nullptr)
+    return absl::ResourceExhaustedError("no memory");
   const AttendProblem problem(backend, shape, rows, kPages, memory.data(), pool);
   const AttendProblem reference_problem(*reference, shape, rows, kPages, reference_memory.data(), pool);
   std::vector<float> outputs;
@@ -176,7 +182,8 @@ class Matmul {
     a_ = memory(in, engine_);
     b_ = memory(desc.weights_desc(), engine_);
     c_ = memory(out, engine_);
-    for (const memory& m : {a_, b_, c_}) std::fill_n(static_cast<char*>(m.get_data_handle()), m.get_desc().get_size(), 0);
+    for (const memory& m : {a_, b_, c_})
+      std::fill_n(static_cast<char*>(m.get_data_handle()), m.get_desc().get_size(), 0);
     matmul_ = dnnl::matmul(desc);
   }
   double Gflops() {
@@ -202,7 +209,8 @@ struct Case {
   int group;
   int rows;
 };
-constexpr Case kCases[] = {{64, 1, 1}, {64, 4, 1}, {64, 8, 1}, {128, 1, 1}, {128, 4, 1}, {128, 8, 1}, {64, 1, 64}, {128, 1, 64}};
+constexpr Case kCases[] = {{64, 1, 1},  {64, 4, 1},  {64, 8, 1},  {128, 1, 1},
+                           {128, 4, 1}, {128, 8, 1}, {64, 1, 64}, {128, 1, 64}};
 constexpr int kKvHeads = 4;
 // A batch reads each byte for many query vectors: a smaller session takes long enough.
 constexpr int64_t kBatchBytes = int64_t{64} << 20;
@@ -212,16 +220,19 @@ constexpr int64_t kBatchBytes = int64_t{64} << 20;
 absl::StatusOr<StreamResult> RunStreamBench(const BenchOptions& options) {
   ThreadPool pool(Threads(options));
   const Buffer buffer(options.bytes);
-  if (buffer.data() == nullptr) return absl::ResourceExhaustedError(absl::StrCat("no memory for ", options.bytes, " bytes"));
+  if (buffer.data() == nullptr)
+    return absl::ResourceExhaustedError(absl::StrCat("no memory for ", options.bytes, " bytes"));
   pool.ParallelFor((options.bytes + (1 << 20) - 1) >> 20, [&](int64_t i, int) {
-    std::fill_n(buffer.data() + (i << 20), std::min<int64_t>(1 << 20, options.bytes - (i << 20)), static_cast<char>(i));
+    std::fill_n(buffer.data() + (i << 20), std::min<int64_t>(1 << 20, options.bytes - (i << 20)),
+                static_cast<char>(i));
   });
   std::vector<std::vector<double>> seconds(std::size(kPatterns));
   std::atomic<uint64_t> sum = 0;
   for (int round = 0; round <= options.rounds; ++round) {
     if (options.progress) options.progress("stream", round, options.rounds + 1);
     for (size_t i = 0; i < std::size(kPatterns); ++i) {
-      const double taken = Seconds([&] { StreamOnce(kPatterns[i], pool, buffer.data(), options.bytes, sum); });
+      const double taken =
+          Seconds([&] { StreamOnce(kPatterns[i], pool, buffer.data(), options.bytes, sum); });
       if (round > 0) seconds[i].push_back(taken);
     }
   }
@@ -229,7 +240,8 @@ absl::StatusOr<StreamResult> RunStreamBench(const BenchOptions& options) {
   for (size_t i = 0; i < std::size(kPatterns); ++i) {
     const double median = Median(seconds[i]);
     if (best.seconds == 0 || median < best.seconds) {
-      best = {kPatterns[i].name, pool.threads(), options.bytes, median, 1e-9 * static_cast<double>(options.bytes) / median};
+      best = {kPatterns[i].name, pool.threads(), options.bytes, median,
+              1e-9 * static_cast<double>(options.bytes) / median};
     }
   }
   return best;
@@ -247,8 +259,9 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
     shape.dtype = DType::kBf16;
     shape.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
     if (options.progress) {
-      options.progress(absl::StrFormat("attend head_dim=%d queries_per_kv_head=%d rows=%d", c.head_dim, c.group, c.rows),
-                       static_cast<int>(results.size()), static_cast<int>(std::size(kCases)));
+      options.progress(
+          absl::StrFormat("attend head_dim=%d queries_per_kv_head=%d rows=%d", c.head_dim, c.group, c.rows),
+          static_cast<int>(results.size()), static_cast<int>(std::size(kCases)));
     }
     EDUBA_RETURN_IF_ERROR(CheckAgainstReference(*backend, shape, c.rows));
 
@@ -256,7 +269,8 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
     const int64_t wanted = batch ? std::min(options.bytes, kBatchBytes) : options.bytes;
     const int64_t pages = std::max<int64_t>(1, wanted / backend->PageBytes(shape));
     const Buffer memory(pages * backend->PageBytes(shape));
-    if (memory.data() == nullptr) return absl::ResourceExhaustedError(absl::StrCat("no memory for ", wanted, " bytes"));
+    if (memory.data() == nullptr)
+      return absl::ResourceExhaustedError(absl::StrCat("no memory for ", wanted, " bytes"));
     const AttendProblem problem(*backend, shape, c.rows, pages, memory.data(), pool);
     std::unique_ptr<Matmul> f32;
     std::unique_ptr<Matmul> bf16;
@@ -280,7 +294,8 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
       EDUBA_RETURN_IF_ERROR(status);
       if (round > 0) attend.push_back(taken);
       for (size_t i = 0; i < std::size(kPatterns); ++i) {
-        const double streamed = Seconds([&] { StreamOnce(kPatterns[i], pool, memory.data(), memory.bytes(), sum); });
+        const double streamed =
+            Seconds([&] { StreamOnce(kPatterns[i], pool, memory.data(), memory.bytes(), sum); });
         if (round > 0) stream[i].push_back(streamed);
       }
       if (f32) f32_rates.push_back(f32->Gflops());
@@ -296,14 +311,17 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
     r.query_rows = c.rows;
     r.bytes = memory.bytes();
     r.seconds = Median(attend);
-    r.spread = (*std::max_element(attend.begin(), attend.end()) - *std::min_element(attend.begin(), attend.end())) / r.seconds;
+    r.spread =
+        (*std::max_element(attend.begin(), attend.end()) - *std::min_element(attend.begin(), attend.end())) /
+        r.seconds;
     const double gigabytes = 1e-9 * static_cast<double>(r.bytes);
     r.gb_per_s = gigabytes / r.seconds;
-    for (const auto& seconds : stream) r.stream_gb_per_s = std::max(r.stream_gb_per_s, gigabytes / Median(seconds));
+    for (const auto& seconds : stream)
+      r.stream_gb_per_s = std::max(r.stream_gb_per_s, gigabytes / Median(seconds));
     r.share = r.gb_per_s / r.stream_gb_per_s;
     if (batch) {
-      const double operations =
-          2.0 * c.rows * shape.query_heads * static_cast<double>(pages * kPageRows) * (shape.head_dim + shape.value_dim);
+      const double operations = 2.0 * c.rows * shape.query_heads * static_cast<double>(pages * kPageRows) *
+                                (shape.head_dim + shape.value_dim);
       r.gflops = 1e-9 * operations / r.seconds;
       r.matrix_f32_gflops = Median(f32_rates);
       r.matrix_bf16_gflops = bf16_rates.empty() ? 0 : Median(bf16_rates);

@@ -18,8 +18,8 @@ HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Dimensions of a segment of a dot product; fixes the arithmetic of a logit (docs/numerics.md section 2). Segments are summed
-// from zero, and their sum is kept in two floats.
+// Dimensions of a segment of a dot product; fixes the arithmetic of a logit (docs/numerics.md section 2).
+// Segments are summed from zero, and their sum is kept in two floats.
 constexpr int DotSegment(int head_dim) { return head_dim <= 16 ? 8 : 16; }
 // From a dot product in the scratch to what its rounding left.
 constexpr int kLowOffset = kMaxPageQueries * kScorePitch;
@@ -43,8 +43,8 @@ static_assert(kKeyPairs >= 1);
 
 // How stored elements become pairs of vectors of N lanes.
 //   LoadKeys   a: keys 0 to N - 1, b: keys 16 to 16 + N - 1 of a block, `p` at key 0 (CpuPageLayout::key)
-//   LoadPair   2 N consecutive elements, in the order that is cheapest to load: bf16 comes as even and odd elements
-//   StorePair  puts what LoadPair made back into their natural order
+//   LoadPair   2 N consecutive elements, in the order that is cheapest to load: bf16 comes as even and odd
+//   elements StorePair  puts what LoadPair made back into their natural order
 struct F32 {
   using T = float;
   static constexpr int kKeyStride = 1;  // Elements from a key to the next.
@@ -138,16 +138,16 @@ HWY_INLINE VF Capped(DF d, VF dot, VF scale, VF softcap) {
   return hn::Mul(softcap, hn::CopySign(tanh, u));
 }
 
-// Pass `index` of `count` over the same bytes: prefetches its share of the lines that lie kPrefetchBytes after them, so that each
-// line is asked for once, and evenly.
+// Pass `index` of `count` over the same bytes: prefetches its share of the lines that lie kPrefetchBytes
+// after them, so that each line is asked for once, and evenly.
 HWY_INLINE void PrefetchShare(const void* from, int64_t bytes, int index, int count) {
   const char* line = static_cast<const char*>(from) + kPrefetchBytes;
   for (int64_t at = int64_t{index} * 64; at < bytes; at += int64_t{count} * 64) hwy::Prefetch(line + at);
 }
 
-// Dot products of kQueries query vectors with kPairs pairs of vectors of a block's keys, from pair `first`, as two numbers:
-// scores, and kLowOffset after it what the scores' rounding left (nothing where one segment holds all dimensions). Rows of
-// scores are kScorePitch apart.
+// Dot products of kQueries query vectors with kPairs pairs of vectors of a block's keys, from pair `first`,
+// as two numbers: scores, and kLowOffset after it what the scores' rounding left (nothing where one segment
+// holds all dimensions). Rows of scores are kScorePitch apart.
 template <class Type, int kQueries, int kPairs>
 HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first, int head_dim,
                           const float* const* query, int pass, int passes, float* HWY_RESTRICT scores) {
@@ -210,13 +210,14 @@ constexpr int PairsFor(int queries, int most) {
 
 // `tile` of `tiles` that read the same block.
 template <class Type, int kQueries>
-void ScoreBlock(const void* block, int head_dim, const float* const* query, int tile, int tiles, float* scores) {
+void ScoreBlock(const void* block, int head_dim, const float* const* query, int tile, int tiles,
+                float* scores) {
   constexpr int kPairs = PairsFor(kQueries, kKeyPairs);
   constexpr int kPasses = kKeyPairs / kPairs;
   static_assert(kKeyPairs % kPairs == 0);
   for (int p = 0; p < kPasses; ++p) {
-    ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * kPairs, head_dim, query,
-                                      tile * kPasses + p, tiles * kPasses, scores);
+    ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * kPairs, head_dim,
+                                      query, tile * kPasses + p, tiles * kPasses, scores);
   }
 }
 
@@ -224,9 +225,10 @@ void ScoreBlock(const void* block, int head_dim, const float* const* query, int 
 // from `first`. `sum` and `total` rows are `pitch` apart and hold pairs in LoadPair's order. The sum starts
 // from zero where `fresh`, and joins the total where `last`.
 template <class Type, class D, int kQueries, int kPairs>
-HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin, int end,
-                          bool fresh, bool last, int pass, int passes, const float* HWY_RESTRICT weight,
-                          float* HWY_RESTRICT sums, float* HWY_RESTRICT totals) {
+HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin,
+                          int end, bool fresh, bool last, int pass, int passes,
+                          const float* HWY_RESTRICT weight, float* HWY_RESTRICT sums,
+                          float* HWY_RESTRICT totals) {
   using V = hn::Vec<D>;
   constexpr int kN = static_cast<int>(hn::MaxLanes(D()));
   sums += first;
@@ -241,7 +243,8 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
   for (int chunk = begin; chunk < end; chunk += kRowChunk) {
     const int chunk_end = std::min(chunk + kRowChunk, end);
     PrefetchShare(values + static_cast<int64_t>(chunk) * pitch,
-                  static_cast<int64_t>(chunk_end - chunk) * pitch * static_cast<int64_t>(sizeof(*values)), pass, passes);
+                  static_cast<int64_t>(chunk_end - chunk) * pitch * static_cast<int64_t>(sizeof(*values)),
+                  pass, passes);
     for (int row = chunk; row < chunk_end; ++row) {
       const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
       V value[2 * kPairs];
@@ -287,16 +290,16 @@ void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bo
   for (int pass = 0; pass < passes; ++pass) {
     const int turn = tile * passes + pass;
     if (pass < wide) {
-      WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, turn, tiles * passes, weight,
-                                            sums, totals);
+      WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, turn,
+                                            tiles * passes, weight, sums, totals);
       first += kPairs * kPair;
     } else if (pass < wide + narrow) {
-      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, turn, tiles * passes, weight, sums,
-                                       totals);
+      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, turn,
+                                       tiles * passes, weight, sums, totals);
       first += kPair;
     } else {
-      WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, turn, tiles * passes, weight,
-                                          sums, totals);
+      WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, turn,
+                                          tiles * passes, weight, sums, totals);
     }
   }
 }
@@ -410,7 +413,8 @@ bool WriteTotals(const float* totals, int pitch, float* o) {
 
 // The instantiations for 1 to kMaxTile queries.
 using ScoreFunction = void (*)(const void*, int, const float* const*, int, int, float*);
-using WeighFunction = void (*)(const void*, int, int, int, bool, bool, int, int, const float*, float*, float*);
+using WeighFunction = void (*)(const void*, int, int, int, bool, bool, int, int, const float*, float*,
+                               float*);
 template <class Type, int... kCounts>
 ScoreFunction ScoreFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
   static constexpr ScoreFunction kTable[] = {ScoreBlock<Type, kCounts + 1>...};
@@ -435,7 +439,7 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
   constexpr auto kCounts = std::make_integer_sequence<int, kMaxTile>();
   const int pitch = page.value_pitch;
   float* scores = scratch;                                               // [queries, 256]
-  float* sums = scores + 2 * int64_t{kMaxPageQueries} * kScorePitch;  // [queries, pitch]
+  float* sums = scores + 2 * int64_t{kMaxPageQueries} * kScorePitch;     // [queries, pitch]
   float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;  // [queries, pitch]
   std::fill_n(totals, static_cast<int64_t>(page.queries) * pitch, 0.0F);
 
@@ -462,18 +466,17 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     }
   }
 
-  const auto softmax = page.softcap > 0                 ? Softmax<true, false>
+  const auto softmax = page.softcap > 0                            ? Softmax<true, false>
                        : page.head_dim > DotSegment(page.head_dim) ? Softmax<false, true>
-                                                     : Softmax<false, false>;
+                                                                   : Softmax<false, false>;
   bool finite[kMaxPageQueries];
   for (int t = 0; t < tile_count; ++t) {
     const Tile& tile = tiles[t];
     const int begin = tile.begin / kSumLanes * kSumLanes;
     const int end = (tile.end + kSumLanes - 1) / kSumLanes * kSumLanes;
     for (int q = tile.first; q < tile.first + tile.count; ++q) {
-      finite[q] = softmax(scores + q * kScorePitch, page.begin[q],
-                                                                      page.end[q], begin, end, page.scale,
-                                                                      page.softcap, page.m[q], page.l[q]);
+      finite[q] = softmax(scores + q * kScorePitch, page.begin[q], page.end[q], begin, end, page.scale,
+                          page.softcap, page.m[q], page.l[q]);
     }
   }
 
@@ -504,8 +507,8 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
         }
         if (run_end > row) {
           const bool last = run_end == segment_end || next == segment_end;
-          weigh(page.values, pitch, row, run_end, fresh, last, t, tile_count, scores + tile.first * kScorePitch,
-                sums + tile.first * pitch, totals + tile.first * pitch);
+          weigh(page.values, pitch, row, run_end, fresh, last, t, tile_count,
+                scores + tile.first * kScorePitch, sums + tile.first * pitch, totals + tile.first * pitch);
           fresh = false;
         }
         row = run_end == segment_end ? segment_end : next;

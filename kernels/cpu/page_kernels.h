@@ -31,7 +31,8 @@ struct PageQueries {
   float* o[kMaxPageQueries];  // Out: each [value_pitch]
 };
 
-// Floats between the scores of neighbouring queries: not a power of two, or they would all fall on the same lines of the cache.
+// Floats between the scores of neighbouring queries: not a power of two, or they would all fall on the same
+// lines of the cache.
 inline constexpr int kScorePitch = kPageRows + 16;
 
 // Memory of one thread for AttendPage, 64-byte aligned: floats.

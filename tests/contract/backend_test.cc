@@ -258,7 +258,13 @@ TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
 ProblemSpec AccuracySpec(int head_dim, int64_t positions, float logit_size, uint64_t seed) {
   ProblemSpec spec;
   spec.seed = seed;
-  spec.shape = {/*query_heads=*/4, /*kv_heads=*/2, head_dim, /*value_dim=*/64, DType::kBf16, 1 / std::sqrt(static_cast<float>(head_dim)), 0};
+  spec.shape = {/*query_heads=*/4,
+                /*kv_heads=*/2,
+                head_dim,
+                /*value_dim=*/64,
+                DType::kBf16,
+                1 / std::sqrt(static_cast<float>(head_dim)),
+                0};
   spec.rows = positions > 100000 ? 1 : 8;
   spec.positions = positions;
   spec.logit_size = logit_size;
@@ -280,7 +286,8 @@ TEST_P(BackendContract, ErrorStaysWithin3e6ForModerateLogits) {
         const auto answer = group.Attend(problem, {0});
         ASSERT_TRUE(answer.ok()) << answer.status();
         const DenseResult oracle = problem.Oracle();
-        const double error = WorstError(answer->outputs, oracle.outputs, oracle.outputs, spec.shape.value_dim);
+        const double error =
+            WorstError(answer->outputs, oracle.outputs, oracle.outputs, spec.shape.value_dim);
         worst = std::max(worst, error);
         EXPECT_LE(error, 3e-6);
       }
@@ -309,7 +316,8 @@ TEST_P(BackendContract, ErrorIsNeverAbovePlainFloatAttentionForExtremeLogits) {
         typ += TypicalError(answer->outputs, oracle.outputs, oracle.outputs, 64) / 8;
         tplain += TypicalError(plain, oracle.outputs, oracle.outputs, 64) / 8;
       }
-      std::printf("hd %d logit %g: worst %.3g plain %.3g  typical %.3g plain %.3g\n", head_dim, logit_size, worst, wplain, typ, tplain);
+      std::printf("hd %d logit %g: worst %.3g plain %.3g  typical %.3g plain %.3g\n", head_dim, logit_size,
+                  worst, wplain, typ, tplain);
     }
   }
 }
