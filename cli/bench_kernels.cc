@@ -1,0 +1,101 @@
+// eduba bench stream and eduba bench attend.
+
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/dtype.h"
+#include "base/status_macros.h"
+#include "cli/bench.h"
+#include "cli/flags.h"
+#include "cli/output.h"
+#include "kernels/bench.h"
+
+namespace eduba {
+namespace {
+
+struct KernelBenchFlags {
+  bool json = false;
+};
+
+void AddKernelBenchOptions(CLI::App& command, KernelBenchFlags& flags) { AddJsonFlag(command, flags.json); }
+
+BenchOptions WithProgress(ProgressReport& report) {
+  BenchOptions options;
+  options.progress = [&report](const std::string& what, int done, int total) {
+    report.Parts(what, done, total);
+  };
+  return options;
+}
+
+absl::Status RunStream(const KernelBenchFlags& flags) {
+  ProgressReport report("bench stream");
+  EDUBA_ASSIGN_OR_RETURN(const StreamResult result, RunStreamBench(WithProgress(report)));
+  if (flags.json) {
+    PrintJson({{"pattern", result.pattern},
+               {"threads", result.threads},
+               {"bytes", result.bytes},
+               {"seconds", result.seconds},
+               {"gb_per_s", result.gb_per_s}});
+  } else {
+    PrintTable({{"pattern", "threads", "GB", "GB/s"},
+                {result.pattern, absl::StrCat(result.threads), absl::StrFormat("%.2f", 1e-9 * result.bytes),
+                 absl::StrFormat("%.2f", result.gb_per_s)}});
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunAttend(const KernelBenchFlags& flags) {
+  ProgressReport report("bench attend");
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<AttendResult> results, RunAttendBench(WithProgress(report)));
+  Json list = Json::array();
+  std::vector<std::vector<std::string>> table = {{"backend", "head_dim", "queries/kv", "rows", "dtype", "ms",
+                                                  "GB/s", "stream GB/s", "share", "GFLOP/s", "of matmul"}};
+  for (const AttendResult& r : results) {
+    Json entry = {{"backend", r.backend},
+                  {"threads", r.threads},
+                  {"head_dim", r.head_dim},
+                  {"queries_per_kv_head", r.queries_per_kv_head},
+                  {"query_rows", r.query_rows},
+                  {"dtype", DTypeName(r.dtype)},
+                  {"bytes", r.bytes},
+                  {"seconds", r.seconds},
+                  {"spread", r.spread},
+                  {"gb_per_s", r.gb_per_s},
+                  {"stream_gb_per_s", r.stream_gb_per_s},
+                  {"share", r.share}};
+    const bool batch = !r.matrix_dtype.empty();
+    if (batch) {
+      entry["gflops"] = r.gflops;
+      entry["matrix_gflops"] = r.matrix_gflops;
+      entry["matrix_dtype"] = r.matrix_dtype;
+      entry["matrix_share"] = r.matrix_share;
+      entry["matrix_bf16_gflops"] = r.matrix_bf16_gflops;
+      entry["matrix_f32_gflops"] = r.matrix_f32_gflops;
+    }
+    list.push_back(std::move(entry));
+    table.push_back({r.backend, absl::StrCat(r.head_dim), absl::StrCat(r.queries_per_kv_head),
+                     absl::StrCat(r.query_rows), DTypeName(r.dtype), absl::StrFormat("%.3f", 1e3 * r.seconds),
+                     absl::StrFormat("%.2f", r.gb_per_s), absl::StrFormat("%.2f", r.stream_gb_per_s),
+                     absl::StrFormat("%.2f", r.share), batch ? absl::StrFormat("%.1f", r.gflops) : "",
+                     batch ? absl::StrFormat("%.2f %s", r.matrix_share, r.matrix_dtype) : ""});
+  }
+  if (flags.json) {
+    PrintJson(list);
+  } else {
+    PrintTable(table);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddKernelBenches(CLI::App& bench, Command& chosen) {
+  AddCommand(bench, "stream", "Reading memory once: the ceiling of a query", chosen, AddKernelBenchOptions,
+             RunStream);
+  AddCommand(bench, "attend", "Attention over pages, beside reading memory and multiplying matrices", chosen,
+             AddKernelBenchOptions, RunAttend);
+}
+
+}  // namespace eduba
