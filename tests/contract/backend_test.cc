@@ -258,13 +258,10 @@ TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
 ProblemSpec AccuracySpec(int head_dim, int64_t positions, float logit_size, uint64_t seed) {
   ProblemSpec spec;
   spec.seed = seed;
-  spec.shape = {/*query_heads=*/4,
-                /*kv_heads=*/2,
-                head_dim,
-                /*value_dim=*/64,
-                DType::kBf16,
-                1 / std::sqrt(static_cast<float>(head_dim)),
-                0};
+  spec.shape = {
+      /*query_heads=*/4,
+      /*kv_heads=*/2,    head_dim,
+      /*value_dim=*/64,  DType::kBf16, 1 / std::sqrt(static_cast<float>(head_dim)), 0};
   spec.rows = positions > 100000 ? 1 : 8;
   spec.positions = positions;
   spec.logit_size = logit_size;
