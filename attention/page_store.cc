@@ -124,8 +124,9 @@ void PageStore::DropFreeSlabs(int64_t page_bytes) {
   std::vector<Slabs::iterator> unused;
   for (char* const base : classes_.at(page_bytes).with_free) {
     const auto slab = slabs_.find(base);
-    if (static_cast<int64_t>(slab->second.free.size()) * page_bytes == slab->second.bytes)
+    if (static_cast<int64_t>(slab->second.free.size()) * page_bytes == slab->second.bytes) {
       unused.push_back(slab);
+    }
   }
   for (const Slabs::iterator slab : unused) DropSlab(slab);
 }

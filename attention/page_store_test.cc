@@ -154,6 +154,7 @@ TEST(PageStore, RandomUseByManyThreadsEndsWithNothingHeld) {
   SlabBackend backend;
   PageStore store(&backend, int64_t{8} << 20);
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&store, t] {
       std::mt19937 random(t);

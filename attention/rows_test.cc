@@ -38,8 +38,9 @@ TEST(Rows, ArraysConvertAsSingleElementsDo) {
       std::vector<char> converted(kCount * DTypeBytes(to));
       ConvertElements(source.data(), from, converted.data(), to, kCount);
       std::vector<char> single(kCount * DTypeBytes(to));
-      for (int64_t i = 0; i < kCount; ++i)
+      for (int64_t i = 0; i < kCount; ++i) {
         StoreElement(single.data(), to, i, LoadElement(source.data(), from, i));
+      }
       if (from == to) single = source;  // NaN payloads stay
       EXPECT_EQ(converted, single) << DTypeName(from) << " to " << DTypeName(to);
     }

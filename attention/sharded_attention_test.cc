@@ -94,9 +94,11 @@ Problem MakeProblem(uint64_t seed) {
   p.logit_shift = shifts[below(4)];
   if (p.logit_shift != 0) {
     for (size_t i = 0; i < p.keys.size(); i += shape.head_dim) p.keys[i] = 4;
-    for (size_t i = 0; i < p.queries.size(); i += shape.head_dim)
+    for (size_t i = 0; i < p.queries.size(); i += shape.head_dim) {
       p.queries[i] = p.logit_shift / (4 * shape.scale);
+    }
   }
+  p.positions.reserve(p.rows);
   for (int r = 0; r < p.rows; ++r) p.positions.push_back(below(2) == 0 ? p.length - 1 : below(p.length));
   return p;
 }
@@ -153,6 +155,7 @@ class Cluster {
   std::vector<absl::StatusOr<AttentionAnswer>> Attend(const AttentionQuery& query) {
     std::vector<absl::StatusOr<AttentionAnswer>> answers(ranks_);
     std::vector<std::thread> threads;
+    threads.reserve(ranks_);
     for (int rank = 0; rank < ranks_; ++rank) {
       threads.emplace_back([&, rank] {
         const absl::Time deadline = absl::Now() + absl::Seconds(60);

@@ -140,6 +140,7 @@ TEST_F(StagedAppendTest, AnyChunkingGivesTheSamePagesDigestAndExponents) {
       }
       std::shuffle(pieces.begin(), pieces.end(), random);
       std::vector<std::thread> threads;
+      threads.reserve(2);
       for (size_t t = 0; t < 2; ++t) {
         threads.emplace_back([&, t] {
           for (size_t i = t; i < pieces.size(); i += 2) {

@@ -46,8 +46,9 @@ absl::StatusOr<SequenceSpec> SequenceSpecOf(const v1::SessionSpec& given) {
 // An error of AttendSharded with a code that tells the coordinator whether the group is dead: only
 // INVALID_ARGUMENT leaves it alive.
 absl::Status BrokenGroup(const absl::Status& status) {
-  if (absl::IsInvalidArgument(status) || absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status))
+  if (absl::IsInvalidArgument(status) || absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status)) {
     return status;
+  }
   return absl::AbortedError(std::string(status.message()));
 }
 
@@ -243,7 +244,7 @@ absl::Status Engine::CheckTurn(const v1::Command& command) {
   if (!current_->over.ok()) return current_->over;
   if (command.ordinal() != next_ordinal_) {
     // A rank that missed a command would meet the others in the wrong collective.
-    const absl::Status status = absl::AbortedError(absl::StrCat(
+    absl::Status status = absl::AbortedError(absl::StrCat(
         "command ", command.ordinal(), " came where ", next_ordinal_, " was due in epoch ", command.epoch()));
     End(*current_, status);
     return status;
@@ -353,7 +354,7 @@ absl::Status Engine::Attend(const v1::AttendStep& request, absl::Time deadline, 
   const int64_t length = session == sessions_.end() ? 0 : session->second->length();
   if (request.length() < 1 || request.length() > length) {
     // The other ranks may know the session and be on their way into the collective.
-    const absl::Status status =
+    absl::Status status =
         absl::AbortedError(absl::StrCat("step on ", request.length(), " positions of session ",
                                         request.session_id(), ", of which this worker knows ", length));
     communicator.Abort(status);

@@ -1,6 +1,7 @@
 #ifndef EDUBA_KERNELS_REFERENCE_ATTENTION_H_
 #define EDUBA_KERNELS_REFERENCE_ATTENTION_H_
 
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -21,7 +22,7 @@ struct DenseAttention {
   std::vector<float> values;       // [positions, kv_heads, value_dim]
   std::vector<float> sink_logits;  // Learned sinks: empty, or [query_heads]
   int sink_tokens = 0;             // Positions below this count as sinks in the sink mass.
-  std::function<bool(int row, long position)> sees;
+  std::function<bool(int row, int64_t position)> sees;
 };
 
 struct DenseResult {

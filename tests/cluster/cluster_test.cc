@@ -59,6 +59,7 @@ std::vector<Answers> AskAll(Client& client, const v1::Session& session, const st
   std::vector<Answers> answers(calls.size());
   std::atomic<size_t> next{0};
   std::vector<std::thread> threads;
+  threads.reserve(3);
   for (int t = 0; t < 3; ++t) {
     threads.emplace_back([&] {
       for (size_t i = next++; i < calls.size(); i = next++) {
@@ -77,6 +78,7 @@ TEST(Cluster, AnyWorkersStripesChunksBatchesAndTransportGiveTheSameBytes) {
                                         {5, "local"}, {8, "local"}, {3, "gloo"}};
   constexpr uint64_t kSeeds = 6;
   std::vector<Problem> problems;
+  problems.reserve(kSeeds);
   for (uint64_t seed = 1; seed <= kSeeds; ++seed) problems.push_back(MakeProblem(seed));
   std::map<uint64_t, std::vector<Answers>> first;
   std::map<uint64_t, unsigned __int128> digests;

@@ -72,6 +72,7 @@ Call MakeCall(const Content& content, Random& random) {
   std::normal_distribution<float> normal;
   call.queries.resize(call.rows * spec.query_heads() * spec.head_dim());
   for (float& x : call.queries) x = normal(random);
+  call.positions.reserve(call.rows);
   for (int64_t r = 0; r < call.rows; ++r) call.positions.push_back(Below(random, content.length));
   return call;
 }
@@ -100,6 +101,7 @@ Problem MakeProblem(uint64_t seed) {
   problem.seed = seed;
   problem.content = MakeContent(spec, 1 + Below(random, 4000), random);
   const int64_t calls = 3 + Below(random, 5);
+  problem.calls.reserve(calls);
   for (int64_t i = 0; i < calls; ++i) problem.calls.push_back(MakeCall(problem.content, random));
   return problem;
 }

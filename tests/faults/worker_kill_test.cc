@@ -137,6 +137,7 @@ class WorkerKill : public ::testing::Test {
     std::atomic<int> refused{0};
     std::once_flag once;
     std::vector<std::thread> threads;
+    threads.reserve(3);
     for (int t = 0; t < 3; ++t) {
       threads.emplace_back([&] {
         while (refused == 0) {
