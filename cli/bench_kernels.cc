@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "CLI/Option.hpp"
+#include "CLI/Validators.hpp"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/dtype.h"
@@ -17,12 +19,23 @@ namespace {
 
 struct KernelBenchFlags {
   bool json = false;
+  int64_t bytes = BenchOptions().bytes;
+  int rounds = BenchOptions().rounds;
 };
 
-void AddKernelBenchOptions(CLI::App& command, KernelBenchFlags& flags) { AddJsonFlag(command, flags.json); }
+void AddKernelBenchOptions(CLI::App& command, KernelBenchFlags& flags) {
+  AddBytesOption(command, "--bytes", flags.bytes,
+                 "Keys and values to read, much more than the caches hold [1GiB]");
+  command.add_option("--rounds", flags.rounds, "Timed rounds; medians are reported")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  AddJsonFlag(command, flags.json);
+}
 
-BenchOptions WithProgress(ProgressReport& report) {
+BenchOptions OptionsOf(const KernelBenchFlags& flags, ProgressReport& report) {
   BenchOptions options;
+  options.bytes = flags.bytes;
+  options.rounds = flags.rounds;
   options.progress = [&report](const std::string& what, int done, int total) {
     report.Parts(what, done, total);
   };
@@ -31,7 +44,7 @@ BenchOptions WithProgress(ProgressReport& report) {
 
 absl::Status RunStream(const KernelBenchFlags& flags) {
   ProgressReport report("bench stream");
-  EDUBA_ASSIGN_OR_RETURN(const StreamResult result, RunStreamBench(WithProgress(report)));
+  EDUBA_ASSIGN_OR_RETURN(const StreamResult result, RunStreamBench(OptionsOf(flags, report)));
   if (flags.json) {
     PrintJson({{"pattern", result.pattern},
                {"threads", result.threads},
@@ -48,7 +61,7 @@ absl::Status RunStream(const KernelBenchFlags& flags) {
 
 absl::Status RunAttend(const KernelBenchFlags& flags) {
   ProgressReport report("bench attend");
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<AttendResult> results, RunAttendBench(WithProgress(report)));
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<AttendResult> results, RunAttendBench(OptionsOf(flags, report)));
   Json list = Json::array();
   std::vector<std::vector<std::string>> table = {{"backend", "head_dim", "queries/kv", "rows", "dtype", "ms",
                                                   "GB/s", "stream GB/s", "share", "GFLOP/s", "of matmul"}};

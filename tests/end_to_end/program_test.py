@@ -17,7 +17,7 @@ import program
 
 COMMANDS = ["", "up", "coordinator", "worker", "workers", "doctor", "version", "session", "session create", "session append",
             "session attend", "session show", "session list", "session delete", "atlas", "atlas load", "atlas annotate", "bench",
-            "bench merge", "bench append"]
+            "bench stream", "bench attend", "bench merge", "bench append"]
 SHAPE = ["--query-heads", 2, "--kv-heads", 1, "--head-dim", 16]
 
 
@@ -213,6 +213,13 @@ class Life(unittest.TestCase):
     def test_benchmarks_report(self):
         merge = json.loads(program.eduba("bench", "merge", "--rounds", 20, "--json").stdout)
         self.assertEqual({m["transport"] for m in merge}, {"local", "gloo"})
+        stream = json.loads(program.eduba("bench", "stream", "--bytes", "16MiB", "--rounds", 1, "--json").stdout)
+        self.assertGreater(stream["gb_per_s"], 0)
+        attend = json.loads(program.eduba("bench", "attend", "--bytes", "16MiB", "--rounds", 1, "--json").stdout)
+        self.assertEqual({(a["head_dim"], a["queries_per_kv_head"]) for a in attend if a["query_rows"] == 1},
+                         {(dim, queries) for dim in (64, 128) for queries in (1, 4, 8)})
+        for result in attend:
+            self.assertLessEqual({"dtype", "bytes", "seconds", "gb_per_s", "stream_gb_per_s", "share"}, set(result))
         append = json.loads(program.eduba("bench", "append", "--bytes", "16MiB", "--rounds", 2, "--json").stdout)
         self.assertGreater(append["append_gb_per_s"], 0)
         self.assertAlmostEqual(append["share"], append["append_gb_per_s"] / append["stream_gb_per_s"])
