@@ -19,9 +19,10 @@ namespace eduba {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Units of work that one thread takes at a time: neighbours in memory, so that the prefetch of one helps the
-// next.
-constexpr int64_t kUnitsPerTask = 8;
+// Most units of work that one thread takes at a time: neighbours in memory, so that one fetches the next.
+constexpr int64_t kUnitsPerTask = 32;
+// Tasks that each thread should have at least, so that none is idle for long at the end.
+constexpr int64_t kTasksPerThread = 16;
 
 // Lives as long as the backend; one step at a time uses it.
 struct Workspace {
@@ -180,14 +181,17 @@ class CpuStep final : public MergingStep {
   int64_t units() const { return static_cast<int64_t>(pages_.size()) * layout_.kv_heads * row_blocks_; }
   const PageRef& PageOfUnit(int64_t unit) const { return pages_[unit / (layout_.kv_heads * row_blocks_)]; }
   int64_t KvHeadOfUnit(int64_t unit) const { return unit / row_blocks_ % layout_.kv_heads; }
+  const char* KeysOfUnit(int64_t unit) const {
+    return static_cast<const char*>(PageOfUnit(unit).data) + layout_.keys(KvHeadOfUnit(unit));
+  }
   int64_t PartialBytes() const {
     return unit_queries_ * (layout_.value_pitch + 2) * static_cast<int64_t>(sizeof(float));
   }
 
   template <class Body>
   void ForEachUnit(const Body& body) {
-    // Few units: one at a time, so that all threads have some.
-    const int64_t per_task = units() >= kUnitsPerTask * 8 * workspace_.pool.threads() ? kUnitsPerTask : 1;
+    const int64_t per_task =
+        std::clamp<int64_t>(units() / (kTasksPerThread * workspace_.pool.threads()), 1, kUnitsPerTask);
     workspace_.pool.ParallelFor((units() + per_task - 1) / per_task, [&](int64_t task, int thread) {
       const int64_t end = std::min(units(), (task + 1) * per_task);
       for (int64_t unit = task * per_task; unit < end; ++unit) body(unit, thread);
@@ -226,8 +230,14 @@ class CpuStep final : public MergingStep {
 
     PageQueries call;
     call.dtype = shape.dtype;
-    call.keys = static_cast<const char*>(page.data) + layout_.keys(KvHeadOfUnit(unit));
-    call.values = static_cast<const char*>(page.data) + layout_.values(KvHeadOfUnit(unit));
+    call.keys = KeysOfUnit(unit);
+    call.values = static_cast<const char*>(call.keys) + layout_.key_bytes();
+    // The last rows that read these keys fetch the next unit's.
+    const int64_t next = unit + 1;
+    if (next % row_blocks_ == 0 && next < units()) {
+      call.ahead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(KeysOfUnit(next)) -
+                                        reinterpret_cast<uintptr_t>(KeysOfUnit(unit)));
+    }
     call.head_dim = shape.head_dim;
     call.value_pitch = static_cast<int>(layout_.value_pitch);
     call.scale = shape.scale;
