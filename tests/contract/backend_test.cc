@@ -28,13 +28,14 @@ using Visible = ProblemSpec::Visible;
 struct BackendChoice {
   std::string name;
   std::function<std::unique_ptr<Backend>(int threads)> make;
+  bool fused = true;  // Its chip multiplies and adds in one operation.
 };
 
 std::vector<BackendChoice> AllBackends() {
   std::vector<BackendChoice> all = {{"reference", [](int) { return MakeReferenceBackend(); }}};
   for (const std::string& target : CpuTargets()) {
-    all.push_back(
-        {"cpu_" + target, [target](int threads) { return MakeCpuBackendForTest(threads, target); }});
+    all.push_back({"cpu_" + target, [target](int threads) { return MakeCpuBackendForTest(threads, target); },
+                   CpuTargetHasFma(target)});
   }
   return all;
 }
@@ -309,7 +310,7 @@ TEST_P(BackendContract, ErrorIsNeverAbovePlainFloatAttentionForExtremeLogits) {
         const auto answer = group.Attend(problem, {0});
         ASSERT_TRUE(answer.ok()) << answer.status();
         const DenseResult oracle = problem.Oracle();
-        const std::vector<float> plain = problem.PlainFloatAttention();
+        const std::vector<float> plain = problem.PlainFloatAttention(GetParam().fused);
         worst = std::max(worst, WorstError(answer->outputs, oracle.outputs, oracle.outputs, 64));
         plain_worst = std::max(plain_worst, WorstError(plain, oracle.outputs, oracle.outputs, 64));
         typical += TypicalError(answer->outputs, oracle.outputs, oracle.outputs, 64) / kSeeds;
