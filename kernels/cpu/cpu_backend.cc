@@ -84,7 +84,7 @@ class CpuStep final : public MergingStep {
     std::vector<float> maxima(threads * row_heads(), -kInfinity);
     // The sinks' reference is known already: the sink path's sums are made while the partials are in the
     // cache.
-    if (HasSinks()) sink_sums_ = std::make_unique<PageSums>(MakeSums(SinkTargets(), kSinkPathQuantum));
+    if (HasSinks()) sink_sums_ = std::make_unique<PageSums>(MakeSums(SinkPlan()));
     ForEachUnit([&](int64_t unit, int thread) {
       const PartialView view = Compute(unit, thread);
       if (sink_sums_) AddUnit(unit, thread, view, *sink_sums_);
@@ -116,13 +116,35 @@ class CpuStep final : public MergingStep {
 
   float LocalMaximum(int64_t row_head) const override { return maxima_[row_head]; }
 
-  void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
-    if (sink_sums_ && quantum == kSinkPathQuantum) return sink_sums_->Collect(layout_.value_dim, words);
-    PageSums sums = MakeSums(targets, quantum);
+  void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
+    std::vector<int32_t> index_of(this->row_heads(), -1);
+    for (size_t i = 0; i < row_heads.size(); ++i) index_of[row_heads[i]] = static_cast<int32_t>(i);
+    const int64_t value_dim = layout_.value_dim;
+    const int64_t size = static_cast<int64_t>(row_heads.size()) * value_dim;
+    std::vector<std::vector<float>> threads(workspace_.pool.threads());
+    ForEachUnit([&](int64_t unit, int thread) {
+      std::vector<float>& own = threads[thread];
+      if (own.empty()) own.assign(size, -kInfinity);
+      const PartialView view = keep_partials_ ? ViewOf(unit) : Compute(unit, thread);
+      ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
+        if (index_of[row_head] < 0 || view.m[query] == -kInfinity) return;
+        float* to = &own[index_of[row_head] * value_dim];
+        const float* o = view.o + query * layout_.value_pitch;
+        for (int64_t c = 0; c < value_dim; ++c) to[c] = std::max(to[c], LogMagnitude(view.m[query], o[c]));
+      });
+    });
+    for (const std::vector<float>& own : threads) {
+      for (size_t i = 0; i < own.size(); ++i) magnitudes[i] = std::max(magnitudes[i], own[i]);
+    }
+  }
+
+  void SumPages(const SumPlan& plan, int64_t* words) override {
+    if (sink_sums_ && plan.value_limit == 0) return sink_sums_->Collect(words);
+    PageSums sums = MakeSums(plan);
     ForEachUnit([&](int64_t unit, int thread) {
       AddUnit(unit, thread, keep_partials_ ? ViewOf(unit) : Compute(unit, thread), sums);
     });
-    sums.Collect(layout_.value_dim, words);
+    sums.Collect(words);
   }
 
  private:
@@ -211,29 +233,16 @@ class CpuStep final : public MergingStep {
     return ViewOf(slot);
   }
 
-  PageSums MakeSums(absl::Span<const Target> targets, Quantum quantum) const {
-    return PageSums(kernels_, workspace_.pool.threads(), row_heads(), targets, quantum,
-                    PaddedUnits(quantum.fraction_bits), layout_.value_pitch);
+  PageSums MakeSums(const SumPlan& plan) const {
+    return {kernels_, workspace_.pool.threads(), row_heads(), plan, layout_.value_dim, layout_.value_pitch};
   }
 
   void AddUnit(int64_t unit, int thread, const PartialView& view, PageSums& sums) {
-    const int64_t kv_head = KvHeadOfUnit(unit);
     ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
-      if (!sums.Add(thread, row_head, kv_head, view.m[query], view.l[query],
-                    view.o + query * layout_.value_pitch)) {
+      if (!sums.Add(thread, row_head, view.m[query], view.l[query], view.o + query * layout_.value_pitch)) {
         RecordFault(PageOfUnit(unit).index, row_head);
       }
     });
-  }
-
-  // Units(), [kv_heads, value_pitch]: the padding's values are zeros, in any unit.
-  std::vector<double> PaddedUnits(int fraction_bits) const {
-    const std::vector<double> units = Units(fraction_bits);
-    std::vector<double> padded(layout_.kv_heads * layout_.value_pitch, 1.0);
-    for (int64_t head = 0; head < layout_.kv_heads; ++head) {
-      std::copy_n(&units[head * layout_.value_dim], layout_.value_dim, &padded[head * layout_.value_pitch]);
-    }
-    return padded;
   }
 
   const CpuPageLayout layout_;

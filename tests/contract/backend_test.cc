@@ -7,6 +7,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <random>
 #include <string>
@@ -291,6 +292,49 @@ TEST_P(BackendContract, ErrorStaysWithin3e6ForModerateLogits) {
     }
   }
   RecordProperty("worst_relative_error", absl::StrCat(worst));
+}
+
+// A fixed-point sum has to share its bits among all sizes of values in a channel. One huge value must not
+// cost the others theirs: neither where no row sees it, nor where it is seen and weighs next to nothing.
+TEST_P(BackendContract, AHugeValueThatHardlyCountsCostsNoPrecision) {
+  RankGroup group = Group(GetParam(), 2);
+  for (const float huge : {1e6F, 1e9F, 1e12F, 1e20F, 1e38F}) {
+    for (const bool seen : {false, true}) {
+      for (const std::optional<float> sink :
+           {std::optional<float>(), std::optional<float>(3), std::optional<float>(9)}) {
+        ProblemSpec spec = AccuracySpec(64, 3000, 5, 7);
+        spec.shape.dtype = DType::kF32;
+        spec.rows = 1;
+        spec.shape.query_heads = spec.shape.kv_heads;  // So that a key can be far from all queries.
+        spec.sink_logit = sink;
+        Problem problem(spec);
+        // The last position's values are huge; its logits, where it is seen, are about -100.
+        const int64_t last = spec.positions - 1;
+        const AttentionShape& shape = spec.shape;
+        for (int head = 0; head < shape.kv_heads; ++head) {
+          const float* query = &problem.queries[static_cast<int64_t>(head) * shape.head_dim];
+          double norm = 0;
+          for (int d = 0; d < shape.head_dim; ++d) norm += static_cast<double>(query[d]) * query[d];
+          for (int d = 0; d < shape.head_dim; ++d) {
+            problem.keys[(last * shape.kv_heads + head) * shape.head_dim + d] =
+                static_cast<float>(-100 / shape.scale / norm) * query[d];
+          }
+          for (int c = 0; c < shape.value_dim; ++c) {
+            problem.values[(last * shape.kv_heads + head) * shape.value_dim + c] = c % 2 == 0 ? huge : -huge;
+          }
+        }
+        std::fill(problem.exponents.begin(), problem.exponents.end(),
+                  static_cast<int16_t>(std::ceil(std::log2(huge))));
+        if (!seen) problem.visible[0].end = last;
+        SCOPED_TRACE(absl::StrCat("huge=", huge, " seen=", seen, " ", spec.ToString()));
+        group.Load(problem);
+        const auto answer = group.Attend(problem, {0, 1});
+        ASSERT_TRUE(answer.ok()) << answer.status();
+        const DenseResult oracle = problem.Oracle();
+        EXPECT_LE(WorstError(answer->outputs, oracle.outputs, oracle.outputs, shape.value_dim), 3e-6);
+      }
+    }
+  }
 }
 
 TEST_P(BackendContract, ErrorIsNeverAbovePlainFloatAttentionForExtremeLogits) {
