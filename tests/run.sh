@@ -57,7 +57,7 @@ done
 
 say "Fuzzing"
 cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz -j "$jobs"
+cmake --build --preset fuzz -j "$jobs" --target fuzz_targets
 if [[ $full == no ]]; then
   tests/fuzz/run.sh build/fuzz/bin 15
 else
