@@ -94,7 +94,8 @@ void ParseCommon(ConfigFields& fields, ModelConfig& config) {
   } else if (llama || gemma || neox) {
     config.eos_tokens = {gemma ? 1 : 2};
   }
-  if (config.bos_token.value_or(0) >= config.vocab_size) config.bos_token.reset();  // A default beyond a tiny model.
+  if (config.bos_token.value_or(0) >= config.vocab_size)
+    config.bos_token.reset();  // A default beyond a tiny model.
   std::erase_if(config.eos_tokens, [&](int32_t id) { return id >= config.vocab_size; });
 
   // Says where a file comes from, how a model was trained, what a caller wants back, or how it is run.
