@@ -116,6 +116,11 @@ class Translator {
     return "";
   }
 
+  // Of what is written into a class.
+  static bool IsOneCharacter(absl::string_view item) {
+    return absl::StartsWith(item, "\\x") && item.find("\\x", 2) == absl::string_view::npos;
+  }
+
   void Escape() {
     Take(1);
     if (rest_.empty()) return Refuse("\\");
@@ -155,14 +160,14 @@ class Translator {
         out_.push_back('-');
         if (rest_.empty() || rest_[0] == '[' || rest_[0] == '-') return Refuse("a range in a class");
         const std::string last = rest_[0] == '\\' ? EscapedInClass() : Literal(TakeCharacter());
-        if (status_.ok() && !absl::StartsWith(last, "\\x")) return Refuse("a range in a class");
+        if (status_.ok() && !IsOneCharacter(last)) return Refuse("a range in a class");
         absl::StrAppend(&out_, last);
         range_may_follow = false;
         continue;
       }
       if (rest_[0] == '\\') {
         const std::string item = EscapedInClass();
-        range_may_follow = absl::StartsWith(item, "\\x") && item.find("\\x", 2) == std::string::npos;
+        range_may_follow = IsOneCharacter(item);
         absl::StrAppend(&out_, item);
       } else {
         absl::StrAppend(&out_, Literal(TakeCharacter()));
