@@ -162,6 +162,25 @@ std::vector<std::pair<std::string, std::string>> AllTokenizers() {
 INSTANTIATE_TEST_SUITE_P(All, Golden, testing::ValuesIn(AllTokenizers()),
                          [](const auto& info) { return info.param.second; });
 
+// Runs of one character are where a backtracking expression, or a merge that looks at all pairs, takes for
+// ever.
+TEST_P(Golden, LongRunsAreEncodedAndComeBack) {
+  ASSERT_NE(tokenizer_, nullptr);
+  for (const char* character : {" ", "a", "\n", "1", "\xE7\xB4\xB0"}) {
+    std::string text = "x";
+    for (int i = 0; i < 200000; ++i) text += character;
+    const auto ids = tokenizer_->Encode(text, {});
+    ASSERT_TRUE(ids.ok()) << ids.status();
+    EXPECT_LE(ids->size(), text.size() + 2);
+    const std::string decoded = tokenizer_->Decode(*ids, {});
+    const bool is_space = *character == ' ' || *character == '\n';  // SentencePiece may take them out.
+    if (!is_space && GetParam().second != "gpt2" && GetParam().second != "metaspace" &&
+        GetParam().second != "gemma") {
+      EXPECT_TRUE(decoded == text) << character << decoded.substr(0, 20);
+    }
+  }
+}
+
 TEST(GoldenData, HasEveryKindThatTheScriptMakes) { EXPECT_EQ(AllTokenizers().size(), 12u); }
 
 // Where our own decoder stands in for the library's.

@@ -231,20 +231,21 @@ def digest(encode_batch):
     return state.hexdigest()
 
 
-def make_sentencepiece(kind, **options):
+def make_sentencepiece(kind, symbols, **options):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in corpus() for line in text.split("\n") if line]), model_writer=model,
         model_type=kind, num_threads=1, minloglevel=2, character_coverage=0.98, byte_fallback=True, pad_id=3,
-        user_defined_symbols=["<start_of_turn>", "▁▁"], hard_vocab_limit=False, **options)
+        user_defined_symbols=symbols, hard_vocab_limit=False, **options)
     return model.getvalue()
 
 
+# A run of spaces as a symbol, as Gemma has it. (Where other spaces are taken out, releases of sentencepiece disagree about it.)
 SENTENCEPIECE = {
-    "spm_bpe": dict(kind="bpe", vocab_size=520, normalization_rule_name="identity", remove_extra_whitespaces=False),
-    "spm_bpe_plain": dict(kind="bpe", vocab_size=520, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    "spm_bpe": dict(kind="bpe", symbols=["<start_of_turn>", "▁▁"], vocab_size=520, normalization_rule_name="identity", remove_extra_whitespaces=False),
+    "spm_bpe_plain": dict(kind="bpe", symbols=["▁▁"], vocab_size=520, normalization_rule_name="identity", remove_extra_whitespaces=False,
                           add_dummy_prefix=False),
-    "spm_unigram": dict(kind="unigram", vocab_size=480, normalization_rule_name="identity"),
+    "spm_unigram": dict(kind="unigram", symbols=["<start_of_turn>"], vocab_size=480, normalization_rule_name="identity"),
 }
 
 
