@@ -16,15 +16,16 @@ MAY_INCLUDE = {
     "kernels": set(),
     "collective": set(),
     "attention": {"kernels", "collective"},
+    "model": {"kernels", "collective", "attention"},
     "rpc": set(),
     "coordinator": {"rpc"},
-    "worker": {"rpc", "attention", "kernels", "collective"},
+    "worker": {"rpc", "model", "attention", "kernels", "collective"},
     "ingest": set(),
     "client": {"rpc"},
     # The program's main: the one place that sees servers and clients together.
-    "cli": {"rpc", "client", "ingest", "coordinator", "worker", "kernels", "collective", "attention"},
-    "tests": {"kernels", "collective", "attention", "rpc", "coordinator", "worker", "ingest", "client", "cli"},
-    "benchmarks": {"kernels", "collective", "attention"},
+    "cli": {"rpc", "client", "ingest", "coordinator", "worker", "kernels", "collective", "attention", "model"},
+    "tests": {"kernels", "collective", "attention", "model", "rpc", "coordinator", "worker", "ingest", "client", "cli"},
+    "benchmarks": {"kernels", "collective", "attention", "model"},
 }
 
 # Outside library -> the only places that may include its headers.

@@ -1,0 +1,62 @@
+#include "model/read_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+
+namespace eduba {
+
+absl::StatusOr<OpenedFile> OpenRegularFile(const std::string& path) {
+  // O_NONBLOCK: opening a pipe returns at once, to be refused.
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) {
+    const int error = errno;
+    const std::string what = absl::StrCat(path, ": ", std::strerror(error));
+    if (error == ENOENT || error == ENOTDIR) return absl::NotFoundError(what);
+    if (error == EACCES || error == EPERM) return absl::PermissionDeniedError(what);
+    return absl::InvalidArgumentError(what);
+  }
+  struct stat info {};
+  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+    close(fd);
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not a regular file"));
+  }
+  return OpenedFile{fd, static_cast<int64_t>(info.st_size)};
+}
+
+absl::Status ReadExactly(int fd, int64_t offset, int64_t bytes, void* out, const std::string& path) {
+  auto* to = static_cast<char*>(out);
+  while (bytes > 0) {
+    const ssize_t got = pread(fd, to, static_cast<size_t>(bytes), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return absl::DataLossError(absl::StrCat(path, ": ", std::strerror(errno)));
+    if (got == 0) return absl::DataLossError(absl::StrCat(path, ": ends before byte ", offset + bytes));
+    to += got;
+    offset += got;
+    bytes -= got;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> ReadWholeFile(const std::string& path, int64_t bytes_max) {
+  EDUBA_ASSIGN_OR_RETURN(const OpenedFile file, OpenRegularFile(path));
+  if (file.bytes > bytes_max) {
+    close(file.fd);
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", file.bytes, " bytes, at most ", bytes_max,
+                                                   " are read; is this the right file?"));
+  }
+  std::string text(static_cast<size_t>(file.bytes), '\0');
+  const absl::Status read = ReadExactly(file.fd, 0, file.bytes, text.data(), path);
+  close(file.fd);
+  if (!read.ok()) return read;
+  return text;
+}
+
+}  // namespace eduba
