@@ -7,7 +7,7 @@ namespace eduba {
 
 enum class Activation : uint8_t {
   kSilu,      // x / (1 + exp(-x))
-  kGelu,      // x * Phi(x), Phi the normal distribution ("gelu" with erf)
+  kGeluErf,   // x * Phi(x), Phi the normal distribution ("gelu" with erf)
   kGeluTanh,  // x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 };
 

@@ -2,35 +2,13 @@
 #define EDUBA_KERNELS_ROPE_H_
 
 #include <cstdint>
-#include <vector>
 
 #include "absl/types/span.h"
 
 namespace eduba {
 
-enum class RopeScaling : uint8_t {
-  kNone,
-  kLinear,  // Every frequency divided by `factor`.
-  kLlama3,  // Low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1).
-};
-
-// Which frequencies a layer's rotary positions have (Su et al., "RoFormer", 2021).
-struct RopeSpec {
-  double base = 10000;
-  int rotary_dim = 0;  // Even, at most the head's dimension: the first so many dimensions turn.
-  RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1;
-  double low_frequency_factor = 1;   // kLlama3
-  double high_frequency_factor = 4;  // kLlama3
-  double original_positions = 8192;  // kLlama3: the length trained before scaling.
-
-  bool operator==(const RopeSpec&) const = default;
-};
-
-// [rotary_dim / 2]: radians per position, base^(-2 i / rotary_dim) with the spec's scaling.
-std::vector<double> RopeFrequencies(const RopeSpec& spec);
-
-// cosines and sines [positions, frequencies] of position * frequency. Angles and functions in double, rounded
+// cosines and sines [positions, frequencies] of position * frequency (radians; Su et al., "RoFormer", 2021).
+// Angles and functions in double, rounded
 // once: fp32 angles are off by 0.3 rad at position 10^7.
 void RopeAngles(absl::Span<const double> frequencies, absl::Span<const int64_t> positions, float* cosines,
                 float* sines);

@@ -12,7 +12,7 @@ double Activated(Activation kind, double x) {
   switch (kind) {
     case Activation::kSilu:
       return x / (1 + std::exp(-x));
-    case Activation::kGelu:
+    case Activation::kGeluErf:
       return 0.5 * x * std::erfc(-x / std::numbers::sqrt2);
     case Activation::kGeluTanh:
       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x)));
