@@ -15,9 +15,9 @@ namespace {
 
 MatrixView Rows(const WeightView& weight, int64_t first, int64_t count) {
   const int64_t inputs = weight.shape[1];
-  return {static_cast<const char*>(weight.data) +
-              first * inputs * static_cast<int64_t>(DTypeBytes(weight.dtype)),
-          weight.dtype, count, inputs};
+  return {
+      static_cast<const char*>(weight.data) + first * inputs * static_cast<int64_t>(DTypeBytes(weight.dtype)),
+      weight.dtype, count, inputs};
 }
 MatrixView All(const WeightView& weight) { return Rows(weight, 0, weight.shape[0]); }
 
@@ -81,8 +81,7 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConf
   std::vector<Rope> ropes;
   for (size_t i = 0; i < config.layers.size(); ++i) {
     Layer& layer = model->layers_[i];
-    EDUBA_RETURN_IF_ERROR(
-        Annotate(model->PackLayer(weights.layers[i], layer), absl::StrCat("layer ", i)));
+    EDUBA_RETURN_IF_ERROR(Annotate(model->PackLayer(weights.layers[i], layer), absl::StrCat("layer ", i)));
     const Rope& rope = config.layers[i].rope;
     const auto known = std::find(ropes.begin(), ropes.end(), rope);
     layer.rope = static_cast<int>(known - ropes.begin());
@@ -162,9 +161,8 @@ std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const
     const WeightView& weight = part.linear->weight;
     for (int64_t c = part.first; c < part.first + part.count; ++c) {
       double squares = 0;
-      double constant = part.linear->bias.present()
-                            ? LoadElement(part.linear->bias.data, part.linear->bias.dtype, c)
-                            : 0;
+      double constant =
+          part.linear->bias.present() ? LoadElement(part.linear->bias.data, part.linear->bias.dtype, c) : 0;
       for (int64_t k = 0; k < hidden; ++k) {
         const double w = LoadElement(weight.data, weight.dtype, c * hidden + k);
         const double scaled = w * (offset + norm.weight[k]);

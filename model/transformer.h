@@ -24,9 +24,9 @@ struct RowPositions {
   absl::Span<const int64_t> sink_positions;
 };
 
-// The forward pass of one model, for rows of any number of sequences: a pure function of its weights, the rows
-// and what LayerAttention answers. A row's bits do not depend on the other rows of its step (docs/adr/0007).
-// One call at a time.
+// The forward pass of one model, for rows of any number of sequences: a pure function of its weights, the
+// rows and what LayerAttention answers. A row's bits do not depend on the other rows of its step
+// (docs/adr/0007). One call at a time.
 class Transformer {
  public:
   // Packs the weights for `kernels`, which must outlive the transformer. `config` and `weights` as LoadModel
@@ -104,7 +104,8 @@ class Transformer {
   // Of the step under way.
   std::vector<Angles> ropes_;
   std::vector<int64_t> angle_positions_, angle_sink_positions_;
-  std::vector<float> normed_, qkv_, queries_, sink_queries_, keys_, values_, attended_, mapped_, up_, activated_;
+  std::vector<float> normed_, qkv_, queries_, sink_queries_, keys_, values_, attended_, mapped_, up_,
+      activated_;
 };
 
 }  // namespace eduba
