@@ -15,27 +15,24 @@ absl::Status KvPages::Reserve(int64_t begin, int64_t end) {
   EDUBA_CHECK(begin <= end);
   // Per layer: the last page again, where a fork holds it too, and the pages behind it.
   const auto shared_tail = [&](const Table& table) {
-    return begin % kPageRows != 0 && begin < end && !table.refs.empty() &&
-           table.refs.back().index >= PageOf(begin) && table.pages.back().use_count() > 1;
+    return begin % kPageRows != 0 && begin < end && table.pages.back().use_count() > 1;
   };
   int64_t wanted = 0;
   for (const Table& table : layers_) {
-    const int64_t next = table.refs.empty() ? PageOf(begin) : table.refs.back().index + 1;
-    wanted += std::max<int64_t>(0, PageCount(end) - next) + (shared_tail(table) ? 1 : 0);
+    EDUBA_CHECK(begin % kPageRows == 0 || table.refs.back().index == PageOf(begin));
+    wanted += PageCount(end) - PageCount(begin) + (shared_tail(table) ? 1 : 0);
   }
   if (wanted == 0) return absl::OkStatus();
   EDUBA_ASSIGN_OR_RETURN(std::vector<Page> fresh, store_->Reserve(backend_->PageBytes(shape_), wanted));
   auto take = fresh.begin();
   for (Table& table : layers_) {
     if (shared_tail(table)) {
-      EDUBA_CHECK_EQ(table.refs.back().index, PageOf(begin));
       EDUBA_RETURN_IF_ERROR(backend_->CopyPage(shape_, table.refs.back().data, take->data()));
       table.refs.back().data = take->data();
       table.pages.back() = std::make_shared<Page>(std::move(*take++));
     }
-    int64_t next = table.refs.empty() ? PageOf(begin) : table.refs.back().index + 1;
-    for (; next < PageCount(end); ++next) {
-      table.refs.push_back({take->data(), next});
+    for (int64_t page = PageCount(begin); page < PageCount(end); ++page) {
+      table.refs.push_back({take->data(), page});
       table.pages.push_back(std::make_shared<Page>(std::move(*take++)));
     }
   }
@@ -66,6 +63,12 @@ absl::Status KvPages::Write(int layer, int64_t first, int64_t rows, const float*
   return absl::OkStatus();
 }
 
+void KvPages::Truncate(int64_t length) {
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    Drop(static_cast<int>(layer), {length, PageBegin(PageCount(kMaxPositions) + 1)});
+  }
+}
+
 void KvPages::Drop(int layer, PositionRange range) {
   Table& table = layers_[layer];
   const auto before = [](const PageRef& page, int64_t index) { return page.index < index; };
@@ -86,10 +89,10 @@ absl::Span<const PageRef> KvPages::Pages(int layer, PositionRange range) const {
   return refs.subspan(begin - refs.begin(), end - begin);
 }
 
-int64_t KvPages::pages() const {
+int64_t KvPages::bytes() const {
   int64_t count = 0;
   for (const Table& table : layers_) count += static_cast<int64_t>(table.refs.size());
-  return count;
+  return count * backend_->PageBytes(shape_);
 }
 
 }  // namespace eduba

@@ -26,20 +26,21 @@ class KvPages {
   KvPages Fork() const { return *this; }
 
   // Makes room for positions [begin, end) in every layer; begin is what is filled already. A shared last page
-  // becomes a copy. RESOURCE_EXHAUSTED: they do not fit, and nothing has changed. Room that is not written is
-  // given again the next time.
+  // becomes a copy. RESOURCE_EXHAUSTED: they do not fit, and nothing has changed.
   absl::Status Reserve(int64_t begin, int64_t end);
   // Writes positions [first, first + rows), for which there is room: keys and values [rows, kv_heads,
   // head_dim], rounded to the shape's type.
   absl::Status Write(int layer, int64_t first, int64_t rows, const float* keys, const float* values);
+  // Gives back room behind the first `length` positions that did not come to be filled.
+  void Truncate(int64_t length);
   // Gives back the layer's pages that hold only positions of [begin, end).
   void Drop(int layer, PositionRange range);
 
   const AttentionShape& shape() const { return shape_; }
   // The layer's pages in ascending order: those that hold positions of `range`.
   absl::Span<const PageRef> Pages(int layer, PositionRange range) const;
-  // Of all layers; pages that forks share count for each.
-  int64_t pages() const;
+  // Of the pages of all layers; what forks share counts for each.
+  int64_t bytes() const;
 
  private:
   // Pages and what refers to them, in the same order.
