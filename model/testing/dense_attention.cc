@@ -15,13 +15,14 @@ DenseAttention::DenseAttention(const ModelConfig& config, std::function<bool(int
       sees_(std::move(sees)),
       meets_(std::move(meets)),
       keys_(config.layers.size()),
-      values_(config.layers.size()) {}
+      values_(config.layers.size()) {
+  for (const LayerConfig& layer : config.layers) frequencies_.push_back(InverseFrequencies(layer.rope));
+}
 
 std::vector<double> DenseAttention::Turned(int layer, const std::vector<double>& vector,
                                            double positions) const {
-  const Rope& rope = config_.layers[layer].rope;
-  const std::vector<double> frequencies = InverseFrequencies(rope);
-  const int half = rope.rotary_dim / 2;
+  const std::vector<double>& frequencies = frequencies_[layer];
+  const auto half = static_cast<int>(frequencies.size());
   std::vector<double> turned = vector;
   for (int i = 0; i < half; ++i) {
     const double c = std::cos(positions * frequencies[i]);

@@ -26,11 +26,12 @@ class DenseAttention final : public LayerAttention {
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
 
  private:
-  std::vector<double> Turned(int layer, const std::vector<double>& vector, double angle_positions) const;
+  std::vector<double> Turned(int layer, const std::vector<double>& vector, double positions) const;
 
   const ModelConfig config_;
   const std::function<bool(int, int64_t, int64_t)> sees_;
   const std::function<Meeting(int64_t, int64_t)> meets_;
+  std::vector<std::vector<double>> frequencies_;  // [layers]
   // [layers][positions * kv_heads][head_dim], keys at rotary position 0.
   std::vector<std::vector<std::vector<double>>> keys_, values_;
 };
