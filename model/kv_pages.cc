@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "attention/rows.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
@@ -45,7 +46,7 @@ absl::Status KvPages::Write(int layer, int64_t first, int64_t rows, const float*
   const auto element = static_cast<int64_t>(DTypeBytes(shape_.dtype));
   const auto round = [&](const float* from, int64_t count) {
     std::vector<char> stored(count * element);
-    for (int64_t i = 0; i < count; ++i) StoreElement(stored.data(), shape_.dtype, i, from[i]);
+    ConvertElements(from, DType::kF32, stored.data(), shape_.dtype, count);
     return stored;
   };
   const std::vector<char> stored_keys = round(keys, rows * key_row);
