@@ -19,26 +19,47 @@ absl::Span<const PageRef> PagesOf(absl::Span<const PageRef> pages, PositionRange
 }
 
 // Everything up to the last collective.
-absl::Status Merge(AttentionStep& step, Communicator& communicator, const SequenceSpec& spec,
+absl::Status Merge(AttentionStep& step, Communicator* communicator, const StepArgs& args, bool has_sinks,
                    absl::Time deadline, AttentionAnswer& answer) {
   EDUBA_RETURN_IF_ERROR(step.Attend());
-  if (spec.has_sinks()) {
+  if (has_sinks) {
     EDUBA_ASSIGN_OR_RETURN(const absl::Span<int64_t> sums, step.SinkSums());
-    EDUBA_RETURN_IF_ERROR(communicator.SumI64(sums, deadline));
+    if (communicator != nullptr) EDUBA_RETURN_IF_ERROR(communicator->SumI64(sums, deadline));
     ++answer.collectives;
   }
   EDUBA_ASSIGN_OR_RETURN(const absl::Span<const int64_t> selected, step.SelectForMaximum());
-  for (const int64_t row_head : selected) ++answer.row_heads_maximum[row_head / spec.shape.query_heads];
+  for (const int64_t row_head : selected) ++answer.row_heads_maximum[row_head / args.shape.query_heads];
   if (selected.empty()) return absl::OkStatus();
   EDUBA_ASSIGN_OR_RETURN(const absl::Span<float> maxima, step.Maxima());
-  EDUBA_RETURN_IF_ERROR(communicator.MaxF32(maxima, deadline));
+  if (communicator != nullptr) EDUBA_RETURN_IF_ERROR(communicator->MaxF32(maxima, deadline));
   EDUBA_ASSIGN_OR_RETURN(const absl::Span<int64_t> sums, step.MaximumSums());
-  EDUBA_RETURN_IF_ERROR(communicator.SumI64(sums, deadline));
+  if (communicator != nullptr) EDUBA_RETURN_IF_ERROR(communicator->SumI64(sums, deadline));
   answer.collectives += 2;
   return absl::OkStatus();
 }
 
 }  // namespace
+
+absl::StatusOr<AttentionAnswer> AttendPages(Backend& backend, Communicator* communicator,
+                                            const StepArgs& args, bool has_sinks, absl::Time deadline) {
+  AttentionAnswer answer;
+  const int64_t rows = args.rows;
+  answer.row_heads_maximum.resize(rows);
+  answer.outputs.resize(rows * args.shape.query_heads * args.shape.value_dim);
+  answer.lse.resize(rows * args.shape.query_heads);
+  answer.sink_mass.resize(rows * args.shape.query_heads);
+  auto step = backend.StartStep(args);
+  const absl::Status merged =
+      step.ok() ? Merge(**step, communicator, args, has_sinks, deadline, answer) : step.status();
+  if (!merged.ok()) {
+    if (communicator != nullptr) communicator->Abort(merged);
+    return merged;
+  }
+  // Non-finite arithmetic travels inside the sums: every rank learns of it here, and none is waiting.
+  EDUBA_RETURN_IF_ERROR((*step)->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data()));
+  answer.bytes_read = (*step)->bytes_read();
+  return answer;
+}
 
 absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& communicator,
                                               const Sequence& sequence, const AttentionQuery& query,
@@ -73,21 +94,7 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.exponents = sequence.exponents(query.layer, query.length);
   args.positions = query.length;
 
-  AttentionAnswer answer;
-  answer.row_heads_maximum.resize(rows);
-  answer.outputs.resize(rows * spec.shape.query_heads * spec.shape.value_dim);
-  answer.lse.resize(rows * spec.shape.query_heads);
-  answer.sink_mass.resize(rows * spec.shape.query_heads);
-  auto step = backend.StartStep(args);
-  const absl::Status merged = step.ok() ? Merge(**step, communicator, spec, deadline, answer) : step.status();
-  if (!merged.ok()) {
-    communicator.Abort(merged);
-    return merged;
-  }
-  // Non-finite arithmetic travels inside the sums: every rank learns of it here, and none is waiting.
-  EDUBA_RETURN_IF_ERROR((*step)->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data()));
-  answer.bytes_read = (*step)->bytes_read();
-  return answer;
+  return AttendPages(backend, &communicator, args, spec.has_sinks(), deadline);
 }
 
 }  // namespace eduba

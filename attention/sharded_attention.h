@@ -32,6 +32,12 @@ struct AttentionAnswer {
   int collectives = 0;
 };
 
+// The half of AttendSharded that is not about sequences: one step over pages that the caller chose, merged
+// with the other ranks of `communicator`; null: with nobody, for keys that are all here. `has_sinks` (token
+// or learned) is the same on every rank.
+absl::StatusOr<AttentionAnswer> AttendPages(Backend& backend, Communicator* communicator,
+                                            const StepArgs& args, bool has_sinks, absl::Time deadline);
+
 // One step of docs/numerics.md: every rank reads its own pages, the sums meet in one all-reduce (three where
 // a row needs the maximum path, two without sinks), and every rank gets the same answer.
 //

@@ -41,6 +41,9 @@ struct StepArgs {
   AttentionShape shape;
   int rows = 0;
   const float* queries = nullptr;  // [rows, query_heads, head_dim], finite
+  // The same rows as the token sinks are to be scored with (rolling positions turn them by another angle), or
+  // none: `queries`.
+  const float* sink_queries = nullptr;
   absl::Span<const PositionRange>
       visible;                      // [rows]: the keys a row sees, token sinks left out (may be empty)
   absl::Span<const PageRef> pages;  // This worker's pages, any order; pages that no row sees are skipped.

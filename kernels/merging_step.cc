@@ -152,10 +152,11 @@ void MergingStep::LoadSinks() {
 
   sink_logits_.resize(row_heads() * sink_tokens_);
   reference_.assign(row_heads(), -kInfinity);
+  const float* queries = args_.sink_queries != nullptr ? args_.sink_queries : args_.queries;
   pool_.ParallelFor(row_heads(), [&](int64_t row_head, int) {
     const int row = static_cast<int>(row_head / shape.query_heads);
     const int head = static_cast<int>(row_head % shape.query_heads);
-    const float* query = args_.queries + row_head * shape.head_dim;
+    const float* query = queries + row_head * shape.head_dim;
     double largest = args_.sink_logits.empty() ? -kInfinity : args_.sink_logits[head];
     const int64_t seen = sink_tokens_ == 0 ? 0 : args_.visible_sinks[row];
     for (int64_t token = 0; token < seen; ++token) {

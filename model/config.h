@@ -9,6 +9,8 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "base/dtype.h"
+#include "kernels/activation.h"
+#include "kernels/norm.h"
 #include "model/rope.h"
 
 namespace eduba {
@@ -19,14 +21,6 @@ enum class ModelFamily : uint8_t { kLlama, kMistral, kQwen2, kQwen3, kGptNeoX, k
 
 // "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text": config.json's model_type.
 const char* ModelFamilyName(ModelFamily family);
-
-// y = x / sqrt(mean(x^2) + eps) * w, or y = (x - mean(x)) / sqrt(var(x) + eps) * w + b with the population
-// variance. Both always in fp32 or wider.
-enum class NormKind : uint8_t { kRms, kLayer };
-
-// kSilu: x / (1 + exp(-x)). kGeluErf: x / 2 * (1 + erf(x / sqrt(2))).
-// kGeluTanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
-enum class Activation : uint8_t { kSilu, kGeluTanh, kGeluErf };
 
 // What differs from layer to layer.
 struct LayerConfig {

@@ -13,6 +13,7 @@
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
 #include "kernels/cpu/page_layout.h"
+#include "kernels/cpu/simd_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
@@ -104,41 +105,9 @@ struct Bf16 {
   }
 };
 
-// exp(x) for x <= 1: 0 below -87, NaN for NaN. Within 1.1 ulp.
-HWY_INLINE VF Exp(DF d, VF x) {
-  const hn::RebindToSigned<DF> di;
-  const VF round = hn::Set(d, 0x1.8p23F);
-  const VF shifted = hn::MulAdd(x, hn::Set(d, 1.44269504F), round);
-  const VF n = hn::Sub(shifted, round);
-  VF r = hn::MulAdd(n, hn::Set(d, -0.693145751953125F), x);
-  r = hn::MulAdd(n, hn::Set(d, -1.428606765330187e-06F), r);
-  VF p = hn::MulAdd(hn::Set(d, 0.00129408902F), r, hn::Set(d, 0.00836335309F));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.0416814387F));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.166665763F));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.499999553F));
-  p = hn::MulAdd(p, hn::Mul(r, r), hn::Add(r, hn::Set(d, 1.0F)));
-  // The low bits of `shifted` are n; a multiplication by 2^n keeps NaN.
-  const auto bits = hn::ShiftLeft<23>(hn::Add(hn::BitCast(di, shifted), hn::Set(di, 127)));
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.0F)), hn::Mul(p, hn::BitCast(d, bits)));
-}
-
 // softcap * tanh(scale * dot / softcap), the tanh within 2 ulp.
 HWY_INLINE VF Capped(DF d, VF dot, VF scale, VF softcap) {
-  const VF u = hn::Div(hn::Mul(dot, scale), softcap);
-  const VF size = hn::Abs(u);
-  const VF z = hn::Mul(u, u);
-  VF p = hn::MulAdd(hn::Set(d, 0.00229274482F), z, hn::Set(d, -0.00834394526F));
-  p = hn::MulAdd(p, z, hn::Set(d, 0.0217689183F));
-  p = hn::MulAdd(p, z, hn::Set(d, -0.0539592579F));
-  p = hn::MulAdd(p, z, hn::Set(d, 0.133333042F));
-  p = hn::MulAdd(p, z, hn::Set(d, -0.333333343F));
-  const VF small = hn::MulAdd(hn::Mul(p, z), size, size);
-  // 1 - 2 e / (1 + e) with e = exp(-2 |u|).
-  const VF one = hn::Set(d, 1.0F);
-  const VF e = Exp(d, hn::Mul(size, hn::Set(d, -2.0F)));
-  const VF large = hn::Sub(one, hn::Div(hn::Add(e, e), hn::Add(one, e)));
-  const VF tanh = hn::IfThenElse(hn::Lt(size, hn::Set(d, 0.625F)), small, large);
-  return hn::Mul(softcap, hn::CopySign(tanh, u));
+  return hn::Mul(softcap, Tanh(d, hn::Div(hn::Mul(dot, scale), softcap)));
 }
 
 // Asks for the lines that lie `ahead` bytes behind the kBytes at `from`, which are being read now. Into the

@@ -1,0 +1,249 @@
+#include "model/engine.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+
+namespace eduba {
+namespace {
+
+// Rows whose logits are held at once.
+constexpr int64_t kLogitRows = 32;
+
+bool IsWindowed(ContextPolicy policy) { return policy != ContextPolicy::kModel; }
+
+// The index that a row's query has for the token sinks.
+int64_t SinkPosition(const ContextOptions& options, int64_t position) {
+  switch (options.positions) {
+    case PositionMode::kAbsolute:
+      return position;
+    case PositionMode::kRolling:
+      return std::min(position, options.sink_tokens + options.window - 1);
+    case PositionMode::kClamped:
+      return std::min(position, options.clamp);
+  }
+  return position;
+}
+
+}  // namespace
+
+int64_t Context::page_bytes() const { return pages_.bytes(); }
+
+absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given) const {
+  ContextOptions options = given;
+  const ModelConfig& config = options_.model->config();
+  if (options.sink_tokens < 0 || options.sink_tokens > kMaxPositions) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sink_tokens is ", options.sink_tokens, ", wanted 0 or more"));
+  }
+  if (IsWindowed(options.policy) ? options.window < 1 || options.window > kMaxPositions
+                                 : options.window != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "window is ", options.window, ", wanted ",
+        IsWindowed(options.policy) ? "at least 1" : "0: with this policy the model's own windows hold"));
+  }
+  if (options.positions != PositionMode::kAbsolute && options.policy != ContextPolicy::kStreaming) {
+    return absl::InvalidArgumentError(
+        "rolling and clamped positions need the streaming policy: other layers see keys at every distance");
+  }
+  if (options.positions == PositionMode::kClamped) {
+    if (options.clamp == 0) options.clamp = config.trained_positions - 1;
+    if (options.clamp < 0) {
+      return absl::InvalidArgumentError(absl::StrCat("clamp is ", options.clamp, ", wanted at least 1"));
+    }
+  }
+
+  AttentionShape shape;
+  shape.query_heads = config.query_heads;
+  shape.kv_heads = config.kv_heads;
+  shape.head_dim = shape.value_dim = config.head_dim;
+  shape.dtype = options_.kv_dtype;
+  shape.scale = config.attention_scale;
+  shape.softcap = config.attention_softcap;
+  Context context(options,
+                  KvPages(options_.backend, options_.store, shape, static_cast<int>(config.layers.size())));
+  for (const LayerConfig& layer : config.layers) {
+    const LayerView own = layer.window > 0 ? LayerView{Policy::kWindow, 0, layer.window}
+                                           : LayerView{Policy::kGlobal, options.sink_tokens, 0};
+    const int64_t window = layer.window > 0 ? std::min(layer.window, options.window) : options.window;
+    const LayerView streaming{Policy::kWindow, options.sink_tokens, window};
+    context.append_views_.push_back(IsWindowed(options.policy) ? streaming : own);
+    context.ask_views_.push_back(options.policy == ContextPolicy::kStreaming ? streaming : own);
+  }
+  return context;
+}
+
+absl::Status ModelEngine::Reserve(const Turn& turn) const {
+  EDUBA_CHECK(!turn.ids.empty());
+  const auto count = static_cast<int64_t>(turn.ids.size());
+  if (count > kMaxPositions - turn.context->length_) {
+    return absl::OutOfRangeError(absl::StrCat("context of ", turn.context->length_, " tokens and ", count,
+                                              " more; at most ", kMaxPositions, " are possible"));
+  }
+  return turn.context->pages_.Reserve(turn.context->length_, turn.context->length_ + count);
+}
+
+RowPositions ModelEngine::Positions(absl::Span<const Turn> turns) {
+  positions_.clear();
+  sink_positions_.clear();
+  bool differ = false;
+  for (const Turn& turn : turns) {
+    for (size_t i = 0; i < turn.ids.size(); ++i) {
+      const int64_t position = turn.context->length_ + static_cast<int64_t>(i);
+      positions_.push_back(position);
+      sink_positions_.push_back(SinkPosition(turn.context->options_, position));
+      differ |= sink_positions_.back() != position;
+    }
+  }
+  return {positions_, differ ? absl::MakeConstSpan(sink_positions_) : absl::Span<const int64_t>()};
+}
+
+absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
+  const ModelConfig& config = options_.model->config();
+  std::vector<int32_t> ids;
+  std::vector<ContextRows> contexts;
+  for (const Turn& turn : turns) {
+    EDUBA_RETURN_IF_ERROR(Reserve(turn));
+    ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
+    Context& context = *turn.context;
+    contexts.push_back({&context.pages_, context.length_, static_cast<int64_t>(turn.ids.size()),
+                        turn.asks ? context.ask_views_ : context.append_views_});
+  }
+  hidden_.resize(ids.size() * config.hidden_size);
+  EDUBA_RETURN_IF_ERROR(options_.model->Embed(ids, hidden_.data()));
+  PagedAttention attention(options_.backend, options_.model, contexts);
+  EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_.data()));
+  sink_mass_ = attention.sink_mass();
+  for (double& mass : sink_mass_) mass /= static_cast<double>(ids.size());
+  bytes_read_ = attention.bytes_read();
+  return absl::OkStatus();
+}
+
+absl::Status ModelEngine::Step(absl::Span<const Turn> turns) {
+  if (turns.empty()) return absl::OkStatus();
+  if (absl::Status status = Compute(turns); !status.ok()) {
+    for (const Turn& turn : turns) turn.context->pages_.Truncate(turn.context->length_);
+    return status;
+  }
+  const ModelConfig& config = options_.model->config();
+  int64_t row = 0;
+  for (const Turn& turn : turns) {
+    Context& context = *turn.context;
+    row += static_cast<int64_t>(turn.ids.size());
+    context.length_ += static_cast<int64_t>(turn.ids.size());
+    const float* last = &hidden_[(row - 1) * config.hidden_size];
+    context.last_.assign(last, last + config.hidden_size);
+    for (size_t layer = 0; layer < config.layers.size(); ++layer) {
+      // What no later row sees.
+      const LayerView& append = context.append_views_[layer];
+      const LayerView& ask = context.ask_views_[layer];
+      if (append.policy != Policy::kWindow || ask.policy != Policy::kWindow) continue;
+      const int64_t window = std::max(append.window, ask.window);
+      context.pages_.Drop(static_cast<int>(layer), {append.sink_tokens, context.length_ - window + 1});
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::Span<const int32_t> ids,
+                                                       const AppendOptions& options) {
+  if (options.log_probs && context.length_ == 0 && !ids.empty()) {
+    return absl::FailedPreconditionError(
+        "the first token of a context has no probability; append one before, for example the model's "
+        "beginning of sequence");
+  }
+  const int64_t width = options_.model->config().hidden_size;
+  const int64_t vocab = options_.model->config().vocab_size;
+  std::vector<float> log_probs;
+  std::vector<float> before;  // The hidden states that predict a chunk's tokens.
+  std::vector<float> logits;
+  const auto count = static_cast<int64_t>(ids.size());
+  for (int64_t at = 0; at < count; at += options_.chunk_rows) {
+    const int64_t rows = std::min(options_.chunk_rows, count - at);
+    const absl::Span<const int32_t> chunk = ids.subspan(at, rows);
+    if (options.log_probs) before = context.last_;
+    const int64_t first = context.length_;
+    absl::Status status = absl::Now() < options.deadline
+                              ? Step({Turn{&context, chunk, options.asks}})
+                              : absl::DeadlineExceededError("the deadline is over");
+    if (!status.ok()) {
+      return Annotate(status,
+                      absl::StrCat("append of ", count, " tokens, ", at, " of which are in the context (",
+                                   context.length_, " tokens long)"));
+    }
+    if (options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
+    if (!options.log_probs) continue;
+    before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
+    for (int64_t row = 0; row < rows; row += kLogitRows) {
+      const int64_t some = std::min(kLogitRows, rows - row);
+      logits.resize(some * vocab);
+      options_.model->Logits(&before[row * width], some, logits.data());
+      for (int64_t i = 0; i < some; ++i)
+        log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), chunk[row + i]));
+    }
+  }
+  return log_probs;
+}
+
+absl::StatusOr<Generation> ModelEngine::Generate(Context& context, const GenerateOptions& options) {
+  EDUBA_RETURN_IF_ERROR(CheckSampling(options.sampling));
+  if (options.max_tokens < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens is ", options.max_tokens, ", wanted 0 or more"));
+  }
+  if (context.length_ == 0) {
+    return absl::FailedPreconditionError("the context is empty; append a prompt before generating");
+  }
+  Generation generation;
+  for (int64_t n = 0; n < options.max_tokens; ++n) {
+    if (absl::Now() >= options.deadline) {
+      generation.reason = FinishReason::kDeadline;
+      break;
+    }
+    const TokenChoice token = ChooseToken(NextLogits(context), options.sampling, context.length_);
+    EDUBA_RETURN_IF_ERROR(Annotate(Step({Turn{&context, absl::MakeConstSpan(&token.id, 1), true}}),
+                                   absl::StrCat("generation, ", n, " tokens of which are in the context")));
+    generation.tokens.push_back(token);
+    const bool go_on = !options.on_token || options.on_token(token);
+    if (std::find(options.stop_ids.begin(), options.stop_ids.end(), token.id) != options.stop_ids.end()) {
+      generation.reason = FinishReason::kStop;
+      break;
+    }
+    if (!go_on) {
+      generation.reason = FinishReason::kCancelled;
+      break;
+    }
+  }
+  return generation;
+}
+
+absl::StatusOr<std::vector<float>> ModelEngine::Score(const Context& context, absl::Span<const int32_t> ids) {
+  Context fork = context.Fork();
+  AppendOptions options;
+  options.asks = true;
+  options.log_probs = true;
+  return Append(fork, ids, options);
+}
+
+absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, absl::Span<const int32_t> ids,
+                                                      std::vector<PositionRange> ranges, Pool pool) {
+  EDUBA_ASSIGN_OR_RETURN(Pooler pooler,
+                         Pooler::Create(std::move(ranges), pool, options_.model->config().hidden_size));
+  Context fork = context.Fork();
+  AppendOptions options;
+  options.asks = true;
+  options.pooler = &pooler;
+  EDUBA_RETURN_IF_ERROR(Append(fork, ids, options).status());
+  return pooler.Finish();
+}
+
+std::vector<float> ModelEngine::NextLogits(const Context& context) const {
+  EDUBA_CHECK(context.length_ > 0);
+  std::vector<float> logits(options_.model->config().vocab_size);
+  options_.model->Logits(context.last_.data(), 1, logits.data());
+  return logits;
+}
+
+}  // namespace eduba

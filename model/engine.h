@@ -1,0 +1,172 @@
+#ifndef EDUBA_MODEL_ENGINE_H_
+#define EDUBA_MODEL_ENGINE_H_
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "attention/page_store.h"
+#include "kernels/backend.h"
+#include "model/kv_pages.h"
+#include "model/paged_attention.h"
+#include "model/pooler.h"
+#include "model/sampler.h"
+#include "model/transformer.h"
+
+namespace eduba {
+
+enum class ContextPolicy : uint8_t {
+  kModel,      // The model's own layers: windows where its configuration has them, all keys elsewhere.
+  kStreaming,  // Every layer sees token sinks and a window (StreamingLLM, Xiao et al., 2023): constant
+               // memory.
+  kStar,       // As kStreaming while appending; what is asked or generated sees all keys.
+};
+
+enum class PositionMode : uint8_t {
+  kAbsolute,  // Rotary positions are positions.
+  // Those of StreamingLLM's cache: sinks and window without the gap between them. Keys of the window keep
+  // their distances; the sinks are scored with a query at index min(position, sink tokens + window - 1).
+  kRolling,
+  kClamped,  // The sinks are scored with a query at index min(position, clamp).
+};
+
+// What never changes about a context.
+struct ContextOptions {
+  ContextPolicy policy = ContextPolicy::kModel;
+  PositionMode positions = PositionMode::kAbsolute;  // Others than kAbsolute need kStreaming.
+  // The first tokens, which windows keep. With kModel they only anchor the merge (docs/numerics.md) of layers
+  // without a window, and change nothing but the last bits.
+  int64_t sink_tokens = 4;
+  // kStreaming, kStar: positions that a row sees, itself included, sinks not counted. A layer whose own
+  // window is smaller keeps that.
+  int64_t window = 0;
+  int64_t clamp = 0;  // kClamped: the largest index; 0: the last that the model was trained for.
+};
+
+class ModelEngine;
+
+// A sequence of tokens as a model has read it. Belongs to the engine that made it, which must outlive it.
+class Context {
+ public:
+  // The same content, sharing its pages until one of the two goes on.
+  Context Fork() const { return *this; }
+
+  const ContextOptions& options() const { return options_; }
+  int64_t length() const { return length_; }
+  // Pages held, in bytes; what forks share counts for each.
+  int64_t page_bytes() const;
+
+ private:
+  friend class ModelEngine;
+  Context(const ContextOptions& options, KvPages pages) : options_(options), pages_(std::move(pages)) {}
+
+  ContextOptions options_;
+  KvPages pages_;
+  std::vector<LayerView> append_views_, ask_views_;  // [layers]
+  int64_t length_ = 0;
+  std::vector<float> last_;  // [hidden_size]: of the last token, empty at the beginning.
+};
+
+// Some tokens that go on behind a context.
+struct Turn {
+  Context* context = nullptr;
+  absl::Span<const int32_t> ids;  // At least one.
+  bool asks = false;              // Asked or generated, for ContextPolicy::kStar; else appended.
+};
+
+struct AppendOptions {
+  bool asks = false;         // As Turn::asks.
+  bool log_probs = false;    // Wanted; each token's, given all before it. Needs a context that is not empty.
+  Pooler* pooler = nullptr;  // Is given the hidden states, at their positions.
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+struct GenerateOptions {
+  int64_t max_tokens = 0;
+  SamplingOptions sampling;
+  std::vector<int32_t> stop_ids;
+  absl::Time deadline = absl::InfiniteFuture();
+  // Called with every token as it comes; false ends the generation behind it. May be empty.
+  std::function<bool(const TokenChoice&)> on_token;
+};
+
+enum class FinishReason : uint8_t { kLength, kStop, kCancelled, kDeadline };
+
+struct Generation {
+  std::vector<TokenChoice> tokens;  // All of them are in the context now, a stop token too.
+  FinishReason reason = FinishReason::kLength;
+};
+
+// One worker's model: contexts, and what is asked of them. An answer depends on the context's tokens and
+// options and on the question, not on chunks, batches, forks or threads, bit for bit. One call at a time.
+class ModelEngine {
+ public:
+  struct Options {
+    Backend* backend = nullptr;
+    PageStore* store = nullptr;
+    Transformer* model = nullptr;
+    DType kv_dtype = DType::kF32;
+    int64_t chunk_rows = 256;  // Rows of one step of a long append: what another context waits for.
+  };
+
+  // What `options` points to outlives the engine.
+  explicit ModelEngine(const Options& options) : options_(options) {}
+
+  // INVALID_ARGUMENT names the option that contradicts the model or another.
+  absl::StatusOr<Context> Open(const ContextOptions& options) const;
+
+  // One step for all turns together; each context at most once. Either all go on or none.
+  //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers
+  //   OUT_OF_RANGE        the context would be longer than kMaxPositions
+  //   RESOURCE_EXHAUSTED  no pages left
+  absl::Status Step(absl::Span<const Turn> turns);
+
+  // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
+  // long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else nothing.
+  absl::StatusOr<std::vector<float>> Append(Context& context, absl::Span<const int32_t> ids,
+                                            const AppendOptions& options = {});
+
+  // Goes on until max_tokens, a stop token, on_token or the deadline. Needs a context that is not empty:
+  // FAILED_PRECONDITION.
+  absl::StatusOr<Generation> Generate(Context& context, const GenerateOptions& options);
+
+  // ln P(ids[i] | context, ids[..i)). The context stays as it is.
+  absl::StatusOr<std::vector<float>> Score(const Context& context, absl::Span<const int32_t> ids);
+
+  // [ranges, hidden_size]: hidden states of `ids` behind the context, pooled over ranges of positions (those
+  // of the ids begin at context.length()). The context stays as it is. What is already in a context is pooled
+  // while it is appended.
+  absl::StatusOr<std::vector<float>> Embed(const Context& context, absl::Span<const int32_t> ids,
+                                           std::vector<PositionRange> ranges, Pool pool);
+
+  // [vocab_size] for the token behind the context, which is not empty.
+  std::vector<float> NextLogits(const Context& context) const;
+
+  // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
+  absl::Span<const float> hidden() const { return hidden_; }
+  // Of the last step: the token sinks' share of each head's weights, averaged over its rows. [layers,
+  // query_heads]
+  const std::vector<double>& sink_mass() const { return sink_mass_; }
+  // Bytes of keys and values that the last step read.
+  int64_t bytes_read() const { return bytes_read_; }
+
+ private:
+  absl::Status Reserve(const Turn& turn) const;
+  // Everything of a step that may fail.
+  absl::Status Compute(absl::Span<const Turn> turns);
+  RowPositions Positions(absl::Span<const Turn> turns);
+
+  const Options options_;
+  std::vector<int64_t> positions_, sink_positions_;
+  std::vector<float> hidden_;  // [rows, hidden_size] of the last step
+  std::vector<double> sink_mass_;
+  int64_t bytes_read_ = 0;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_MODEL_ENGINE_H_

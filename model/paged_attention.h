@@ -1,0 +1,61 @@
+#ifndef EDUBA_MODEL_PAGED_ATTENTION_H_
+#define EDUBA_MODEL_PAGED_ATTENTION_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "attention/visibility.h"
+#include "kernels/backend.h"
+#include "model/kv_pages.h"
+#include "model/layer_attention.h"
+#include "model/transformer.h"
+
+namespace eduba {
+
+// Which keys a row sees in one layer (attention/visibility.h).
+struct LayerView {
+  Policy policy = Policy::kGlobal;
+  int64_t sink_tokens = 0;
+  int64_t window = 0;  // kWindow only.
+};
+
+// Neighbouring rows of a step that belong to one context.
+struct ContextRows {
+  KvPages* pages = nullptr;  // With room for the rows.
+  int64_t first = 0;         // Position of the first row; the others follow. The context is `first` long.
+  int64_t rows = 0;
+  absl::Span<const LayerView> views;  // One a layer.
+};
+
+// Attention of contexts whose pages are all on this worker, for one step. A row's bits depend on its position
+// and on what it sees, not on which rows came with it: channel exponents come from the weights
+// (Transformer::value_exponents), and the maximum path's unit from the row's own position.
+class PagedAttention final : public LayerAttention {
+ public:
+  // All outlive the object. The contexts' rows lie one after another in the step's.
+  PagedAttention(Backend* backend, const Transformer* model, absl::Span<const ContextRows> contexts)
+      : backend_(backend), model_(model), contexts_(contexts) {}
+
+  absl::Status Attend(const LayerRows& rows, float* outputs) override;
+
+  // Sums over rows of [layers, query_heads]: the token sinks' share of the weights.
+  const std::vector<double>& sink_mass() const { return sink_mass_; }
+  // Keys and values read.
+  int64_t bytes_read() const { return bytes_read_; }
+
+ private:
+  absl::Status AttendPart(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
+                          int64_t step_row, float* outputs);
+
+  Backend* const backend_;
+  const Transformer* const model_;
+  const absl::Span<const ContextRows> contexts_;
+  std::vector<double> sink_mass_;
+  int64_t bytes_read_ = 0;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_MODEL_PAGED_ATTENTION_H_

@@ -1,0 +1,95 @@
+#include "model/paged_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_layer_kernels.h"
+#include "model/testing/random_model.h"
+
+namespace eduba {
+namespace {
+
+using testing::RandomModel;
+
+// Remembers what each row's step was told besides the row itself.
+class SpyBackend final : public Backend {
+ public:
+  explicit SpyBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
+
+  std::string name() const override { return backend_->name(); }
+  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return backend_->AllocateSlab(bytes); }
+  void FreeSlab(void* slab, int64_t bytes) override { backend_->FreeSlab(slab, bytes); }
+  int64_t PageBytes(const AttentionShape& shape) const override { return backend_->PageBytes(shape); }
+  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
+                         const void* values) override {
+    return backend_->WriteRows(shape, page, row, rows, keys, values);
+  }
+  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
+    return backend_->CopyPage(shape, from, to);
+  }
+  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
+    for (const PositionRange& range : args.visible) {
+      told[range.end] = {args.positions, {args.exponents.begin(), args.exponents.end()}};
+      ++rows;
+    }
+    return backend_->StartStep(args);
+  }
+
+  // By the position behind the row's.
+  std::map<int64_t, std::pair<int64_t, std::vector<int16_t>>> told;
+  int64_t rows = 0;
+
+ private:
+  std::unique_ptr<Backend> backend_;
+};
+
+// Too little to show in fp32 on a small problem, and yet part of the promise: units come from the row's own
+// position and from the weights.
+TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
+  ModelConfig config = RandomModel::RandomConfig(3);
+  config.layers.resize(1);
+  config.layers[0].window = 3;
+  const RandomModel random(config, DType::kF32, 3);
+  const auto kernels = MakeCpuLayerKernels(1);
+  const auto model = Transformer::Create(random.config, random.weights, kernels.get()).value();
+  AttentionShape shape{
+      config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32, 1, 0};
+  const std::vector<LayerView> views = {{Policy::kWindow, 0, 3}};
+  const int64_t begin = (1 << 16) - 300;
+  const int64_t end = (1 << 16) + 300;
+
+  const auto told = [&](int64_t chunk) {
+    SpyBackend backend(MakeCpuBackend(1));
+    PageStore store(&backend, int64_t{1} << 24);
+    KvPages pages(&backend, &store, shape, 1);
+    EXPECT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, end).ok());
+    const std::vector<float> numbers((end - begin) * config.query_heads * config.head_dim, 0.5F);
+    std::vector<float> outputs(numbers.size());
+    for (int64_t at = begin; at < end; at += chunk) {
+      const int64_t rows = std::min(chunk, end - at);
+      const ContextRows context{&pages, at, rows, views};
+      PagedAttention attention(&backend, model.get(), absl::MakeConstSpan(&context, 1));
+      const absl::Status status = attention.Attend(
+          {0, rows, numbers.data(), numbers.data(), numbers.data(), numbers.data()}, outputs.data());
+      EXPECT_TRUE(status.ok()) << status;
+    }
+    EXPECT_EQ(backend.rows, end - begin);
+    return backend.told;
+  };
+  const auto whole = told(end - begin);
+  EXPECT_EQ(whole.size(), static_cast<size_t>(end - begin));
+  EXPECT_EQ(told(1), whole);
+  EXPECT_EQ(told(77), whole);
+  EXPECT_EQ(told(512), whole);
+  for (const auto& [position, units] : whole) EXPECT_GE(units.first, position);
+}
+
+}  // namespace
+}  // namespace eduba
