@@ -121,8 +121,12 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // "cpu/AVX2", "reference".
+  // "cpu/AVX2", "cuda/sm_90", "reference".
   virtual std::string name() const = 0;
+
+  // Not OK once the device has failed for good: then every call fails, and only a new process can use the
+  // device again.
+  virtual absl::Status health() const { return absl::OkStatus(); }
 
   // Zeroed memory for pages, aligned to 64 bytes at least. RESOURCE_EXHAUSTED when the device has none left.
   virtual absl::StatusOr<void*> AllocateSlab(int64_t bytes) = 0;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "kernels/portable_exp.h"
 
 namespace eduba {
@@ -100,8 +101,7 @@ std::vector<double> MergingStep::Units(int fraction_bits) const {
   return units;
 }
 
-int64_t MergingStep::CountBytes() const {
-  // The union of the rows' ranges, then what of it each page holds.
+std::vector<PositionRange> MergingStep::SeenRanges() const {
   std::vector<PositionRange> ranges;
   for (const PositionRange& range : visible_) {
     if (!range.empty()) ranges.push_back(range);
@@ -115,9 +115,27 @@ int64_t MergingStep::CountBytes() const {
       merged.push_back(range);
     }
   }
+  return merged;
+}
+
+std::vector<PageRef> MergingStep::SeenPages() const {
+  const std::vector<PositionRange> ranges = SeenRanges();
+  std::vector<PageRef> pages;
+  for (const PageRef& page : args_.pages) {
+    // The first range that ends behind the page's first position.
+    const auto range =
+        std::upper_bound(ranges.begin(), ranges.end(), PageBegin(page.index),
+                         [](int64_t position, const PositionRange& r) { return position < r.end; });
+    if (range != ranges.end() && range->begin < PageBegin(page.index + 1)) pages.push_back(page);
+  }
+  return pages;
+}
+
+int64_t MergingStep::CountBytes() const {
+  const std::vector<PositionRange> ranges = SeenRanges();
   int64_t rows = 0;
   for (const PageRef& page : args_.pages) {
-    for (const PositionRange& range : merged) rows += RowsInPage(range, page.index).size();
+    for (const PositionRange& range : ranges) rows += RowsInPage(range, page.index).size();
   }
   const AttentionShape& shape = args_.shape;
   return rows * shape.kv_heads * (shape.head_dim + shape.value_dim) *
@@ -131,20 +149,15 @@ void MergingStep::RecordFault(int64_t page, int64_t row_head) {
   }
 }
 
-void MergingStep::LoadSinks() {
-  if (sinks_loaded_) return;
-  sinks_loaded_ = true;
+absl::Status MergingStep::LoadSinks() {
+  if (sinks_loaded_) return absl::OkStatus();
   const AttentionShape& shape = args_.shape;
   for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
   if (args_.sink_pages.empty()) sink_tokens_ = 0;
   sink_keys_.resize(sink_tokens_ * shape.kv_heads * shape.head_dim);
   sink_values_.resize(sink_tokens_ * shape.kv_heads * shape.value_dim);
-  for (int64_t token = 0; token < sink_tokens_; ++token) {
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      const int64_t index = token * shape.kv_heads + head;
-      ReadRow(args_.sink_pages[PageOf(token)].data, static_cast<int>(token % kPageRows), head,
-              &sink_keys_[index * shape.head_dim], &sink_values_[index * shape.value_dim]);
-    }
+  if (sink_tokens_ > 0) {
+    EDUBA_RETURN_IF_ERROR(ReadSinks(sink_tokens_, sink_keys_.data(), sink_values_.data()));
   }
 
   const auto finite = [](float x) { return std::isfinite(x); };
@@ -170,20 +183,22 @@ void MergingStep::LoadSinks() {
     }
     reference_[row_head] = largest;
   });
+  sinks_loaded_ = true;
+  return absl::OkStatus();
 }
 
 absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
-  LoadSinks();
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
   sink_sums_.assign(row_heads() * words_per_target(), 0);
   std::vector<Target> targets(row_heads());
   for (int64_t i = 0; i < row_heads(); ++i) targets[i] = {i, reference_[i]};
-  SumPages(targets, {kSinkPathFractionBits, kSinkPathMax}, sink_sums_.data());
+  EDUBA_RETURN_IF_ERROR(SumPages(targets, {kSinkPathFractionBits, kSinkPathMax}, sink_sums_.data()));
   has_sink_sums_ = true;
   return absl::MakeSpan(sink_sums_);
 }
 
 absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
-  LoadSinks();
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
   paths_ = {};
   selected_.clear();
   for (int64_t i = 0; i < row_heads(); ++i) {
@@ -211,7 +226,7 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
 
 absl::StatusOr<absl::Span<float>> MergingStep::Maxima() {
   maxima_.resize(selected_.size());
-  for (size_t i = 0; i < selected_.size(); ++i) maxima_[i] = LocalMaximum(selected_[i]);
+  EDUBA_RETURN_IF_ERROR(LocalMaxima(selected_, maxima_.data()));
   return absl::MakeSpan(maxima_);
 }
 
@@ -221,12 +236,13 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
   for (size_t i = 0; i < selected_.size(); ++i) targets[i] = {selected_[i], maxima_[i]};
   // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
   // much.
-  SumPages(targets, {MaximumPathFractionBits(args_.positions), int64_t{1} << 62}, maximum_sums_.data());
+  EDUBA_RETURN_IF_ERROR(
+      SumPages(targets, {MaximumPathFractionBits(args_.positions), int64_t{1} << 62}, maximum_sums_.data()));
   return absl::MakeSpan(maximum_sums_);
 }
 
 absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
-  LoadSinks();
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
   const AttentionShape& shape = args_.shape;
   const int64_t words = words_per_target();
   const auto is_fault = [&](const int64_t* sums) { return sums[shape.value_dim + 1] != 0; };

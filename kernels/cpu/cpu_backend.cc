@@ -49,12 +49,7 @@ class CpuStep final : public MergingStep {
         workspace_(workspace),
         group_(args.shape.group()),
         rows_per_block_(std::max(1, kMaxPageQueries / group_)) {
-    for (const PageRef& page : args.pages) {
-      const bool seen = std::any_of(visible_.begin(), visible_.end(), [&](const PositionRange& range) {
-        return !RowsInPage(range, page.index).empty();
-      });
-      if (seen) pages_.push_back(page);
-    }
+    pages_ = SeenPages();
     row_blocks_ = (args.rows + rows_per_block_ - 1) / rows_per_block_;
     unit_queries_ = int64_t{rows_per_block_} * group_;
     keep_partials_ = units() * PartialBytes() <= kept_partials_bytes;
@@ -98,20 +93,27 @@ class CpuStep final : public MergingStep {
   }
 
  protected:
-  void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const override {
-    const char* base = static_cast<const char*>(page);
-    const DType dtype = args_.shape.dtype;
-    for (int d = 0; d < layout_.head_dim; ++d) {
-      key[d] = LoadElement(base + layout_.keys(kv_head), dtype, layout_.key(row, d));
-    }
-    for (int c = 0; c < layout_.value_dim; ++c) {
-      value[c] = LoadElement(base + layout_.values(kv_head), dtype, layout_.value(row, c));
-    }
+  absl::Status ReadSinks(int64_t tokens, float* keys, float* values) override {
+    const auto read = [this](const void* page, int row, int kv_head, float* key, float* value) {
+      const char* base = static_cast<const char*>(page);
+      const DType dtype = args_.shape.dtype;
+      for (int d = 0; d < layout_.head_dim; ++d) {
+        key[d] = LoadElement(base + layout_.keys(kv_head), dtype, layout_.key(row, d));
+      }
+      for (int c = 0; c < layout_.value_dim; ++c) {
+        value[c] = LoadElement(base + layout_.values(kv_head), dtype, layout_.value(row, c));
+      }
+    };
+    ReadSinksWith(tokens, keys, values, read);
+    return absl::OkStatus();
   }
 
-  float LocalMaximum(int64_t row_head) const override { return maxima_[row_head]; }
+  absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) override {
+    for (const int64_t row_head : row_heads) *maxima++ = maxima_[row_head];
+    return absl::OkStatus();
+  }
 
-  void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
+  absl::Status SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
     std::vector<int32_t> target_of(row_heads(), -1);
     for (size_t i = 0; i < targets.size(); ++i) target_of[targets[i].row_head] = static_cast<int32_t>(i);
     const std::vector<double> units = PaddedUnits(quantum.fraction_bits);
@@ -174,6 +176,7 @@ class CpuStep final : public MergingStep {
       if (flag != 0) std::fill_n(words, layout_.value_dim + 1, 0);
       words[layout_.value_dim + 1] = flag;
     }
+    return absl::OkStatus();
   }
 
  private:
