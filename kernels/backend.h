@@ -70,8 +70,7 @@ struct PathCounts {
 // One step in progress. Calls in this order (the caller owns the collectives between them):
 //   Attend; [SinkSums, all-reduce SUM of its span]; SelectForMaximum; [Maxima, MAX; MaximumSums, SUM, if any
 //   selected]; Finish.
-// SinkSums is skipped on every rank when the session has no sink of any kind. Spans live in the backend's
-// memory.
+// SinkSums is skipped on every rank when the session has no sink of any kind. Spans are host memory.
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;

@@ -191,6 +191,33 @@ EDUBA_DEVICE uint32_t LoadConstant4(const void* from) {
 #endif
 }
 
+// kCount neighbours from shared memory, in as few loads as there can be. REQUIRES: aligned to all of them, or
+// to 16 bytes.
+template <int kCount>
+EDUBA_DEVICE void LoadShared(const float* from, float (&to)[kCount]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(from + i);
+      to[i] = x.x;
+      to[i + 1] = x.y;
+      to[i + 2] = x.z;
+      to[i + 3] = x.w;
+    }
+  } else if constexpr (kCount == 2) {
+    const float2 x = *reinterpret_cast<const float2*>(from);
+    to[0] = x.x;
+    to[1] = x.y;
+  } else {
+    static_assert(kCount == 1);
+    to[0] = *from;
+  }
+#else
+  for (int i = 0; i < kCount; ++i) to[i] = from[i];
+#endif
+}
+
 // On global memory, from any block. Integer sums, maxima and minima: their order does not show.
 EDUBA_DEVICE uint64_t AtomicAdd(uint64_t* at, uint64_t x) {
 #ifdef __CUDA_ARCH__

@@ -150,7 +150,8 @@ EDUBA_DEVICE void DotKey(const AttendArgs& args, const char* key, const float* q
       Unpack(ahead[i], k);
       EDUBA_UNROLL
       for (int q = 0; q < kTile; ++q) {
-        const float* x = queries + q * pitch + unit * kUnitDims;
+        float x[kUnitDims];
+        LoadShared(queries + q * pitch + unit * kUnitDims, x);
         EDUBA_UNROLL
         for (int d = 0; d < kUnitDims; ++d) sum[q] = Fma(x[d], k[d], sum[q]);
       }
@@ -204,7 +205,8 @@ EDUBA_DEVICE void WeighSegment(const char* values, int64_t row_bytes, int segmen
     }
     EDUBA_UNROLL
     for (int i = 0; i < kGroupRows; ++i) {
-      const float* w = weight + (group * kGroupRows + i) * kTile;
+      float w[kTile];
+      LoadShared(weight + (group * kGroupRows + i) * kTile, w);
       EDUBA_UNROLL
       for (int q = 0; q < kTile; ++q) {
         sum[q][0] = Fma(w[q], value[i][0], sum[q][0]);
