@@ -10,9 +10,12 @@
 #include "base/dtype.h"
 #include "base/status_macros.h"
 #include "cli/bench.h"
+#include "cli/device.h"
 #include "cli/flags.h"
 #include "cli/output.h"
 #include "kernels/bench.h"
+#include "kernels/cuda/bench.h"
+#include "kernels/cuda/cuda_backend.h"
 
 namespace eduba {
 namespace {
@@ -21,6 +24,10 @@ struct KernelBenchFlags {
   bool json = false;
   int64_t bytes = BenchOptions().bytes;
   int rounds = BenchOptions().rounds;
+};
+
+struct AttendBenchFlags : KernelBenchFlags {
+  std::string device = "cpu";
 };
 
 void AddKernelBenchOptions(CLI::App& command, KernelBenchFlags& flags) {
@@ -59,9 +66,21 @@ absl::Status RunStream(const KernelBenchFlags& flags) {
   return absl::OkStatus();
 }
 
-absl::Status RunAttend(const KernelBenchFlags& flags) {
+void AddAttendBenchOptions(CLI::App& command, AttendBenchFlags& flags) {
+  AddKernelBenchOptions(command, flags);
+  AddDeviceOption(command, flags.device,
+                  "What to measure; for a GPU, \"stream\" is a copy within its memory, read and written");
+}
+
+absl::StatusOr<std::vector<AttendResult>> AttendResults(const AttendBenchFlags& flags) {
   ProgressReport report("bench attend");
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<AttendResult> results, RunAttendBench(OptionsOf(flags, report)));
+  if (flags.device == "cpu") return RunAttendBench(OptionsOf(flags, report));
+  EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(flags.device));
+  return RunCudaAttendBench(device, OptionsOf(flags, report));
+}
+
+absl::Status RunAttend(const AttendBenchFlags& flags) {
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<AttendResult> results, AttendResults(flags));
   Json list = Json::array();
   std::vector<std::vector<std::string>> table = {{"backend", "head_dim", "queries/kv", "rows", "dtype", "ms",
                                                   "GB/s", "stream GB/s", "share", "GFLOP/s", "of matmul"}};
@@ -108,7 +127,7 @@ void AddKernelBenches(CLI::App& bench, Command& chosen) {
   AddCommand(bench, "stream", "Reading memory once: the ceiling of a query", chosen, AddKernelBenchOptions,
              RunStream);
   AddCommand(bench, "attend", "Attention over pages, beside reading memory and multiplying matrices", chosen,
-             AddKernelBenchOptions, RunAttend);
+             AddAttendBenchOptions, RunAttend);
 }
 
 }  // namespace eduba

@@ -21,8 +21,9 @@ class EmbeddedCluster {
   struct Options {
     std::string listen = "127.0.0.1:0";  // Of the coordinator; workers listen on free ports of the same host.
     int workers = 1;
-    int64_t memory_bytes = 0;  // For pages, over all workers. REQUIRES: > 0.
-    std::string data_dir;      // Of the coordinator. Empty: nothing is kept.
+    int64_t memory_bytes = 0;          // For pages, over all workers. REQUIRES: > 0.
+    std::vector<std::string> devices;  // Of each worker (worker.h, backend). Empty: all on the CPU.
+    std::string data_dir;              // Of the coordinator. Empty: nothing is kept.
     std::string version;
   };
 

@@ -13,8 +13,10 @@
 #include "cli/flags.h"
 #include "cli/output.h"
 #include "cli/system.h"
+#include "collective/nccl/nccl_api.h"
 #include "grpcpp/grpcpp.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_device.h"
 #include "rpc/server.h"
 
 namespace eduba {
@@ -128,6 +130,32 @@ std::vector<Finding> ExamineServer(const ServerFlags& flags) {
                      : std::string(port.message())}};
 }
 
+// A machine without GPUs is well: everything runs on its processor.
+std::vector<Finding> ExamineGpus() {
+  std::vector<Finding> findings;
+  const auto machine = cuda::DescribeCuda();
+  if (!machine.ok())
+    return {{"cuda", "ok", absl::StrCat("not used: ", std::string(machine.status().message()))}};
+  findings.push_back({"cuda", "ok",
+                      absl::StrCat("the driver serves CUDA ", machine->driver,
+                                   ", this program was built with ", machine->runtime)});
+  for (size_t i = 0; i < machine->gpus.size(); ++i) {
+    const cuda::CudaMachine::Gpu& gpu = machine->gpus[i];
+    const std::string device = absl::StrCat("cuda:", i);
+    const absl::Status opened = cuda::OpenCudaDevice(static_cast<int>(i)).status();
+    findings.push_back(
+        {device, opened.ok() ? "ok" : "note",
+         absl::StrCat(gpu.name, ", sm_", gpu.major, gpu.minor, ", ", BytesText(gpu.memory_bytes),
+                      opened.ok() ? absl::StrCat("; would run on it with --device ", device)
+                                  : absl::StrCat("; ", std::string(opened.message())))});
+  }
+  const auto nccl = LoadNccl();
+  findings.push_back({"nccl", nccl.ok() ? "ok" : "note",
+                      nccl.ok() ? absl::StrCat("version ", NcclVersionText(**nccl), ", for --transport nccl")
+                                : std::string(nccl.status().message())});
+  return findings;
+}
+
 absl::Status RunDoctor(const DoctorOptions& options) {
   const std::vector<std::string> targets = CpuTargets();
   const std::string best = targets.empty() ? "none" : targets.front();
@@ -138,12 +166,12 @@ absl::Status RunDoctor(const DoctorOptions& options) {
       {"kernels", best == "AVX2" || best.rfind("AVX3", 0) == 0 ? "ok" : "note",
        absl::StrCat("would run on cpu/", best, "; this machine has ", absl::StrJoin(targets, " "),
                     ", this build has ", absl::StrJoin(BuiltCpuTargets(), " "))},
-      {"cuda", "ok", "not built; not needed"},
       {"cores", "ok", absl::StrCat(UsableCores())},
       {"memory", memory >= (int64_t{2} << 30) ? "ok" : "note",
        absl::StrCat(BytesText(memory), "; 'eduba up' would keep ", BytesText(DefaultStoreBytes()),
                     " for pages (--memory-bytes)")},
   };
+  for (Finding& finding : ExamineGpus()) findings.push_back(std::move(finding));
   for (Finding& finding : ExamineServer(options.server)) findings.push_back(std::move(finding));
   const Json libraries = LibraryVersions();
   for (const auto& [library, version] : libraries.items()) {

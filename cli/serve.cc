@@ -19,6 +19,7 @@
 #include "base/status_macros.h"
 #include "cli/child_process.h"
 #include "cli/command.h"
+#include "cli/device.h"
 #include "cli/embedded_cluster.h"
 #include "cli/flags.h"
 #include "cli/signals.h"
@@ -52,7 +53,8 @@ struct UpOptions {
   int workers = 2;
   bool processes = false;
   std::string listen = "127.0.0.1:7070";
-  int64_t memory_bytes = DefaultStoreBytes();
+  int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
+  std::string device = "cpu";
   std::string data_dir;
 };
 
@@ -60,19 +62,25 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
   command.add_option("--workers", options.workers, "Workers")
       ->check(CLI::Range(1, kMaxGroupSize))
       ->capture_default_str();
-  command.add_flag("--processes", options.processes,
-                   "Every worker a process of its own, joined by Gloo (otherwise: all in this process)");
+  command.add_flag(
+      "--processes", options.processes,
+      "Every worker a process of its own, joined by Gloo, or NCCL where each has a GPU of its own "
+      "(otherwise: all in this process)");
   command.add_option("--listen", options.listen, "Address to serve on, HOST:PORT")->capture_default_str();
-  AddBytesOption(command, "--memory-bytes", options.memory_bytes,
-                 "Memory for keys and values, over all workers; 8GiB, 500MiB, ... [60 % of this machine's]");
+  AddBytesOption(
+      command, "--memory-bytes", options.memory_bytes,
+      "Memory for keys and values, over all workers; 8GiB, 500MiB, ... [60 % of this machine's, or of "
+      "what is free on its GPUs]");
+  AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
 }
 
-absl::Status UpInThisProcess(const UpOptions& options) {
+absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::string>& devices) {
   EmbeddedCluster::Options cluster_options;
   cluster_options.listen = options.listen;
   cluster_options.workers = options.workers;
   cluster_options.memory_bytes = options.memory_bytes;
+  cluster_options.devices = devices;
   cluster_options.data_dir = options.data_dir;
   cluster_options.version = EDUBA_VERSION;
   EDUBA_ASSIGN_OR_RETURN(const auto cluster, EmbeddedCluster::Start(cluster_options));
@@ -89,10 +97,13 @@ absl::Status UpInThisProcess(const UpOptions& options) {
 using Children = std::vector<std::unique_ptr<ChildProcess>>;
 
 // Starts all parts; returns the coordinator's address.
-absl::StatusOr<std::string> StartChildren(const UpOptions& options, Children& children) {
+absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::vector<std::string>& devices,
+                                          Children& children) {
   EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(options.listen));
-  std::vector<std::string> arguments = {"coordinator", "--listen", options.listen, "--group-size",
-                                        absl::StrCat(options.workers)};
+  const std::string transport = EachHasItsGpu(devices) ? "nccl" : "gloo";
+  std::vector<std::string> arguments = {
+      "coordinator", "--listen", options.listen, "--group-size", absl::StrCat(options.workers),
+      "--transport", transport};
   if (!options.data_dir.empty()) {
     arguments.insert(arguments.end(), {"--data-dir", options.data_dir});
   }
@@ -106,7 +117,8 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, Children& ch
                                          {"worker", "--coordinator", address, "--listen",
                                           absl::StrCat(host_and_port.first, ":0"), "--memory-bytes",
                                           absl::StrCat(options.memory_bytes / options.workers), "--threads",
-                                          absl::StrCat(std::max(1, UsableCores() / options.workers))}));
+                                          absl::StrCat(std::max(1, UsableCores() / options.workers)),
+                                          "--device", devices[i], "--transport", transport}));
     children.push_back(std::move(worker));
   }
   return address;
@@ -129,8 +141,9 @@ bool ReportEnded(Children& children, std::set<pid_t>& reported, const std::strin
 }
 
 // Until the program is asked to end, or the coordinator ends.
-absl::Status ServeFromChildren(const UpOptions& options, Children& children) {
-  EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, children));
+absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::string>& devices,
+                               Children& children) {
+  EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, devices, children));
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(address));
   if (!complete) return absl::OkStatus();
   PrintReady(address);
@@ -144,9 +157,9 @@ absl::Status ServeFromChildren(const UpOptions& options, Children& children) {
   return absl::UnavailableError("the coordinator ended, so nothing can be served; start again");
 }
 
-absl::Status UpInProcesses(const UpOptions& options) {
+absl::Status UpInProcesses(const UpOptions& options, const std::vector<std::string>& devices) {
   Children children;
-  absl::Status served = ServeFromChildren(options, children);
+  absl::Status served = ServeFromChildren(options, devices, children);
   // The coordinator, which is the first, ends first: its calls under way need the workers.
   for (const auto& child : children) {
     child->Terminate();
@@ -155,12 +168,18 @@ absl::Status UpInProcesses(const UpOptions& options) {
   return served;
 }
 
-absl::Status RunUp(const UpOptions& options) {
+absl::Status RunUp(const UpOptions& given) {
+  UpOptions options = given;
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices,
+                         DevicesOfWorkers(options.device, options.workers));
+  if (options.memory_bytes == 0) {
+    EDUBA_ASSIGN_OR_RETURN(options.memory_bytes, DefaultMemoryBytes(devices));
+  }
   if (options.memory_bytes / options.workers < 1) {
     return absl::InvalidArgumentError("--memory-bytes leaves nothing for each worker; give more");
   }
   HoldSignals();
-  return options.processes ? UpInProcesses(options) : UpInThisProcess(options);
+  return options.processes ? UpInProcesses(options, devices) : UpInThisProcess(options, devices);
 }
 
 // --- coordinator ---
@@ -168,6 +187,7 @@ absl::Status RunUp(const UpOptions& options) {
 struct CoordinatorOptions {
   std::string listen;
   int group_size = 0;
+  std::string transport = "gloo";
   std::string data_dir;
 };
 
@@ -177,6 +197,11 @@ void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
   command.add_option("--group-size", options.group_size, "Workers that make a group")
       ->required()
       ->check(CLI::Range(1, kMaxGroupSize));
+  command
+      .add_option("--transport", options.transport,
+                  "How the workers reduce together: gloo, or nccl between GPUs")
+      ->check(CLI::IsMember({"gloo", "nccl"}))
+      ->capture_default_str();
   command.add_option("--data-dir", options.data_dir, "Folder for sessions' records [kept in memory]");
 }
 
@@ -186,7 +211,7 @@ absl::Status RunCoordinator(const CoordinatorOptions& options) {
   coordinator_options.listen = options.listen;
   coordinator_options.group_size = options.group_size;
   coordinator_options.data_dir = options.data_dir;
-  coordinator_options.transport = "gloo";
+  coordinator_options.transport = options.transport;
   coordinator_options.version = EDUBA_VERSION;
   EDUBA_ASSIGN_OR_RETURN(const auto coordinator, Coordinator::Start(coordinator_options));
   PrintReady(coordinator->address());
@@ -200,7 +225,9 @@ absl::Status RunCoordinator(const CoordinatorOptions& options) {
 struct WorkerOptions {
   std::string coordinator;
   std::string listen;
-  int64_t memory_bytes = DefaultStoreBytes();
+  int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
+  std::string device = "cpu";
+  std::string transport;  // Empty: nccl for a GPU, gloo otherwise.
   int threads = UsableCores();
 };
 
@@ -211,8 +238,16 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       .add_option("--listen", options.listen,
                   "Address to take uploads on, as clients reach it, HOST:PORT; port 0: any free one")
       ->required();
-  AddBytesOption(command, "--memory-bytes", options.memory_bytes,
-                 "Memory for keys and values: 8GiB, 500MiB, ... [60 % of this machine's]");
+  AddBytesOption(
+      command, "--memory-bytes", options.memory_bytes,
+      "Memory for keys and values: 8GiB, 500MiB, ... [60 % of this machine's, or of what is free on "
+      "the GPU]");
+  AddDeviceOption(command, options.device, "What it runs on");
+  command
+      .add_option(
+          "--transport", options.transport,
+          "How it reduces with the others, as the coordinator's --transport [nccl for a GPU, else gloo]")
+      ->check(CLI::IsMember({"gloo", "nccl"}));
   command.add_option("--threads", options.threads, "Threads of the kernels")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
@@ -220,10 +255,18 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
 
 absl::Status RunWorker(const WorkerOptions& options) {
   HoldSignals();
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices, DevicesOfWorkers(options.device, 1));
   Worker::Options worker_options;
+  worker_options.backend = devices.front();
+  worker_options.transport = !options.transport.empty() ? options.transport
+                             : EachHasItsGpu(devices)   ? "nccl"
+                                                        : "gloo";
   worker_options.coordinator = options.coordinator;
   worker_options.listen = options.listen;
   worker_options.memory_bytes = options.memory_bytes;
+  if (options.memory_bytes == 0) {
+    EDUBA_ASSIGN_OR_RETURN(worker_options.memory_bytes, DefaultMemoryBytes(devices));
+  }
   worker_options.threads = options.threads;
   worker_options.version = EDUBA_VERSION;
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));

@@ -25,15 +25,14 @@ namespace eduba {
 // right result; it then meets the error in its next call. Destroying a Communicator is leaving the group; a
 // rank may do so as soon as its last call has returned, and the others still complete that call.
 //
-// Memory: `data` is in the memory of the backend that the group was made for (host memory for local and
-// gloo).
+// Memory: `data` is host memory, for every transport (docs/adr/0005-gpu.md says why on GPUs too).
 class Communicator {
  public:
   virtual ~Communicator() = default;
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  // "local" or "gloo".
+  // "local", "gloo" or "nccl".
   virtual const char* transport() const = 0;
 
   // data[i] becomes the sum of data[i] over all ranks, modulo 2^64. An empty span takes part like any other.

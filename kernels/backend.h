@@ -73,8 +73,7 @@ struct PathCounts {
 // One step in progress. Calls in this order (the caller owns the collectives between them):
 //   Attend; [SinkSums, all-reduce SUM of its span]; SelectForMaximum; [Maxima, MAX; MaximumSums, SUM, if any
 //   selected]; Finish.
-// SinkSums is skipped on every rank when the session has no sink of any kind. Spans live in the backend's
-// memory.
+// SinkSums is skipped on every rank when the session has no sink of any kind. Spans are host memory.
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;
@@ -126,8 +125,12 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // "cpu/AVX2", "reference".
+  // "cpu/AVX2", "cuda/sm_90", "reference".
   virtual std::string name() const = 0;
+
+  // Not OK once the device has failed for good: then every call fails, and only a new process can use the
+  // device again.
+  virtual absl::Status health() const { return absl::OkStatus(); }
 
   // Zeroed memory for pages, aligned to 64 bytes at least. RESOURCE_EXHAUSTED when the device has none left.
   virtual absl::StatusOr<void*> AllocateSlab(int64_t bytes) = 0;

@@ -14,6 +14,7 @@
 #include "absl/strings/str_format.h"
 #include "base/parallel.h"
 #include "base/status_macros.h"
+#include "kernels/bench_problem.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/huge_memory.h"
 #include "kernels/cpu/page_kernels.h"
@@ -25,18 +26,6 @@ namespace {
 int Threads(const BenchOptions& options) {
   return options.threads > 0 ? options.threads
                              : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
-
-template <class Body>
-double Seconds(const Body& body) {
-  const auto begin = std::chrono::steady_clock::now();
-  body();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
-
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
 }
 
 // Ways to spread a buffer over threads; what is fastest depends on the machine.
@@ -74,71 +63,6 @@ class Buffer {
  private:
   int64_t bytes_;
   void* data_;
-};
-
-// A step on one rank, from StartStep to the answer.
-absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vector<float>& outputs) {
-  EDUBA_ASSIGN_OR_RETURN(const std::unique_ptr<AttentionStep> step, backend.StartStep(args));
-  EDUBA_RETURN_IF_ERROR(step->Attend());
-  if (!args.sink_logits.empty()) EDUBA_RETURN_IF_ERROR(step->SinkSums().status());
-  EDUBA_ASSIGN_OR_RETURN(const auto selected, step->SelectForMaximum());
-  if (!selected.empty()) {
-    EDUBA_RETURN_IF_ERROR(step->Maxima().status());
-    EDUBA_RETURN_IF_ERROR(step->MaximumSums().status());
-  }
-  const size_t row_heads = static_cast<size_t>(args.rows) * args.shape.query_heads;
-  outputs.resize(row_heads * args.shape.value_dim);
-  std::vector<float> lse(row_heads);
-  std::vector<float> sink_mass(row_heads);
-  return step->Finish(outputs.data(), lse.data(), sink_mass.data());
-}
-
-// Pages full of one random page's numbers, and queries against them.
-class AttendProblem {
- public:
-  AttendProblem(Backend& backend, const AttentionShape& shape, int rows, int64_t pages, char* memory,
-                ThreadPool& pool)
-      : visible_(rows, {0, pages * kPageRows}), sink_logits_(shape.query_heads, 2.0F) {
-    std::mt19937 random(1);
-    std::normal_distribution<float> normal;
-    queries_.resize(static_cast<size_t>(rows) * shape.query_heads * shape.head_dim);
-    for (float& x : queries_) x = normal(random);
-    const auto stored = [&](int64_t count, int16_t* exponent) {
-      std::vector<char> bytes(count * DTypeBytes(shape.dtype));
-      for (int64_t i = 0; i < count; ++i) {
-        StoreElement(bytes.data(), shape.dtype, i, std::clamp(normal(random), -4.0F, 4.0F));
-      }
-      *exponent = 2;
-      return bytes;
-    };
-    int16_t exponent = 0;
-    const std::vector<char> keys = stored(int64_t{kPageRows} * shape.kv_heads * shape.head_dim, &exponent);
-    const std::vector<char> values = stored(int64_t{kPageRows} * shape.kv_heads * shape.value_dim, &exponent);
-    exponents_.assign(static_cast<size_t>(shape.kv_heads) * shape.value_dim, exponent);
-    pool.ParallelFor(pages, [&](int64_t p, int) {
-      backend
-          .WriteRows(shape, memory + p * backend.PageBytes(shape), 0, kPageRows, keys.data(), values.data())
-          .IgnoreError();
-    });
-    for (int64_t p = 0; p < pages; ++p) refs_.push_back({memory + p * backend.PageBytes(shape), p});
-    args_.shape = shape;
-    args_.rows = rows;
-    args_.queries = queries_.data();
-    args_.visible = visible_;
-    args_.pages = refs_;
-    args_.sink_logits = sink_logits_;
-    args_.exponents = exponents_;
-    args_.positions = pages * kPageRows;
-  }
-  const StepArgs& args() const { return args_; }
-
- private:
-  std::vector<float> queries_;
-  std::vector<PositionRange> visible_;
-  std::vector<float> sink_logits_;
-  std::vector<int16_t> exponents_;
-  std::vector<PageRef> refs_;
-  StepArgs args_;
 };
 
 // The same small problem on both backends.

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "kernels/portable_exp.h"
 
 namespace eduba {
@@ -99,8 +100,7 @@ int MergingStep::Exponent(int64_t kv_head, int channel) const {
                          kMaxExponent);
 }
 
-int64_t MergingStep::CountBytes() const {
-  // The union of the rows' ranges, then what of it each page holds.
+std::vector<PositionRange> MergingStep::SeenRanges() const {
   std::vector<PositionRange> ranges;
   for (const PositionRange& range : visible_) {
     if (!range.empty()) ranges.push_back(range);
@@ -114,9 +114,27 @@ int64_t MergingStep::CountBytes() const {
       merged.push_back(range);
     }
   }
+  return merged;
+}
+
+std::vector<PageRef> MergingStep::SeenPages() const {
+  const std::vector<PositionRange> ranges = SeenRanges();
+  std::vector<PageRef> pages;
+  for (const PageRef& page : args_.pages) {
+    // The first range that ends behind the page's first position.
+    const auto range =
+        std::upper_bound(ranges.begin(), ranges.end(), PageBegin(page.index),
+                         [](int64_t position, const PositionRange& r) { return position < r.end; });
+    if (range != ranges.end() && range->begin < PageBegin(page.index + 1)) pages.push_back(page);
+  }
+  return pages;
+}
+
+int64_t MergingStep::CountBytes() const {
+  const std::vector<PositionRange> ranges = SeenRanges();
   int64_t rows = 0;
   for (const PageRef& page : args_.pages) {
-    for (const PositionRange& range : merged) rows += RowsInPage(range, page.index).size();
+    for (const PositionRange& range : ranges) rows += RowsInPage(range, page.index).size();
   }
   const AttentionShape& shape = args_.shape;
   return rows * shape.kv_heads * (shape.head_dim + shape.value_dim) *
@@ -130,20 +148,15 @@ void MergingStep::RecordFault(int64_t page, int64_t row_head) {
   }
 }
 
-void MergingStep::LoadSinks() {
-  if (sinks_loaded_) return;
-  sinks_loaded_ = true;
+absl::Status MergingStep::LoadSinks() {
+  if (sinks_loaded_) return absl::OkStatus();
   const AttentionShape& shape = args_.shape;
   for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
   if (args_.sink_pages.empty()) sink_tokens_ = 0;
   sink_keys_.resize(sink_tokens_ * shape.kv_heads * shape.head_dim);
   sink_values_.resize(sink_tokens_ * shape.kv_heads * shape.value_dim);
-  for (int64_t token = 0; token < sink_tokens_; ++token) {
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      const int64_t index = token * shape.kv_heads + head;
-      ReadRow(args_.sink_pages[PageOf(token)].data, static_cast<int>(token % kPageRows), head,
-              &sink_keys_[index * shape.head_dim], &sink_values_[index * shape.value_dim]);
-    }
+  if (sink_tokens_ > 0) {
+    EDUBA_RETURN_IF_ERROR(ReadSinks(sink_tokens_, sink_keys_.data(), sink_values_.data()));
   }
 
   const auto finite = [](float x) { return std::isfinite(x); };
@@ -170,10 +183,12 @@ void MergingStep::LoadSinks() {
     }
     reference_[row_head] = largest;
   });
+  sinks_loaded_ = true;
+  return absl::OkStatus();
 }
 
-MergingStep::SumPlan MergingStep::SinkPlan() {
-  LoadSinks();
+absl::StatusOr<MergingStep::SumPlan> MergingStep::SinkPlan() {
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
   SumPlan plan;
   plan.fraction_bits = kSinkPathFractionBits;
   plan.limit = kSinkPathMax;
@@ -188,7 +203,8 @@ MergingStep::SumPlan MergingStep::SinkPlan() {
 
 absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
   sink_sums_.assign(row_heads() * words_per_target(), 0);
-  SumPages(SinkPlan(), sink_sums_.data());
+  EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
+  EDUBA_RETURN_IF_ERROR(SumPages(plan, sink_sums_.data()));
   has_sink_sums_ = true;
   return absl::MakeSpan(sink_sums_);
 }
@@ -208,7 +224,7 @@ bool MergingStep::IsPrecise(int64_t row_head, absl::Span<const int64_t> words) c
 }
 
 absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
-  LoadSinks();
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
   paths_ = {};
   selected_.clear();
   for (int64_t i = 0; i < row_heads(); ++i) {
@@ -237,11 +253,13 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
 
 absl::StatusOr<absl::Span<float>> MergingStep::Maxima() {
   const int value_dim = args_.shape.value_dim;
+  std::vector<float> largest(selected_.size());
+  EDUBA_RETURN_IF_ERROR(LocalMaxima(selected_, largest.data()));
   std::vector<float> magnitudes(selected_.size() * value_dim, -std::numeric_limits<float>::infinity());
-  RaiseMagnitudes(selected_, magnitudes.data());
+  EDUBA_RETURN_IF_ERROR(RaiseMagnitudes(selected_, magnitudes.data()));
   maxima_.clear();
   for (size_t i = 0; i < selected_.size(); ++i) {
-    maxima_.push_back(LocalMaximum(selected_[i]));
+    maxima_.push_back(largest[i]);
     maxima_.insert(maxima_.end(), magnitudes.begin() + static_cast<int64_t>(i * value_dim),
                    magnitudes.begin() + static_cast<int64_t>((i + 1) * value_dim));
   }
@@ -281,12 +299,12 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
     }
   }
   maximum_sums_.assign(selected_.size() * words_per_target(), 0);
-  SumPages(plan, maximum_sums_.data());
+  EDUBA_RETURN_IF_ERROR(SumPages(plan, maximum_sums_.data()));
   return absl::MakeSpan(maximum_sums_);
 }
 
 absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
-  LoadSinks();
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
   const AttentionShape& shape = args_.shape;
   const int64_t words = words_per_target();
   const auto is_fault = [&](const int64_t* sums) { return sums[shape.value_dim + 1] != 0; };

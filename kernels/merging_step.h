@@ -67,25 +67,41 @@ class MergingStep : public AttentionStep {
   // REQUIRES: ValidateStep(args) is OK. `pool` outlives the step.
   MergingStep(const StepArgs& args, ThreadPool& pool);
 
-  // The stored row in f32.
-  virtual void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const = 0;
-  // Largest visible logit of the row and head over this worker's pages; -inf without one, +inf after a fault.
-  virtual float LocalMaximum(int64_t row_head) const = 0;
   // Whether there may be a sink path at all, and its sums: every row and head, M for reference.
   bool HasSinks() const { return !args_.sink_logits.empty() || !args_.sink_pages.empty(); }
-  SumPlan SinkPlan();
+  absl::StatusOr<SumPlan> SinkPlan();
 
+  // The first `tokens` stored rows of the sink pages, in f32: keys [tokens, kv_heads, head_dim], values
+  // [tokens, kv_heads, value_dim].
+  virtual absl::Status ReadSinks(int64_t tokens, float* keys, float* values) = 0;
+  // maxima[i] = the largest visible logit of row_heads[i] over this worker's pages; -inf without one, +inf
+  // after a fault.
+  virtual absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) = 0;
   // For each of `row_heads`, raises magnitudes [row_heads, value_dim] to LogMagnitude(m, o[c]) of its
   // partials.
-  virtual void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) = 0;
+  virtual absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) = 0;
   // Adds to words [targets, value_dim + 2], zeroed by the caller, what backend.h says under SinkSums.
-  virtual void SumPages(const SumPlan& plan, int64_t* words) = 0;
+  virtual absl::Status SumPages(const SumPlan& plan, int64_t* words) = 0;
+
+  // ReadSinks for a backend whose pages are host memory: calls read(page, row, kv_head, key, value) for each.
+  template <class Read>
+  void ReadSinksWith(int64_t tokens, float* keys, float* values, const Read& read) const {
+    const AttentionShape& shape = args_.shape;
+    for (int64_t i = 0; i < tokens * shape.kv_heads; ++i) {
+      const int64_t token = i / shape.kv_heads;
+      read(args_.sink_pages[PageOf(token)].data, static_cast<int>(token % kPageRows),
+           static_cast<int>(i % shape.kv_heads), keys + i * shape.head_dim, values + i * shape.value_dim);
+    }
+  }
 
   // Remembers the fault of the lowest page (then row, then head), for the message. Thread-safe.
   void RecordFault(int64_t page, int64_t row_head);
 
   int64_t row_heads() const { return int64_t{args_.rows} * args_.shape.query_heads; }
   int64_t words_per_target() const { return args_.shape.value_dim + 2; }
+  // The pages that some row sees, in the order of args.pages.
+  std::vector<PageRef> SeenPages() const;
+
   const StepArgs args_;
   ThreadPool& pool_;
   const std::vector<PositionRange> visible_;  // args_.visible without positions that do not exist.
@@ -96,7 +112,9 @@ class MergingStep : public AttentionStep {
     int64_t row_head;
   };
 
-  void LoadSinks();
+  absl::Status LoadSinks();
+  // Positions that some row sees, as ranges that neither touch nor overlap, ascending.
+  std::vector<PositionRange> SeenRanges() const;
   int64_t CountBytes() const;
   // The exponent of a channel in the sink path's units.
   int Exponent(int64_t kv_head, int channel) const;

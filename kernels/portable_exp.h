@@ -9,7 +9,7 @@ namespace eduba {
 // exp(x) in double from additions and multiplications alone (build with -ffp-contract=off), so that ranks
 // with different C libraries weigh their pages with the same bits. Within 2 ulp. Below -708 it is 0; x must
 // not exceed 708; NaN stays NaN.
-inline double PortableExp(double x) {
+constexpr double PortableExp(double x) {
   if (x < -708) return 0;
   constexpr double kRound = 0x1.8p52;  // Adding it leaves the nearest integer in the last bits.
   constexpr double kLog2E = 0x1.71547652b82fep+0;
@@ -39,7 +39,7 @@ inline double PortableExp(double x) {
 }
 
 // tanh(x) within a few 1e-16, absolute, which is what a capped logit needs.
-inline double PortableTanh(double x) {
+constexpr double PortableTanh(double x) {
   if (x > 300) return 1;
   if (x < -300) return -1;
   return 1 - 2 / (PortableExp(2 * x) + 1);

@@ -13,7 +13,10 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "collective/gloo/gloo_communicator.h"
+#include "collective/nccl/nccl_api.h"
+#include "collective/nccl/nccl_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "kernels/fingerprint.h"
 #include "kernels/reference/reference_backend.h"
 #include "rpc/channel.h"
@@ -27,10 +30,30 @@ namespace {
 constexpr absl::Duration kBackoffMin = absl::Milliseconds(200);
 constexpr absl::Duration kBackoffMax = absl::Seconds(2);
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const std::string& name, int threads) {
-  if (name == "cpu") return MakeCpuBackend(threads);
-  if (name == "reference") return MakeReferenceBackend();
-  return absl::InvalidArgumentError(absl::StrCat("backend '", name, "' is not known: use cpu or reference"));
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Worker::Options& options) {
+  if (options.make_backend) return options.make_backend();
+  if (options.backend == "cpu") return MakeCpuBackend(options.threads);
+  if (options.backend == "reference") return MakeReferenceBackend();
+  EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(options.backend));
+  CudaOptions cuda;
+  cuda.page_bytes = options.memory_bytes;
+  cuda.threads = options.threads;
+  return MakeCudaBackend(device, cuda);
+}
+
+// Whether the worker can take part in groups over its transport at all.
+absl::Status CheckTransport(const Worker::Options& options) {
+  if (options.hub != nullptr || options.transport == "gloo") return absl::OkStatus();
+  if (options.transport != "nccl") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("transport '", options.transport, "' is not known: use gloo or nccl"));
+  }
+  if (!CudaDeviceIndex(options.backend).ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("transport nccl connects GPUs, and this worker's device is ", options.backend,
+                     "; use --device cuda:N, or --transport gloo"));
+  }
+  return LoadNccl().status();
 }
 
 std::string RandomName() {
@@ -71,7 +94,9 @@ class Uplink {
 // Sends a heartbeat each interval from a thread of its own, whatever the engine is busy with.
 class Heart {
  public:
-  Heart(Uplink& uplink, const PageStore& store) : thread_([this, &uplink, &store] { Beat(uplink, store); }) {}
+  // `goes_on` is asked before each beat; false ends them.
+  Heart(Uplink& uplink, const PageStore& store, std::function<bool()> goes_on)
+      : goes_on_(std::move(goes_on)), thread_([this, &uplink, &store] { Beat(uplink, store); }) {}
   ~Heart() {
     {
       const std::scoped_lock lock(mutex_);
@@ -86,6 +111,7 @@ class Heart {
     std::unique_lock lock(mutex_);
     while (!stopping_) {
       lock.unlock();
+      if (!goes_on_()) return;
       v1::WorkerMessage message;
       message.mutable_heartbeat()->set_memory_used_bytes(store.used_bytes());
       const bool sent = uplink.Send(message);
@@ -95,6 +121,7 @@ class Heart {
     }
   }
 
+  const std::function<bool()> goes_on_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stopping_ = false;  // Guarded by mutex_.
@@ -120,7 +147,8 @@ absl::Status Worker::Init() {
     return absl::InvalidArgumentError(absl::StrCat("threads is ", options_.threads, ", wanted at least 1"));
   }
   EDUBA_RETURN_IF_ERROR(ParseAddress(options_.coordinator).status());
-  EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_.backend, options_.threads));
+  EDUBA_RETURN_IF_ERROR(CheckTransport(options_));
+  EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_));
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
   incarnation_ = RandomName();
@@ -216,7 +244,7 @@ absl::Status Worker::ServeStream(bool& joined) {
   const auto engine = std::make_shared<Engine>(std::move(options));
   pages_.SetEngine(engine);
   {
-    const Heart heart(uplink, *store_);
+    const Heart heart(uplink, *store_, [this] { return CheckDevice(); });
     v1::GroupMessage message;
     while (stream->Read(&message)) {
       joined = true;
@@ -241,16 +269,35 @@ v1::WorkerHello Worker::Hello() const {
   hello.set_threads(options_.threads);
   hello.set_memory_bytes(options_.memory_bytes);
   hello.set_fingerprint(fingerprint_);
-  hello.set_transport(options_.hub != nullptr ? "local" : "gloo");
+  hello.set_transport(options_.hub != nullptr ? "local" : options_.transport);
   return hello;
+}
+
+bool Worker::CheckDevice() {
+  const absl::Status health = backend_->health();
+  if (health.ok()) return true;
+  const std::scoped_lock lock(mutex_);
+  if (!stopping_) {
+    result_ = Annotate(health, "this worker has left its group, and ends, to be started again");
+    stopping_ = true;
+    changed_.notify_all();
+  }
+  if (stream_context_ != nullptr) stream_context_->TryCancel();
+  return false;
 }
 
 absl::StatusOr<std::unique_ptr<Communicator>> Worker::Connect(const v1::FormGroup& form,
                                                               absl::Time deadline) {
+  if (!CheckDevice()) return backend_->health();
   if (options_.hub != nullptr) {
     return options_.hub->Join(form.epoch(), form.attempt(), form.rank(), form.size(), deadline);
   }
   RendezvousClient rendezvous(group_.get(), form.epoch(), form.attempt());
+  if (options_.transport == "nccl") {
+    NcclOptions nccl;
+    EDUBA_ASSIGN_OR_RETURN(nccl.device, CudaDeviceIndex(options_.backend));
+    return ConnectNccl(form.rank(), form.size(), rendezvous, nccl, deadline);
+  }
   GlooOptions gloo;
   gloo.host = host_;
   return ConnectGloo(form.rank(), form.size(), rendezvous, gloo, deadline);

@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -12,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "attention/page_store.h"
+#include "collective/communicator.h"
 #include "collective/local/local_communicator.h"
 #include "eduba/v1/group.grpc.pb.h"
 #include "kernels/backend.h"
@@ -32,16 +34,22 @@ class Worker {
     std::string advertise;
     int64_t memory_bytes = 0;  // For pages. REQUIRES: > 0.
     int threads = 1;           // Of the kernels.
-    // "cpu" (the best instruction set of this machine) or "reference" (slow, to compare with).
+    // "cpu" (the best instruction set of this machine), "cuda:N" (a GPU), or "reference" (slow, to compare
+    // with).
     std::string backend = "cpu";
+    // How it meets workers that are other processes: "gloo", or "nccl", which only GPUs can.
+    std::string transport = "gloo";
     std::string version;  // Of the program.
-    // Where the workers of this process meet; outlives them. Null: the ranks are processes, which Gloo
-    // connects.
+    // Where the workers of this process meet; outlives them. Null: the ranks are processes, and `transport`
+    // connects them.
     LocalHub* hub = nullptr;
+    // For tests: makes the backend instead.
+    std::function<absl::StatusOr<std::unique_ptr<Backend>>()> make_backend;
   };
 
   // Serves, and keeps asking the coordinator to be taken in. INVALID_ARGUMENT for bad options, UNAVAILABLE
-  // when the port is taken.
+  // when the port is taken. FAILED_PRECONDITION or RESOURCE_EXHAUSTED where the device, CUDA or NCCL is
+  // missing, too old or full.
   static absl::StatusOr<std::unique_ptr<Worker>> Start(Options options);
   // As Shutdown(absl::ZeroDuration()).
   ~Worker();
@@ -49,7 +57,9 @@ class Worker {
   // host:port by which clients reach it.
   const std::string& address() const { return address_; }
 
-  // Returns OK after Shutdown, or FAILED_PRECONDITION when the coordinator refused this worker for good.
+  // Returns OK after Shutdown, FAILED_PRECONDITION when the coordinator refused this worker for good, or
+  // UNAVAILABLE when its device failed: it has left the group then, and only a new process can use the
+  // device.
   absl::Status Wait();
   // Takes no new uploads, gives those under way `grace`, then leaves the group. Idempotent; any thread.
   void Shutdown(absl::Duration grace);
@@ -64,6 +74,8 @@ class Worker {
   // One Join stream, from hello to its end. Sets `joined` once the coordinator has answered.
   absl::Status ServeStream(bool& joined);
   v1::WorkerHello Hello() const;
+  // False, and leaves the group for good, when the device has failed.
+  bool CheckDevice();
   absl::StatusOr<std::unique_ptr<Communicator>> Connect(const v1::FormGroup& form, absl::Time deadline);
 
   const Options options_;

@@ -11,6 +11,8 @@
 #include "gmock/gmock.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "gtest/gtest.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/emulated_device.h"
 #include "rpc/channel.h"
 #include "rpc/limits.h"
 #include "rpc/status.h"
@@ -139,8 +141,7 @@ class WorkerTest : public ::testing::Test {
     server_->Shutdown(absl::ZeroDuration());
   }
 
-  Worker& StartWorker(LocalHub* hub) {
-    Worker::Options options;
+  Worker& StartWorker(LocalHub* hub, Worker::Options options = {}) {
     options.coordinator = server_->address();
     options.memory_bytes = int64_t{4} << 20;
     options.backend = "reference";
@@ -310,6 +311,26 @@ TEST_F(WorkerTest, UploadsGoToTheirAppendAndErrorsComeBack) {
   EXPECT_THAT(run(seal).message(), HasSubstr("position 0 of layer 0 was sent twice"));
 }
 
+TEST_F(WorkerTest, AWorkerWhoseDeviceFailsLeavesForGood) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+  cuda::Device& gpu = *device;
+  Worker::Options options;
+  options.make_backend = [&device] {
+    CudaOptions cuda;
+    cuda.partial_bytes = int64_t{1} << 20;
+    return MakeCudaBackendOn(std::move(device), cuda);
+  };
+  Worker& worker = StartWorker(&hub_, options);
+  EXPECT_EQ(coordinator_.Hellos(1)[0].backend(), "cuda:emulated");
+  coordinator_.AwaitHeartbeats(1);
+  cuda::BreakEmulatedDevice(gpu, 0);
+  const absl::Status ended = worker.Wait();
+  EXPECT_EQ(ended.code(), absl::StatusCode::kUnavailable) << ended;
+  EXPECT_THAT(std::string(ended.message()), HasSubstr("left its group"));
+  coordinator_.AwaitStreamsGone();
+}
+
 TEST_F(WorkerTest, ShutdownLeavesTheCoordinator) {
   Worker& worker = StartWorker(&hub_);
   coordinator_.Hellos(1);
@@ -329,6 +350,12 @@ TEST(WorkerOptions, AreChecked) {
   EXPECT_EQ(start([](Worker::Options& o) { o.memory_bytes = 0; }).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.threads = 0; }).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.backend = "gpu"; }).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(start([](Worker::Options& o) { o.backend = "cuda:4711"; }).code(),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(start([](Worker::Options& o) { o.transport = "smoke"; }).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(start([](Worker::Options& o) { o.transport = "nccl"; }).code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.coordinator = "nowhere"; }).code(),
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.listen = "x"; }).code(), absl::StatusCode::kInvalidArgument);

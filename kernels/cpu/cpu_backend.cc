@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/parallel.h"
+#include "base/status_macros.h"
 #include "kernels/cpu/huge_memory.h"
 #include "kernels/cpu/page_kernels.h"
 #include "kernels/cpu/page_layout.h"
@@ -50,12 +51,7 @@ class CpuStep final : public MergingStep {
         workspace_(workspace),
         group_(args.shape.group()),
         rows_per_block_(std::max(1, kMaxPageQueries / group_)) {
-    for (const PageRef& page : args.pages) {
-      const bool seen = std::any_of(visible_.begin(), visible_.end(), [&](const PositionRange& range) {
-        return !RowsInPage(range, page.index).empty();
-      });
-      if (seen) pages_.push_back(page);
-    }
+    pages_ = SeenPages();
     row_blocks_ = (args.rows + rows_per_block_ - 1) / rows_per_block_;
     unit_queries_ = int64_t{rows_per_block_} * group_;
     keep_partials_ = units() * PartialBytes() <= kept_partials_bytes;
@@ -84,7 +80,10 @@ class CpuStep final : public MergingStep {
     std::vector<float> maxima(threads * row_heads(), -kInfinity);
     // The sinks' reference is known already: the sink path's sums are made while the partials are in the
     // cache.
-    if (HasSinks()) sink_sums_ = std::make_unique<PageSums>(MakeSums(SinkPlan()));
+    if (HasSinks()) {
+      EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
+      sink_sums_ = std::make_unique<PageSums>(MakeSums(plan));
+    }
     ForEachUnit([&](int64_t unit, int thread) {
       const PartialView view = Compute(unit, thread);
       if (sink_sums_) AddUnit(unit, thread, view, *sink_sums_);
@@ -103,20 +102,27 @@ class CpuStep final : public MergingStep {
   }
 
  protected:
-  void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const override {
-    const char* base = static_cast<const char*>(page);
-    const DType dtype = args_.shape.dtype;
-    for (int d = 0; d < layout_.head_dim; ++d) {
-      key[d] = LoadElement(base + layout_.keys(kv_head), dtype, layout_.key(row, d));
-    }
-    for (int c = 0; c < layout_.value_dim; ++c) {
-      value[c] = LoadElement(base + layout_.values(kv_head), dtype, layout_.value(row, c));
-    }
+  absl::Status ReadSinks(int64_t tokens, float* keys, float* values) override {
+    const auto read = [this](const void* page, int row, int kv_head, float* key, float* value) {
+      const char* base = static_cast<const char*>(page);
+      const DType dtype = args_.shape.dtype;
+      for (int d = 0; d < layout_.head_dim; ++d) {
+        key[d] = LoadElement(base + layout_.keys(kv_head), dtype, layout_.key(row, d));
+      }
+      for (int c = 0; c < layout_.value_dim; ++c) {
+        value[c] = LoadElement(base + layout_.values(kv_head), dtype, layout_.value(row, c));
+      }
+    };
+    ReadSinksWith(tokens, keys, values, read);
+    return absl::OkStatus();
   }
 
-  float LocalMaximum(int64_t row_head) const override { return maxima_[row_head]; }
+  absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) override {
+    for (const int64_t row_head : row_heads) *maxima++ = maxima_[row_head];
+    return absl::OkStatus();
+  }
 
-  void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
+  absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
     std::vector<int32_t> index_of(this->row_heads(), -1);
     for (size_t i = 0; i < row_heads.size(); ++i) index_of[row_heads[i]] = static_cast<int32_t>(i);
     const int64_t value_dim = layout_.value_dim;
@@ -136,15 +142,20 @@ class CpuStep final : public MergingStep {
     for (const std::vector<float>& own : threads) {
       for (size_t i = 0; i < own.size(); ++i) magnitudes[i] = std::max(magnitudes[i], own[i]);
     }
+    return absl::OkStatus();
   }
 
-  void SumPages(const SumPlan& plan, int64_t* words) override {
-    if (sink_sums_ && plan.value_limit == 0) return sink_sums_->Collect(words);
+  absl::Status SumPages(const SumPlan& plan, int64_t* words) override {
+    if (sink_sums_ && plan.value_limit == 0) {
+      sink_sums_->Collect(words);
+      return absl::OkStatus();
+    }
     PageSums sums = MakeSums(plan);
     ForEachUnit([&](int64_t unit, int thread) {
       AddUnit(unit, thread, keep_partials_ ? ViewOf(unit) : Compute(unit, thread), sums);
     });
     sums.Collect(words);
+    return absl::OkStatus();
   }
 
  private:

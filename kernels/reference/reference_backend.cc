@@ -49,25 +49,20 @@ class ReferenceStep final : public MergingStep {
   }
 
  protected:
-  void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const override {
-    const AttentionShape& shape = args_.shape;
-    const char* base = static_cast<const char*>(page);
-    for (int d = 0; d < shape.head_dim; ++d) {
-      key[d] = LoadElement(base + layout_.key(row), shape.dtype, kv_head * shape.head_dim + d);
-    }
-    for (int c = 0; c < shape.value_dim; ++c) {
-      value[c] = LoadElement(base + layout_.value(row), shape.dtype, kv_head * shape.value_dim + c);
-    }
+  absl::Status ReadSinks(int64_t tokens, float* keys, float* values) override {
+    ReadSinksWith(tokens, keys, values,
+                  [this](const void* page, int row, int kv_head, float* key, float* value) {
+                    ReadRow(page, row, kv_head, key, value);
+                  });
+    return absl::OkStatus();
   }
 
-  float LocalMaximum(int64_t row_head) const override {
-    double largest = -kInfinity;
-    for (size_t page = 0; page < args_.pages.size(); ++page)
-      largest = std::max(largest, PartialOf(page, row_head).m);
-    return static_cast<float>(largest);
+  absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) override {
+    for (const int64_t row_head : row_heads) *maxima++ = LocalMaximum(row_head);
+    return absl::OkStatus();
   }
 
-  void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
+  absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
     for (const int64_t row_head : row_heads) {
       for (size_t page = 0; page < args_.pages.size(); ++page) {
         const Partial& partial = PartialOf(page, row_head);
@@ -78,9 +73,10 @@ class ReferenceStep final : public MergingStep {
       }
       magnitudes += args_.shape.value_dim;
     }
+    return absl::OkStatus();
   }
 
-  void SumPages(const SumPlan& plan, int64_t* words) override {
+  absl::Status SumPages(const SumPlan& plan, int64_t* words) override {
     const double one = PowerOfTwo(plan.fraction_bits);
     const int value_dim = args_.shape.value_dim;
     for (const Target& target : plan.targets) {
@@ -114,9 +110,28 @@ class ReferenceStep final : public MergingStep {
       words[value_dim + 1] = flag;
       words += words_per_target();
     }
+    return absl::OkStatus();
   }
 
  private:
+  void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const {
+    const AttentionShape& shape = args_.shape;
+    const char* base = static_cast<const char*>(page);
+    for (int d = 0; d < shape.head_dim; ++d) {
+      key[d] = LoadElement(base + layout_.key(row), shape.dtype, kv_head * shape.head_dim + d);
+    }
+    for (int c = 0; c < shape.value_dim; ++c) {
+      value[c] = LoadElement(base + layout_.value(row), shape.dtype, kv_head * shape.value_dim + c);
+    }
+  }
+
+  float LocalMaximum(int64_t row_head) const {
+    double largest = -kInfinity;
+    for (size_t page = 0; page < args_.pages.size(); ++page)
+      largest = std::max(largest, PartialOf(page, row_head).m);
+    return static_cast<float>(largest);
+  }
+
   const Partial& PartialOf(size_t page, int64_t row_head) const {
     return partials_[page * row_heads() + row_head];
   }

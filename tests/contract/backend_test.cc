@@ -1,5 +1,6 @@
-// The contract of kernels/backend.h, for every backend: the reference, and the CPU kernels on each
-// instruction set this machine runs.
+// The contract of kernels/backend.h, for every backend: the reference, the CPU kernels on each instruction
+// set this machine runs, the GPU's kernels played on the host, and those on a GPU, which are skipped where
+// there is none.
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,8 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/emulated_device.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/contract/attention_problem.h"
 
@@ -32,12 +35,35 @@ struct BackendChoice {
   bool fused = true;  // Its chip multiplies and adds in one operation.
 };
 
+// Small, because a test has many.
+CudaOptions SmallCuda(int threads) {
+  CudaOptions options;
+  options.page_bytes = int64_t{64} << 20;
+  options.partial_bytes = int64_t{32} << 20;
+  options.threads = threads;
+  return options;
+}
+
+std::unique_ptr<Backend> EmulatedCuda(const CudaOptions& options) {
+  return *MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30), options);
+}
+
+// Why this machine cannot run the cuda backend; OK where it can.
+const absl::Status& CudaMissing() {
+  static const absl::Status* const status = new absl::Status(MakeCudaBackend(0, SmallCuda(1)).status());
+  return *status;
+}
+
 std::vector<BackendChoice> AllBackends() {
   std::vector<BackendChoice> all = {{"reference", [](int) { return MakeReferenceBackend(); }}};
   for (const std::string& target : CpuTargets()) {
     all.push_back({"cpu_" + target, [target](int threads) { return MakeCpuBackendForTest(threads, target); },
                    CpuTargetHasFma(target)});
   }
+  if (cuda::EmulatedDeviceRuns()) {
+    all.push_back({"cuda_emulated", [](int threads) { return EmulatedCuda(SmallCuda(threads)); }});
+  }
+  all.push_back({"cuda", [](int threads) { return *MakeCudaBackend(0, SmallCuda(threads)); }});
   return all;
 }
 
@@ -79,7 +105,14 @@ ProblemSpec RandomSpec(uint64_t seed) {
 
 std::ostream& operator<<(std::ostream& out, const BackendChoice& choice) { return out << choice.name; }
 
-class BackendContract : public testing::TestWithParam<BackendChoice> {};
+class BackendContract : public testing::TestWithParam<BackendChoice> {
+ protected:
+  void SetUp() override {
+    if (GetParam().name == "cuda" && !CudaMissing().ok()) {
+      GTEST_SKIP() << "SKIPPED, NOT TESTED: cuda: " << CudaMissing();
+    }
+  }
+};
 
 INSTANTIATE_TEST_SUITE_P(All, BackendContract, testing::ValuesIn(AllBackends()),
                          [](const auto& info) { return info.param.name; });
@@ -279,6 +312,127 @@ TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
   }
 }
 
+// The GPU backends that this machine runs.
+std::vector<BackendChoice> CudaBackends() {
+  std::vector<BackendChoice> some;
+  for (const BackendChoice& choice : AllBackends()) {
+    if (choice.name == "cuda_emulated" || (choice.name == "cuda" && CudaMissing().ok()))
+      some.push_back(choice);
+  }
+  return some;
+}
+
+RankGroup GroupOf(std::unique_ptr<Backend> backend) {
+  std::vector<std::unique_ptr<Backend>> backends;
+  backends.push_back(std::move(backend));
+  return RankGroup(std::move(backends));
+}
+
+// The same operations in the same order: a session may move between CPUs and GPUs.
+TEST(CudaBackend, GivesTheBitsOfTheCpusThatFuseMultiplyAndAdd) {
+  for (const std::string& target : CpuTargets()) {
+    if (!CpuTargetHasFma(target)) continue;
+    for (const BackendChoice& choice : CudaBackends()) {
+      RankGroup cpu = GroupOf(MakeCpuBackendForTest(1, target));
+      RankGroup gpu = Group(choice, 1);
+      for (uint64_t seed = 6000; seed < 6100; ++seed) {
+        const ProblemSpec spec = RandomSpec(seed);
+        SCOPED_TRACE(absl::StrCat(target, " and ", choice.name, ": ", spec.ToString()));
+        const Problem problem(spec);
+        cpu.Load(problem);
+        gpu.Load(problem);
+        const auto from_cpu = cpu.Attend(problem, {0});
+        const auto from_gpu = gpu.Attend(problem, {0});
+        ASSERT_TRUE(from_cpu.ok() && from_gpu.ok()) << from_cpu.status() << from_gpu.status();
+        ASSERT_TRUE(*from_cpu == *from_gpu);
+        ASSERT_EQ(cpu.words(), gpu.words());
+      }
+    }
+  }
+}
+
+// All partials at once, or as much as there is room for, computed again for every pass.
+TEST(CudaBackend, StepsInPartsGiveTheSameBits) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  CudaOptions little = SmallCuda(1);
+  little.partial_bytes = int64_t{2} << 20;  // One page, or a few.
+  RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1)));
+  RankGroup parts = GroupOf(EmulatedCuda(little));
+  for (uint64_t seed = 7000; seed < 7060; ++seed) {
+    const ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    const Problem problem(spec);
+    whole.Load(problem);
+    parts.Load(problem);
+    const auto a = whole.Attend(problem, {0});
+    const auto b = parts.Attend(problem, {0});
+    ASSERT_TRUE(a.ok() && b.ok()) << a.status() << b.status();
+    ASSERT_TRUE(*a == *b);
+    ASSERT_EQ(whole.words(), parts.words());
+  }
+}
+
+TEST(CudaBackend, AStepThatTheDeviceHasNoRoomForIsRefused) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  CudaOptions options = SmallCuda(1);
+  options.partial_bytes = 4096;
+  RankGroup group = GroupOf(EmulatedCuda(options));
+  ProblemSpec spec;
+  spec.rows = 20;
+  spec.shape.query_heads = 4;
+  spec.shape.value_dim = 64;
+  const Problem problem(spec);
+  group.Load(problem);
+  EXPECT_EQ(group.Attend(problem, {0}).status().code(), absl::StatusCode::kResourceExhausted);
+  options.page_bytes = int64_t{2} << 30;
+  EXPECT_EQ(MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30), options).status().code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
+// Whatever call a device fails in, there is an error that says so, and never an answer.
+TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  ProblemSpec spec;
+  spec.shape.query_heads = 2;
+  spec.shape.head_dim = 16;
+  spec.shape.value_dim = 16;
+  spec.sink_tokens = 4;
+  spec.sink_logit = -30.0F;  // Some heads take the maximum path.
+  const Problem problem(spec);
+  bool survived = false;
+  for (int calls = 0; !survived; ++calls) {
+    ASSERT_LT(calls, 200);
+    auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+    cuda::Device& broken = *device;
+    CudaOptions options;
+    options.partial_bytes = int64_t{1} << 20;
+    RankGroup group = GroupOf(*MakeCudaBackendOn(std::move(device), options));
+    group.Load(problem);
+    cuda::BreakEmulatedDevice(broken, calls);
+    const auto answer = group.Attend(problem, {0});
+    survived = answer.ok();
+    if (!survived) {
+      EXPECT_FALSE(group.backend(0).health().ok());
+      EXPECT_EQ(answer.status().code(), absl::StatusCode::kUnavailable) << answer.status();
+      EXPECT_EQ(group.Attend(problem, {0}).status().code(), absl::StatusCode::kUnavailable);
+    }
+  }
+}
+
+TEST(CudaBackend, NamesOfDevices) {
+  EXPECT_EQ(*CudaDeviceIndex("cuda"), 0);
+  EXPECT_EQ(*CudaDeviceIndex("cuda:7"), 7);
+  for (const char* name : {"", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1x", "cuda0"}) {
+    EXPECT_EQ(CudaDeviceIndex(name).status().code(), absl::StatusCode::kInvalidArgument) << name;
+  }
+}
+
+TEST(CudaBackend, AnAbsentDeviceIsAClearError) {
+  const absl::Status status = MakeCudaBackend(4711, SmallCuda(1)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+  EXPECT_EQ(std::string(status.message()).find('\n'), std::string::npos);
+}
+
 ProblemSpec AccuracySpec(int head_dim, int64_t positions, float logit_size, uint64_t seed) {
   ProblemSpec spec;
   spec.seed = seed;
@@ -297,6 +451,7 @@ TEST_P(BackendContract, ErrorStaysWithin3e6ForModerateLogits) {
   double worst = 0;
   for (const int head_dim : {16, 64, 128, 256}) {
     for (const int64_t positions : {1, 2, 5, 30, 300, 3000, 20000}) {
+      if (GetParam().name == "cuda_emulated" && positions > 3000) continue;  // A host plays a GPU slowly.
       // Sink mass from 1e-9 to 1 - 1e-7, and none.
       for (const float sink : {-1000.0F, -15.0F, 0.0F, 18.0F, 33.0F}) {
         ProblemSpec spec = AccuracySpec(head_dim, positions, 20, positions + head_dim);

@@ -23,6 +23,8 @@
 #include "collective/gloo/gloo_communicator.h"
 #include "collective/local/local_communicator.h"
 #include "collective/map_rendezvous.h"
+#include "collective/nccl/fake_nccl.h"
+#include "collective/nccl/nccl_communicator.h"
 
 namespace eduba {
 namespace {
@@ -47,6 +49,9 @@ using Join =
 struct Transport {
   const char* name;
   Join (*new_group)();
+  const char* says;  // What transport() says.
+  // Whether an error that came from a peer names its rank. NCCL does not know it.
+  bool names_ranks = true;
 };
 
 Join NewLocalGroup() {
@@ -58,6 +63,22 @@ Join NewLocalGroup() {
 Join NewGlooGroup() {
   return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
     return ConnectGloo(rank, size, *board, GlooOptions(), deadline);
+  };
+}
+
+// NCCL's way of working without NCCL: what runs of the nccl transport on a machine without GPUs.
+Join NewFakeNcclGroup() {
+  TheFakeNccl().Reset();
+  return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
+    return ConnectNcclForTest(rank, size, *board, FakeNcclParts(), deadline);
+  };
+}
+
+// One device for each rank, because two ranks of a process cannot share one; tests/gpu/run.sh has ranks that
+// are processes.
+Join NewNcclGroup() {
+  return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
+    return ConnectNccl(rank, size, *board, {.device = rank}, deadline);
   };
 }
 
@@ -121,8 +142,21 @@ absl::Status MaxAndCheck(Communicator& c, int64_t count, int64_t call, absl::Tim
   return status;
 }
 
+constexpr int kMostRanks = 8;  // Of a group below.
+
 class CommunicatorContract : public testing::TestWithParam<Transport> {
  protected:
+  void SetUp() override {
+    if (GetParam().new_group != NewNcclGroup) return;
+    const absl::Status missing = NcclMissing();
+    if (!missing.ok()) GTEST_SKIP() << "SKIPPED, NOT TESTED: nccl: " << missing;
+  }
+  // Why this machine cannot run groups of kMostRanks threads over NCCL.
+  static absl::Status NcclMissing() {
+    absl::Status status = LoadNccl().status();
+    if (status.ok()) status = OpenCudaStream(kMostRanks - 1).status();
+    return status;
+  }
   Group Form(int size) { return eduba::Form(GetParam().new_group(), size); }
 };
 
@@ -131,7 +165,7 @@ TEST_P(CommunicatorContract, KnowsWhoItIs) {
   for (int r = 0; r < 3; ++r) {
     EXPECT_EQ(group[r]->rank(), r);
     EXPECT_EQ(group[r]->size(), 3);
-    EXPECT_STREQ(group[r]->transport(), GetParam().name);
+    EXPECT_STREQ(group[r]->transport(), GetParam().says);
   }
 }
 
@@ -275,7 +309,9 @@ TEST_P(CommunicatorContract, AbortBetweenCallsEndsTheNextOnEveryRank) {
   OnThreads(3, [&](int rank) {
     const absl::Status status = SumAndCheck(*group[rank], 5, 1, Far());
     EXPECT_EQ(status.code(), rank == 0 ? kAborted : kUnavailable) << status;
-    EXPECT_THAT(std::string(status.message()), HasSubstr(rank == 0 ? "draining" : "rank 0"));
+    EXPECT_THAT(std::string(status.message()), HasSubstr(rank == 0                ? "draining"
+                                                         : GetParam().names_ranks ? "rank 0"
+                                                                                  : "a rank"));
   });
 }
 
@@ -429,7 +465,10 @@ TEST_P(CommunicatorContract, TwentyRebuildsLeakNoDescriptorAndNoThread) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CommunicatorContract,
-                         testing::Values(Transport{"local", NewLocalGroup}, Transport{"gloo", NewGlooGroup}),
+                         testing::Values(Transport{"local", NewLocalGroup, "local"},
+                                         Transport{"gloo", NewGlooGroup, "gloo"},
+                                         Transport{"nccl_fake", NewFakeNcclGroup, "nccl", false},
+                                         Transport{"nccl", NewNcclGroup, "nccl", false}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

@@ -1,8 +1,9 @@
-// One rank of a Gloo group, as a process for communicator_kill_test.cc to hurt. Sums words in a stream until
-// a call fails.
-//   communicator_rank DIRECTORY RANK SIZE WORDS CALL_SECONDS [kill|stop]
+// One rank of a Gloo group, as a process for communicator_kill_test.cc to hurt; or of an NCCL group, for
+// tests/gpu/run.sh. Sums words in a stream until a call fails.
+//   communicator_rank DIRECTORY RANK SIZE WORDS CALL_SECONDS [kill|stop|nccl]
 // DIRECTORY is the rendezvous, new for each group. With `kill` or `stop` it does that to itself while the
-// group forms, when it has published its address and the others may be connecting to it. Prints "round N"
+// group forms, when it has published its address and the others may be connecting to it. With `nccl` the
+// ranks share cuda:0, for which each needs an NCCL_HOSTID of its own. Prints "round N"
 // after every call that succeeded, and at the end one line, "end CODE LATE_MS TEXT": what the first failed
 // call returned, and how long after its deadline (negative: before). Exits with 0 then; with 3 for a wrong
 // sum.
@@ -21,6 +22,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
 #include "collective/gloo/gloo_communicator.h"
+#include "collective/nccl/nccl_communicator.h"
 
 namespace eduba {
 namespace {
@@ -64,10 +66,11 @@ int End(const absl::Status& status, absl::Time deadline) {
 }
 
 int Run(const std::string& directory, int rank, int size, int64_t words, absl::Duration limit,
-        int signal_to_self) {
+        int signal_to_self, bool nccl) {
   FileRendezvous rendezvous(directory, signal_to_self);
   absl::Time deadline = absl::Now() + limit;
-  auto group = ConnectGloo(rank, size, rendezvous, GlooOptions(), deadline);
+  auto group = nccl ? ConnectNccl(rank, size, rendezvous, NcclOptions(), deadline)
+                    : ConnectGloo(rank, size, rendezvous, GlooOptions(), deadline);
   if (!group.ok()) return End(group.status(), deadline);
   for (int64_t round = 0;; ++round) {
     std::vector<int64_t> data(words, rank + round);
@@ -93,5 +96,6 @@ int main(int argc, char** argv) {
                     absl::Seconds(std::atof(argv[5])),
                     fault == "kill"   ? SIGKILL
                     : fault == "stop" ? SIGSTOP
-                                      : 0);
+                                      : 0,
+                    fault == "nccl");
 }

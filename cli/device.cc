@@ -1,0 +1,47 @@
+#include "cli/device.h"
+
+#include <set>
+
+#include "CLI/Option.hpp"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "cli/system.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_device.h"
+
+namespace eduba {
+
+void AddDeviceOption(CLI::App& command, std::string& device, const std::string& description) {
+  command.add_option("--device", device, description + ": cpu, cuda, or cuda:N")->capture_default_str();
+}
+
+absl::StatusOr<std::vector<std::string>> DevicesOfWorkers(const std::string& device, int workers) {
+  if (device == "cpu") return std::vector<std::string>(workers, device);
+  EDUBA_RETURN_IF_ERROR(CudaDeviceIndex(device).status());
+  EDUBA_ASSIGN_OR_RETURN(const cuda::CudaMachine machine, cuda::DescribeCuda());
+  if (device != "cuda") return std::vector<std::string>(workers, device);
+  std::vector<std::string> devices;
+  devices.reserve(workers);
+  for (int i = 0; i < workers; ++i) {
+    devices.push_back(absl::StrCat("cuda:", i % static_cast<int>(machine.gpus.size())));
+  }
+  return devices;
+}
+
+bool EachHasItsGpu(const std::vector<std::string>& devices) {
+  const std::set<std::string> distinct(devices.begin(), devices.end());
+  return distinct.count("cpu") == 0 && distinct.size() == devices.size();
+}
+
+absl::StatusOr<int64_t> DefaultMemoryBytes(const std::vector<std::string>& devices) {
+  int64_t bytes = 0;
+  for (const std::string& device : std::set<std::string>(devices.begin(), devices.end())) {
+    if (device == "cpu") return DefaultStoreBytes();
+    EDUBA_ASSIGN_OR_RETURN(const int index, CudaDeviceIndex(device));
+    EDUBA_ASSIGN_OR_RETURN(const int64_t free, cuda::FreeCudaBytes(index));
+    bytes += free / 5 * 3;
+  }
+  return bytes;
+}
+
+}  // namespace eduba

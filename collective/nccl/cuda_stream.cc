@@ -1,0 +1,100 @@
+#include <cuda_runtime.h>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "collective/nccl/gpu_stream.h"
+
+namespace eduba {
+namespace {
+
+absl::Status Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  const std::string text = absl::StrCat("CUDA: ", what, ": ", cudaGetErrorString(error));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // Not sticky: the next call must not find it.
+    return absl::ResourceExhaustedError(text);
+  }
+  return absl::UnavailableError(text);
+}
+
+class CudaStream final : public GpuStream {
+ public:
+  explicit CudaStream(int device) : device_(device) {}
+  ~CudaStream() override {
+    cudaSetDevice(device_);
+    if (mark_ != nullptr) cudaEventDestroy(mark_);
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  }
+
+  absl::Status Init() {
+    const cudaError_t error = cudaSetDevice(device_);
+    if (error != cudaSuccess) {
+      return absl::FailedPreconditionError(absl::StrCat("cuda:", device_,
+                                                        " cannot be used: ", cudaGetErrorString(error),
+                                                        "; 'eduba doctor' lists what this machine has"));
+    }
+    // Not ordered behind the default stream, which nobody here uses.
+    EDUBA_RETURN_IF_ERROR(
+        Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
+    return Check(cudaEventCreateWithFlags(&mark_, cudaEventDisableTiming), "creating an event");
+  }
+
+  absl::Status Attach() override { return Check(cudaSetDevice(device_), "choosing the device"); }
+  void* handle() override { return stream_; }
+
+  absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
+    void* data = nullptr;
+    EDUBA_RETURN_IF_ERROR(Check(cudaMalloc(&data, bytes), "allocating"));
+    const absl::Status zeroed = Check(cudaMemsetAsync(data, 0, bytes, stream_), "zeroing");
+    if (!zeroed.ok()) {
+      cudaFree(data);
+      return zeroed;
+    }
+    return data;
+  }
+  absl::StatusOr<void*> AllocateHost(int64_t bytes) override {
+    void* data = nullptr;
+    EDUBA_RETURN_IF_ERROR(Check(cudaMallocHost(&data, bytes), "allocating page-locked memory"));
+    return data;
+  }
+  void FreeDevice(void* data) override {
+    cudaStreamSynchronize(stream_);
+    cudaFree(data);
+  }
+  void FreeHost(void* data) override {
+    cudaStreamSynchronize(stream_);
+    cudaFreeHost(data);
+  }
+
+  absl::Status CopyIn(void* device, const void* host, int64_t bytes) override {
+    return Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), "copying in");
+  }
+  absl::Status CopyOut(void* host, const void* device, int64_t bytes) override {
+    return Check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_), "copying out");
+  }
+  absl::Status Mark() override { return Check(cudaEventRecord(mark_, stream_), "recording an event"); }
+  absl::StatusOr<bool> Reached() override {
+    const cudaError_t error = cudaEventQuery(mark_);
+    if (error == cudaErrorNotReady) {
+      cudaGetLastError();
+      return false;
+    }
+    EDUBA_RETURN_IF_ERROR(Check(error, "waiting"));
+    return true;
+  }
+
+ private:
+  const int device_;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t mark_ = nullptr;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<GpuStream>> OpenCudaStream(int device) {
+  auto stream = std::make_unique<CudaStream>(device);
+  EDUBA_RETURN_IF_ERROR(stream->Init());
+  return stream;
+}
+
+}  // namespace eduba

@@ -1,0 +1,262 @@
+#include "collective/nccl/fake_nccl.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "base/check.h"
+
+namespace eduba {
+namespace {
+
+using Bytes = std::vector<char>;
+
+// One all-reduce of a group.
+struct Round {
+  int arrived = 0;
+  Bytes sum;
+};
+
+struct Group {
+  std::mutex mutex;
+  int size = 0;
+  int joined = 0;
+  int left = 0;
+  std::map<int64_t, Round> rounds;
+};
+
+// A communicator as NCCL has it; outlives the pointer in what is queued on streams.
+struct Member {
+  std::shared_ptr<Group> group;
+  std::mutex mutex;
+  std::function<void()> to_queue;  // An all-reduce that is "in progress".
+  int64_t next_round = 0;
+  std::atomic<bool> aborted{false};
+};
+
+std::mutex groups_mutex;
+std::map<std::string, std::weak_ptr<Group>>& Groups() {
+  static auto* const groups = new std::map<std::string, std::weak_ptr<Group>>();
+  return *groups;
+}
+
+class FakeStream final : public GpuStream {
+ public:
+  ~FakeStream() override { Drain(); }
+  absl::Status Attach() override { return absl::OkStatus(); }
+  void* handle() override { return this; }
+  absl::StatusOr<void*> AllocateDevice(int64_t bytes) override { return std::calloc(1, bytes); }
+  absl::StatusOr<void*> AllocateHost(int64_t bytes) override { return std::calloc(1, bytes); }
+  void FreeDevice(void* data) override {
+    Drain();
+    std::free(data);
+  }
+  void FreeHost(void* data) override { FreeDevice(data); }
+  absl::Status CopyIn(void* device, const void* host, int64_t bytes) override {
+    Push([=] {
+      std::memcpy(device, host, bytes);
+      return true;
+    });
+    return absl::OkStatus();
+  }
+  absl::Status CopyOut(void* host, const void* device, int64_t bytes) override {
+    return CopyIn(host, device, bytes);
+  }
+  absl::Status Mark() override {
+    const std::scoped_lock lock(mutex_);
+    ++mark_;
+    work_.push_back([this, mark = mark_] {
+      reached_ = mark;
+      return true;
+    });
+    return absl::OkStatus();
+  }
+  absl::StatusOr<bool> Reached() override {
+    if (TheFakeNccl().device_fails) return absl::UnavailableError("CUDA: waiting: the device is lost");
+    if (TheFakeNccl().look_takes_ms > 0) absl::SleepFor(absl::Milliseconds(int{TheFakeNccl().look_takes_ms}));
+    const std::scoped_lock lock(mutex_);
+    RunWhatCan();
+    return reached_ == mark_;
+  }
+
+  // `work` says whether it could be done; what is behind it waits.
+  void Push(std::function<bool()> work) {
+    const std::scoped_lock lock(mutex_);
+    work_.push_back(std::move(work));
+  }
+
+ private:
+  void RunWhatCan() {
+    while (!work_.empty() && work_.front()()) work_.pop_front();
+  }
+  void Drain() {
+    const std::scoped_lock lock(mutex_);
+    RunWhatCan();
+    // Whoever frees has aborted before, so that everything can end.
+    EDUBA_CHECK(work_.empty());
+  }
+
+  std::mutex mutex_;
+  std::deque<std::function<bool()>> work_;
+  int64_t mark_ = 0;
+  int64_t reached_ = 0;
+};
+
+// As a ring does it: every rank combines what came so far with what it has, in its own way.
+void Combine(Bytes& sum, const Bytes& own, int type, int operation) {
+  const size_t bytes = std::min(sum.size(), own.size());
+  if (type == kNcclInt64) {
+    auto* to = reinterpret_cast<uint64_t*>(sum.data());
+    const auto* from = reinterpret_cast<const uint64_t*>(own.data());
+    EDUBA_CHECK_EQ(operation, int{kNcclSum});
+    for (size_t i = 0; i < bytes / sizeof(uint64_t); ++i) to[i] += from[i];
+  } else {
+    auto* to = reinterpret_cast<int32_t*>(sum.data());
+    const auto* from = reinterpret_cast<const int32_t*>(own.data());
+    EDUBA_CHECK_EQ(operation, int{kNcclMax});
+    for (size_t i = 0; i < bytes / sizeof(int32_t); ++i) to[i] = std::max(to[i], from[i]);
+  }
+}
+
+}  // namespace
+}  // namespace eduba
+
+struct ncclComm {  // NOLINT: NCCL's name.
+  std::shared_ptr<eduba::Member> member;
+};
+
+namespace eduba {
+namespace {
+
+int GetVersion(int* version) {
+  *version = 22809;
+  return kNcclSuccess;
+}
+
+const char* GetErrorString(int result) {
+  return result == kNcclRemoteError ? "remote process exited" : "fake error";
+}
+
+int GetUniqueId(NcclUniqueId* id) {
+  static std::atomic<int64_t> count{0};
+  const int64_t number = ++count;
+  std::memset(id->internal, 7, sizeof(id->internal));
+  std::memcpy(id->internal, &number, sizeof(number));
+  return kNcclSuccess;
+}
+
+int InitRank(NcclComm* comm, int ranks, NcclUniqueId id, int /*rank*/, NcclConfig* config) {
+  EDUBA_CHECK(config->magic == 0xcafebeef && config->blocking == 0);
+  const std::scoped_lock lock(groups_mutex);
+  auto& known = Groups()[std::string(id.internal, sizeof(id.internal))];
+  auto group = known.lock();
+  if (group == nullptr) known = group = std::make_shared<Group>();
+  *comm = new ncclComm{std::make_shared<Member>()};
+  (*comm)->member->group = group;
+  const std::scoped_lock group_lock(group->mutex);
+  group->size = ranks;
+  ++group->joined;
+  return kNcclInProgress;
+}
+
+int GetAsyncError(NcclComm comm, int* error) {
+  Member& member = *comm->member;
+  {
+    const std::scoped_lock lock(member.mutex);
+    if (member.to_queue) std::exchange(member.to_queue, nullptr)();
+  }
+  const std::scoped_lock lock(member.group->mutex);
+  *error = member.group->joined < member.group->size ? kNcclInProgress : kNcclSuccess;
+  if (member.group->left > 0 && TheFakeNccl().peers_are_told) *error = kNcclRemoteError;
+  if (TheFakeNccl().async_error != 0) *error = TheFakeNccl().async_error;
+  return kNcclSuccess;
+}
+
+int AllReduce(const void* send, void* receive, size_t count, int type, int operation, NcclComm comm,
+              void* stream) {
+  EDUBA_CHECK(send == receive);
+  if (TheFakeNccl().all_reduce_result != 0) return TheFakeNccl().all_reduce_result;
+  const std::shared_ptr<Member> member = comm->member;
+  const size_t bytes = count * (type == kNcclInt64 ? 8 : 4);
+  const int64_t number = member->next_round++;
+  const auto work = [=, arrived = false]() mutable {
+    if (member->aborted) return true;  // Ends, and leaves what it has.
+    const std::scoped_lock lock(member->group->mutex);
+    Round& round = member->group->rounds[number];
+    if (!arrived) {
+      const Bytes own(static_cast<const char*>(receive), static_cast<const char*>(receive) + bytes);
+      if (round.arrived++ == 0) {
+        round.sum = own;
+      } else {
+        Combine(round.sum, own, type, operation);
+      }
+      arrived = true;
+    }
+    if (round.arrived < member->group->size) return false;
+    std::memcpy(receive, round.sum.data(), std::min(bytes, round.sum.size()));
+    return true;
+  };
+  const std::scoped_lock lock(member->mutex);
+  EDUBA_CHECK(member->to_queue == nullptr);
+  member->to_queue = [=] { static_cast<FakeStream*>(stream)->Push(work); };
+  return kNcclInProgress;
+}
+
+int Finalize(NcclComm /*comm*/) { return kNcclInProgress; }
+
+int Abort(NcclComm comm) {
+  ++TheFakeNccl().aborts;
+  while (TheFakeNccl().abort_is_stuck) std::this_thread::yield();
+  comm->member->aborted = true;
+  {
+    const std::scoped_lock lock(comm->member->group->mutex);
+    ++comm->member->group->left;
+  }
+  delete comm;  // A call that still used it would be seen by AddressSanitizer.
+  return kNcclSuccess;
+}
+
+}  // namespace
+
+void FakeNccl::Reset() {
+  peers_are_told = true;
+  abort_is_stuck = false;
+  async_error = 0;
+  all_reduce_result = 0;
+  device_fails = false;
+  look_takes_ms = 0;
+  aborts = 0;
+}
+
+FakeNccl& TheFakeNccl() {
+  static auto* const fake = new FakeNccl();
+  return *fake;
+}
+
+const NcclApi& FakeNcclApi() {
+  static const NcclApi api = {GetVersion,    GetErrorString, GetUniqueId, InitRank,
+                              GetAsyncError, Finalize,       Abort,       AllReduce};
+  return api;
+}
+
+std::unique_ptr<GpuStream> NewFakeStream() { return std::make_unique<FakeStream>(); }
+
+NcclParts FakeNcclParts() {
+  NcclParts parts;
+  parts.api = &FakeNcclApi();
+  parts.stream = NewFakeStream();
+  parts.on_stuck_abort = [] { std::abort(); };
+  return parts;
+}
+
+}  // namespace eduba

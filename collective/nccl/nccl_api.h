@@ -1,0 +1,63 @@
+#ifndef EDUBA_COLLECTIVE_NCCL_NCCL_API_H_
+#define EDUBA_COLLECTIVE_NCCL_NCCL_API_H_
+
+#include <climits>
+#include <cstddef>
+#include <string>
+
+#include "absl/status/statusor.h"
+
+// What we use of NCCL, declared here so that the program builds without it and loads it when it runs.
+// nccl_api_check.cc compares every line with nccl.h wherever that is found. Interfaces as of NCCL 2.14, which
+// later releases keep (nccl.h: the configuration carries its own size and version).
+struct ncclComm;  // NOLINT: NCCL's name.
+
+namespace eduba {
+
+using NcclComm = ncclComm*;
+
+// Whoever has it can join the group: a secret, never logged.
+struct NcclUniqueId {
+  char internal[128];
+};
+
+enum NcclResult : int {
+  kNcclSuccess = 0,
+  kNcclRemoteError = 6,
+  kNcclInProgress = 7,
+};
+enum NcclType : int { kNcclInt32 = 2, kNcclInt64 = 4 };
+enum NcclOperation : int { kNcclSum = 0, kNcclMax = 2 };
+
+struct NcclConfig {
+  size_t size = sizeof(NcclConfig);
+  unsigned int magic = 0xcafebeef;
+  unsigned int version = 21400;  // So the library fills in all that came after `blocking`.
+  int blocking = 0;
+  int unused = INT_MIN;  // "Undefined", where the next field of a later version is.
+};
+
+// Every function returns a NcclResult unless it says otherwise. Streams are cudaStream_t.
+struct NcclApi {
+  int (*get_version)(int* version) = nullptr;
+  const char* (*get_error_string)(int result) = nullptr;
+  int (*get_unique_id)(NcclUniqueId* id) = nullptr;
+  int (*comm_init_rank_config)(NcclComm* comm, int ranks, NcclUniqueId id, int rank,
+                               NcclConfig* config) = nullptr;
+  int (*comm_get_async_error)(NcclComm comm, int* error) = nullptr;
+  int (*comm_finalize)(NcclComm comm) = nullptr;
+  int (*comm_abort)(NcclComm comm) = nullptr;
+  int (*all_reduce)(const void* send, void* receive, size_t count, int type, int operation, NcclComm comm,
+                    void* stream) = nullptr;
+};
+
+// libnccl.so.2 of this machine, opened at the first call and never closed. FAILED_PRECONDITION where it is
+// missing, or older than 2.14, with how to install it.
+absl::StatusOr<const NcclApi*> LoadNccl();
+
+// "2.28.9"
+std::string NcclVersionText(const NcclApi& api);
+
+}  // namespace eduba
+
+#endif  // EDUBA_COLLECTIVE_NCCL_NCCL_API_H_

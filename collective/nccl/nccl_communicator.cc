@@ -1,0 +1,281 @@
+#include "collective/nccl/nccl_communicator.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "collective/nccl/nccl_link.h"
+#include "collective/operation.h"
+#include "collective/reduce.h"
+
+namespace eduba {
+namespace {
+
+// Every call begins with an all-reduce of exactly this many words, whatever it sums, because NCCL does
+// undefined things when ranks pass different sizes. The first two words tell whether the ranks called the
+// same. Holds the sums of one query row of 64 heads with value_dim 128 (8320 words).
+constexpr int64_t kFrameWords = 8704;
+constexpr int64_t kHeaderWords = 2;
+// What exceeds the frame follows, now that the ranks are known to agree, in pieces of this many bytes.
+constexpr int64_t kPieceBytes = int64_t{8} << 20;
+// A call that takes longer than this lets the processor go between two looks.
+constexpr absl::Duration kSpin = absl::Microseconds(200);
+constexpr absl::Duration kLookAgain = absl::Microseconds(20);
+constexpr char kIdKey[] = "nccl/id";
+constexpr int kExitStuck = 137;
+
+// A number that differs where the calls do. Half of its bits are set, about.
+uint64_t CallNumber(Operation operation, int64_t count, uint64_t call) {
+  uint64_t x =
+      static_cast<uint64_t>(operation) * 0x9e3779b97f4a7c15U + static_cast<uint64_t>(count) + (call << 40);
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
+  return x ^ (x >> 31);
+}
+
+// How a reduction's elements travel. A maximum goes as integers that order as the floats do: then it is exact
+// to the bit, signs of zeros included.
+struct Sum {
+  using Element = int64_t;
+  using Wire = int64_t;
+  static constexpr NcclType kType = kNcclInt64;
+  static constexpr NcclOperation kOperation = kNcclSum;
+  static Wire Encode(Element x) { return x; }
+  static Element Decode(Wire x) { return x; }
+  // What the header's word becomes when `size` ranks pass it.
+  static uint64_t Together(uint64_t word, int size) { return word * static_cast<uint64_t>(size); }
+};
+struct Max {
+  using Element = float;
+  using Wire = int32_t;
+  static constexpr NcclType kType = kNcclInt32;
+  static constexpr NcclOperation kOperation = kNcclMax;
+  static Wire Encode(Element x) { return FloatOrder(x); }
+  static Element Decode(Wire x) { return std::bit_cast<float>(x < 0 ? x ^ 0x7fffffff : x); }
+  static uint64_t Together(uint64_t word, int /*size*/) { return word; }
+};
+
+// A block of the device and one of the host, of one size, for as long as the communicator lives.
+struct Buffers {
+  GpuStream& stream;
+  int64_t bytes = 0;
+  void* device = nullptr;
+  void* host = nullptr;
+
+  explicit Buffers(GpuStream& gpu) : stream(gpu) {}
+  ~Buffers() {
+    if (device != nullptr) stream.FreeDevice(device);
+    if (host != nullptr) stream.FreeHost(host);
+  }
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+
+  absl::Status Allocate(int64_t wanted) {
+    if (bytes > 0) return absl::OkStatus();
+    EDUBA_ASSIGN_OR_RETURN(device, stream.AllocateDevice(wanted));
+    EDUBA_ASSIGN_OR_RETURN(host, stream.AllocateHost(wanted));
+    bytes = wanted;
+    return absl::OkStatus();
+  }
+};
+
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(int rank, int size, NcclParts parts)
+      : rank_(rank),
+        size_(size),
+        stream_(std::move(parts.stream)),
+        frame_(*stream_),
+        piece_(*stream_),
+        link_(*parts.api, *stream_, parts.abort_limit, std::move(parts.on_stuck_abort)) {}
+
+  absl::Status Join(const NcclUniqueId& id, absl::Time deadline) {
+    EDUBA_RETURN_IF_ERROR(stream_->Attach());
+    EDUBA_RETURN_IF_ERROR(frame_.Allocate(kFrameWords * static_cast<int64_t>(sizeof(int64_t))));
+    return size_ == 1 ? absl::OkStatus() : link_.Join(rank_, size_, id, deadline);
+  }
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  const char* transport() const override { return "nccl"; }
+
+  absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
+    return Once([&] { return Reduce<Sum>(Operation::kSumI64, data, deadline); });
+  }
+  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
+    return Once([&] { return Reduce<Max>(Operation::kMaxF32, data, deadline); });
+  }
+  absl::Status Barrier(absl::Time deadline) override {
+    return Once([&] { return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline); });
+  }
+
+  void Abort(const absl::Status& reason) override {
+    link_.Fail(absl::AbortedError(std::string(reason.message())));
+  }
+
+ private:
+  // After the first error every call returns ABORTED with its text.
+  template <typename Call>
+  absl::Status Once(const Call& call) {
+    if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
+    first_error_ = link_.failure();
+    if (!first_error_.ok()) return first_error_;
+    if (size_ == 1) return absl::OkStatus();
+    link_.SetBusy(true);
+    first_error_ = call();
+    link_.SetBusy(false);
+    if (!first_error_.ok()) link_.Fail(first_error_);
+    return first_error_;
+  }
+
+  template <typename Kind>
+  absl::Status Reduce(Operation operation, absl::Span<typename Kind::Element> data, absl::Time deadline) {
+    using Wire = typename Kind::Wire;
+    EDUBA_RETURN_IF_ERROR(stream_->Attach());  // Calls may come from one thread now, from another later.
+    const auto count = static_cast<int64_t>(data.size());
+    const std::string what = DescribeCall(operation, count);
+    const uint64_t number = CallNumber(operation, count, call_++);
+    auto* header = static_cast<uint64_t*>(frame_.host);
+    header[0] = number;
+    header[1] = ~number;  // A maximum of different calls may keep one of the two, but not both.
+    auto* elements = reinterpret_cast<Wire*>(header + kHeaderWords);
+    constexpr int64_t kFrameBytes = kFrameWords * sizeof(int64_t);
+    constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
+    constexpr int64_t kCapacity = (kFrameBytes - kHeaderBytes) / sizeof(Wire);
+    const int64_t first = std::min(count, kCapacity);
+    std::transform(data.begin(), data.begin() + first, elements, Kind::Encode);
+    EDUBA_RETURN_IF_ERROR(Exchange<Kind>(frame_, kHeaderBytes + first * sizeof(Wire),
+                                         kFrameBytes / sizeof(Wire), what, deadline));
+    if (header[0] != Kind::Together(number, size_) || header[1] != Kind::Together(~number, size_)) {
+      return absl::InternalError(absl::StrCat("the ranks made different calls: rank ", rank_, " ", what,
+                                              " (call ", call_ - 1, "), another something else"));
+    }
+    std::transform(elements, elements + first, data.begin(), Kind::Decode);
+
+    if (first < count) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
+    constexpr int64_t kPiece = kPieceBytes / sizeof(Wire);
+    for (int64_t begin = first; begin < count; begin += kPiece) {
+      const auto part = data.subspan(begin, kPiece);
+      auto* wire = static_cast<Wire*>(piece_.host);
+      std::transform(part.begin(), part.end(), wire, Kind::Encode);
+      const auto size = static_cast<int64_t>(part.size());
+      EDUBA_RETURN_IF_ERROR(Exchange<Kind>(piece_, size * sizeof(Wire), size, what, deadline));
+      std::transform(wire, wire + size, part.begin(), Kind::Decode);
+    }
+    return absl::OkStatus();
+  }
+
+  // Reduces `count` elements of the buffers over the ranks; the first `bytes` go in and come back.
+  template <typename Kind>
+  absl::Status Exchange(Buffers& buffers, int64_t bytes, int64_t count, const std::string& what,
+                        absl::Time deadline) {
+    EDUBA_RETURN_IF_ERROR(stream_->CopyIn(buffers.device, buffers.host, bytes));
+    // Returns when NCCL has put it into the stream, so the copy back is queued behind it.
+    EDUBA_RETURN_IF_ERROR(link_.AllReduce(buffers.device, count, Kind::kType, Kind::kOperation, deadline));
+    EDUBA_RETURN_IF_ERROR(stream_->CopyOut(buffers.host, buffers.device, bytes));
+    EDUBA_RETURN_IF_ERROR(stream_->Mark());
+    const absl::Time spin_until = absl::Now() + kSpin;
+    while (true) {
+      // In this order: an aborted all-reduce reaches the mark too, without a result, but an abort begins only
+      // after its reason can be seen here.
+      EDUBA_ASSIGN_OR_RETURN(const bool reached, stream_->Reached());
+      EDUBA_RETURN_IF_ERROR(link_.failure());
+      if (reached) return absl::OkStatus();
+      const absl::Time now = absl::Now();
+      if (now >= deadline) {
+        return absl::DeadlineExceededError(
+            absl::StrCat(what, ": not all of the ", size_, " ranks came in time"));
+      }
+      if (now >= spin_until) absl::SleepFor(kLookAgain);
+    }
+  }
+
+  const int rank_;
+  const int size_;
+  const std::unique_ptr<GpuStream> stream_;
+  Buffers frame_;
+  Buffers piece_;
+  // Behind the buffers: it goes first, and nothing is queued on them any more then.
+  NcclLink link_;
+  uint64_t call_ = 0;
+  absl::Status first_error_;  // Touched by calls only, and those come from one thread at a time.
+};
+
+absl::StatusOr<NcclUniqueId> ShareUniqueId(int rank, const NcclApi& api, Rendezvous& rendezvous,
+                                           absl::Time deadline) {
+  NcclUniqueId id;
+  if (rank == 0) {
+    if (const int result = api.get_unique_id(&id); result != kNcclSuccess) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("NCCL makes no unique id: ", api.get_error_string(result),
+                       "; NCCL_DEBUG=WARN in the environment says why"));
+    }
+    EDUBA_RETURN_IF_ERROR(rendezvous.Set(
+        kIdKey, absl::BytesToHexString(absl::string_view(id.internal, sizeof(id.internal))), deadline));
+    return id;
+  }
+  EDUBA_ASSIGN_OR_RETURN(const std::string text, rendezvous.Get(kIdKey, deadline));
+  if (text.size() != 2 * sizeof(id.internal)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "rank 0 published ", text.size(), " digits as NCCL's unique id, wanted ", 2 * sizeof(id.internal)));
+  }
+  const std::string bytes = absl::HexStringToBytes(text);
+  std::memcpy(id.internal, bytes.data(), sizeof(id.internal));
+  return id;
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> Connect(int rank, int size, Rendezvous& rendezvous,
+                                                      NcclParts parts, absl::Time deadline) {
+  NcclUniqueId id = {};
+  if (size > 1) {
+    EDUBA_ASSIGN_OR_RETURN(id, ShareUniqueId(rank, *parts.api, rendezvous, deadline));
+  }
+  auto communicator = std::make_unique<NcclCommunicator>(rank, size, std::move(parts));
+  EDUBA_RETURN_IF_ERROR(communicator->Join(id, deadline));
+  // NCCL connects lazily: the first call finds the trouble there is, and it should not be a query.
+  EDUBA_RETURN_IF_ERROR(communicator->Barrier(deadline));
+  return communicator;
+}
+
+void ExitStuck() {
+  LogError(
+      "NCCL did not let go of a broken group, so the device cannot be freed; the worker ends with 137, to be "
+      "started again");
+  _exit(kExitStuck);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Communicator>> ConnectNccl(int rank, int size, Rendezvous& rendezvous,
+                                                          const NcclOptions& options, absl::Time deadline) {
+  NcclParts parts;
+  EDUBA_ASSIGN_OR_RETURN(parts.api, LoadNccl());
+  EDUBA_ASSIGN_OR_RETURN(parts.stream, OpenCudaStream(options.device));
+  parts.on_stuck_abort = ExitStuck;
+  return ConnectNcclForTest(rank, size, rendezvous, std::move(parts), deadline);
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> ConnectNcclForTest(int rank, int size, Rendezvous& rendezvous,
+                                                                 NcclParts parts, absl::Time deadline) {
+  if (rank < 0 || rank >= size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("nccl group: rank is ", rank, ", must be in [0, ", size, ")"));
+  }
+  auto communicator = Connect(rank, size, rendezvous, std::move(parts), deadline);
+  if (!communicator.ok()) {
+    return Annotate(communicator.status(), absl::StrCat("nccl group: rank ", rank, " of ", size));
+  }
+  return communicator;
+}
+
+}  // namespace eduba

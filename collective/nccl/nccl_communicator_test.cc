@@ -1,0 +1,159 @@
+#include "collective/nccl/nccl_communicator.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "collective/map_rendezvous.h"
+#include "collective/nccl/fake_nccl.h"
+
+namespace eduba {
+namespace {
+
+using ::testing::HasSubstr;
+
+// What every transport promises is in tests/contract/communicator_test.cc, which runs over the fake NCCL too;
+// here is what NCCL alone can do wrong.
+class NcclCommunicatorTest : public testing::Test {
+ protected:
+  NcclCommunicatorTest() { TheFakeNccl().Reset(); }
+  ~NcclCommunicatorTest() override { TheFakeNccl().Reset(); }
+};
+
+using Group = std::vector<std::unique_ptr<Communicator>>;
+
+absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+
+Group Form(int size, const std::function<NcclParts()>& parts = FakeNcclParts) {
+  Group group(size);
+  MapRendezvous board;
+  std::vector<std::thread> threads;
+  for (int r = 0; r < size; ++r) {
+    threads.emplace_back([&, r] {
+      auto joined = ConnectNcclForTest(r, size, board, parts(), Soon());
+      EXPECT_TRUE(joined.ok()) << joined.status();
+      if (joined.ok()) group[r] = *std::move(joined);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return group;
+}
+
+TEST_F(NcclCommunicatorTest, RefusesARankOutsideTheGroup) {
+  MapRendezvous board;
+  EXPECT_EQ(ConnectNcclForTest(2, 2, board, FakeNcclParts(), Soon()).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(NcclCommunicatorTest, RefusesAnIdOfAnotherSize) {
+  MapRendezvous board;
+  ASSERT_TRUE(board.Set("nccl/id", "00ff", Soon()).ok());
+  const absl::Status status = ConnectNcclForTest(1, 2, board, FakeNcclParts(), Soon()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("4 digits"));
+}
+
+TEST_F(NcclCommunicatorTest, WhereLinksTellNothingADeadRankEndsTheCallAtItsDeadline) {
+  TheFakeNccl().peers_are_told = false;
+  Group group = Form(3);
+  group[1].reset();
+  std::vector<std::thread> threads;
+  for (const int r : {0, 2}) {
+    threads.emplace_back([&, r] {
+      const absl::Time deadline = absl::Now() + absl::Milliseconds(200);
+      const absl::Status status = group[r]->Barrier(deadline);
+      EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  group.clear();
+  EXPECT_EQ(TheFakeNccl().aborts, 3);
+  Form(3);  // The next epoch works.
+}
+
+TEST_F(NcclCommunicatorTest, AnErrorThatNcclFindsBetweenCallsEndsTheNextOne) {
+  Group group = Form(2);
+  TheFakeNccl().async_error = 3;
+  while (TheFakeNccl().aborts < 2) std::this_thread::yield();  // The watchdogs saw it by themselves.
+  for (auto& rank : group) {
+    const absl::Status status = rank->Barrier(Soon());
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("NCCL: fake error"));
+  }
+}
+
+TEST_F(NcclCommunicatorTest, AnAllReduceThatNcclRefusesIsUnavailable) {
+  Group group = Form(2);
+  TheFakeNccl().all_reduce_result = 1;
+  EXPECT_EQ(group[0]->Barrier(Soon()).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(NcclCommunicatorTest, AFailedDeviceIsUnavailableAndNeverAResult) {
+  Group group = Form(2);
+  TheFakeNccl().device_fails = true;
+  std::vector<int64_t> data = {1};
+  const absl::Status status = group[0]->SumI64(absl::MakeSpan(data), Soon());
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("the device is lost"));
+}
+
+// The maximum of a rank's own words is what an aborted all-reduce leaves behind: it must not pass for a
+// result.
+TEST_F(NcclCommunicatorTest, AnAbortedMaximumIsNoResult) {
+  Group group = Form(2);
+  TheFakeNccl().look_takes_ms = 40;  // So that the abort is over when the call looks again.
+  std::vector<float> data = {1, 2, 3};
+  std::thread aborter([&] {
+    absl::SleepFor(absl::Milliseconds(20));
+    group[0]->Abort(absl::CancelledError("enough"));
+  });
+  EXPECT_EQ(group[0]->MaxF32(absl::MakeSpan(data), Soon()).code(), absl::StatusCode::kAborted);
+  aborter.join();
+}
+
+TEST_F(NcclCommunicatorTest, AnAbortThatDoesNotReturnIsReported) {
+  std::atomic<int> stuck{0};
+  Group group = Form(2, [&] {
+    NcclParts parts = FakeNcclParts();
+    parts.abort_limit = absl::Milliseconds(30);
+    // What the worker does is to end the process; here NCCL is freed so that the test can end.
+    parts.on_stuck_abort = [&] {
+      ++stuck;
+      TheFakeNccl().abort_is_stuck = false;
+    };
+    return parts;
+  });
+  TheFakeNccl().abort_is_stuck = true;
+  group[0]->Abort(absl::CancelledError("over"));
+  group[0].reset();
+  EXPECT_EQ(stuck, 1);
+}
+
+TEST_F(NcclCommunicatorTest, OneRankNeedsNoNcclAtAll) {
+  TheFakeNccl().async_error = 3;
+  Group group = Form(1);
+  std::vector<int64_t> data = {1, 2};
+  EXPECT_EQ(group[0]->SumI64(absl::MakeSpan(data), Soon()), absl::OkStatus());
+  EXPECT_EQ(data, (std::vector<int64_t>{1, 2}));
+}
+
+// Where NCCL or the device is missing there is one line that says what to do.
+TEST(ConnectNccl, WithoutADeviceIsAClearError) {
+  MapRendezvous board;
+  const auto joined = ConnectNccl(0, 1, board, {.device = 4711}, Soon());
+  ASSERT_FALSE(joined.ok());
+  EXPECT_EQ(joined.status().code(), absl::StatusCode::kFailedPrecondition) << joined.status();
+  EXPECT_EQ(std::string(joined.status().message()).find('\n'), std::string::npos);
+}
+
+}  // namespace
+}  // namespace eduba

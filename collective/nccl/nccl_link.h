@@ -1,0 +1,77 @@
+#ifndef EDUBA_COLLECTIVE_NCCL_NCCL_LINK_H_
+#define EDUBA_COLLECTIVE_NCCL_NCCL_LINK_H_
+
+#include <condition_variable>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "collective/nccl/gpu_stream.h"
+#include "collective/nccl/nccl_api.h"
+
+namespace eduba {
+
+// One non-blocking NCCL communicator, and the thread that watches over it: it asks NCCL for errors, and is
+// the only one that aborts. The order is: first everyone is told (failure()), then nobody is inside NCCL with
+// this communicator any more, then it is aborted; so no call can meet freed memory. An abort that does not
+// return within `abort_limit` is stuck for good (NCCL's issues 863, 1013 and 1777 have the ways), and
+// `on_stuck_abort` is called.
+class NcclLink {
+ public:
+  NcclLink(const NcclApi& api, GpuStream& stream, absl::Duration abort_limit,
+           std::function<void()> on_stuck_abort);
+  // Sends what is still queued, for half a second at most, then aborts. Waits for it.
+  ~NcclLink();
+  NcclLink(const NcclLink&) = delete;
+  NcclLink& operator=(const NcclLink&) = delete;
+
+  // Once, before all else. Returns when the group has formed.
+  absl::Status Join(int rank, int size, const NcclUniqueId& id, absl::Time deadline);
+
+  // Queues an all-reduce in place; returns when NCCL has queued it. The calling thread is attached.
+  absl::Status AllReduce(void* data, size_t count, NcclType type, NcclOperation operation,
+                         absl::Time deadline);
+
+  // A call is under way: errors are asked for more often, and one that NCCL reports waits a moment for the
+  // call, which may have all it needs already.
+  void SetBusy(bool busy);
+
+  // The first error; OK while there is none. Any thread.
+  absl::Status failure() const;
+  // Ends the link, unless it has ended. Any thread.
+  void Fail(const absl::Status& status);
+
+ private:
+  // NCCL's answer to `call`, made with the communicator; kNcclRemoteError without one.
+  int Ask(const std::function<int(NcclComm)>& call);
+  // Until NCCL has done what it was asked to.
+  absl::Status WaitWhileInProgress(int result, const char* what, absl::Time deadline);
+  std::string ErrorText(int result) const;
+  void Watch();
+  void AbortNow();
+
+  const NcclApi& api_;
+  GpuStream& stream_;
+  const absl::Duration abort_limit_;
+  const std::function<void()> on_stuck_abort_;
+
+  std::mutex nccl_mutex_;    // Held for every call into NCCL but the abort.
+  NcclComm comm_ = nullptr;  // Guarded by nccl_mutex_.
+
+  mutable std::mutex mutex_;  // Guards all below but the thread.
+  std::condition_variable changed_;
+  absl::Status failure_;
+  bool busy_ = false;
+  bool stopping_ = false;
+  std::thread watchdog_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_COLLECTIVE_NCCL_NCCL_LINK_H_

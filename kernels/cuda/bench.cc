@@ -1,0 +1,206 @@
+#include "kernels/cuda/bench.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/parallel.h"
+#include "base/status_macros.h"
+#include "kernels/bench_problem.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/device_memory.h"
+#include "kernels/reference/reference_backend.h"
+
+namespace eduba {
+namespace {
+
+constexpr int kHeadDim = 128;
+constexpr int kKvHeads = 8;
+constexpr int64_t kKeyBytes = int64_t{kKvHeads} * 2 * kHeadDim * 2;
+// A copy of fewer bytes would be served by the second-level cache.
+constexpr int64_t kCopyBytesMin = int64_t{256} << 20;
+
+struct Case {
+  int64_t keys;
+  int group;
+  int rows;
+};
+constexpr Case kCases[] = {{8 << 10, 1, 1},  {8 << 10, 4, 1},  {8 << 10, 8, 1}, {64 << 10, 1, 1},
+                           {64 << 10, 4, 1}, {64 << 10, 8, 1}, {1 << 20, 1, 1}, {1 << 20, 4, 1},
+                           {1 << 20, 8, 1},  {4 << 20, 1, 1},  {4 << 20, 4, 1}, {4 << 20, 8, 1},
+                           {8 << 10, 1, 64}, {8 << 10, 4, 64}};
+
+// Page memory that goes back to its backend.
+class Slab {
+ public:
+  Slab(Backend& backend, int64_t bytes, void* data) : backend_(backend), bytes_(bytes), data_(data) {}
+  ~Slab() { backend_.FreeSlab(data_, bytes_); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  Backend& backend_;
+  const int64_t bytes_;
+  void* const data_;
+};
+
+AttentionShape ShapeOf(const Case& c) {
+  AttentionShape shape;
+  shape.kv_heads = kKvHeads;
+  shape.query_heads = kKvHeads * c.group;
+  shape.head_dim = shape.value_dim = kHeadDim;
+  shape.dtype = DType::kBf16;
+  shape.scale = 1 / std::sqrt(static_cast<float>(kHeadDim));
+  return shape;
+}
+
+absl::StatusOr<std::vector<float>> SmallAnswer(Backend& backend, const AttentionShape& shape, int rows) {
+  constexpr int64_t kPages = 3;
+  const int64_t bytes = kPages * backend.PageBytes(shape);
+  EDUBA_ASSIGN_OR_RETURN(void* const memory, backend.AllocateSlab(bytes));
+  const Slab slab(backend, bytes, memory);
+  ThreadPool pool(1);
+  const AttendProblem problem(backend, shape, rows, kPages, slab.data(), pool);
+  std::vector<float> outputs;
+  EDUBA_RETURN_IF_ERROR(AttendOnce(backend, problem.args(), outputs));
+  return outputs;
+}
+
+absl::Status CheckAgainstReference(Backend& backend, const AttentionShape& shape, int rows) {
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<float> outputs, SmallAnswer(backend, shape, rows));
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<float> wanted, SmallAnswer(*MakeReferenceBackend(), shape, rows));
+  double error = 0;
+  double norm = 0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    error += std::pow(outputs[i] - wanted[i], 2);
+    norm += std::pow(wanted[i], 2);
+  }
+  if (error <= 9e-12 * norm) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat(backend.name(), " is off by ", std::sqrt(error / norm),
+                                          " relative to the reference; at most 3e-6 is wanted"));
+}
+
+// Copies half of a block onto the other half.
+class Copier {
+ public:
+  explicit Copier(cuda::Device& device) : device_(device), memory_(device, cuda::Memory::Kind::kDevice) {}
+  ~Copier() {
+    if (stream_ != nullptr) device_.DestroyStream(stream_);
+  }
+  Copier(const Copier&) = delete;
+  Copier& operator=(const Copier&) = delete;
+
+  absl::Status Init(int64_t bytes) {
+    half_ = bytes;
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_ASSIGN_OR_RETURN(stream_, device_.CreateStream());
+    EDUBA_RETURN_IF_ERROR(memory_.ReserveExactly(2 * bytes));
+    return device_.Zero(stream_, memory_.data(), 2 * bytes);
+  }
+
+  // 10^9 bytes a second, read and written.
+  absl::StatusOr<double> Measure() {
+    constexpr int kRepeats = 4;
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_RETURN_IF_ERROR(device_.Synchronize(stream_));
+    absl::Status status;
+    const double seconds = Seconds([&] {
+      for (int i = 0; i < kRepeats && status.ok(); ++i) {
+        status = device_.CopyWithin(stream_, memory_.data() + half_, memory_.data(), half_);
+      }
+      if (status.ok()) status = device_.Synchronize(stream_);
+    });
+    EDUBA_RETURN_IF_ERROR(status);
+    return 2e-9 * kRepeats * static_cast<double>(half_) / seconds;
+  }
+
+ private:
+  cuda::Device& device_;
+  cuda::Memory memory_;
+  cuda::Stream stream_ = nullptr;
+  int64_t half_ = 0;
+};
+
+absl::StatusOr<AttendResult> RunCase(Backend& backend, Copier& copier, const Case& c, int rounds,
+                                     ThreadPool& pool) {
+  const AttentionShape shape = ShapeOf(c);
+  EDUBA_RETURN_IF_ERROR(CheckAgainstReference(backend, shape, c.rows));
+  const int64_t pages = c.keys / kPageRows;
+  const int64_t bytes = pages * backend.PageBytes(shape);
+  EDUBA_ASSIGN_OR_RETURN(void* const memory, backend.AllocateSlab(bytes));
+  const Slab slab(backend, bytes, memory);
+  const AttendProblem problem(backend, shape, c.rows, pages, slab.data(), pool);
+  std::vector<double> attend;
+  std::vector<double> copies;
+  std::vector<float> outputs;
+  for (int round = 0; round <= rounds; ++round) {
+    absl::Status status;
+    const double taken = Seconds([&] { status = AttendOnce(backend, problem.args(), outputs); });
+    EDUBA_RETURN_IF_ERROR(status);
+    EDUBA_ASSIGN_OR_RETURN(const double copied, copier.Measure());
+    if (round == 0) continue;
+    attend.push_back(taken);
+    copies.push_back(copied);
+  }
+  AttendResult r;
+  r.backend = backend.name();
+  r.threads = pool.threads();
+  r.head_dim = kHeadDim;
+  r.kv_heads = kKvHeads;
+  r.queries_per_kv_head = c.group;
+  r.query_rows = c.rows;
+  r.bytes = bytes;
+  r.seconds = Median(attend);
+  const auto [fastest, slowest] = std::minmax_element(attend.begin(), attend.end());
+  r.spread = (*slowest - *fastest) / r.seconds;
+  r.gb_per_s = 1e-9 * static_cast<double>(bytes) / r.seconds;
+  r.stream_gb_per_s = Median(copies);
+  r.share = r.gb_per_s / r.stream_gb_per_s;
+  r.gflops = 4e-9 * c.rows * shape.query_heads * static_cast<double>(c.keys) * kHeadDim / r.seconds;
+  return r;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBench(int device, const BenchOptions& options) {
+  EDUBA_ASSIGN_OR_RETURN(auto own, cuda::OpenCudaDevice(device));
+  EDUBA_ASSIGN_OR_RETURN(auto copies, cuda::OpenCudaDevice(device));
+  return RunCudaAttendBenchOn(std::move(own), std::move(copies), options);
+}
+
+absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<cuda::Device> device,
+                                                               std::unique_ptr<cuda::Device> copies,
+                                                               const BenchOptions& options) {
+  CudaOptions cuda;
+  cuda.page_bytes = options.bytes;
+  cuda.threads = std::max(1, options.threads);
+  EDUBA_ASSIGN_OR_RETURN(const auto backend, MakeCudaBackendOn(std::move(device), cuda));
+  Copier copier(*copies);
+  EDUBA_RETURN_IF_ERROR(copier.Init(std::min(kCopyBytesMin, std::max<int64_t>(options.bytes, 256))));
+  ThreadPool pool(cuda.threads);
+  std::vector<AttendResult> results;
+  int done = 0;
+  for (const Case& c : kCases) {
+    if (options.progress) {
+      options.progress(
+          absl::StrFormat("attend keys=%d queries_per_kv_head=%d rows=%d", c.keys, c.group, c.rows), done++,
+          static_cast<int>(std::size(kCases)));
+    }
+    if (c.keys * kKeyBytes > options.bytes) continue;
+    EDUBA_ASSIGN_OR_RETURN(const AttendResult result, RunCase(*backend, copier, c, options.rounds, pool));
+    results.push_back(result);
+  }
+  if (results.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("bench attend: --bytes is ", options.bytes, ", wanted ",
+                                                   kCases[0].keys * kKeyBytes, " or more"));
+  }
+  return results;
+}
+
+}  // namespace eduba

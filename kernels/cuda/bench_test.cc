@@ -1,0 +1,45 @@
+#include "kernels/cuda/bench.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/emulated_device.h"
+
+namespace eduba {
+namespace {
+
+constexpr int64_t kMemory = int64_t{2} << 30;
+
+TEST(CudaAttendBench, MeasuresWhatFitsBesideCopies) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  BenchOptions options;
+  options.bytes = int64_t{8 << 10} * 8 * 256 * 2;  // 8Ki keys.
+  options.rounds = 1;
+  const auto results =
+      RunCudaAttendBenchOn(cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory), options);
+  ASSERT_TRUE(results.ok()) << results.status();
+  ASSERT_EQ(results->size(), 5U);  // Three of one row, two of 64.
+  for (const AttendResult& r : *results) {
+    EXPECT_EQ(r.bytes, options.bytes);
+    EXPECT_GT(r.seconds, 0);
+    EXPECT_GT(r.stream_gb_per_s, 0);
+    EXPECT_GT(r.share, 0);
+  }
+}
+
+TEST(CudaAttendBench, RefusesTooFewBytesAndAnAbsentDevice) {
+  BenchOptions options;
+  options.bytes = 4096;
+  if (cuda::EmulatedDeviceRuns()) {
+    EXPECT_EQ(
+        RunCudaAttendBenchOn(cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory), options)
+            .status()
+            .code(),
+        absl::StatusCode::kInvalidArgument);
+  }
+  EXPECT_EQ(RunCudaAttendBench(4711, options).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+}  // namespace
+}  // namespace eduba

@@ -1,0 +1,36 @@
+#ifndef EDUBA_KERNELS_CUDA_CUDA_BACKEND_H_
+#define EDUBA_KERNELS_CUDA_CUDA_BACKEND_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/device.h"
+
+namespace eduba {
+
+struct CudaOptions {
+  // Device memory for pages, taken at the start; slabs are cut from it, and nothing is allocated for them
+  // later.
+  int64_t page_bytes = 0;
+  // Device memory for the partials of a step, taken at the start too. A step whose partials take more goes
+  // through its pages in parts, and where it needs them twice computes them twice, to the same bits.
+  int64_t partial_bytes = int64_t{512} << 20;
+  int threads = 1;  // Of the host: sinks, and the fold.
+};
+
+// A device for each "cuda" (cuda:0) or "cuda:N". INVALID_ARGUMENT for anything else; -1 for "cpu".
+absl::StatusOr<int> CudaDeviceIndex(const std::string& name);
+
+// The GPU's kernels on cuda:`device`; errors as OpenCudaDevice (cuda_device.h), and RESOURCE_EXHAUSTED when
+// the device has not as much memory left as the options want.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int device, const CudaOptions& options);
+// The same over any device.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackendOn(std::unique_ptr<cuda::Device> device,
+                                                           const CudaOptions& options);
+
+}  // namespace eduba
+
+#endif  // EDUBA_KERNELS_CUDA_CUDA_BACKEND_H_

@@ -1,0 +1,111 @@
+#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/launch.h"
+
+namespace eduba::cuda {
+namespace {
+
+class GpuBlock {
+ public:
+  EDUBA_DEVICE explicit GpuBlock(float4* shared) : shared_(reinterpret_cast<float*>(shared)) {}
+  EDUBA_DEVICE int64_t index() const { return blockIdx.x; }
+  EDUBA_DEVICE float* shared() const { return shared_; }
+  template <class Phase>
+  EDUBA_DEVICE void Threads(const Phase& phase) const {
+    phase(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+
+ private:
+  float* const shared_;
+};
+
+// Two blocks of 256 threads on a multiprocessor at least, so that one loads while the other computes.
+template <class Type, int kTile>
+__global__ void __launch_bounds__(kAttendThreads, 2) AttendKernel(const __grid_constant__ AttendArgs args) {
+  extern __shared__ float4 shared[];
+  AttendPage<Type, kTile>(GpuBlock(shared), args);
+}
+
+__global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__ SumArgs args) {
+  __shared__ float4 shared[(sizeof(SumShared) + sizeof(float4) - 1) / sizeof(float4)];
+  SumPages(GpuBlock(shared), args);
+}
+
+__global__ void __launch_bounds__(kSumThreads) MagnitudeKernel(const __grid_constant__ MagnitudeArgs args) {
+  RaiseMagnitudes(GpuBlock(nullptr), args);
+}
+
+template <class Stored>
+__global__ void __launch_bounds__(kRowThreads) WriteKernel(const __grid_constant__ WriteArgs args) {
+  WriteRows<Stored>(GpuBlock(nullptr), args);
+}
+
+template <class Type>
+__global__ void __launch_bounds__(kRowThreads) ReadKernel(const __grid_constant__ ReadArgs args) {
+  ReadRows<Type>(GpuBlock(nullptr), args);
+}
+
+// Of shared memory that a kernel gets without asking.
+constexpr int64_t kSharedBytesFree = 48 << 10;
+
+struct AttendLaunch {
+  cudaStream_t stream;
+  const AttendArgs& args;
+  template <class Type, int kTile>
+  cudaError_t Attend() const {
+    const int64_t bytes = AttendSharedBytes(args);
+    if (bytes > kSharedBytesFree) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          AttendKernel<Type, kTile>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+      if (error != cudaSuccess) return error;
+    }
+    AttendKernel<Type, kTile><<<static_cast<unsigned>(args.blocks()), kAttendThreads, bytes, stream>>>(args);
+    return cudaGetLastError();
+  }
+};
+
+}  // namespace
+
+cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  return ForAttend(element, args.tile, AttendLaunch{stream, args});
+}
+
+cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  SumKernel<<<static_cast<unsigned>(args.blocks()), kSumThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  MagnitudeKernel<<<static_cast<unsigned>(args.blocks()), kSumThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(args.blocks());
+  if (args.layout.element == 4) {
+    WriteKernel<uint32_t><<<blocks, kRowThreads, 0, stream>>>(args);
+  } else {
+    WriteKernel<uint16_t><<<blocks, kRowThreads, 0, stream>>>(args);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchRead(cudaStream_t stream, Element element, const ReadArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(args.blocks());
+  if (element == Element::kF32) ReadKernel<F32><<<blocks, kRowThreads, 0, stream>>>(args);
+  if (element == Element::kBf16) ReadKernel<Bf16><<<blocks, kRowThreads, 0, stream>>>(args);
+  if (element == Element::kF16) ReadKernel<F16><<<blocks, kRowThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t CheckKernelImage() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, SumKernel);
+}
+
+}  // namespace eduba::cuda

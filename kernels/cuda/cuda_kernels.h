@@ -1,0 +1,25 @@
+#ifndef EDUBA_KERNELS_CUDA_CUDA_KERNELS_H_
+#define EDUBA_KERNELS_CUDA_CUDA_KERNELS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/page_attention.h"
+#include "kernels/cuda/page_rows.h"
+#include "kernels/cuda/page_sums.h"
+
+// Launches of the kernels: what nvcc compiles, and nothing else. The rest of the program calls them from
+// plain C++. Each queues one launch, or none where there is no block to run.
+namespace eduba::cuda {
+
+cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs& args);
+cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args);
+cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args);
+cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args);
+cudaError_t LaunchRead(cudaStream_t stream, Element element, const ReadArgs& args);
+
+// Whether the program has code for the current device: cudaErrorNoKernelImageForDevice where it has not.
+cudaError_t CheckKernelImage();
+
+}  // namespace eduba::cuda
+
+#endif  // EDUBA_KERNELS_CUDA_CUDA_KERNELS_H_

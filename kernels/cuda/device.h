@@ -1,0 +1,65 @@
+#ifndef EDUBA_KERNELS_CUDA_DEVICE_H_
+#define EDUBA_KERNELS_CUDA_DEVICE_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/page_attention.h"
+#include "kernels/cuda/page_rows.h"
+#include "kernels/cuda/page_sums.h"
+
+namespace eduba::cuda {
+
+// A queue of work that runs in order. Work on different streams runs in any order.
+using Stream = void*;
+
+// What the backend needs of a GPU: its memory, streams and kernels. One implementation calls CUDA
+// (cuda_device.h), one runs the same kernels on the host, for tests (emulated_device.h).
+//
+// All functions are thread-safe. A thread calls Attach before any of the others. Errors:
+//   RESOURCE_EXHAUSTED  no memory left, with what is left
+//   UNAVAILABLE         the device failed: it stays so for the rest of the process
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  // "cuda:0"
+  virtual const std::string& name() const = 0;
+  // "cuda/sm_90": what decides about the bits that it computes.
+  virtual const std::string& kind() const = 0;
+  // Not OK once it has failed.
+  virtual absl::Status health() const = 0;
+  virtual absl::Status Attach() = 0;
+
+  // Memory of the device, aligned to 256 bytes, not zeroed; page-locked memory of the host. Freeing waits for
+  // what is queued.
+  virtual absl::StatusOr<void*> AllocateDevice(int64_t bytes) = 0;
+  virtual void FreeDevice(void* data) = 0;
+  virtual absl::StatusOr<void*> AllocateHost(int64_t bytes) = 0;
+  virtual void FreeHost(void* data) = 0;
+
+  virtual absl::StatusOr<Stream> CreateStream() = 0;
+  virtual void DestroyStream(Stream stream) = 0;
+  // Waits until all that is queued is done.
+  virtual absl::Status Synchronize(Stream stream) = 0;
+
+  // Queued; host memory is page-locked and stays until the stream was synchronised.
+  virtual absl::Status CopyIn(Stream stream, void* device, const void* host, int64_t bytes) = 0;
+  virtual absl::Status CopyOut(Stream stream, void* host, const void* device, int64_t bytes) = 0;
+  virtual absl::Status CopyWithin(Stream stream, void* to, const void* from, int64_t bytes) = 0;
+  virtual absl::Status Zero(Stream stream, void* data, int64_t bytes) = 0;
+
+  // Queued; nothing where there is nothing to do. Bytes of shared memory that a block of Attend may have:
+  virtual int64_t shared_bytes_max() const = 0;
+  virtual absl::Status Attend(Stream stream, Element element, const AttendArgs& args) = 0;
+  virtual absl::Status Sum(Stream stream, const SumArgs& args) = 0;
+  virtual absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) = 0;
+  virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;
+  virtual absl::Status Read(Stream stream, Element element, const ReadArgs& args) = 0;
+};
+
+}  // namespace eduba::cuda
+
+#endif  // EDUBA_KERNELS_CUDA_DEVICE_H_

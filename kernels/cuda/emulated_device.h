@@ -1,0 +1,24 @@
+#ifndef EDUBA_KERNELS_CUDA_EMULATED_DEVICE_H_
+#define EDUBA_KERNELS_CUDA_EMULATED_DEVICE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/cuda/device.h"
+
+namespace eduba::cuda {
+
+// A device that runs the GPU's kernels on the host, block after block and phase after phase, for tests: the
+// same source, the same numbers. Queued work is done at once. `memory_bytes` is what it has. What it cannot
+// show: races between threads of a phase (compute-sanitizer does, tests/gpu/run.sh), and CUDA itself.
+std::unique_ptr<Device> MakeEmulatedDevice(int64_t memory_bytes);
+
+// From the `calls`-th call that queues work on, every call fails as a broken GPU's does.
+void BreakEmulatedDevice(Device& device, int calls);
+
+// Whether this machine can run it: it is built with fused multiply-add.
+bool EmulatedDeviceRuns();
+
+}  // namespace eduba::cuda
+
+#endif  // EDUBA_KERNELS_CUDA_EMULATED_DEVICE_H_

@@ -1,0 +1,221 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine that has one: build, contract tests, compute-sanitizer, workers that share the GPU and are
+# killed, benchmarks. Writes one report to benchmarks/results/. Ends with 1 when anything failed, 2 where there is no GPU.
+#   tests/gpu/run.sh           all of it
+#   tests/gpu/run.sh --quick   without compute-sanitizer
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+quick=no
+case ${1:-} in
+  "") ;;
+  --quick) quick=yes ;;
+  *)
+    sed -n '2,5p' "$0" | sed 's/^# \?//' >&2
+    exit 2
+    ;;
+esac
+command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || {
+  echo "gpu/run: no GPU on this machine (nvidia-smi lists none); nothing was tested" >&2
+  exit 2
+}
+
+build=build/release
+eduba=$build/eduba
+rank=$build/bin/communicator_rank
+scratch=$(mktemp -d)
+mkdir -p benchmarks/results
+report=benchmarks/results/gpu-$(date -u +%Y%m%d-%H%M%S).md
+failed=0
+started=()
+
+cleanup() {
+  for pid in "${started[@]}"; do kill -KILL "$pid" 2>/dev/null; done
+  wait 2>/dev/null
+  rm -rf "$scratch"
+}
+trap cleanup EXIT
+
+# step NAME COMMAND...: runs it, and puts its result and its last lines into the report.
+step() {
+  local name=$1
+  shift
+  local log=$scratch/log began=$SECONDS
+  printf '== %s\n' "$name"
+  if "$@" >"$log" 2>&1; then
+    printf '\n## %s: passed (%d s)\n' "$name" $((SECONDS - began)) >>"$report"
+  else
+    local code=$?
+    printf '\n## %s: FAILED with %d (%d s)\n' "$name" "$code" $((SECONDS - began)) >>"$report"
+    failed=$((failed + 1))
+    tail -n 40 "$log" >&2
+  fi
+  { printf '```\n'; tail -n "${lines:-25}" "$log"; printf '```\n'; } >>"$report"
+}
+
+# Several ranks on one GPU: another host for each, as NCCL believes, and sockets between them. Functional only: they take turns.
+export NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_IB_DISABLE=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_MAX_CTAS=1
+export NCCL_CUMEM_ENABLE=0 NCCL_RAS_ENABLE=0 NCCL_SOCKET_RETRY_CNT=10 NCCL_SOCKET_RETRY_SLEEP_MSEC=50
+
+# nccl_group SIZE: a group sums for a while; then the last rank is killed, and every other must end with an error, within its deadline
+# and one second. Then a new group, the next epoch, must work.
+nccl_group() {
+  local size=$1 seconds=10 epoch
+  for epoch in 1 2; do
+    local directory=$scratch/group-$size-$epoch pids=()
+    mkdir "$directory"
+    for ((r = 0; r < size; ++r)); do
+      NCCL_HOSTID=eduba-$epoch-$r "$rank" "$directory" "$r" "$size" 4160 "$seconds" nccl >"$directory/out-$r" 2>"$directory/err-$r" &
+      pids+=($!)
+      started+=($!)
+    done
+    # Until all have summed twenty times.
+    for ((r = 0; r < size; ++r)); do
+      for ((wait = 0; wait < 600; ++wait)); do
+        grep -q '^round 19$' "$directory/out-$r" 2>/dev/null && break
+        grep -q '^end' "$directory/out-$r" 2>/dev/null && break
+        sleep 0.1
+      done
+      grep -q '^round 19$' "$directory/out-$r" || {
+        echo "epoch $epoch: rank $r of $size did not sum: $(tail -n 2 "$directory/out-$r" "$directory/err-$r")"
+        return 1
+      }
+    done
+    kill -KILL "${pids[size - 1]}"
+    for ((r = 0; r < size - 1; ++r)); do
+      wait "${pids[r]}"
+      local code=$?
+      echo "epoch $epoch: rank $r of $size: exit $code, $(tail -n 1 "$directory/out-$r")"
+      # 137 is a stuck abort: allowed by design, and to be seen in the report.
+      ((code == 0 || code == 137)) || return 1
+      ((code == 137)) && continue
+      local late
+      late=$(awk '$1 == "end" { print $3 }' "$directory/out-$r")
+      [[ -n $late ]] && ((late <= 1000)) || return 1
+    done
+  done
+}
+
+# workers_of TRANSPORT COUNT: coordinator and workers on cuda:0; an answer, a worker's SIGKILL, a new worker, the same answer.
+workers_of() {
+  local transport=$1 count=$2 directory=$scratch/workers-$1-$2 pids=()
+  mkdir "$directory"
+  "$eduba" coordinator --listen 127.0.0.1:0 --group-size "$count" --transport "$transport" >"$directory/coordinator" 2>"$directory/log" &
+  started+=($!)
+  local address=
+  for ((wait = 0; wait < 100; ++wait)); do
+    address=$(sed -n 's/^ready: //p' "$directory/coordinator")
+    [[ -n $address ]] && break
+    sleep 0.1
+  done
+  start_worker() {
+    NCCL_HOSTID=eduba-worker-$1 "$eduba" worker --coordinator "$address" --listen 127.0.0.1:0 --device cuda:0 --transport "$transport" \
+      --memory-bytes 1GiB >"$directory/worker-$1" 2>&1 &
+    pids+=($!)
+    started+=($!)
+  }
+  active() {
+    for ((wait = 0; wait < 600; ++wait)); do
+      "$eduba" workers --server "$address" --json 2>/dev/null | grep -q '"state": *"active"' && return 0
+      sleep 0.1
+    done
+    echo "the group did not form"
+    tail -n 3 "$directory"/*
+    return 1
+  }
+  answer() {
+    "$eduba" session create "$1" --server "$address" --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bf16 --sink-tokens 4 &&
+      "$eduba" session append "$1" --server "$address" --keys "$scratch/k.npy" --values "$scratch/v.npy" &&
+      "$eduba" session attend "$1" --server "$address" --queries "$scratch/q.npy" --out "$directory/$1.npy"
+  }
+  for ((w = 0; w < count; ++w)); do start_worker "$w"; done
+  active && answer before || return 1
+  cmp "$directory/before.npy" "$scratch/cpu.npy" || return 1
+  kill -KILL "${pids[count - 1]}"
+  "$eduba" session attend before --server "$address" --queries "$scratch/q.npy" --out "$directory/none.npy" --timeout 30 && {
+    echo "an answer came from a group that had lost a worker"
+    return 1
+  }
+  start_worker "$count"
+  sleep 2
+  active && answer after || return 1
+  cmp "$directory/after.npy" "$scratch/cpu.npy" || return 1
+  echo "$count workers over $transport: the CPU's bytes before and after a SIGKILL"
+}
+
+# The answer that every group must give: the CPU's.
+cpu_answer() {
+  python3 - "$scratch" <<'PY' || return 1
+import sys
+import numpy as np
+rng = np.random.default_rng(1)
+for name, shape in (("k", (20_000, 2, 64)), ("v", (20_000, 2, 64)), ("q", (16, 8, 64))):
+    np.save(f"{sys.argv[1]}/{name}.npy", rng.standard_normal(shape, dtype=np.float32))
+PY
+  "$eduba" up --workers 1 --listen 127.0.0.1:0 --memory-bytes 1GiB >"$scratch/up" 2>&1 &
+  local pid=$! address=
+  started+=("$pid")
+  for ((wait = 0; wait < 100; ++wait)); do
+    address=$(sed -n 's/^ready: //p' "$scratch/up")
+    [[ -n $address ]] && break
+    sleep 0.1
+  done
+  "$eduba" session create cpu --server "$address" --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bf16 --sink-tokens 4 &&
+    "$eduba" session append cpu --server "$address" --keys "$scratch/k.npy" --values "$scratch/v.npy" &&
+    "$eduba" session attend cpu --server "$address" --queries "$scratch/q.npy" --out "$scratch/cpu.npy"
+  local code=$?
+  kill "$pid"
+  wait "$pid"
+  return "$code"
+}
+
+build_all() {
+  cmake --preset release -DEDUBA_CUDA=ON &&
+    cmake --build --preset release -j "$(nproc)" --target eduba backend_test communicator_contract_test nccl_communicator_test \
+      communicator_rank slab_pool_test
+}
+
+# Not a test may be skipped here for want of a GPU.
+contract() {
+  "$build/bin/backend_test" --gtest_filter='*/cuda:CudaBackend.*' | tee "$scratch/contract" || return 1
+  ! grep -q 'SKIPPED, NOT TESTED: cuda' "$scratch/contract"
+}
+
+sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/bin/backend_test" --gtest_filter="$2"; }
+
+{
+  printf '# Eduba on a GPU\n\n%s, commit %s\n\n```\n' "$(date -u +'%Y-%m-%d %H:%M UTC')" "$(git rev-parse HEAD)"
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+  printf '```\n'
+} >"$report"
+
+step "build" build_all
+if ((failed > 0)); then
+  echo "gpu/run: the build failed; $report" >&2
+  exit 1
+fi
+step "doctor" "$eduba" doctor --timeout 1
+step "contract of the cuda backend" contract
+step "contract of the transports" "$build/bin/communicator_contract_test"
+step "nccl's own tests" "$build/bin/nccl_communicator_test"
+if [[ $quick == no ]]; then
+  step "memcheck" sanitizer memcheck '*RandomProblems*/cuda'
+  step "racecheck" sanitizer racecheck '*ThreadsDoNotChange*/cuda'
+fi
+step "an answer of the CPU" cpu_answer
+step "2 ranks over NCCL, one killed" nccl_group 2
+step "4 ranks over NCCL, one killed" nccl_group 4
+for transport in gloo nccl; do
+  for count in 2 4; do
+    step "$count workers over $transport on one GPU, one killed" workers_of "$transport" "$count"
+  done
+done
+unset "${!NCCL_@}"
+lines=60 step "bench attend" "$eduba" bench attend --device cuda:0
+lines=400 step "bench attend, as JSON" "$eduba" bench attend --device cuda:0 --json
+
+printf '\n%d steps failed.\n' "$failed" >>"$report"
+skipped=$(grep -c 'SKIPPED, NOT TESTED' "$report")
+printf '%d lines say "SKIPPED, NOT TESTED".\n' "$skipped" >>"$report"
+echo "gpu/run: $failed steps failed; report: $report"
+((failed == 0))
