@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <string>
 
 #include "CLI/Error.hpp"
@@ -42,7 +43,12 @@ void AddServerFlags(CLI::App& command, ServerFlags& flags) {
   command.add_option("--server", flags.server, "Address of the coordinator, HOST:PORT")
       ->envname("EDUBA_SERVER")
       ->capture_default_str();
-  command.add_option("--timeout", flags.timeout_s, "Seconds after which the command gives up")
+  command
+      .add_option("--timeout", flags.timeout_s, "Seconds after which the command gives up")
+      // A range does not exclude it.
+      ->check([](const std::string& text) -> std::string {
+        return std::isnan(std::strtod(text.c_str(), nullptr)) ? "'" + text + "' is no number" : "";
+      })
       ->check(CLI::Range(0.001, kTimeoutMaxSeconds))
       ->capture_default_str();
 }

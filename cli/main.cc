@@ -1,5 +1,6 @@
 // The program `eduba`. Exit codes: 0 done, 1 failed, 2 bad usage.
 
+#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <string>
@@ -70,6 +71,9 @@ int Main(int argc, char** argv) {
 }  // namespace eduba
 
 int main(int argc, char** argv) {
+  // gRPC's own log would come before our one line. Here, and so in child processes, before gRPC reads it; who
+  // sets it himself keeps it.
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   try {
     return eduba::Main(argc, argv);
   } catch (const std::exception& error) {

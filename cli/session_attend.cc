@@ -1,9 +1,14 @@
 #include "cli/session_attend.h"
 
+#include <filesystem>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <string>
+#include <system_error>
+#include <utility>
 
+#include "CLI/Error.hpp"
 #include "CLI/Option.hpp"
 #include "CLI/Validators.hpp"
 #include "absl/strings/str_cat.h"
@@ -29,7 +34,25 @@ struct AttendFlags {
   int layer = 0;
 };
 
+// One file cannot hold two results.
+void CheckResultsDiffer(const AttendFlags& flags) {
+  std::map<std::filesystem::path, std::string> options;
+  const std::pair<std::string, std::string> results[] = {
+      {"--out", flags.out}, {"--lse", flags.lse}, {"--sink-mass", flags.sink_mass}};
+  for (const auto& [option, path] : results) {
+    if (path.empty()) continue;
+    std::error_code error;  // A path that cannot be followed is refused where it is opened.
+    const auto [entry, added] = options.emplace(
+        std::filesystem::weakly_canonical(std::filesystem::absolute(path, error), error), option);
+    if (!added) {
+      throw CLI::ValidationError(
+          option, "is the same file as " + entry->second + " ('" + path + "'); name another file");
+    }
+  }
+}
+
 void AddOptions(CLI::App& command, AttendFlags& options) {
+  command.parse_complete_callback([&options] { CheckResultsDiffer(options); });
   command.add_option("NAME", options.name, "The session")->required();
   command.add_option("--queries", options.queries, "q.npy: f32 [rows, query_heads, head_dim]")->required();
   command.add_option("--out", options.out, "o.npy to write: f32 [rows, query_heads, value_dim]")->required();

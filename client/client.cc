@@ -106,7 +106,12 @@ struct Client::Stub {
 
   absl::Status Explain(const grpc::Status& status) const {
     absl::Status result = FromGrpc(status);
-    // gRPC's own words for this name sockets and retry states.
+    // gRPC's own words for these name sockets, resolvers and retry states.
+    if (absl::IsUnavailable(result) && absl::StrContains(status.error_message(), "DNS resolution failed")) {
+      return absl::UnavailableError(
+          absl::StrCat("found no machine of the name in ", server,
+                       "; give HOST:PORT of a server with --server or EDUBA_SERVER"));
+    }
     if (absl::IsUnavailable(result) && absl::StartsWith(status.error_message(), "failed to connect")) {
       return absl::UnavailableError(
           absl::StrCat("no server answers at ", server,

@@ -109,6 +109,14 @@ absl::StatusOr<CellLabels> ReferenceLabels(const CellLabels& labels, absl::Span<
 
   std::vector<int32_t> chosen;
   chosen.reserve(rows.size());
+  const auto is_missing = [&](int64_t row) {
+    return labels.codes[static_cast<size_t>(row)] == CellLabels::kMissing;
+  };
+  if (!rows.empty() && std::all_of(rows.begin(), rows.end(), is_missing)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("found no label on any of the ", rows.size(),
+                     " cells, wanted some; choose another label column or other rows"));
+  }
   std::vector<bool> used(names.size(), false);
   for (const int64_t row : rows) {
     const int32_t code = labels.codes[static_cast<size_t>(row)];

@@ -197,6 +197,15 @@ TEST(ReferenceLabels, KeepsWhatTheRowsUse) {
   EXPECT_THAT(merged->codes, ElementsAre(0, 0, 1));
 }
 
+TEST(ReferenceLabels, CellsThatAllLackLabelsAreRefused) {
+  CellLabels labels;
+  labels.names = {"B"};
+  labels.codes = {CellLabels::kMissing, 0, CellLabels::kMissing};
+  EXPECT_THAT(std::string(ReferenceLabels(labels, {0, 2}).status().message()),
+              HasSubstr("found no label on any of the 2 cells"));
+  EXPECT_TRUE(ReferenceLabels(labels, {0, 1}).ok());
+}
+
 TEST(ReferenceLabels, TooManyAreRefused) {
   CellLabels labels;
   std::vector<int64_t> rows;

@@ -2,7 +2,9 @@
 
 #include <hdf5.h>
 #include <unistd.h>
+#include <zlib.h>
 
+#include <cstddef>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -600,6 +602,166 @@ TEST(H5ad, AFilterThatIsNotInstalledIsNamed) {
   H5Pclose(plist);
   EXPECT_THAT(MessageOf(OpenOrDie(build.Done())->OpenMatrix("X")),
               AllOf(HasSubstr("HDF5 filter 32015 (Zstandard)"), HasSubstr("write the file again")));
+}
+
+// Bytes as zlib packs them.
+std::vector<unsigned char> Deflated(const std::vector<unsigned char>& bytes) {
+  uLongf size = compressBound(bytes.size());
+  std::vector<unsigned char> out(size);
+  EXPECT_EQ(compress(out.data(), &size, bytes.data(), bytes.size()), Z_OK);
+  out.resize(size);
+  return out;
+}
+
+// A file with X of 3 x 4 floats in chunks of 2 x 4, 32 bytes, whose `filters` are in this order. The chunk of
+// row 0 is `chunk` as it stands, as if the filters whose bits are in `skipped` had not been applied; that of
+// row 2 is written by HDF5.
+std::string FileWithChunk(const std::vector<H5Z_filter_t>& filters, const std::vector<unsigned char>& chunk,
+                          uint32_t skipped = 0) {
+  Builder build("chunk");
+  build.Cells({"a", "b", "c"});
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk_size[2] = {2, 4};
+  H5Pset_chunk(plist, 2, chunk_size);
+  for (const H5Z_filter_t filter : filters) {
+    const unsigned parameters[6] = {6, 0, 0, 0, 0, 0};
+    H5Pset_filter(plist, filter, H5Z_FLAG_OPTIONAL, filter == H5Z_FILTER_DEFLATE ? 1 : 0, parameters);
+  }
+  const hsize_t size[2] = {3, 4};
+  const hid_t space = H5Screate_simple(2, size, nullptr);
+  const hid_t set = H5Dcreate2(build.file(), "X", H5T_IEEE_F32LE, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+  const std::vector<float> ones(12, 1.0f);
+  EXPECT_GE(H5Dwrite(set, H5T_NATIVE_FLOAT, H5S_ALL, H5S_ALL, H5P_DEFAULT, ones.data()), 0);
+  const hsize_t origin[2] = {0, 0};
+  EXPECT_GE(H5Dwrite_chunk(set, H5P_DEFAULT, skipped, origin, chunk.size(), chunk.data()), 0);
+  H5Dclose(set);
+  H5Sclose(space);
+  H5Pclose(plist);
+  return build.Done();
+}
+
+TEST(H5ad, ChunksThatUnpackToAnotherSizeThanTheirShapesAreRefused) {
+  const std::vector<unsigned char> zeros(32, 0);
+  const std::vector<unsigned char> whole = Deflated(zeros);
+  std::vector<unsigned char> cut = whole;
+  cut.resize(cut.size() - 5);
+  struct Case {
+    const char* what;
+    std::vector<H5Z_filter_t> filters;
+    std::vector<unsigned char> chunk;
+    uint32_t skipped = 0;
+    bool right = false;
+  };
+  const Case cases[] = {
+      {"right", {H5Z_FILTER_DEFLATE}, whole, 0, true},
+      {"a bomb of 4 MiB", {H5Z_FILTER_DEFLATE}, Deflated(std::vector<unsigned char>(size_t{1} << 22, 0))},
+      {"a byte more", {H5Z_FILTER_DEFLATE}, Deflated(std::vector<unsigned char>(33, 0))},
+      {"a byte less", {H5Z_FILTER_DEFLATE}, Deflated(std::vector<unsigned char>(31, 0))},
+      {"cut", {H5Z_FILTER_DEFLATE}, cut},
+      {"shuffled", {H5Z_FILTER_SHUFFLE, H5Z_FILTER_DEFLATE}, whole, 0, true},
+      {"a shuffled bomb",
+       {H5Z_FILTER_SHUFFLE, H5Z_FILTER_DEFLATE},
+       Deflated(std::vector<unsigned char>(1000000, 0))},
+      {"not packed", {H5Z_FILTER_DEFLATE}, zeros, 1, true},
+      {"not packed, and short", {H5Z_FILTER_DEFLATE}, whole, 1},
+      {"shuffled only, and short", {H5Z_FILTER_SHUFFLE}, std::vector<unsigned char>(31, 0)},
+      {"as large as nothing packed could be", {H5Z_FILTER_DEFLATE}, std::vector<unsigned char>(10000, 0)},
+      {"without its checksum", {H5Z_FILTER_FLETCHER32}, zeros},
+      {"lzf of 4 bytes", {32000}, {0x00, 7, 0x20, 0x00}},
+      {"lzf of 33 bytes", {32000}, {0x00, 7, 0xe0, 23, 0x00}},
+  };
+  for (const Case& test : cases) {
+    if (!test.filters.empty() && test.filters[0] == 32000) H5Zunregister(32000);  // Ours cannot write.
+    const auto matrix = OpenOrDie(FileWithChunk(test.filters, test.chunk, test.skipped))->OpenMatrix("X");
+    ASSERT_TRUE(matrix.ok()) << test.what << ": " << matrix.status();
+    std::vector<float> rows(12, -1.0f);
+    const absl::Status status = (*matrix)->ReadRows(0, 2, rows.data());
+    if (test.right) {
+      EXPECT_TRUE(status.ok()) << test.what << ": " << status;
+      EXPECT_EQ(rows[7], 0) << test.what;
+    } else {
+      EXPECT_THAT(std::string(status.message()),
+                  AllOf(HasSubstr("X: found a chunk"), HasSubstr("the file is broken")))
+          << test.what;
+    }
+    EXPECT_TRUE((*matrix)->ReadRows(2, 1, rows.data()).ok()) << test.what;
+  }
+}
+
+TEST(H5ad, PipelinesThatCannotBeCheckedAreRefused) {
+  const std::vector<std::vector<H5Z_filter_t>> pipelines = {
+      {H5Z_FILTER_DEFLATE, H5Z_FILTER_DEFLATE},
+      {H5Z_FILTER_DEFLATE, H5Z_FILTER_SHUFFLE},
+      {H5Z_FILTER_FLETCHER32, H5Z_FILTER_DEFLATE},
+      {H5Z_FILTER_SCALEOFFSET},
+  };
+  for (const auto& filters : pipelines) {
+    EXPECT_THAT(
+        MessageOf(OpenOrDie(FileWithChunk(filters, std::vector<unsigned char>(32, 0)))->OpenMatrix("X")),
+        AllOf(HasSubstr("X: found HDF5 filter"), HasSubstr("compression='gzip'")));
+  }
+}
+
+TEST(H5ad, ChunksTooLargeForMemoryAreRefused) {
+  Builder build("large_chunk");
+  build.Cells({"a"});
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk[2] = {hsize_t{1} << 20, 65};
+  H5Pset_chunk(plist, 2, chunk);
+  const hsize_t size[2] = {1, 65};
+  const hsize_t unlimited[2] = {H5S_UNLIMITED, 65};
+  const hid_t space = H5Screate_simple(2, size, unlimited);
+  const hid_t set = H5Dcreate2(build.file(), "X", H5T_IEEE_F32LE, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+  const hsize_t origin[2] = {0, 0};
+  const char byte = 0;
+  ASSERT_GE(H5Dwrite_chunk(set, H5P_DEFAULT, 0, origin, 1, &byte), 0);
+  H5Dclose(set);
+  H5Sclose(space);
+  H5Pclose(plist);
+  EXPECT_THAT(MessageOf(OpenOrDie(build.Done())->OpenMatrix("X")),
+              HasSubstr("found chunks of 272629760 bytes"));
+}
+
+TEST(H5ad, ReadsPackedTextAndRecords) {
+  // Their elements have other sizes in the file than in memory.
+  Builder build("packed");
+  build.Cells({"a", "b"});
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk = 2;
+  H5Pset_chunk(plist, 1, &chunk);
+  H5Pset_shuffle(plist);
+  H5Pset_deflate(plist, 4);
+  const hsize_t size = 2;
+  const hid_t space = H5Screate_simple(1, &size, nullptr);
+  const hid_t text = H5Tcopy(H5T_C_S1);
+  H5Tset_size(text, H5T_VARIABLE);
+  const char* words[2] = {"T cell", "B cell"};
+  const hid_t set = H5Dcreate2(build.file(), "obs/kind", text, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+  ASSERT_GE(H5Dwrite(set, text, H5S_ALL, H5S_ALL, H5P_DEFAULT, static_cast<const void*>(words)), 0);
+  H5Dclose(set);
+
+  struct Record {
+    const char* name;
+    float vector[3];
+  };
+  const Record records[2] = {{"x", {1, 2, 3}}, {"y", {4, 5, 6}}};
+  const hsize_t width = 3;
+  const hid_t vector = H5Tarray_create2(H5T_NATIVE_FLOAT, 1, &width);
+  const hid_t type = H5Tcreate(H5T_COMPOUND, sizeof(Record));
+  H5Tinsert(type, "name", offsetof(Record, name), text);
+  H5Tinsert(type, "X_pca", offsetof(Record, vector), vector);
+  const hid_t table = H5Dcreate2(build.file(), "obsm", type, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+  ASSERT_GE(H5Dwrite(table, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, records), 0);
+  H5Dclose(table);
+  H5Tclose(type);
+  H5Tclose(vector);
+  H5Tclose(text);
+  H5Sclose(space);
+  H5Pclose(plist);
+
+  const auto file = OpenOrDie(build.Done());
+  EXPECT_THAT(file->ReadLabels("obs/kind").value().names, ElementsAre("B cell", "T cell"));
+  EXPECT_THAT(AllRows(*file->OpenMatrix("obsm/X_pca").value(), 2), ElementsAre(1, 2, 3, 4, 5, 6));
 }
 
 }  // namespace

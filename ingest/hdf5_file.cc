@@ -58,44 +58,6 @@ std::string FixedText(const char* begin, const TextType& type) {
   return std::string(begin, size);
 }
 
-// The filters that hdf5plugin adds to h5py, for the message.
-const char* FilterName(H5Z_filter_t filter) {
-  switch (filter) {
-    case 32001:
-      return " (Blosc)";
-    case 32004:
-      return " (LZ4)";
-    case 32008:
-      return " (Bitshuffle)";
-    case 32015:
-      return " (Zstandard)";
-    case 32026:
-      return " (Blosc2)";
-    default:
-      return "";
-  }
-}
-
-absl::Status CheckFilters(hid_t dataset, const std::string& name) {
-  const Id plist(H5Dget_create_plist(dataset));
-  if (!plist.ok()) return Error(absl::StrCat(name, ": cannot read how it is stored"));
-  if (H5Pget_layout(plist.get()) != H5D_CHUNKED) return absl::OkStatus();
-  const int filters = H5Pget_nfilters(plist.get());
-  for (int i = 0; i < filters; ++i) {
-    unsigned flags = 0;
-    unsigned config = 0;
-    size_t values = 0;
-    const H5Z_filter_t filter =
-        H5Pget_filter2(plist.get(), static_cast<unsigned>(i), &flags, &values, nullptr, 0, nullptr, &config);
-    if (filter < 0 || H5Zfilter_avail(filter) > 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat(name, ": is compressed with HDF5 filter ", filter,
-                                                   FilterName(filter),
-                                                   ", which is not installed here; install its HDF5 plugin "
-                                                   "or write the file again with compression='gzip'"));
-  }
-  return absl::OkStatus();
-}
-
 // Whether every element of a dataset of this shape has its place in the file.
 bool IsWholeInFile(hid_t dataset, hid_t space, const std::vector<int64_t>& shape) {
   if (std::count(shape.begin(), shape.end(), 0) > 0) return true;
@@ -259,13 +221,16 @@ absl::StatusOr<Dataset> Dataset::Adopt(Id dataset, const std::string& name) {
     }
     out.shape_.push_back(static_cast<int64_t>(sizes[i]));
   }
-  EDUBA_RETURN_IF_ERROR(CheckFilters(out.id_.get(), name));
   // HDF5 answers with zeros where nothing was ever written; a program that died while it wrote leaves such
   // holes.
   if (!IsWholeInFile(out.id_.get(), out.space_.get(), out.shape_)) {
     return absl::InvalidArgumentError(
         absl::StrCat(name, ": found only a part of its ", absl::StrJoin(out.shape_, " x "),
                      " elements in the file, wanted all; write the file again"));
+  }
+  const Id plist(H5Dget_create_plist(out.id_.get()));
+  if (H5Pget_layout(plist.get()) == H5D_CHUNKED) {
+    EDUBA_ASSIGN_OR_RETURN(out.chunks_, ChunkCheck::Of(out.id_.get(), out.type_.get(), out.shape_, name));
   }
   return out;
 }
@@ -281,6 +246,7 @@ absl::Status Dataset::Read(hid_t type, const std::vector<int64_t>& begin, const 
     start[i] = static_cast<hsize_t>(begin[i]);
     size[i] = static_cast<hsize_t>(count[i]);
   }
+  if (chunks_ != nullptr) EDUBA_RETURN_IF_ERROR(chunks_->CheckBlock(begin, count));
   herr_t done = -1;
   if (scalar_) {
     done = H5Dread(id_.get(), type, H5S_ALL, H5S_ALL, H5P_DEFAULT, out);

@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "ingest/hdf5_chunks.h"
 
 // What h5ad.cc needs of HDF5, with Status for errors. Internal to ingest/.
 namespace eduba::hdf5 {
@@ -73,7 +74,7 @@ absl::StatusOr<std::vector<int64_t>> IntegerAttribute(hid_t object, const std::s
 class Dataset {
  public:
   // `name` begins the error messages: "file.h5ad: obs/louvain". kInvalidArgument when it is missing or no
-  // dataset, not all of it was written, a filter (compression) is not installed, or it has more than two
+  // dataset, not all of it was written, its chunks are none that ChunkCheck takes, or it has more than two
   // axes.
   static absl::StatusOr<Dataset> Open(hid_t parent, const std::string& path, const std::string& name);
   // The same for a dataset that is open already.
@@ -87,7 +88,8 @@ class Dataset {
   bool is_records() const { return H5Tget_class(type_.get()) == H5T_COMPOUND; }
 
   // Reads the block that starts at `begin` with `count` per axis, converted to the memory type `type`. Text
-  // of variable length is allocated by HDF5 (free() it, whatever the status).
+  // of variable length is allocated by HDF5 (free() it, whatever the status). kInvalidArgument when a chunk
+  // does not unpack to its size.
   absl::Status Read(hid_t type, const std::vector<int64_t>& begin, const std::vector<int64_t>& count,
                     void* out) const;
 
@@ -100,6 +102,7 @@ class Dataset {
   bool scalar_ = false;
   std::string name_;
   std::vector<int64_t> shape_;
+  std::unique_ptr<ChunkCheck> chunks_;  // Where there are chunks.
 };
 
 // One column of a table: a dataset of one axis, or one field of a dataset of records (so anndata up to 0.6

@@ -9,19 +9,15 @@
 namespace eduba {
 namespace {
 
-constexpr H5Z_filter_t kLzfFilter = 32000;  // As registered with The HDF Group.
-// h5py stores the size of an uncompressed chunk as the filter's third parameter.
-constexpr size_t kChunkBytesParameter = 2;
 // A back-reference of 3 bytes copies at most 264.
 constexpr size_t kExpansionMax = 88;
 
-// HDF5's interface: replaces *buffer, and returns the bytes in it, or 0 on failure.
-size_t LzfFilter(unsigned flags, size_t parameters, const unsigned parameter[], size_t bytes,
+// HDF5's interface: replaces *buffer, and returns the bytes in it, or 0 on failure. ChunkCheck has seen the
+// chunk.
+size_t LzfFilter(unsigned flags, size_t /*parameters*/, const unsigned /*parameter*/[], size_t bytes,
                  size_t* buffer_bytes, void** buffer) {
   if ((flags & H5Z_FLAG_REVERSE) == 0) return 0;
-  const bool known = parameters > kChunkBytesParameter && parameter[kChunkBytesParameter] != 0;
-  const size_t bytes_max = known ? parameter[kChunkBytesParameter] : bytes * kExpansionMax;
-  const auto chunk = LzfDecompress({static_cast<const uint8_t*>(*buffer), bytes}, bytes_max);
+  const auto chunk = LzfDecompress({static_cast<const uint8_t*>(*buffer), bytes}, bytes * kExpansionMax);
   if (!chunk.ok() || chunk->empty()) return 0;
   void* out = H5allocate_memory(chunk->size(), /*clear=*/false);
   if (out == nullptr) return 0;

@@ -10,6 +10,9 @@
 
 namespace eduba {
 
+// HDF5's number for it, as registered with The HDF Group.
+inline constexpr int kLzfFilter = 32000;
+
 // Decompresses one LZF block, the compression that h5py and anndata 0.7 made popular. (Debian's plugin for it
 // lacks a library and does not load.) kInvalidArgument when the block is broken or holds more than
 // `bytes_max`.

@@ -353,7 +353,8 @@ absl::StatusOr<NpyHeader> ParseNpyHeader(absl::Span<const uint8_t> start, int64_
 }
 
 absl::StatusOr<std::unique_ptr<NpyFile>> NpyFile::Open(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Not to wait for a pipe's writer: what is no regular file is refused below.
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) {
     const int error = errno;
     return absl::ErrnoToStatus(error, absl::StrCat(path, ": cannot open"));

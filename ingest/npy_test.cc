@@ -1,5 +1,6 @@
 #include "ingest/npy.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -187,6 +188,13 @@ TEST(Npy, MissingFilesAndFoldersAreNamed) {
   EXPECT_EQ(missing.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(missing.status().message()), HasSubstr("/nonexistent/a.npy: cannot open"));
   EXPECT_EQ(NpyFile::Open(::testing::TempDir()).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(Npy, APipeIsRefusedWithoutWaitingForItsWriter) {
+  const std::string path = TempPath("pipe.npy");
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  EXPECT_THAT(std::string(NpyFile::Open(path).status().message()), HasSubstr("no regular file"));
+  EXPECT_THAT(std::string(NpyFile::Open("/dev/zero").status().message()), HasSubstr("no regular file"));
 }
 
 TEST(Npy, ExpectNamesFoundAndWanted) {

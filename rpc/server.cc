@@ -1,7 +1,13 @@
 #include "rpc/server.h"
 
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -19,6 +25,40 @@ namespace {
 
 // Handlers block (a long append, a queued query), each on a thread of its own: the bound on calls at once.
 constexpr int kHandlerThreadsMax = 512;
+
+// Says why a server could not listen there: gRPC says it only in its log.
+absl::Status CheckCanListen(const std::string& address, const std::pair<std::string, int>& host_and_port) {
+  std::string host = host_and_port.first;
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE;
+  addrinfo* found = nullptr;
+  const int failure = getaddrinfo(host.c_str(), absl::StrCat(host_and_port.second).c_str(), &hints, &found);
+  if (failure != 0) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", address, ": found no host of this name (",
+                                               gai_strerror(failure), "); choose another --listen"));
+  }
+  int error = 0;
+  for (const addrinfo* at = found; at != nullptr; at = at->ai_next) {
+    const int fd = socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const int on = 1;
+    const bool bound = fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) == 0 &&
+                       bind(fd, at->ai_addr, at->ai_addrlen) == 0 && listen(fd, 1) == 0;
+    error = bound ? 0 : errno;
+    if (fd >= 0) close(fd);
+    if (bound) break;
+  }
+  freeaddrinfo(found);
+  if (error == 0) return absl::OkStatus();
+  const std::string why = error == EADDRINUSE ? "the port is taken by another program"
+                          : error == EADDRNOTAVAIL
+                              ? "the host is another machine's (0.0.0.0 is every address of this one)"
+                          : error == EACCES ? "ports below 1024 need root"
+                                            : std::strerror(error);
+  return absl::UnavailableError(
+      absl::StrCat("cannot listen on ", address, ": ", why, "; choose another --listen"));
+}
 
 }  // namespace
 
@@ -39,6 +79,7 @@ absl::StatusOr<std::pair<std::string, int>> ParseAddress(const std::string& addr
 absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Start(const std::string& address,
                                                             const std::vector<grpc::Service*>& services) {
   EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(address));
+  EDUBA_RETURN_IF_ERROR(CheckCanListen(address, host_and_port));
   static const bool once = [] {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();

@@ -193,6 +193,28 @@ class BadInput(unittest.TestCase):
             self.save("p.npy", np.array(positions))
             self.expect_refused(*self.attend("s", "q.npy", "--positions", self.path("p.npy")), naming=[naming])
 
+    def test_results_in_one_file_and_a_timeout_that_is_no_number_are_bad_usage(self):
+        out, same = self.path("out.npy"), f"{self.dir}/./out.npy"
+        for more, naming in ((["--lse", out], "same file"), (["--lse", self.path("l.npy"), "--sink-mass", same], "same file"),
+                             (["--timeout", "nan"], "nan")):
+            result = program.eduba(*self.attend("s", "q.npy", *more), server=self.server.address)
+            self.assertEqual(result.returncode, 2, result)
+            self.assertRegex(result.stderr, r"\Aeduba: [^\n]+\n\Z")
+            self.assertIn(naming, result.stderr)
+
+    def test_addresses_that_do_not_work(self):
+        """gRPC's own log stays out of the one line."""
+        taken = self.server.address
+        for arguments, naming in ((["up", "--listen", taken], "the port is taken"),
+                                  (["coordinator", "--group-size", 1, "--listen", "192.0.2.1:7070"], "another machine's"),
+                                  (["worker", "--coordinator", taken, "--listen", taken], "the port is taken"),
+                                  (["session", "list", "--server", "no-such-host.invalid:1"], "found no machine")):
+            with self.subTest(arguments):
+                result = program.eduba(*arguments)
+                self.assertEqual((result.returncode, result.stdout), (1, ""), result)
+                self.assertRegex(result.stderr, r"\Aeduba: [^\n]+\n\Z")
+                self.assertIn(naming, result.stderr)
+
     def test_results_that_cannot_be_written_leave_nothing_behind(self):
         self.expect_refused("session", "attend", "s", "--queries", self.path("q.npy"), "--out", self.path("no/folder.npy"),
                             naming=["no/folder.npy"])
