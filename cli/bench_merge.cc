@@ -12,6 +12,8 @@
 #include "cli/flags.h"
 #include "cli/output.h"
 #include "collective/bench.h"
+#include "collective/nccl/nccl_api.h"
+#include "kernels/cuda/cuda_device.h"
 
 namespace eduba {
 namespace {
@@ -45,7 +47,13 @@ absl::Status RunMerge(const MergeFlags& options) {
   Json list = Json::array();
   std::vector<std::vector<std::string>> rows = {
       {"transport", "ranks", "rows", "heads", "value_dim", "bytes", "median us", "p10 us", "p90 us"}};
-  for (const char* transport : {"local", "gloo"}) {
+  std::vector<std::string> transports = {"local", "gloo"};
+  // NCCL where every rank can have a GPU of its own.
+  const auto machine = cuda::DescribeCuda();
+  if (machine.ok() && LoadNccl().ok() && static_cast<int>(machine->gpus.size()) >= options.ranks) {
+    transports.push_back("nccl");
+  }
+  for (const std::string& transport : transports) {
     for (const MergeSize& size : kMergeSizes) {
       MergeBenchOptions bench;
       bench.transport = transport;

@@ -169,6 +169,7 @@ absl::Status UpInProcesses(const UpOptions& options, const std::vector<std::stri
 }
 
 absl::Status RunUp(const UpOptions& given) {
+  HoldSignals();  // Before CUDA starts threads.
   UpOptions options = given;
   EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices,
                          DevicesOfWorkers(options.device, options.workers));
@@ -178,7 +179,6 @@ absl::Status RunUp(const UpOptions& given) {
   if (options.memory_bytes / options.workers < 1) {
     return absl::InvalidArgumentError("--memory-bytes leaves nothing for each worker; give more");
   }
-  HoldSignals();
   return options.processes ? UpInProcesses(options, devices) : UpInThisProcess(options, devices);
 }
 

@@ -12,6 +12,7 @@
 #include "collective/gloo/gloo_communicator.h"
 #include "collective/local/local_communicator.h"
 #include "collective/map_rendezvous.h"
+#include "collective/nccl/nccl_communicator.h"
 
 namespace eduba {
 namespace {
@@ -49,9 +50,9 @@ absl::Status RunRank(Communicator& group, const MergeBenchOptions& options, std:
 }  // namespace
 
 absl::StatusOr<MergeBenchResult> BenchMerge(const MergeBenchOptions& options) {
-  if (options.transport != "local" && options.transport != "gloo") {
+  if (options.transport != "local" && options.transport != "gloo" && options.transport != "nccl") {
     return absl::InvalidArgumentError(
-        absl::StrCat("bench merge: transport is \"", options.transport, "\", must be local or gloo"));
+        absl::StrCat("bench merge: transport is \"", options.transport, "\", must be local, gloo or nccl"));
   }
   if (options.ranks < 1 || options.ranks > 64 || options.bytes < 8 || options.bytes % 8 != 0 ||
       options.rounds < 1) {
@@ -67,8 +68,9 @@ absl::StatusOr<MergeBenchResult> BenchMerge(const MergeBenchOptions& options) {
   threads.reserve(options.ranks);
   for (int rank = 0; rank < options.ranks; ++rank) {
     threads.emplace_back([&, rank] {
-      auto group = options.transport == "local" ? hub.Join(0, 0, rank, options.ranks, Limit())
-                                                : ConnectGloo(rank, options.ranks, board, {}, Limit());
+      auto group = options.transport == "local"  ? hub.Join(0, 0, rank, options.ranks, Limit())
+                   : options.transport == "gloo" ? ConnectGloo(rank, options.ranks, board, {}, Limit())
+                                                 : ConnectNccl(rank, options.ranks, board, {rank}, Limit());
       outcomes[rank] = group.ok() ? RunRank(**group, options, times_us[rank]) : group.status();
     });
   }

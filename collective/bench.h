@@ -9,8 +9,9 @@
 namespace eduba {
 
 struct MergeBenchOptions {
-  std::string transport = "local";  // Or "gloo": over TCP on 127.0.0.1.
-  int ranks = 2;                    // Each is a thread of this process.
+  // Or "gloo": over TCP on 127.0.0.1; or "nccl": rank r on cuda:r.
+  std::string transport = "local";
+  int ranks = 2;          // Each is a thread of this process.
   int64_t bytes = 33280;  // Payload per rank: one query row of 32 heads with value_dim 128 takes 33,280.
   int rounds = 1000;
 };

@@ -279,6 +279,7 @@ bool Worker::CheckDevice() {
   const std::scoped_lock lock(mutex_);
   if (!stopping_) {
     result_ = Annotate(health, "this worker has left its group, and ends, to be started again");
+    LogError(std::string(result_.message()));
     stopping_ = true;
     changed_.notify_all();
   }

@@ -13,7 +13,7 @@ namespace eduba {
 // One step of attention on cuda:`device` from StartStep to Finish, host and copies included, beside copies
 // within the device of as many bytes, between the rounds: stream_gb_per_s counts what a copy reads and
 // writes. head_dim 128, 8 KV heads, bf16: 1, 4 and 8 query heads per KV head with one query row over 8Ki,
-// 64Ki, 1Mi and 4Mi keys, as far as options.bytes goes; then 64 rows over 8Ki keys. Each shape is checked
+// 64Ki, 1Mi and 4Mi keys, as far as options.bytes goes; then 64 rows over 64Ki keys. Each shape is checked
 // against the reference first: INTERNAL when they differ. Other errors as MakeCudaBackend.
 absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBench(int device, const BenchOptions& options);
 

@@ -116,7 +116,8 @@ workers_of() {
   }
   active() {
     for ((wait = 0; wait < 600; ++wait)); do
-      "$eduba" workers --server "$address" --json 2>/dev/null | grep -q '"state": *"active"' && return 0
+      "$eduba" workers --server "$address" --json 2>/dev/null |
+        python3 -c 'import json, sys; sys.exit(json.load(sys.stdin)["state"] != "active")' 2>/dev/null && return 0
       sleep 0.1
     done
     echo "the group did not form"
@@ -212,6 +213,7 @@ for transport in gloo nccl; do
 done
 unset "${!NCCL_@}"
 lines=60 step "bench attend" "$eduba" bench attend --device cuda:0
+step "bench merge" "$eduba" bench merge
 lines=400 step "bench attend, as JSON" "$eduba" bench attend --device cuda:0 --json
 
 printf '\n%d steps failed.\n' "$failed" >>"$report"
