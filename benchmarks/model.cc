@@ -83,13 +83,19 @@ class RandomWeights {
 };
 
 int Run(int threads, bool nano) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const ModelConfig config = Shape(nano);
   const RandomWeights random(config);
   const auto backend = MakeCpuBackend(threads);
   const auto kernels = MakeCpuLayerKernels(threads);
   PageStore store(backend.get(), int64_t{2} << 30);
   const auto model = Transformer::Create(config, random.weights, kernels.get()).value();
-  ModelEngine engine({backend.get(), &store, model.get(), DType::kBf16, 256});
+  ModelEngine::Options options;
+  options.backend = backend.get();
+  options.store = &store;
+  options.model = model.get();
+  options.kv_dtype = DType::kBf16;
+  ModelEngine engine(options);
   std::vector<int32_t> ids(4096);
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * 7919 % config.vocab_size);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
@@ -62,17 +63,44 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given) const {
   shape.dtype = options_.kv_dtype;
   shape.scale = config.attention_scale;
   shape.softcap = config.attention_softcap;
-  Context context(options,
-                  KvPages(options_.backend, options_.store, shape, static_cast<int>(config.layers.size())));
+  std::vector<LayerView> append_views;
+  std::vector<LayerView> ask_views;
+  std::vector<LayerPages> pages;
   for (const LayerConfig& layer : config.layers) {
     const LayerView own = layer.window > 0 ? LayerView{Policy::kWindow, 0, layer.window}
                                            : LayerView{Policy::kGlobal, options.sink_tokens, 0};
     const int64_t window = layer.window > 0 ? std::min(layer.window, options.window) : options.window;
     const LayerView streaming{Policy::kWindow, options.sink_tokens, window};
-    context.append_views_.push_back(IsWindowed(options.policy) ? streaming : own);
-    context.ask_views_.push_back(options.policy == ContextPolicy::kStreaming ? streaming : own);
+    append_views.push_back(IsWindowed(options.policy) ? streaming : own);
+    ask_views.push_back(options.policy == ContextPolicy::kStreaming ? streaming : own);
+    // A window needs its pages wherever it is computed, so a layer that has one takes in all.
+    const bool windowed =
+        append_views.back().policy == Policy::kWindow || ask_views.back().policy == Policy::kWindow;
+    pages.push_back({!windowed, options.sink_tokens});
   }
+  Context context(options, KvPages(options_.backend, options_.store, shape, Share(), pages));
+  context.append_views_ = std::move(append_views);
+  context.ask_views_ = std::move(ask_views);
   return context;
+}
+
+PageShare ModelEngine::Share() const {
+  if (options_.communicator == nullptr) return {0, 1, options_.stripe_pages};
+  return {options_.communicator->rank(), options_.communicator->size(), options_.stripe_pages};
+}
+
+absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const {
+  absl::Status room;
+  for (const Turn& turn : turns) {
+    if (room.ok()) room = Reserve(turn);
+  }
+  if (options_.communicator == nullptr) return room;
+  // Memory is the one thing that ranks differ in.
+  int64_t ranks_without = room.ok() ? 0 : 1;
+  EDUBA_RETURN_IF_ERROR(options_.communicator->SumI64(absl::MakeSpan(&ranks_without, 1), deadline));
+  if (!room.ok() || ranks_without == 0) return room;
+  return absl::ResourceExhaustedError(
+      absl::StrCat(ranks_without, " other workers of the group have no pages left for this step"));
 }
 
 absl::Status ModelEngine::Reserve(const Turn& turn) const {
@@ -104,8 +132,9 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
   const ModelConfig& config = options_.model->config();
   std::vector<int32_t> ids;
   std::vector<ContextRows> contexts;
+  const absl::Time deadline = absl::Now() + options_.collective_timeout;
+  EDUBA_RETURN_IF_ERROR(ReserveTogether(turns, deadline));
   for (const Turn& turn : turns) {
-    EDUBA_RETURN_IF_ERROR(Reserve(turn));
     ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
     Context& context = *turn.context;
     contexts.push_back({&context.pages_, context.length_, static_cast<int64_t>(turn.ids.size()),
@@ -113,7 +142,7 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
   }
   hidden_.resize(ids.size() * config.hidden_size);
   EDUBA_RETURN_IF_ERROR(options_.model->Embed(ids, hidden_.data()));
-  PagedAttention attention(options_.backend, options_.model, contexts);
+  PagedAttention attention(options_.backend, options_.model, contexts, options_.communicator, deadline);
   EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_.data()));
   sink_mass_ = attention.sink_mass();
   for (double& mass : sink_mass_) mass /= static_cast<double>(ids.size());
@@ -136,12 +165,14 @@ absl::Status ModelEngine::Step(absl::Span<const Turn> turns) {
     const float* last = &hidden_[(row - 1) * config.hidden_size];
     context.last_.assign(last, last + config.hidden_size);
     for (size_t layer = 0; layer < config.layers.size(); ++layer) {
-      // What no later row sees.
+      // What no later row sees; or no later window, and others own it.
       const LayerView& append = context.append_views_[layer];
       const LayerView& ask = context.ask_views_[layer];
-      if (append.policy != Policy::kWindow || ask.policy != Policy::kWindow) continue;
+      const bool windowed = append.policy == Policy::kWindow && ask.policy == Policy::kWindow;
+      if (append.policy != Policy::kWindow && ask.policy != Policy::kWindow) continue;
       const int64_t window = std::max(append.window, ask.window);
-      context.pages_.Drop(static_cast<int>(layer), {append.sink_tokens, context.length_ - window + 1});
+      const int64_t sinks = std::max(append.sink_tokens, ask.sink_tokens);
+      context.pages_.Drop(static_cast<int>(layer), {sinks, context.length_ - window + 1}, !windowed);
     }
   }
   return absl::OkStatus();

@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "attention/page_store.h"
+#include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/kv_pages.h"
 #include "model/paged_attention.h"
@@ -101,8 +102,11 @@ struct Generation {
   FinishReason reason = FinishReason::kLength;
 };
 
-// One worker's model: contexts, and what is asked of them. An answer depends on the context's tokens and
-// options and on the question, not on chunks, batches, forks or threads, bit for bit. One call at a time.
+// A worker's model: contexts, and what is asked of them. On the ranks of a group every rank makes the same
+// calls in the same order and gets the same answers; each computes all rows, and keeps its own pages of the
+// layers that see all keys (docs/adr/0007-model-sessions.md, "replicated rows"). An answer depends on the
+// context's tokens and options and on the question, not on chunks, batches, forks, threads or ranks, bit for
+// bit. One call at a time.
 class ModelEngine {
  public:
   struct Options {
@@ -111,6 +115,9 @@ class ModelEngine {
     Transformer* model = nullptr;
     DType kv_dtype = DType::kF32;
     int64_t chunk_rows = 256;  // Rows of one step of a long append: what another context waits for.
+    Communicator* communicator = nullptr;  // Of the group; null: this worker is alone.
+    int64_t stripe_pages = 64;             // Pages that are placed together. The same on all ranks.
+    absl::Duration collective_timeout = absl::Seconds(30);  // For all collectives of one step.
   };
 
   // What `options` points to outlives the engine.
@@ -122,7 +129,8 @@ class ModelEngine {
   // One step for all turns together; each context at most once. Either all go on or none.
   //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers
   //   OUT_OF_RANGE        the context would be longer than kMaxPositions
-  //   RESOURCE_EXHAUSTED  no pages left
+  //   RESOURCE_EXHAUSTED  no pages left, on this or another rank
+  // Any other error is the communicator's, which is dead then.
   absl::Status Step(absl::Span<const Turn> turns);
 
   // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
@@ -155,7 +163,10 @@ class ModelEngine {
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
+  PageShare Share() const;
   absl::Status Reserve(const Turn& turn) const;
+  // Whether all ranks have room for the turns: the same on all ranks.
+  absl::Status ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const;
   // Everything of a step that may fail.
   absl::Status Compute(absl::Span<const Turn> turns);
   RowPositions Positions(absl::Span<const Turn> turns);

@@ -9,19 +9,24 @@
 
 namespace eduba {
 
-KvPages::KvPages(Backend* backend, PageStore* store, const AttentionShape& shape, int layers)
-    : backend_(backend), store_(store), shape_(shape), layers_(layers) {}
+KvPages::KvPages(Backend* backend, PageStore* store, const AttentionShape& shape, const PageShare& share,
+                 const std::vector<LayerPages>& layers)
+    : backend_(backend), store_(store), shape_(shape), share_(share) {
+  for (const LayerPages& kept : layers) layers_.push_back({kept, {}, {}});
+}
 
 absl::Status KvPages::Reserve(int64_t begin, int64_t end) {
   EDUBA_CHECK(begin <= end);
   // Per layer: the last page again, where a fork holds it too, and the pages behind it.
   const auto shared_tail = [&](const Table& table) {
-    return begin % kPageRows != 0 && begin < end && table.pages.back().use_count() > 1;
+    if (begin % kPageRows == 0 || begin == end || !Keeps(table, PageOf(begin))) return false;
+    EDUBA_CHECK_EQ(table.refs.back().index, PageOf(begin));
+    return table.pages.back().use_count() > 1;
   };
   int64_t wanted = 0;
   for (const Table& table : layers_) {
-    EDUBA_CHECK(begin % kPageRows == 0 || table.refs.back().index == PageOf(begin));
-    wanted += PageCount(end) - PageCount(begin) + (shared_tail(table) ? 1 : 0);
+    wanted += shared_tail(table) ? 1 : 0;
+    for (int64_t page = PageCount(begin); page < PageCount(end); ++page) wanted += Keeps(table, page) ? 1 : 0;
   }
   if (wanted == 0) return absl::OkStatus();
   EDUBA_ASSIGN_OR_RETURN(std::vector<Page> fresh, store_->Reserve(backend_->PageBytes(shape_), wanted));
@@ -33,6 +38,7 @@ absl::Status KvPages::Reserve(int64_t begin, int64_t end) {
       table.pages.back() = std::make_shared<Page>(std::move(*take++));
     }
     for (int64_t page = PageCount(begin); page < PageCount(end); ++page) {
+      if (!Keeps(table, page)) continue;
       table.refs.push_back({take->data(), page});
       table.pages.push_back(std::make_shared<Page>(std::move(*take++)));
     }
@@ -54,11 +60,13 @@ absl::Status KvPages::Write(int layer, int64_t first, int64_t rows, const float*
   for (int64_t position = first; position < first + rows;) {
     const int64_t count = std::min(PageBegin(PageOf(position) + 1), first + rows) - position;
     const absl::Span<const PageRef> page = Pages(layer, {position, position + 1});
-    EDUBA_CHECK_EQ(page.size(), 1U);
-    EDUBA_RETURN_IF_ERROR(backend_->WriteRows(
-        shape_, const_cast<void*>(page[0].data), static_cast<int>(position % kPageRows),
-        static_cast<int>(count), stored_keys.data() + (position - first) * key_row * element,
-        stored_values.data() + (position - first) * value_row * element));
+    EDUBA_CHECK_EQ(page.size(), Keeps(layers_[layer], PageOf(position)) ? 1U : 0U);
+    if (!page.empty()) {
+      EDUBA_RETURN_IF_ERROR(backend_->WriteRows(
+          shape_, const_cast<void*>(page[0].data), static_cast<int>(position % kPageRows),
+          static_cast<int>(count), stored_keys.data() + (position - first) * key_row * element,
+          stored_values.data() + (position - first) * value_row * element));
+    }
     position += count;
   }
   return absl::OkStatus();
@@ -70,15 +78,21 @@ void KvPages::Truncate(int64_t length) {
   }
 }
 
-void KvPages::Drop(int layer, PositionRange range) {
+void KvPages::Drop(int layer, PositionRange range, bool foreign_only) {
   Table& table = layers_[layer];
-  const auto before = [](const PageRef& page, int64_t index) { return page.index < index; };
-  const auto begin = std::lower_bound(table.refs.begin(), table.refs.end(), PageCount(range.begin), before);
-  const auto end = std::lower_bound(begin, table.refs.end(), PageOf(range.end), before);
-  if (begin >= end) return;
-  table.pages.erase(table.pages.begin() + (begin - table.refs.begin()),
-                    table.pages.begin() + (end - table.refs.begin()));
-  table.refs.erase(begin, end);
+  size_t kept = 0;
+  for (size_t i = 0; i < table.refs.size(); ++i) {
+    const int64_t page = table.refs[i].index;
+    const bool inside = page >= PageCount(range.begin) && PageBegin(page + 1) <= range.end;
+    if (inside && !(foreign_only && share_.Owns(page))) continue;
+    if (kept != i) {
+      table.refs[kept] = table.refs[i];
+      table.pages[kept] = std::move(table.pages[i]);
+    }
+    ++kept;
+  }
+  table.refs.resize(kept);
+  table.pages.resize(kept);
 }
 
 absl::Span<const PageRef> KvPages::Pages(int layer, PositionRange range) const {
@@ -88,6 +102,14 @@ absl::Span<const PageRef> KvPages::Pages(int layer, PositionRange range) const {
   const auto* begin = std::lower_bound(refs.begin(), refs.end(), PageOf(range.begin), before);
   const auto* end = std::lower_bound(begin, refs.end(), PageCount(range.end), before);
   return refs.subspan(begin - refs.begin(), end - begin);
+}
+
+std::vector<PageRef> KvPages::OwnedPages(int layer, PositionRange range) const {
+  std::vector<PageRef> owned;
+  for (const PageRef& page : Pages(layer, range)) {
+    if (share_.Owns(page.index)) owned.push_back(page);
+  }
+  return owned;
 }
 
 int64_t KvPages::bytes() const {

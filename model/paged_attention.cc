@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 
-#include "absl/time/time.h"
 #include "attention/sharded_attention.h"
 #include "base/check.h"
 #include "base/status_macros.h"
@@ -61,13 +60,21 @@ absl::Status PagedAttention::AttendPart(const LayerRows& rows, const ContextRows
   args.queries = rows.queries + step_row * query_row;
   if (rows.sink_queries != rows.queries) args.sink_queries = rows.sink_queries + step_row * query_row;
   args.visible = visible;
-  args.pages = context.pages->Pages(rows.layer, seen);
+  // A window's pages are all here; of all pages, each rank adds up its own.
+  Communicator* const communicator = view.policy == Policy::kGlobal ? communicator_ : nullptr;
+  std::vector<PageRef> owned;
+  if (communicator != nullptr) {
+    owned = context.pages->OwnedPages(rows.layer, seen);
+    args.pages = owned;
+  } else {
+    args.pages = context.pages->Pages(rows.layer, seen);
+  }
   args.sink_pages = context.pages->Pages(rows.layer, {0, std::min(view.sink_tokens, length)});
   args.visible_sinks = visible_sinks;
   args.exponents = model_->value_exponents(rows.layer);
   args.positions = PositionsFor(first);
   EDUBA_ASSIGN_OR_RETURN(const AttentionAnswer answer,
-                         AttendPages(*backend_, nullptr, args, view.sink_tokens > 0, absl::InfiniteFuture()));
+                         AttendPages(*backend_, communicator, args, view.sink_tokens > 0, deadline_));
   std::copy(answer.outputs.begin(), answer.outputs.end(), outputs + step_row * query_row);
   sink_mass_.resize(static_cast<size_t>(model_->config().layers.size()) * shape.query_heads);
   for (size_t i = 0; i < answer.sink_mass.size(); ++i) {

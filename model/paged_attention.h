@@ -5,8 +5,10 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "attention/visibility.h"
+#include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/kv_pages.h"
 #include "model/layer_attention.h"
@@ -29,20 +31,28 @@ struct ContextRows {
   absl::Span<const LayerView> views;  // One a layer.
 };
 
-// Attention of contexts whose pages are all on this worker, for one step. A row's bits depend on its position
-// and on what it sees, not on which rows came with it: channel exponents come from the weights
+// Attention of contexts for one step, on one worker or on the ranks of a group that all take the same step.
+// Windows are on every rank; where a row sees all keys, each rank adds up those of the pages that it owns,
+// and the sums meet (docs/numerics.md). A row's bits depend on its position and on what it sees, not on which
+// rows came with it, nor on the number of ranks: channel exponents come from the weights
 // (Transformer::value_exponents), and the maximum path's unit from the row's own position.
 class PagedAttention final : public LayerAttention {
  public:
-  // All outlive the object. The contexts' rows lie one after another in the step's.
-  PagedAttention(Backend* backend, const Transformer* model, absl::Span<const ContextRows> contexts)
-      : backend_(backend), model_(model), contexts_(contexts) {}
+  // All outlive the object. The contexts' rows lie one after another in the step's. `communicator` is null
+  // where this worker owns all pages; `deadline` is for its collectives.
+  PagedAttention(Backend* backend, const Transformer* model, absl::Span<const ContextRows> contexts,
+                 Communicator* communicator, absl::Time deadline)
+      : backend_(backend),
+        model_(model),
+        contexts_(contexts),
+        communicator_(communicator),
+        deadline_(deadline) {}
 
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
 
   // Sums over rows of [layers, query_heads]: the token sinks' share of the weights.
   const std::vector<double>& sink_mass() const { return sink_mass_; }
-  // Keys and values read.
+  // Of keys and values, by this worker.
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
@@ -52,6 +62,8 @@ class PagedAttention final : public LayerAttention {
   Backend* const backend_;
   const Transformer* const model_;
   const absl::Span<const ContextRows> contexts_;
+  Communicator* const communicator_;
+  const absl::Time deadline_;
   std::vector<double> sink_mass_;
   int64_t bytes_read_ = 0;
 };
