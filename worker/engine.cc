@@ -165,7 +165,7 @@ void Engine::Run() {
         break;
       case v1::GroupMessage::kCommand: {
         v1::WorkerMessage answer;
-        *answer.mutable_result() = Execute(task.message.command(), task.received);
+        *answer.mutable_result() = Execute(task.message.command());
         options_.send(answer);
         break;
       }
@@ -220,10 +220,10 @@ void Engine::DropAll() {
   current_ = nullptr;
 }
 
-v1::CommandResult Engine::Execute(const v1::Command& command, absl::Time received) {
+v1::CommandResult Engine::Execute(const v1::Command& command) {
   v1::CommandResult result;
   absl::Status status = CheckTurn(command);
-  if (status.ok()) status = Dispatch(command, received + absl::Milliseconds(command.timeout_ms()), result);
+  if (status.ok()) status = Dispatch(command, absl::Now() + absl::Milliseconds(command.timeout_ms()), result);
   if (status.ok() && result.ByteSizeLong() > static_cast<size_t>(kMessageBytesMax) - 1024) {
     status = absl::InternalError(absl::StrCat("the answer has ", result.ByteSizeLong(),
                                               " bytes, more than a message may; send smaller steps"));

@@ -77,7 +77,7 @@ class Engine {
   // The rest: on the engine's thread.
   void Form(const Task& task);
   void DropAll();
-  v1::CommandResult Execute(const v1::Command& command, absl::Time received);
+  v1::CommandResult Execute(const v1::Command& command);
   absl::Status CheckTurn(const v1::Command& command);
   absl::Status Dispatch(const v1::Command& command, absl::Time deadline, v1::CommandResult& result);
   absl::Status OpenSession(const v1::OpenSession& request);

@@ -143,6 +143,34 @@ class Wire(unittest.TestCase):
                         "is not a whole")
         self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=planned.append_id), timeout=30)
 
+    def test_an_overflowing_query_fails_alone_and_names_its_own_row(self):
+        """Rows of calls that come together share steps; what overflows in one is no business of the others."""
+        bad = np.concatenate([self.queries, np.full_like(self.queries, 3e38)])
+        errors = []
+
+        def ask_bad():
+            for _ in range(10):
+                try:
+                    example.attend(self.eduba, self.session, bad)
+                    errors.append("no error")
+                except grpc.RpcError as error:
+                    if error.code() != grpc.StatusCode.INVALID_ARGUMENT or "query row 3, head" not in error.details():
+                        errors.append(error.details())
+
+        def ask_good():
+            for _ in range(20):
+                try:
+                    if self.answer() != self.before:
+                        errors.append("other bits")
+                except grpc.RpcError as error:
+                    errors.append(error.details())
+        threads = [threading.Thread(target=target) for target in (ask_good, ask_bad, ask_good, ask_bad)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+
     def test_a_compressed_call_is_refused_by_name(self):
         gzip = {"compression": grpc.Compression.Gzip, "timeout": 30}
         header = pb.AttendRequest(header=pb.AttendRequest.Header(session="s"))
