@@ -457,6 +457,8 @@ void ClusterState::Persisted(uint64_t id, const absl::Status& status, int64_t no
 void ClusterState::Tick(int64_t now_ms) {
   std::vector<WorkerId> silent;
   for (const auto& [id, worker] : workers_) {
+    // Workers of this process are there for as long as we are; silent they are only when all of us lack CPU.
+    if (options_.transport == "local") break;
     if (now_ms - worker.heard_ms > kHeartbeatTimeoutMs) silent.push_back(id);
   }
   for (const WorkerId id : silent) {

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/pages.h"
 #include "coordinator/placement.h"
+#include "coordinator/running_clock.h"
 #include "coordinator/testing/fake_cluster.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -20,6 +21,7 @@ using testing::IsEmpty;
 ClusterState::Options TwoWorkers() {
   ClusterState::Options options;
   options.group_size = 2;
+  options.transport = "gloo";
   options.version = "test";
   return options;
 }
@@ -194,7 +196,7 @@ TEST_F(StateTest, RefusesWorkersThatDoNotFit) {
     const WorkerId id = 1000 + (protocol ? 1 : 0);
     v1::WorkerMessage message;
     message.mutable_hello()->set_protocol(protocol ? kGroupProtocol + 1 : kGroupProtocol);
-    message.mutable_hello()->set_transport(protocol ? "local" : "gloo");
+    message.mutable_hello()->set_transport(protocol ? "gloo" : "local");
     cluster_.state().WorkerConnected(id, cluster_.now());
     cluster_.state().WorkerSaid(id, message, cluster_.now());
     cluster_.Collect();
@@ -273,6 +275,19 @@ TEST_F(StateTest, ASilentWorkerHasLeft) {
   EXPECT_EQ(cluster_.workers[b_].closed.code(), absl::StatusCode::kUnavailable);
   ASSERT_FALSE(cluster_.workers[a_].inbox.empty());
   EXPECT_TRUE(cluster_.workers[a_].inbox.back()->has_abort());
+}
+
+TEST(LocalState, WorkersOfThisProcessAreNeverLostBySilence) {
+  ClusterState::Options options = TwoWorkers();
+  options.transport = "local";
+  FakeCluster cluster(options);
+  const WorkerId a = cluster.Join("a:1");
+  cluster.Join("b:1");
+  cluster.Settle();
+  cluster.workers[a].mute = true;
+  cluster.Advance(100 * kHeartbeatTimeoutMs);
+  EXPECT_TRUE(cluster.serving);
+  EXPECT_TRUE(cluster.workers[a].connected);
 }
 
 TEST_F(StateTest, AWorkerThatSwallowsACommandHasLeft) {
@@ -1038,6 +1053,20 @@ TEST_F(StateTest, AnAnswerOfTheWrongSizeExpelsTheWorker) {
   cluster_.Collect();
   EXPECT_EQ(cluster_.workers[a_].closed.code(), absl::StatusCode::kInternal);
   EXPECT_EQ(StatusOf(call).code(), absl::StatusCode::kUnavailable);
+}
+
+// ---- Time
+
+TEST(RunningClock, CountsNoTimeInWhichNobodyAsked) {
+  RunningClock clock;
+  EXPECT_EQ(clock.At(1'000'000), 0);
+  EXPECT_EQ(clock.At(1'000'100), 100);
+  EXPECT_EQ(clock.At(1'000'600), 600);
+  EXPECT_EQ(clock.At(1'004'600), 600 + RunningClock::kGapMaxMs);
+  EXPECT_EQ(clock.At(1'004'600), 600 + RunningClock::kGapMaxMs);
+  EXPECT_EQ(clock.At(1'004'700), 700 + RunningClock::kGapMaxMs);
+  // A pause of an hour is not the silence of anybody.
+  EXPECT_LT(clock.At(5'000'000) + 5 * 100, 700 + kHeartbeatTimeoutMs);
 }
 
 // ---- Placement

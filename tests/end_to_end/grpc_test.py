@@ -3,9 +3,11 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 import unittest
 
 import program
@@ -170,6 +172,14 @@ class Wire(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(errors, [])
+
+    def test_a_pause_of_the_service_loses_nothing(self):
+        """Longer than a worker may be silent. A paused process hears nobody, which says nothing about them."""
+        self.server.process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        self.server.process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        self.assertEqual(self.answer(), self.before)
 
     def test_a_compressed_call_is_refused_by_name(self):
         gzip = {"compression": grpc.Compression.Gzip, "timeout": 30}
