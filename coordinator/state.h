@@ -126,8 +126,7 @@ class ClusterState {
     uint64_t session_id = 0;
     v1::AppendPlan plan;
     AppendPhase phase = AppendPhase::kBeginning;
-    int64_t lifetime_ms = 0;  // how long it may be idle
-    int64_t expires_ms = 0;
+    int64_t expires_ms = 0;          // later with every piece that comes in
     std::vector<RequestId> waiters;  // of the plan, then of the commit
     Digest digest;                   // after the seal: over all workers
     std::string exponents;           // after the seal: the maximum over all workers
@@ -222,6 +221,7 @@ class ClusterState {
   void Undo(uint64_t append_id, const absl::Status& status, int64_t now_ms);
   void ForgetAppend(uint64_t append_id);
   absl::Status NoSuchAppend(uint64_t append_id) const;
+  void KeepAppend(uint64_t append_id, int64_t now_ms);
   void ExpireAppends(int64_t now_ms);
 
   // state_attend.cc

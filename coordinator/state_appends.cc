@@ -20,8 +20,6 @@ static_assert(std::endian::native == std::endian::little, "exponents travel as l
 constexpr size_t kReceiptsKept = 4096;
 // So that a plan fits into one message: an extent is at most 20 bytes there.
 constexpr int64_t kExtentsMax = 32768;
-// The slowest upload that keeps an append alive.
-constexpr int64_t kUploadMsPerMiB = 1000;
 
 std::string Range(int64_t at, int64_t count) { return absl::StrCat("[", at, ", ", at + count, ")"); }
 
@@ -128,8 +126,6 @@ void ClusterState::PlanAppend(RequestId request, const v1::PlanAppendRequest& ar
   append.session_id = session->record.id;
   append.plan = *std::move(plan);
   append.waiters = {request};
-  const int64_t bytes = append.plan.count() * session->spec->layers() * PositionBytes(*session->spec);
-  append.lifetime_ms = kAppendIdleTimeoutMs + (bytes >> 20) * kUploadMsPerMiB;
 
   v1::Command command;
   v1::BeginAppend* begin = command.mutable_begin_append();
@@ -153,7 +149,7 @@ void ClusterState::OnBegun(const PendingCommand& command, int64_t now_ms) {
   const absl::Status status = FirstFailure(command);
   if (!status.ok()) return Undo(append.id, status, now_ms);
   append.phase = AppendPhase::kOpen;
-  append.expires_ms = now_ms + append.lifetime_ms;
+  append.expires_ms = now_ms + kAppendIdleTimeoutMs;
   for (const RequestId waiter : std::exchange(append.waiters, {})) Respond(waiter, Answer(append.plan));
 }
 
@@ -186,7 +182,7 @@ void ClusterState::OnSealed(const PendingCommand& command, int64_t now_ms) {
   if (absl::IsFailedPrecondition(status)) {
     // Rows are missing; they may still come.
     append.phase = AppendPhase::kOpen;
-    append.expires_ms = now_ms + append.lifetime_ms;
+    append.expires_ms = now_ms + kAppendIdleTimeoutMs;
     for (const RequestId waiter : std::exchange(append.waiters, {})) Respond(waiter, status);
     return;
   }

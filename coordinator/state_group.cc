@@ -92,6 +92,7 @@ void ClusterState::WorkerSaid(WorkerId id, v1::WorkerMessage message, int64_t no
       return Greet(worker, std::move(*message.mutable_hello()), now_ms);
     case v1::WorkerMessage::kHeartbeat:
       worker->memory_used_bytes = message.heartbeat().memory_used_bytes();
+      for (const uint64_t append : message.heartbeat().appends()) KeepAppend(append, now_ms);
       return;
     case v1::WorkerMessage::kFormed:
       return OnFormed(worker, message.formed(), now_ms);

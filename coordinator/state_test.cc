@@ -588,9 +588,17 @@ TEST_F(StateTest, AnAppendThatCannotBeWrittenDownIsUndone) {
 TEST_F(StateTest, AnIdleAppendIsUndone) {
   StartGroup();
   ASSERT_TRUE(Create("x").ok());
-  const auto plan = Plan("x", 0, 1 << 20);  // 16 MiB: 16 s more
-  cluster_.Advance(75000);
+  const auto plan = Plan("x", 0, 1 << 29);  // Its size buys it no time.
+  cluster_.Advance(59000);
+  cluster_.Settle();
   EXPECT_EQ(cluster_.workers[a_].rank->appends(), 1);
+  // A piece has come in, at one of the workers: 60 s from here, and not from the other's last.
+  cluster_.Beat(b_, plan->append_id());
+  cluster_.Beat(a_, plan->append_id() + 1);
+  cluster_.Advance(59000);
+  cluster_.Settle();
+  EXPECT_EQ(cluster_.workers[a_].rank->appends(), 1);
+  EXPECT_EQ(Append("x", 0, 10).status().code(), absl::StatusCode::kAborted);
   cluster_.Advance(2000);
   cluster_.Settle();
   EXPECT_EQ(cluster_.workers[a_].rank->appends(), 0);

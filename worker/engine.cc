@@ -123,8 +123,18 @@ void Engine::Handle(v1::GroupMessage message) {
 absl::Status Engine::Upload(const v1::UploadRequest& request) {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<StagedAppend> append, FindAppend(request.append_id()));
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, DTypeFromProto(request.dtype()));
-  return append->AddRows(request.layer(), request.first_position(), request.count(), dtype, request.keys(),
-                         request.values());
+  EDUBA_RETURN_IF_ERROR(append->AddRows(request.layer(), request.first_position(), request.count(), dtype,
+                                        request.keys(), request.values()));
+  const std::scoped_lock lock(mutex_);
+  touched_.insert(request.append_id());
+  return absl::OkStatus();
+}
+
+std::vector<uint64_t> Engine::TakeTouchedAppends() {
+  const std::scoped_lock lock(mutex_);
+  std::vector<uint64_t> touched(touched_.begin(), touched_.end());
+  touched_.clear();
+  return touched;
 }
 
 void Engine::Stop() {

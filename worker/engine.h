@@ -8,7 +8,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -55,7 +57,10 @@ class Engine {
   // StagedAppend::AddRows.
   absl::Status Upload(const v1::UploadRequest& request);
 
-  // Ends the group, waits for the command under way, and gives all memory back. Idempotent.
+  // The appends into which rows have come since the last call. Any thread.
+  std::vector<uint64_t> TakeTouchedAppends();
+
+  // Ends the group and the command under way, and gives all memory back. Idempotent.
   void Stop();
 
  private:
@@ -100,6 +105,7 @@ class Engine {
   std::deque<Task> tasks_;
   std::shared_ptr<Formation> latest_;
   std::map<uint64_t, std::shared_ptr<StagedAppend>> appends_;
+  std::set<uint64_t> touched_;
   bool stopping_ = false;
   std::thread thread_;
 };

@@ -71,7 +71,8 @@ class Uplink {
 // Sends a heartbeat each interval from a thread of its own, whatever the engine is busy with.
 class Heart {
  public:
-  Heart(Uplink& uplink, const PageStore& store) : thread_([this, &uplink, &store] { Beat(uplink, store); }) {}
+  Heart(Uplink& uplink, const PageStore& store, Engine& engine)
+      : thread_([this, &uplink, &store, &engine] { Beat(uplink, store, engine); }) {}
   ~Heart() {
     {
       const std::scoped_lock lock(mutex_);
@@ -82,12 +83,14 @@ class Heart {
   }
 
  private:
-  void Beat(Uplink& uplink, const PageStore& store) {
+  void Beat(Uplink& uplink, const PageStore& store, Engine& engine) {
     std::unique_lock lock(mutex_);
     while (!stopping_) {
       lock.unlock();
       v1::WorkerMessage message;
       message.mutable_heartbeat()->set_memory_used_bytes(store.used_bytes());
+      for (const uint64_t append : engine.TakeTouchedAppends())
+        message.mutable_heartbeat()->add_appends(append);
       const bool sent = uplink.Send(message);
       lock.lock();
       if (!sent) return;
@@ -216,7 +219,7 @@ absl::Status Worker::ServeStream(bool& joined) {
   const auto engine = std::make_shared<Engine>(std::move(options));
   pages_.SetEngine(engine);
   {
-    const Heart heart(uplink, *store_);
+    const Heart heart(uplink, *store_, *engine);
     v1::GroupMessage message;
     while (stream->Read(&message)) {
       joined = true;
