@@ -72,6 +72,8 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.sink_logits = spec.sink_logits;
   args.exponents = sequence.exponents(query.layer, query.length);
   args.positions = query.length;
+  args.first_row = query.first_row;
+  args.cancelled = query.cancelled;
 
   AttentionAnswer answer;
   answer.row_heads_maximum.resize(rows);

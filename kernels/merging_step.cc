@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "kernels/portable_exp.h"
 
 namespace eduba {
@@ -154,6 +155,7 @@ void MergingStep::LoadSinks() {
   sink_logits_.resize(row_heads() * sink_tokens_);
   reference_.assign(row_heads(), -kInfinity);
   pool_.ParallelFor(row_heads(), [&](int64_t row_head, int) {
+    if (Cancelled()) return;
     const int row = static_cast<int>(row_head / shape.query_heads);
     const int head = static_cast<int>(row_head % shape.query_heads);
     const float* query = args_.queries + row_head * shape.head_dim;
@@ -182,6 +184,7 @@ std::vector<MergingStep::Target> MergingStep::SinkTargets() {
 absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
   sink_sums_.assign(row_heads() * words_per_target(), 0);
   SumPages(SinkTargets(), kSinkPathQuantum, sink_sums_.data());
+  EDUBA_RETURN_IF_ERROR(CheckCancelled());
   has_sink_sums_ = true;
   return absl::MakeSpan(sink_sums_);
 }
@@ -226,6 +229,7 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
   // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
   // much.
   SumPages(targets, {MaximumPathFractionBits(args_.positions), int64_t{1} << 62}, maximum_sums_.data());
+  EDUBA_RETURN_IF_ERROR(CheckCancelled());
   return absl::MakeSpan(maximum_sums_);
 }
 
@@ -306,16 +310,21 @@ void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const int64_t> word
   *sink_mass = static_cast<float>(sinks / total);
 }
 
+absl::Status MergingStep::CheckCancelled() const {
+  return Cancelled() ? absl::CancelledError("the step was called off") : absl::OkStatus();
+}
+
 absl::Status MergingStep::FaultStatus() const {
   if (!fault_) {
     return absl::InvalidArgumentError(
         "a logit, weight or value is not finite on another worker of the group; its message names the page");
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("a logit, weight or value is not finite, or beyond its channel's exponent: query row ",
-                   fault_->row_head / args_.shape.query_heads, ", head ",
-                   fault_->row_head % args_.shape.query_heads, ", page ", fault_->page, " (positions ",
-                   PageBegin(fault_->page), " to ", PageBegin(fault_->page + 1) - 1, ")"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "a logit, weight or value is not finite, or beyond its channel's exponent: query row ",
+      args_.first_row + fault_->row_head / args_.shape.query_heads, ", head ",
+      fault_->row_head % args_.shape.query_heads, ", page ", fault_->page, " (positions ",
+      PageBegin(fault_->page), " to ", PageBegin(fault_->page + 1) - 1,
+      "); scale the query, the session's keys or its scale down until every logit is below 3e38"));
 }
 
 }  // namespace eduba

@@ -150,6 +150,7 @@ void Engine::Stop() {
 void Engine::End(Formation& formation, const absl::Status& reason) {
   if (!formation.over.ok()) return;
   formation.over = reason;
+  formation.cancelled = true;
   if (formation.communicator != nullptr) {
     formation.communicator->Abort(reason);
     options_.on_active(false);
@@ -380,7 +381,13 @@ absl::Status Engine::Attend(const v1::AttendStep& request, absl::Time deadline, 
   query.queries = absl::MakeConstSpan(reinterpret_cast<const float*>(request.queries().data()),
                                       request.queries().size() / sizeof(float));
   query.positions = absl::MakeConstSpan(request.positions().data(), request.positions_size());
+  query.first_row = request.first_row();
+  query.cancelled = &current_->cancelled;
   const auto attended = AttendSharded(*options_.backend, communicator, sequence, query, deadline);
+  if (absl::IsCancelled(attended.status())) {
+    const std::scoped_lock lock(mutex_);
+    return current_->over;
+  }
   if (!attended.ok()) return BrokenGroup(attended.status());
   const AttentionAnswer& answer = *attended;
   if (communicator.rank() == 0) {

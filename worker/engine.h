@@ -1,6 +1,7 @@
 #ifndef EDUBA_WORKER_ENGINE_H_
 #define EDUBA_WORKER_ENGINE_H_
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -50,7 +51,7 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   // Queues a message; returns at once. A new or ended group takes effect on a running command at once: its
-  // collective returns.
+  // collective returns, its kernels stop between two pages.
   void Handle(v1::GroupMessage message);
 
   // Takes rows into a staged append, from any thread. NOT_FOUND when no append has this id; otherwise as
@@ -67,6 +68,7 @@ class Engine {
   // A FormGroup and what became of it.
   struct Formation {
     v1::FormGroup form;
+    std::atomic<bool> cancelled = false;  // Set with `over`.
     // Guarded by mutex_:
     std::shared_ptr<Communicator> communicator;  // Once connected.
     absl::Status over;                           // Not OK: the group ended, and why.
