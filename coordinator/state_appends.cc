@@ -306,12 +306,20 @@ void ClusterState::ForgetAppend(uint64_t id) {
 
 absl::Status ClusterState::NoSuchAppend(uint64_t id) const {
   const uint64_t epoch = id >> 32;
-  if (epoch < epoch_ || (epoch == epoch_ && phase_ != Phase::kActive)) {
+  const uint64_t number = id & UINT32_MAX;
+  const bool old = epoch > 0 && epoch < epoch_ && number > 0;
+  if (old || (epoch == epoch_ && number > 0 && number < next_append_ && phase_ != Phase::kActive)) {
     return absl::UnavailableError(absl::StrCat("the append was part of epoch ", epoch,
                                                ", which is over; nothing of it was kept: plan it again"));
   }
-  return absl::NotFoundError(
-      absl::StrCat("there is no append ", id, ": it was aborted, or idle for too long; plan it again"));
+  return absl::NotFoundError(absl::StrCat(
+      "there is no append ", id, ": it was never planned, aborted, or idle for too long; plan it again"));
+}
+
+// Some of it has come in.
+void ClusterState::KeepAppend(uint64_t id, int64_t now_ms) {
+  const auto it = appends_.find(id);
+  if (it != appends_.end()) it->second.expires_ms = now_ms + kAppendIdleTimeoutMs;
 }
 
 void ClusterState::ExpireAppends(int64_t now_ms) {

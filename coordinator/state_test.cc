@@ -606,6 +606,24 @@ TEST_F(StateTest, AnIdleAppendIsUndone) {
   EXPECT_TRUE(Append("x", 0, 10).ok());
 }
 
+TEST_F(StateTest, AnAppendThatNeverWasIsNotFoundAndOneOfAnEarlierEpochIsToBeRetried) {
+  StartGroup();
+  ASSERT_TRUE(Create("x").ok());
+  const auto plan = Plan("x", 0, 10);
+  cluster_.Leave(a_);
+  EXPECT_EQ(Commit(plan->append_id()).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(Commit(plan->append_id() + 1).status().code(), absl::StatusCode::kNotFound);
+  a_ = cluster_.Join("a:1");
+  cluster_.Advance(300);
+  cluster_.Settle();
+  ASSERT_TRUE(cluster_.serving);
+  EXPECT_EQ(Commit(plan->append_id()).status().code(), absl::StatusCode::kUnavailable);
+  for (const uint64_t id : {uint64_t{0}, uint64_t{12345}, uint64_t{1} << 32, uint64_t{2} << 32 | 7,
+                            uint64_t{9} << 32 | 1, UINT64_MAX}) {
+    EXPECT_EQ(Commit(id).status().code(), absl::StatusCode::kNotFound) << id;
+  }
+}
+
 TEST_F(StateTest, ACancelledPlanGivesItsMemoryBack) {
   StartGroup();
   ASSERT_TRUE(Create("x").ok());
