@@ -93,6 +93,8 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.sink_logits = spec.sink_logits;
   args.exponents = sequence.exponents(query.layer, query.length);
   args.positions = query.length;
+  args.first_row = query.first_row;
+  args.cancelled = query.cancelled;
 
   return AttendPages(backend, &communicator, args, spec.has_sinks(), deadline);
 }

@@ -1,6 +1,7 @@
 #ifndef EDUBA_ATTENTION_SHARDED_ATTENTION_H_
 #define EDUBA_ATTENTION_SHARDED_ATTENTION_H_
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -18,9 +19,11 @@ namespace eduba {
 struct AttentionQuery {
   int layer = 0;
   Policy policy = Policy::kGlobal;
-  int64_t length = 0;                   // Positions the rows may see, 1 to the sequence's length.
-  absl::Span<const float> queries;      // [rows, query_heads, head_dim], finite
-  absl::Span<const int64_t> positions;  // [rows], each below `length`
+  int64_t length = 0;                            // Positions the rows may see, 1 to the sequence's length.
+  absl::Span<const float> queries;               // [rows, query_heads, head_dim], finite
+  absl::Span<const int64_t> positions;           // [rows], each below `length`
+  int64_t first_row = 0;                         // What messages call the first row.
+  const std::atomic<bool>* cancelled = nullptr;  // As StepArgs::cancelled.
 };
 
 struct AttentionAnswer {
@@ -41,7 +44,8 @@ absl::StatusOr<AttentionAnswer> AttendPages(Backend& backend, Communicator* comm
 // One step of docs/numerics.md: every rank reads its own pages, the sums meet in one all-reduce (three where
 // a row needs the maximum path, two without sinks), and every rank gets the same answer.
 //
-// INVALID_ARGUMENT when the arithmetic left the finite numbers; all ranks get it, and the group lives on. Any
+// INVALID_ARGUMENT when the arithmetic left the finite numbers; all ranks get it, and the group lives on.
+// CANCELLED when `cancelled` became true. Any
 // other error is this rank's own or the communicator's, which is dead then: an error ahead of a collective
 // aborts it, so that no rank waits for one that will not come.
 absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& communicator,

@@ -218,7 +218,8 @@ absl::Status StagedAppend::CheckSizes(int64_t count, DType dtype, absl::Span<con
 
 absl::StatusOr<const StagedAppend::Run*> StagedAppend::FindRun(int64_t first, int64_t count) const {
   if (count < 1 || count > kMaxPositions) {
-    return absl::InvalidArgumentError(absl::StrCat("piece has ", count, " positions, wanted at least 1"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("piece has ", count, " positions, wanted 1 to ", kMaxPositions));
   }
   const auto run = std::upper_bound(runs_.begin(), runs_.end(), first,
                                     [](int64_t position, const Run& r) { return position < r.range.end; });

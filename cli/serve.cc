@@ -160,11 +160,15 @@ absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::
 absl::Status UpInProcesses(const UpOptions& options, const std::vector<std::string>& devices) {
   Children children;
   absl::Status served = ServeFromChildren(options, devices, children);
-  // The coordinator, which is the first, ends first: its calls under way need the workers.
-  for (const auto& child : children) {
-    child->Terminate();
-    child->Join(absl::Now() + kDrainGrace + absl::Seconds(5));
+  // The coordinator, which is the first, ends first: its calls under way need the workers. Once it is gone,
+  // what the workers still take in can never be committed.
+  if (!children.empty()) {
+    children.front()->Terminate();
+    children.front()->Join(absl::Now() + kDrainGrace + absl::Seconds(5));
   }
+  for (const auto& child : children) child->Terminate();
+  const absl::Time deadline = absl::Now() + absl::Seconds(1);
+  for (const auto& child : children) child->Join(deadline);
   return served;
 }
 

@@ -283,9 +283,9 @@ absl::StatusOr<v1::AttendSummary> Client::Attend(const v1::Session& session, int
   if (!taken.ok()) return taken;
   if (!sent.ok()) return sent;
   if (!finished.ok()) return finished;
-  if (!summary || answers.rows() != rows) {
-    return absl::InternalError(
-        absl::StrCat("the server ended the answer after ", answers.rows(), " of ", rows, " rows"));
+  if (!summary || answers.rows() != rows || summary->rows() != rows) {
+    return absl::InternalError(absl::StrCat("the server ended the answer after ", answers.rows(), " of ",
+                                            rows, " rows: take nothing of it, and repeat the call"));
   }
   return *std::move(summary);
 }

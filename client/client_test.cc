@@ -287,7 +287,7 @@ class FakeEduba : public v1::Eduba::Service {
     }
     if (summarize) {
       v1::AttendResponse response;
-      response.mutable_summary()->set_rows(rows);
+      response.mutable_summary()->set_rows(rows + summary_off);
       stream->Write(response);
     }
     return grpc::Status::OK;
@@ -298,6 +298,7 @@ class FakeEduba : public v1::Eduba::Service {
   grpc::Status attend_status;
   int64_t skip_rows = 0;
   bool summarize = true;
+  int64_t summary_off = 0;
   bool hang = false;
   absl::Notification canceled;
   v1::AttendRequest::Header header;
@@ -456,6 +457,9 @@ TEST_F(ClientTest, AnAnswerWithAGapOrWithoutASummaryIsAnError) {
   eduba().summarize = false;
   EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
   eduba().summarize = true;
+  eduba().summary_off = -1;
+  EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
+  eduba().summary_off = 0;
   eduba().skip_rows = 1;
   outputs_.clear();
   EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "rpc/raw.h"
 #include "rpc/status.h"
 
 namespace eduba {
@@ -44,7 +45,7 @@ absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpe
 AttendStream::AttendStream(Runtime* runtime) : runtime_(runtime), start_(absl::Now()) {
   // Once a read has been started, reactions come on other threads.
   const std::lock_guard lock(mutex_);
-  StartRead(&incoming_);
+  StartRead(&bytes_);
 }
 
 void AttendStream::OnReadDone(bool ok) {
@@ -56,6 +57,10 @@ void AttendStream::OnReadDone(bool ok) {
     if (finished_ || ending_) return;
     id = id_;
     spec = spec_;
+  }
+  if (ok) {
+    const absl::Status decoded = Decode(&bytes_, &incoming_);
+    if (!decoded.ok()) return Fail(decoded);
   }
   if (id == 0) return Begin(ok);
   if (!ok) {
@@ -114,7 +119,7 @@ void AttendStream::OnRows(v1::AttendResponse::Rows&& rows) {
   v1::AttendResponse response;
   *response.mutable_rows() = std::move(rows);
   const std::lock_guard lock(mutex_);
-  Enqueue(std::move(response));
+  Enqueue(response);
 }
 
 void AttendStream::OnReply(absl::StatusOr<Answer> answer) {
@@ -131,7 +136,7 @@ void AttendStream::OnReply(absl::StatusOr<Answer> answer) {
   summary->set_row_heads_maximum(totals.row_heads_maximum);
   summary->set_bytes_read(totals.bytes_read);
   summary->set_length(totals.length);
-  Enqueue(std::move(response));
+  Enqueue(response);
   EndWith(absl::OkStatus());
 }
 
@@ -141,7 +146,7 @@ void AttendStream::Fail(const absl::Status& status) {
     const std::lock_guard lock(mutex_);
     id = id_;
   }
-  runtime_->Cancel(id);
+  if (id != 0) runtime_->Cancel(id);
   const std::lock_guard lock(mutex_);
   EndWith(status);
 }
@@ -158,10 +163,10 @@ void AttendStream::OnCancel() {
   EndWith(absl::CancelledError("the caller gave up or its deadline passed"));
 }
 
-void AttendStream::Enqueue(v1::AttendResponse response) {
+void AttendStream::Enqueue(const v1::AttendResponse& response) {
   if (finished_ || ending_) return;
-  queue_.push_back(std::move(response));
-  if (queue_.size() == 1) StartWrite(&queue_.front());
+  queue_.push_back({Encode(response), response.rows().count()});
+  if (queue_.size() == 1) StartWrite(&queue_.front().bytes);
 }
 
 void AttendStream::EndWith(const absl::Status& status) {
@@ -178,10 +183,10 @@ void AttendStream::EndWith(const absl::Status& status) {
 
 void AttendStream::OnWriteDone(bool ok) {
   const std::lock_guard lock(mutex_);
-  outstanding_rows_ -= queue_.front().rows().count();
+  outstanding_rows_ -= queue_.front().rows;
   queue_.pop_front();
   if (!ok) queue_.clear();  // The call is cancelled; OnCancel ends it.
-  if (!queue_.empty()) return StartWrite(&queue_.front());
+  if (!queue_.empty()) return StartWrite(&queue_.front().bytes);
   if (ending_ && !finished_) {
     finished_ = true;
     return Finish(ToGrpc(end_));
@@ -199,7 +204,7 @@ void AttendStream::ReadMore() {
   if (reading_ || read_all_ || finished_ || ending_ || id_ == 0) return;
   if (outstanding_rows_ > 0 && outstanding_rows_ * row_bytes_ >= kCallBytesMax) return;
   reading_ = true;
-  StartRead(&incoming_);
+  StartRead(&bytes_);
 }
 
 }  // namespace eduba

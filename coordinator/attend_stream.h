@@ -11,7 +11,7 @@
 #include "absl/time/time.h"
 #include "coordinator/runtime.h"
 #include "eduba/v1/eduba.pb.h"
-#include "grpcpp/server_context.h"
+#include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/server_callback.h"
 
 namespace eduba {
@@ -20,10 +20,9 @@ namespace eduba {
 // of the first one.
 absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpec& spec, int64_t first_row);
 
-// One Attend call. Reads ahead of the answers that the client has taken by a bounded number of bytes. Deletes
-// itself when the stream has ended.
-class AttendStream final : public grpc::ServerBidiReactor<v1::AttendRequest, v1::AttendResponse>,
-                           public Caller {
+// One Attend call, its messages still encoded (rpc/raw.h says why). Reads ahead of the answers that the
+// client has taken by a bounded number of bytes. Deletes itself when the stream has ended.
+class AttendStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>, public Caller {
  public:
   explicit AttendStream(Runtime* runtime);
 
@@ -39,15 +38,21 @@ class AttendStream final : public grpc::ServerBidiReactor<v1::AttendRequest, v1:
  private:
   ~AttendStream() override = default;
 
+  struct Outgoing {
+    grpc::ByteBuffer bytes;
+    int64_t rows = 0;
+  };
+
   void Begin(bool ok);
   void Fail(const absl::Status& status);
   // With mutex_ held.
-  void Enqueue(v1::AttendResponse response);
+  void Enqueue(const v1::AttendResponse& response);
   void EndWith(const absl::Status& status);
   void ReadMore();
 
   Runtime* const runtime_;
   const absl::Time start_;
+  grpc::ByteBuffer bytes_;
   v1::AttendRequest incoming_;
   int64_t received_rows_ = 0;
 
@@ -57,9 +62,9 @@ class AttendStream final : public grpc::ServerBidiReactor<v1::AttendRequest, v1:
   std::shared_ptr<const v1::SessionSpec> spec_;
   int64_t row_bytes_ = 0;         // of a query or of an answer, whichever is more
   int64_t outstanding_rows_ = 0;  // read from the client and not yet answered to it
-  bool reading_ = true;           // a message is awaited or being worked on: incoming_ is taken
+  bool reading_ = true;           // a message is awaited or being worked on: bytes_ and incoming_ are taken
   bool read_all_ = false;
-  std::deque<v1::AttendResponse> queue_;  // the front is being written
+  std::deque<Outgoing> queue_;  // the front is being written
   bool ending_ = false;
   absl::Status end_;
   bool finished_ = false;

@@ -9,7 +9,7 @@ namespace eduba {
 
 void Batcher::Open(RequestId call, const BatchKey& key, int64_t row_bytes, int step_rows) {
   EDUBA_CHECK(row_bytes > 0 && step_rows > 0);
-  const bool inserted = calls_.try_emplace(call, Call{key, row_bytes, step_rows, {}, 0}).second;
+  const bool inserted = calls_.try_emplace(call, Call{key, row_bytes, step_rows, {}, 0, 0}).second;
   EDUBA_CHECK(inserted);
 }
 
@@ -62,8 +62,8 @@ Batch Batcher::Next() {
 
   for (const Share& share : shares) {
     if (share.rows == 0) continue;
+    batch.parts.push_back({share.id, static_cast<int>(share.rows), share.call->left});
     Take(share.call, share.rows, &batch);
-    batch.parts.push_back({share.id, static_cast<int>(share.rows)});
     batch.rows += static_cast<int>(share.rows);
     std::erase(turns_, share.id);
     if (share.call->queued > 0) turns_.push_back(share.id);
@@ -73,6 +73,7 @@ Batch Batcher::Next() {
 
 void Batcher::Take(Call* call, int64_t rows, Batch* batch) {
   call->queued -= rows;
+  call->left += rows;
   while (rows > 0) {
     Piece& piece = call->pieces.front();
     const int64_t count = std::min(rows, piece.rows - piece.taken);

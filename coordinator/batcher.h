@@ -28,12 +28,14 @@ struct Batch {
   struct Part {
     RequestId call = 0;
     int rows = 0;
+    int64_t first_row = 0;  // number of the first one in its call
   };
   BatchKey key;
   int rows = 0;
   std::string queries;             // f32 [rows, query_heads, head_dim], as they came
   std::vector<int64_t> positions;  // [rows]
   std::vector<Part> parts;         // whose rows, in order
+  bool again = false;              // one call's share of a step that failed, by itself
 };
 
 // Packs the queued rows of many calls into steps. A step takes the kind of rows whose call has waited
@@ -65,6 +67,7 @@ class Batcher {
     int step_rows = 0;
     std::deque<Piece> pieces;
     int64_t queued = 0;
+    int64_t left = 0;  // rows that have gone to steps
   };
 
   static void Take(Call* call, int64_t rows, Batch* batch);

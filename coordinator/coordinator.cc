@@ -13,7 +13,7 @@ namespace eduba {
 namespace {
 
 // For the last replies to leave once everything has been ended.
-constexpr absl::Duration kFlush = absl::Seconds(2);
+constexpr absl::Duration kFlush = absl::Milliseconds(500);
 
 }  // namespace
 

@@ -17,7 +17,7 @@ namespace {
 constexpr std::chrono::milliseconds kTick{100};
 constexpr std::chrono::milliseconds kCancelPoll{20};
 
-int64_t NowMs() {
+int64_t SteadyMs() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration_cast<std::chrono::milliseconds>(since).count();
 }
@@ -75,13 +75,13 @@ void Runtime::Ticks() {
   while (!stopped_) {
     changed_.wait_for(lock, kTick);
     if (stopped_) break;
-    state_.Tick(NowMs());
+    state_.Tick(clock_.At(SteadyMs()));
     CarryOut();
   }
 }
 
 void Runtime::Run(RequestId request, const Event& event) {
-  event(state_, request, NowMs());
+  event(state_, request, clock_.At(SteadyMs()));
   CarryOut();
 }
 
@@ -120,7 +120,7 @@ void Runtime::CarryOutOne(Effect any) {
         } else if constexpr (std::is_same_v<T, Persist>) {
           const absl::Status status = store_->Apply(effect.change);
           if (!status.ok()) LogError(std::string(status.message()));
-          state_.Persisted(effect.id, status, NowMs());
+          state_.Persisted(effect.id, status, clock_.At(SteadyMs()));
         } else if constexpr (std::is_same_v<T, ResetRendezvous>) {
           board_.Reset(effect.epoch, effect.attempt);
         } else if constexpr (std::is_same_v<T, SetServing>) {
@@ -140,7 +140,7 @@ absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
   if (stopped_) return ShuttingDown();
   const WorkerId id = next_worker_++;
   links_[id] = link;
-  state_.WorkerConnected(id, NowMs());
+  state_.WorkerConnected(id, clock_.At(SteadyMs()));
   CarryOut();
   return id;
 }
@@ -148,14 +148,14 @@ absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
 void Runtime::WorkerSaid(WorkerId worker, v1::WorkerMessage message) {
   const std::lock_guard lock(mutex_);
   if (stopped_) return;
-  state_.WorkerSaid(worker, std::move(message), NowMs());
+  state_.WorkerSaid(worker, std::move(message), clock_.At(SteadyMs()));
   CarryOut();
 }
 
 void Runtime::RemoveWorker(WorkerId worker, const std::string& why) {
   const std::lock_guard lock(mutex_);
   if (links_.erase(worker) == 0) return;
-  state_.WorkerGone(worker, why, NowMs());
+  state_.WorkerGone(worker, why, clock_.At(SteadyMs()));
   CarryOut();
 }
 
@@ -179,7 +179,7 @@ void Runtime::Continue(RequestId request, const Event& event) {
 void Runtime::Cancel(RequestId request) {
   const std::lock_guard lock(mutex_);
   if (callers_.erase(request) == 0) return;
-  state_.Cancel(request, NowMs());
+  state_.Cancel(request, clock_.At(SteadyMs()));
   CarryOut();
   changed_.notify_all();
 }

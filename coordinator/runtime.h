@@ -15,6 +15,7 @@
 #include "absl/time/time.h"
 #include "coordinator/effects.h"
 #include "coordinator/rendezvous_board.h"
+#include "coordinator/running_clock.h"
 #include "coordinator/state.h"
 #include "coordinator/store.h"
 
@@ -39,8 +40,8 @@ class WorkerLink {
   virtual void Close(const absl::Status& status) = 0;
 };
 
-// Runs one ClusterState: one mutex around it, a clock, the store, a thread that ticks; hands events in and
-// carries effects out. Thread-safe.
+// Runs one ClusterState: one mutex around it, a clock that stands while we do, the store, a thread that
+// ticks; hands events in and carries effects out. Thread-safe.
 class Runtime {
  public:
   using Event = std::function<void(ClusterState& state, RequestId request, int64_t now_ms)>;
@@ -89,7 +90,8 @@ class Runtime {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  ClusterState state_;  // Guarded by mutex_, as all below.
+  RunningClock clock_;  // Guarded by mutex_, as all below.
+  ClusterState state_;
   std::map<WorkerId, WorkerLink*> links_;
   std::map<RequestId, Caller*> callers_;
   WorkerId next_worker_ = 1;

@@ -7,6 +7,8 @@
 #include "coordinator/attend_stream.h"
 #include "coordinator/join_stream.h"
 #include "coordinator/thin_upload.h"
+#include "grpcpp/support/method_handler.h"
+#include "rpc/raw.h"
 #include "rpc/status.h"
 
 namespace eduba {
@@ -39,6 +41,15 @@ absl::Status Commit(Runtime* runtime, const grpc::ServerContext* context, uint64
 }
 
 }  // namespace
+
+EdubaService::EdubaService(Runtime* runtime) : runtime_(runtime) {
+  MarkMethodStreamed(
+      MethodIndex("eduba.v1.Eduba.Append"),
+      new grpc::internal::ClientStreamingHandler<EdubaService, grpc::ByteBuffer, v1::AppendReceipt>(
+          [](EdubaService* self, grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
+             v1::AppendReceipt* response) { return self->AppendEncoded(context, reader, response); },
+          this));
+}
 
 grpc::Status EdubaService::CreateSession(grpc::ServerContext* context,
                                          const v1::CreateSessionRequest* request, v1::Session* response) {
@@ -92,10 +103,16 @@ grpc::Status EdubaService::AbortAppend(grpc::ServerContext*, const v1::AbortAppe
   return ToGrpc(Abort(runtime_, request->append_id()));
 }
 
-grpc::Status EdubaService::Append(grpc::ServerContext* context, grpc::ServerReader<v1::AppendRequest>* reader,
-                                  v1::AppendReceipt* response) {
+grpc::Status EdubaService::AppendEncoded(grpc::ServerContext* context,
+                                         grpc::ServerReader<grpc::ByteBuffer>* reader,
+                                         v1::AppendReceipt* response) {
+  grpc::ByteBuffer bytes;
   v1::AppendRequest request;
-  if (!reader->Read(&request) || !request.has_plan()) {
+  if (reader->Read(&bytes)) {
+    const absl::Status decoded = Decode(&bytes, &request);
+    if (!decoded.ok()) return ToGrpc(decoded);
+  }
+  if (!request.has_plan()) {
     return ToGrpc(absl::InvalidArgumentError("the first message of Append must be `plan`"));
   }
   v1::AppendPlan plan;
@@ -108,7 +125,9 @@ grpc::Status EdubaService::Append(grpc::ServerContext* context, grpc::ServerRead
   absl::Status status = FromGrpc(GetSession(context, &get, &session));
   if (status.ok()) {
     ThinUpload upload(*context, session.spec(), plan);
-    while (status.ok() && reader->Read(&request)) {
+    while (status.ok() && reader->Read(&bytes)) {
+      status = Decode(&bytes, &request);
+      if (!status.ok()) break;
       status = request.has_piece()
                    ? upload.Send(request.piece())
                    : absl::InvalidArgumentError("every message of Append after the first must be `piece`");
@@ -120,7 +139,7 @@ grpc::Status EdubaService::Append(grpc::ServerContext* context, grpc::ServerRead
   return ToGrpc(status);
 }
 
-grpc::ServerBidiReactor<v1::AttendRequest, v1::AttendResponse>* EdubaService::Attend(
+grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* EdubaService::Attend(
     grpc::CallbackServerContext*) {
   return new AttendStream(runtime_);
 }

@@ -5,15 +5,17 @@
 #include "eduba/v1/eduba.grpc.pb.h"
 #include "eduba/v1/group.grpc.pb.h"
 #include "grpcpp/server_context.h"
+#include "grpcpp/support/byte_buffer.h"
 
 namespace eduba {
 
 // The doors of the coordinator: convert, hand to the runtime, wait, convert back. Streams that go both ways
 // are callbacks (AttendStream, JoinStream), because only those can end a stream whose other side is silent.
+// Clients' streams arrive encoded (rpc/raw.h).
 
-class EdubaService final : public v1::Eduba::WithCallbackMethod_Attend<v1::Eduba::Service> {
+class EdubaService final : public v1::Eduba::WithRawCallbackMethod_Attend<v1::Eduba::Service> {
  public:
-  explicit EdubaService(Runtime* runtime) : runtime_(runtime) {}
+  explicit EdubaService(Runtime* runtime);
 
   grpc::Status CreateSession(grpc::ServerContext* context, const v1::CreateSessionRequest* request,
                              v1::Session* response) override;
@@ -29,14 +31,15 @@ class EdubaService final : public v1::Eduba::WithCallbackMethod_Attend<v1::Eduba
                             v1::AppendReceipt* response) override;
   grpc::Status AbortAppend(grpc::ServerContext* context, const v1::AbortAppendRequest* request,
                            v1::AbortAppendResponse* response) override;
-  grpc::Status Append(grpc::ServerContext* context, grpc::ServerReader<v1::AppendRequest>* reader,
-                      v1::AppendReceipt* response) override;
-  grpc::ServerBidiReactor<v1::AttendRequest, v1::AttendResponse>* Attend(
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Attend(
       grpc::CallbackServerContext* context) override;
   grpc::Status ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest* request,
                            v1::ListWorkersResponse* response) override;
 
  private:
+  grpc::Status AppendEncoded(grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
+                             v1::AppendReceipt* response);
+
   Runtime* const runtime_;
 };
 

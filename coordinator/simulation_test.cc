@@ -38,6 +38,7 @@ class Simulation {
   static ClusterState::Options MakeOptions() {
     ClusterState::Options options;
     options.group_size = kGroup;
+    options.transport = "gloo";  // where silence means something
     return options;
   }
 

@@ -39,7 +39,8 @@ class ClusterState {
     std::string version;              // of the program, for ListWorkers
     // For all ranks of a group to find each other.
     int64_t form_timeout_ms = 10000;
-    // For the collectives of one command. Not the caller's deadline: that one must not break the group.
+    // For one command, from when a worker begins it; steps get more, by their work. Not the caller's
+    // deadline: that one must not break the group.
     int64_t operation_timeout_ms = 30000;
   };
 
@@ -125,8 +126,7 @@ class ClusterState {
     uint64_t session_id = 0;
     v1::AppendPlan plan;
     AppendPhase phase = AppendPhase::kBeginning;
-    int64_t lifetime_ms = 0;  // how long it may be idle
-    int64_t expires_ms = 0;
+    int64_t expires_ms = 0;          // later with every piece that comes in
     std::vector<RequestId> waiters;  // of the plan, then of the commit
     Digest digest;                   // after the seal: over all workers
     std::string exponents;           // after the seal: the maximum over all workers
@@ -139,6 +139,7 @@ class ClusterState {
     bool finished = false;  // no more rows will come
     int64_t submitted = 0;
     int64_t answered = 0;
+    int again = 0;  // parts that are asked again by themselves: later rows must wait for them
     AttendTotals totals;
   };
 
@@ -154,11 +155,13 @@ class ClusterState {
 
   struct PendingCommand {
     CommandKind kind = CommandKind::kAttend;
-    uint64_t subject = 0;                                   // session or append id
-    int64_t late_ms = 0;                                    // when silence about it is a failure
+    uint64_t subject = 0;  // session or append id
+    int64_t sent_ms = 0;
     std::vector<std::optional<v1::CommandResult>> results;  // by rank
     int missing = 0;
-    Batch batch;  // kAttend: queries are gone, parts stay
+    Batch batch;                                                // kAttend: queries are in `message`
+    int64_t work = 0;                                           // kAttend: multiply-adds of the busiest rank
+    std::shared_ptr<const v1::GroupMessage> message = nullptr;  // kAttend
   };
 
   // state_group.cc: membership, epochs, the command stream.
@@ -182,6 +185,8 @@ class ClusterState {
   // Sends a command to all ranks. It is the same for all, but for what `share` changes.
   void Command(PendingCommand pending, v1::Command command, int64_t now_ms,
                const std::function<void(int rank, v1::Command* own)>& share = nullptr);
+  int64_t TimeoutMs(const PendingCommand& command) const;
+  void ExpelLate(int64_t now_ms);
   void OnResult(WorkerEntry* worker, v1::CommandResult result, int64_t now_ms);
   void Completed(const PendingCommand& command, int64_t now_ms);
   // The first failed rank's answer with that rank's name, OK when all are.
@@ -216,12 +221,17 @@ class ClusterState {
   void Undo(uint64_t append_id, const absl::Status& status, int64_t now_ms);
   void ForgetAppend(uint64_t append_id);
   absl::Status NoSuchAppend(uint64_t append_id) const;
+  void KeepAppend(uint64_t append_id, int64_t now_ms);
   void ExpireAppends(int64_t now_ms);
 
   // state_attend.cc
+  int64_t VisiblePages(const v1::SessionSpec& spec, const BatchKey& key) const;
+  int64_t RowWork(const v1::SessionSpec& spec, const BatchKey& key) const;
   int StepRows(const v1::SessionSpec& spec, const BatchKey& key) const;
   void PumpSteps(int64_t now_ms);
   void OnStep(const PendingCommand& command, int64_t now_ms);
+  // `first`: the part's first row in the step.
+  void AskAgain(const PendingCommand& command, const Batch::Part& part, int64_t first);
   void DeliverPart(Call* call, const Batch::Part& part, RequestId id, int64_t first_in_step,
                    const v1::AttendResult& result, const AttendTotals& step);
   void FailCall(RequestId request, const absl::Status& status);
@@ -244,6 +254,7 @@ class ClusterState {
   int64_t form_late_ms_ = 0;
   uint64_t next_ordinal_ = 1;
   std::map<uint64_t, PendingCommand> commands_;  // by ordinal, unanswered
+  int64_t answered_ms_ = 0;                      // when the last one was
 
   std::map<std::string, SessionEntry> sessions_;
   std::unordered_map<uint64_t, std::string> session_names_;
@@ -255,6 +266,7 @@ class ClusterState {
   std::deque<std::pair<uint64_t, v1::AppendReceipt>> receipts_;
 
   Batcher batcher_;
+  std::deque<Batch> again_;  // go before what the batcher has
   std::map<RequestId, Call> calls_;
   int steps_in_flight_ = 0;
 

@@ -20,8 +20,6 @@ static_assert(std::endian::native == std::endian::little, "exponents travel as l
 constexpr size_t kReceiptsKept = 4096;
 // So that a plan fits into one message: an extent is at most 20 bytes there.
 constexpr int64_t kExtentsMax = 32768;
-// The slowest upload that keeps an append alive.
-constexpr int64_t kUploadMsPerMiB = 1000;
 
 std::string Range(int64_t at, int64_t count) { return absl::StrCat("[", at, ", ", at + count, ")"); }
 
@@ -128,8 +126,6 @@ void ClusterState::PlanAppend(RequestId request, const v1::PlanAppendRequest& ar
   append.session_id = session->record.id;
   append.plan = *std::move(plan);
   append.waiters = {request};
-  const int64_t bytes = append.plan.count() * session->spec->layers() * PositionBytes(*session->spec);
-  append.lifetime_ms = kAppendIdleTimeoutMs + (bytes >> 20) * kUploadMsPerMiB;
 
   v1::Command command;
   v1::BeginAppend* begin = command.mutable_begin_append();
@@ -153,7 +149,7 @@ void ClusterState::OnBegun(const PendingCommand& command, int64_t now_ms) {
   const absl::Status status = FirstFailure(command);
   if (!status.ok()) return Undo(append.id, status, now_ms);
   append.phase = AppendPhase::kOpen;
-  append.expires_ms = now_ms + append.lifetime_ms;
+  append.expires_ms = now_ms + kAppendIdleTimeoutMs;
   for (const RequestId waiter : std::exchange(append.waiters, {})) Respond(waiter, Answer(append.plan));
 }
 
@@ -186,7 +182,7 @@ void ClusterState::OnSealed(const PendingCommand& command, int64_t now_ms) {
   if (absl::IsFailedPrecondition(status)) {
     // Rows are missing; they may still come.
     append.phase = AppendPhase::kOpen;
-    append.expires_ms = now_ms + append.lifetime_ms;
+    append.expires_ms = now_ms + kAppendIdleTimeoutMs;
     for (const RequestId waiter : std::exchange(append.waiters, {})) Respond(waiter, status);
     return;
   }
@@ -310,12 +306,20 @@ void ClusterState::ForgetAppend(uint64_t id) {
 
 absl::Status ClusterState::NoSuchAppend(uint64_t id) const {
   const uint64_t epoch = id >> 32;
-  if (epoch < epoch_ || (epoch == epoch_ && phase_ != Phase::kActive)) {
+  const uint64_t number = id & UINT32_MAX;
+  const bool old = epoch > 0 && epoch < epoch_ && number > 0;
+  if (old || (epoch == epoch_ && number > 0 && number < next_append_ && phase_ != Phase::kActive)) {
     return absl::UnavailableError(absl::StrCat("the append was part of epoch ", epoch,
                                                ", which is over; nothing of it was kept: plan it again"));
   }
-  return absl::NotFoundError(
-      absl::StrCat("there is no append ", id, ": it was aborted, or idle for too long; plan it again"));
+  return absl::NotFoundError(absl::StrCat(
+      "there is no append ", id, ": it was never planned, aborted, or idle for too long; plan it again"));
+}
+
+// Some of it has come in.
+void ClusterState::KeepAppend(uint64_t id, int64_t now_ms) {
+  const auto it = appends_.find(id);
+  if (it != appends_.end()) it->second.expires_ms = now_ms + kAppendIdleTimeoutMs;
 }
 
 void ClusterState::ExpireAppends(int64_t now_ms) {

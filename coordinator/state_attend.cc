@@ -19,6 +19,10 @@ static_assert(std::endian::native == std::endian::little, "path counts travel as
 constexpr int kStepsInFlightMax = 2;
 // A worker keeps one partial per row, head and page: what a step may make it hold.
 constexpr int64_t kPartialBytesMax = int64_t{256} << 20;
+// Multiply-adds of one step on the busiest rank: about four seconds of two slow cores (8e9 a second each), so
+// that calls take turns, and what nobody wants any more is soon over. Enough for a step to be matrix work: 18
+// rows of 50 million cells of 64 + 16 numbers.
+constexpr int64_t kStepWorkMax = int64_t{1} << 36;
 
 // Of the ranks' errors the one that says most: the ranks that only hear of a bad number elsewhere say less
 // than the one whose page it is in.
@@ -71,17 +75,30 @@ void ClusterState::StartAttend(RequestId request, const v1::AttendRequest::Heade
   Emit(AttendStarted{request, call.spec, key.length});
 }
 
+// The most pages of one rank that a row sees.
+int64_t ClusterState::VisiblePages(const v1::SessionSpec& spec, const BatchKey& key) const {
+  const int64_t pages = PagesOfBusiestRank(key.length, spec.stripe_pages(), options_.group_size);
+  // Rows with positions of their own may see different windows; together they may read every page.
+  if (key.policy != v1::POLICY_WINDOW || key.positions) return pages;
+  return std::min(pages, PageCount(spec.window()) + 1);
+}
+
+// Multiply-adds for one row on the busiest rank, token sinks included.
+int64_t ClusterState::RowWork(const v1::SessionSpec& spec, const BatchKey& key) const {
+  int64_t keys = VisiblePages(spec, key) * kPageRows;
+  if (key.policy == v1::POLICY_WINDOW) keys = std::min(keys, spec.window());
+  return (keys + spec.sink_tokens()) * spec.query_heads() * (int64_t{spec.head_dim()} + spec.value_dim());
+}
+
 int ClusterState::StepRows(const v1::SessionSpec& spec, const BatchKey& key) const {
   // Outputs, lse and sink mass of each row and head, and a path count.
   const int64_t answer_bytes = int64_t{4} * (spec.query_heads() * (int64_t{spec.value_dim()} + 2) + 1);
   const int64_t query_bytes = int64_t{4} * spec.query_heads() * spec.head_dim();
-  int64_t pages = PagesOfBusiestRank(key.length, spec.stripe_pages(), options_.group_size);
-  if (key.policy == v1::POLICY_WINDOW && !key.positions) {
-    pages = std::min(pages, PageCount(spec.window()) + 1);
-  }
-  const int64_t partial_bytes = int64_t{4} * spec.query_heads() * (int64_t{spec.value_dim()} + 2) * pages;
-  const int64_t rows = std::min({int64_t{kStepRowsMax}, kPayloadBytesMax / answer_bytes,
-                                 kPayloadBytesMax / query_bytes, kPartialBytesMax / partial_bytes});
+  const int64_t partial_bytes =
+      int64_t{4} * spec.query_heads() * (int64_t{spec.value_dim()} + 2) * VisiblePages(spec, key);
+  const int64_t rows =
+      std::min({int64_t{kStepRowsMax}, kPayloadBytesMax / answer_bytes, kPayloadBytesMax / query_bytes,
+                kPartialBytesMax / partial_bytes, kStepWorkMax / RowWork(spec, key)});
   return static_cast<int>(std::max<int64_t>(1, rows));
 }
 
@@ -125,8 +142,18 @@ void ClusterState::FinishRows(RequestId request, int64_t) {
 
 // 2. Rows become steps.
 void ClusterState::PumpSteps(int64_t now_ms) {
-  while (phase_ == Phase::kActive && steps_in_flight_ < kStepsInFlightMax && !batcher_.empty()) {
-    Batch batch = batcher_.Next();
+  while (phase_ == Phase::kActive && steps_in_flight_ < kStepsInFlightMax) {
+    Batch batch;
+    if (!again_.empty()) {
+      batch = std::move(again_.front());
+      again_.pop_front();
+      if (calls_.count(batch.parts[0].call) == 0) continue;
+    } else if (!batcher_.empty()) {
+      batch = batcher_.Next();
+    } else {
+      return;
+    }
+    const int64_t work = batch.rows * RowWork(*calls_.at(batch.parts[0].call).spec, batch.key);
     v1::Command command;
     v1::AttendStep* step = command.mutable_attend();
     step->set_session_id(batch.key.session_id);
@@ -137,9 +164,10 @@ void ClusterState::PumpSteps(int64_t now_ms) {
     step->set_queries(std::exchange(batch.queries, {}));
     step->mutable_positions()->Add(batch.positions.begin(), batch.positions.end());
     batch.positions.clear();
+    if (batch.parts.size() == 1) step->set_first_row(batch.parts[0].first_row);
     ++steps_in_flight_;
     const uint64_t session_id = batch.key.session_id;
-    Command({CommandKind::kAttend, session_id, 0, {}, 0, std::move(batch)}, std::move(command), now_ms);
+    Command({CommandKind::kAttend, session_id, 0, {}, 0, std::move(batch), work}, std::move(command), now_ms);
   }
 }
 
@@ -158,7 +186,16 @@ void ClusterState::OnStep(const PendingCommand& command, int64_t now_ms) {
     if (failure.ok() || SaysMore(status, failure)) failure = status;
   }
   if (!failure.ok()) {
-    for (const Batch::Part& part : command.batch.parts) FailCall(part.call, failure);
+    if (command.batch.parts.size() == 1) {
+      FailCall(command.batch.parts[0].call, failure);
+      return PumpSteps(now_ms);
+    }
+    // One call's rows may be to blame: each call's are asked by themselves, so that only that call fails.
+    int64_t first = 0;
+    for (const Batch::Part& part : command.batch.parts) {
+      AskAgain(command, part, first);
+      first += part.rows;
+    }
     return PumpSteps(now_ms);
   }
 
@@ -176,13 +213,33 @@ void ClusterState::OnStep(const PendingCommand& command, int64_t now_ms) {
   int64_t first = 0;
   for (const Batch::Part& part : command.batch.parts) {
     const auto it = calls_.find(part.call);
-    if (it != calls_.end()) {
+    if (it != calls_.end() && it->second.again > 0 && !command.batch.again) {
+      // The step was under way when the rows before these failed; a call's rows come in order.
+      AskAgain(command, part, first);
+    } else if (it != calls_.end()) {
+      if (command.batch.again) --it->second.again;
       DeliverPart(&it->second, part, part.call, first, result, step);
       EndCallIfDone(part.call, &it->second);
     }
     first += part.rows;
   }
   PumpSteps(now_ms);
+}
+
+void ClusterState::AskAgain(const PendingCommand& command, const Batch::Part& part, int64_t first) {
+  const auto it = calls_.find(part.call);
+  if (it == calls_.end()) return;
+  const v1::AttendStep& step = command.message->command().attend();
+  const int64_t row_bytes = int64_t{4} * it->second.spec->query_heads() * it->second.spec->head_dim();
+  Batch batch;
+  batch.key = command.batch.key;
+  batch.rows = part.rows;
+  batch.queries = step.queries().substr(first * row_bytes, part.rows * row_bytes);
+  batch.positions.assign(step.positions().begin() + first, step.positions().begin() + first + part.rows);
+  batch.parts = {part};
+  batch.again = true;
+  again_.push_back(std::move(batch));
+  ++it->second.again;
 }
 
 void ClusterState::DeliverPart(Call* call, const Batch::Part& part, RequestId id, int64_t first_in_step,

@@ -18,6 +18,9 @@ constexpr int64_t kAttemptDelayMs = 100;  // doubles with every failed attempt
 constexpr int64_t kAttemptDelayMaxMs = 2000;
 // Workers answer within the timeout that they were given; this much later they are not going to.
 constexpr int64_t kAnswerGraceMs = 2000;
+// Multiply-adds that a rank gets through in a millisecond however slow it is: a twentieth of one slow core.
+// Whoever is slower than that is taken for hung although its heart beats.
+constexpr int64_t kSlowestWorkPerMs = (int64_t{1} << 28) / 1000;
 
 absl::Status ResultStatus(const v1::CommandResult& result) {
   return result.code() == 0 ? absl::OkStatus()
@@ -89,6 +92,7 @@ void ClusterState::WorkerSaid(WorkerId id, v1::WorkerMessage message, int64_t no
       return Greet(worker, std::move(*message.mutable_hello()), now_ms);
     case v1::WorkerMessage::kHeartbeat:
       worker->memory_used_bytes = message.heartbeat().memory_used_bytes();
+      for (const uint64_t append : message.heartbeat().appends()) KeepAppend(append, now_ms);
       return;
     case v1::WorkerMessage::kFormed:
       return OnFormed(worker, message.formed(), now_ms);
@@ -250,6 +254,7 @@ void ClusterState::EndEpoch(const std::string& why, int64_t now_ms) {
   Emit(ResetRendezvous{0, 0});
 
   commands_.clear();
+  again_.clear();
   steps_in_flight_ = 0;
   const absl::Status status = absl::UnavailableError(absl::StrCat(text, ": retry the whole call"));
   while (!calls_.empty()) FailCall(calls_.begin()->first, status);
@@ -280,14 +285,14 @@ void ClusterState::Command(PendingCommand pending, v1::Command command, int64_t 
   const uint64_t ordinal = next_ordinal_++;
   command.set_epoch(epoch_);
   command.set_ordinal(ordinal);
-  command.set_timeout_ms(options_.operation_timeout_ms);
-  pending.results.resize(options_.group_size);
-  pending.missing = options_.group_size;
-  // Its time counts from receipt, and two steps may be on their way.
-  pending.late_ms = now_ms + 2 * options_.operation_timeout_ms + kAnswerGraceMs;
-  commands_.emplace(ordinal, std::move(pending));
+  command.set_timeout_ms(TimeoutMs(pending));
   auto message = std::make_shared<v1::GroupMessage>();
   *message->mutable_command() = std::move(command);
+  pending.results.resize(options_.group_size);
+  pending.missing = options_.group_size;
+  pending.sent_ms = now_ms;
+  if (pending.kind == CommandKind::kAttend) pending.message = message;
+  commands_.emplace(ordinal, std::move(pending));
   for (const WorkerEntry* worker : Ranks()) {
     if (share == nullptr) {
       Emit(SendToWorker{worker->id, message});
@@ -296,6 +301,28 @@ void ClusterState::Command(PendingCommand pending, v1::Command command, int64_t 
       share(worker->rank, own->mutable_command());
       Emit(SendToWorker{worker->id, std::move(own)});
     }
+  }
+}
+
+int64_t ClusterState::TimeoutMs(const PendingCommand& command) const {
+  return options_.operation_timeout_ms + command.work / kSlowestWorkPerMs;
+}
+
+// Workers take commands one after another, so only the first that is unanswered can be late, and its time
+// began when the one before it was answered.
+void ClusterState::ExpelLate(int64_t now_ms) {
+  const auto first = std::find_if(commands_.begin(), commands_.end(),
+                                  [](const auto& entry) { return entry.second.missing > 0; });
+  if (first == commands_.end()) return;
+  const auto& [ordinal, command] = *first;
+  if (now_ms <= std::max(command.sent_ms, answered_ms_) + TimeoutMs(command) + kAnswerGraceMs) return;
+  for (const WorkerEntry* worker : Ranks()) {
+    if (command.results[worker->rank].has_value()) continue;
+    const WorkerId id = worker->id;
+    const std::string why = absl::StrCat("did not answer command ", ordinal, " in time");
+    Emit(CloseWorker{id, absl::UnavailableError(absl::StrCat("the worker ", why))});
+    return RemoveWorker(id, absl::StrCat("it ", why),
+                        now_ms);  // The epoch is over, and with it the commands.
   }
 }
 
@@ -313,6 +340,7 @@ void ClusterState::OnResult(WorkerEntry* worker, v1::CommandResult result, int64
   }
   command.results[worker->rank] = std::move(result);
   if (--command.missing > 0) return;
+  answered_ms_ = now_ms;
   if (command.kind != CommandKind::kAttend) {
     const PendingCommand complete = std::move(command);
     commands_.erase(it);
@@ -430,6 +458,8 @@ void ClusterState::Persisted(uint64_t id, const absl::Status& status, int64_t no
 void ClusterState::Tick(int64_t now_ms) {
   std::vector<WorkerId> silent;
   for (const auto& [id, worker] : workers_) {
+    // Workers of this process are there for as long as we are; silent they are only when all of us lack CPU.
+    if (options_.transport == "local") break;
     if (now_ms - worker.heard_ms > kHeartbeatTimeoutMs) silent.push_back(id);
   }
   for (const WorkerId id : silent) {
@@ -437,18 +467,7 @@ void ClusterState::Tick(int64_t now_ms) {
     Emit(CloseWorker{id, absl::UnavailableError(absl::StrCat("the worker was ", why))});
     RemoveWorker(id, why, now_ms);
   }
-  for (const auto& [ordinal, command] : commands_) {
-    if (now_ms <= command.late_ms) continue;
-    for (const WorkerEntry* worker : Ranks()) {
-      if (command.results[worker->rank].has_value()) continue;
-      const WorkerId id = worker->id;
-      const std::string why = absl::StrCat("did not answer command ", ordinal, " in time");
-      Emit(CloseWorker{id, absl::UnavailableError(absl::StrCat("the worker ", why))});
-      RemoveWorker(id, absl::StrCat("it ", why), now_ms);
-      break;
-    }
-    break;  // The epoch is over, and with it the commands.
-  }
+  ExpelLate(now_ms);
   if (phase_ == Phase::kForming && attempt_ != 0 && now_ms > form_late_ms_) {
     AttemptFailed("not all workers answered in time", now_ms);
   }

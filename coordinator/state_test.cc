@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/pages.h"
 #include "coordinator/placement.h"
+#include "coordinator/running_clock.h"
 #include "coordinator/testing/fake_cluster.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -20,6 +21,7 @@ using testing::IsEmpty;
 ClusterState::Options TwoWorkers() {
   ClusterState::Options options;
   options.group_size = 2;
+  options.transport = "gloo";
   options.version = "test";
   return options;
 }
@@ -194,7 +196,7 @@ TEST_F(StateTest, RefusesWorkersThatDoNotFit) {
     const WorkerId id = 1000 + (protocol ? 1 : 0);
     v1::WorkerMessage message;
     message.mutable_hello()->set_protocol(protocol ? kGroupProtocol + 1 : kGroupProtocol);
-    message.mutable_hello()->set_transport(protocol ? "local" : "gloo");
+    message.mutable_hello()->set_transport(protocol ? "gloo" : "local");
     cluster_.state().WorkerConnected(id, cluster_.now());
     cluster_.state().WorkerSaid(id, message, cluster_.now());
     cluster_.Collect();
@@ -275,6 +277,19 @@ TEST_F(StateTest, ASilentWorkerHasLeft) {
   EXPECT_TRUE(cluster_.workers[a_].inbox.back()->has_abort());
 }
 
+TEST(LocalState, WorkersOfThisProcessAreNeverLostBySilence) {
+  ClusterState::Options options = TwoWorkers();
+  options.transport = "local";
+  FakeCluster cluster(options);
+  const WorkerId a = cluster.Join("a:1");
+  cluster.Join("b:1");
+  cluster.Settle();
+  cluster.workers[a].mute = true;
+  cluster.Advance(100 * kHeartbeatTimeoutMs);
+  EXPECT_TRUE(cluster.serving);
+  EXPECT_TRUE(cluster.workers[a].connected);
+}
+
 TEST_F(StateTest, AWorkerThatSwallowsACommandHasLeft) {
   StartGroup();
   v1::CreateSessionRequest request = CreateRequest("x");
@@ -282,12 +297,54 @@ TEST_F(StateTest, AWorkerThatSwallowsACommandHasLeft) {
       [&](ClusterState& state, RequestId id) { state.CreateSession(id, request, 0, cluster_.now()); });
   cluster_.Deliver(a_);
   cluster_.workers[b_].inbox.clear();
-  cluster_.Advance(60000);
+  cluster_.Advance(30000);
   EXPECT_TRUE(cluster_.serving);
   cluster_.Advance(3000);
   EXPECT_FALSE(cluster_.serving);
   EXPECT_EQ(StatusOf(create).code(), absl::StatusCode::kUnavailable);
   EXPECT_FALSE(cluster_.workers[b_].connected);
+}
+
+TEST_F(StateTest, ACommandsTimeBeginsWhenTheOneBeforeItIsAnswered) {
+  StartGroup();
+  ASSERT_TRUE(Create("x").ok());
+  ASSERT_TRUE(Append("x", 0, 10).ok());
+  const RequestId first = Attend("x");
+  Rows(first, 1, 1);
+  const RequestId second = Attend("x");
+  Rows(second, 1, 2);
+  const auto plan = AskPlan("x", 10, 5);
+  for (int i = 0; i < 3; ++i) {
+    cluster_.Advance(29000);
+    EXPECT_TRUE(cluster_.serving);
+    cluster_.Deliver(a_);
+    cluster_.Deliver(b_);
+  }
+  for (const RequestId id : {first, second}) Finish(id);
+  EXPECT_TRUE(StatusOf(first).ok());
+  EXPECT_TRUE(StatusOf(second).ok());
+  EXPECT_TRUE(StatusOf(plan).ok());
+}
+
+TEST_F(StateTest, AStepsTimeGrowsWithItsWork) {
+  StartGroup();
+  v1::CreateSessionRequest request = CreateRequest("long");
+  request.mutable_spec()->set_query_heads(1);
+  request.mutable_spec()->set_head_dim(512);
+  request.mutable_spec()->set_value_dim(512);
+  request.mutable_spec()->set_stripe_pages(64);
+  ASSERT_TRUE(Create(request).ok());
+  ASSERT_TRUE(Append("long", 0, 1 << 29).ok());
+  const RequestId call = Attend("long");
+  cluster_.state().SubmitRows(call, std::string(2048, '\0'), {}, cluster_.now());
+  Finish(call);
+  // 2^28 positions on each rank, 2^10 multiply-adds each: 2^38 for this one row, at 2^28 a second or more.
+  const v1::Command& command = cluster_.workers[a_].inbox.front()->command();
+  EXPECT_GE(command.timeout_ms(), 30000 + 1024 * 1000);
+  cluster_.Advance(1024 * 1000);
+  EXPECT_TRUE(cluster_.serving);
+  cluster_.Settle();
+  EXPECT_TRUE(StatusOf(call).ok());
 }
 
 TEST_F(StateTest, AnAnswerThatWasNotAskedForExpelsTheWorker) {
@@ -531,14 +588,40 @@ TEST_F(StateTest, AnAppendThatCannotBeWrittenDownIsUndone) {
 TEST_F(StateTest, AnIdleAppendIsUndone) {
   StartGroup();
   ASSERT_TRUE(Create("x").ok());
-  const auto plan = Plan("x", 0, 1 << 20);  // 16 MiB: 16 s more
-  cluster_.Advance(75000);
+  const auto plan = Plan("x", 0, 1 << 20);  // 16 MiB: their number buys it no time.
+  cluster_.Advance(59000);
+  cluster_.Settle();
   EXPECT_EQ(cluster_.workers[a_].rank->appends(), 1);
+  // A piece has come in, at one of the workers: 60 s from here, and not from the other's last.
+  cluster_.Beat(b_, plan->append_id());
+  cluster_.Beat(a_, plan->append_id() + 1);
+  cluster_.Advance(59000);
+  cluster_.Settle();
+  EXPECT_EQ(cluster_.workers[a_].rank->appends(), 1);
+  EXPECT_EQ(Append("x", 0, 10).status().code(), absl::StatusCode::kAborted);
   cluster_.Advance(2000);
   cluster_.Settle();
   EXPECT_EQ(cluster_.workers[a_].rank->appends(), 0);
   EXPECT_EQ(Commit(plan->append_id()).status().code(), absl::StatusCode::kNotFound);
   EXPECT_TRUE(Append("x", 0, 10).ok());
+}
+
+TEST_F(StateTest, AnAppendThatNeverWasIsNotFoundAndOneOfAnEarlierEpochIsToBeRetried) {
+  StartGroup();
+  ASSERT_TRUE(Create("x").ok());
+  const auto plan = Plan("x", 0, 10);
+  cluster_.Leave(a_);
+  EXPECT_EQ(Commit(plan->append_id()).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(Commit(plan->append_id() + 1).status().code(), absl::StatusCode::kNotFound);
+  a_ = cluster_.Join("a:1");
+  cluster_.Advance(300);
+  cluster_.Settle();
+  ASSERT_TRUE(cluster_.serving);
+  EXPECT_EQ(Commit(plan->append_id()).status().code(), absl::StatusCode::kUnavailable);
+  for (const uint64_t id : {uint64_t{0}, uint64_t{12345}, uint64_t{1} << 32, uint64_t{2} << 32 | 7,
+                            uint64_t{9} << 32 | 1, UINT64_MAX}) {
+    EXPECT_EQ(Commit(id).status().code(), absl::StatusCode::kNotFound) << id;
+  }
 }
 
 TEST_F(StateTest, ACancelledPlanGivesItsMemoryBack) {
@@ -821,6 +904,98 @@ TEST_F(StateTest, StepsAreBoundedByMessagesAndByPartials) {
   EXPECT_THAT(StepsAt(a_), ElementsAre(2, 2));
 }
 
+TEST_F(StateTest, StepsAreBoundedByTheirWork) {
+  StartGroup();
+  v1::CreateSessionRequest request = CreateRequest("deep");
+  request.mutable_spec()->set_query_heads(1);
+  request.mutable_spec()->set_head_dim(255);
+  request.mutable_spec()->set_value_dim(1);
+  request.mutable_spec()->set_stripe_pages(64);
+  request.mutable_spec()->set_window(1024);
+  ASSERT_TRUE(Create(request).ok());
+  ASSERT_TRUE(Append("deep", 0, 1 << 23).ok());
+  const auto steps = [&](v1::Policy policy) {
+    const RequestId call = Attend("deep", false, policy);
+    for (int i = 0; i < 2; ++i) {
+      cluster_.state().SubmitRows(call, std::string(size_t{1020} * 700, '\0'), {}, cluster_.now());
+      cluster_.Collect();
+    }
+    const std::vector<int> rows = StepsAt(a_);
+    cluster_.Cancel(call);
+    cluster_.Settle();
+    return rows;
+  };
+  // 2^22 positions on each rank, 2^8 multiply-adds each: 2^30 for every row.
+  EXPECT_THAT(steps(v1::POLICY_GLOBAL), ElementsAre(64, 64));
+  EXPECT_THAT(steps(v1::POLICY_WINDOW), ElementsAre(700, 700));
+}
+
+TEST_F(StateTest, OnlyTheCallToBlameFailsAndItsOwnRowIsNamed) {
+  StartGroup();
+  ASSERT_TRUE(Create("x").ok());
+  ASSERT_TRUE(Append("x", 0, 10).ok());
+  for (const WorkerId id : {a_, b_}) cluster_.workers[id].rank->overflowing = 13;
+  const RequestId busy = Attend("x");
+  Rows(busy, 1, 0);
+  Rows(busy, 1, 0);
+  Finish(busy);
+  // These share the third step, and the rows that follow it share the fourth.
+  const RequestId good = Attend("x", true);
+  const RequestId bad = Attend("x", true);
+  const RequestId other = Attend("x", true);
+  Rows(good, 2, 1, {1, 2});
+  Rows(bad, 2, 2, {3, 4});
+  Rows(bad, 1, 13, {5});
+  Rows(other, 1, 3, {6});
+  cluster_.Deliver(a_);
+  cluster_.Deliver(b_);
+  EXPECT_THAT(StepsAt(a_), ElementsAre(1, 6));
+  Rows(good, 1, 4, {7});
+  Rows(other, 2, 5, {8, 9});
+  Finish(good);
+  Finish(bad);
+  Finish(other);
+  cluster_.Settle();
+  EXPECT_THAT(Outputs(good), ElementsAre(2, 2, 8));
+  EXPECT_THAT(Outputs(other), ElementsAre(6, 10, 10));
+  EXPECT_TRUE(StatusOf(good).ok()) << StatusOf(good);
+  EXPECT_TRUE(StatusOf(other).ok()) << StatusOf(other);
+  EXPECT_EQ(Totals(good).rows, 3);
+  EXPECT_EQ(StatusOf(bad).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(StatusOf(bad).message()), HasSubstr("row 2 overflows"));
+  float lse = 0;
+  std::memcpy(&lse, cluster_.requests[other].rows[0].lse().data(), 4);
+  EXPECT_EQ(lse, 6);
+  EXPECT_TRUE(StatusOf(busy).ok());
+}
+
+TEST_F(StateTest, ACallThatGoesAwayWhileItIsAskedAgainHoldsUpNobody) {
+  StartGroup();
+  ASSERT_TRUE(Create("x").ok());
+  ASSERT_TRUE(Append("x", 0, 10).ok());
+  for (const WorkerId id : {a_, b_}) cluster_.workers[id].rank->overflowing = 13;
+  const RequestId busy = Attend("x");
+  Rows(busy, 1, 0);
+  Rows(busy, 1, 0);
+  std::vector<RequestId> calls;
+  for (int i = 0; i < 4; ++i) {
+    calls.push_back(Attend("x"));
+    Rows(calls.back(), 1, i == 2 ? 13 : static_cast<float>(i));
+    Finish(calls.back());
+  }
+  for (int i = 0; i < 3; ++i) {
+    cluster_.Deliver(a_);
+    cluster_.Deliver(b_);
+  }
+  EXPECT_THAT(StepsAt(a_), ElementsAre(1, 1));
+  cluster_.Cancel(calls[0]);  // under way again
+  cluster_.Cancel(calls[3]);  // about to be
+  cluster_.Settle();
+  EXPECT_THAT(Outputs(calls[1]), ElementsAre(2));
+  EXPECT_TRUE(StatusOf(calls[1]).ok());
+  EXPECT_EQ(StatusOf(calls[2]).code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST_F(StateTest, CancelledCallsGiveTheirPlacesToOthers) {
   StartGroup();
   ASSERT_TRUE(Create("x").ok());
@@ -904,6 +1079,20 @@ TEST_F(StateTest, AnAnswerOfTheWrongSizeExpelsTheWorker) {
   cluster_.Collect();
   EXPECT_EQ(cluster_.workers[a_].closed.code(), absl::StatusCode::kInternal);
   EXPECT_EQ(StatusOf(call).code(), absl::StatusCode::kUnavailable);
+}
+
+// ---- Time
+
+TEST(RunningClock, CountsNoTimeInWhichNobodyAsked) {
+  RunningClock clock;
+  EXPECT_EQ(clock.At(1'000'000), 0);
+  EXPECT_EQ(clock.At(1'000'100), 100);
+  EXPECT_EQ(clock.At(1'000'600), 600);
+  EXPECT_EQ(clock.At(1'004'600), 600 + RunningClock::kGapMaxMs);
+  EXPECT_EQ(clock.At(1'004'600), 600 + RunningClock::kGapMaxMs);
+  EXPECT_EQ(clock.At(1'004'700), 700 + RunningClock::kGapMaxMs);
+  // A pause of an hour is not the silence of anybody.
+  EXPECT_LT(clock.At(5'000'000) + 5 * 100, 700 + kHeartbeatTimeoutMs);
 }
 
 // ---- Placement

@@ -1,6 +1,7 @@
 #ifndef EDUBA_KERNELS_BACKEND_H_
 #define EDUBA_KERNELS_BACKEND_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -52,6 +53,10 @@ struct StepArgs {
   absl::Span<const float> sink_logits;      // Learned sinks: empty, or [query_heads]
   absl::Span<const int16_t> exponents;      // [kv_heads, value_dim]: |v[., c]| <= 2^e[c] over the live rows
   int64_t positions = 0;                    // Committed length of the sequence: fixes F' of the maximum path.
+  int64_t first_row = 0;                    // What messages call the first row.
+  // Looked at between units of work, if set; may become true on any thread. Calls of the step may return
+  // CANCELLED then, and what they have made so far is worth nothing.
+  const std::atomic<bool>* cancelled = nullptr;
 };
 
 // Fraction bits of the sink path (docs/numerics.md).

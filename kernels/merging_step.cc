@@ -167,6 +167,7 @@ absl::Status MergingStep::LoadSinks() {
   reference_.assign(row_heads(), -kInfinity);
   const float* queries = args_.sink_queries != nullptr ? args_.sink_queries : args_.queries;
   pool_.ParallelFor(row_heads(), [&](int64_t row_head, int) {
+    if (Cancelled()) return;
     const int row = static_cast<int>(row_head / shape.query_heads);
     const int head = static_cast<int>(row_head % shape.query_heads);
     const float* query = queries + row_head * shape.head_dim;
@@ -205,6 +206,7 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
   sink_sums_.assign(row_heads() * words_per_target(), 0);
   EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
   EDUBA_RETURN_IF_ERROR(SumPages(plan, sink_sums_.data()));
+  EDUBA_RETURN_IF_ERROR(CheckCancelled());
   has_sink_sums_ = true;
   return absl::MakeSpan(sink_sums_);
 }
@@ -300,6 +302,7 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
   }
   maximum_sums_.assign(selected_.size() * words_per_target(), 0);
   EDUBA_RETURN_IF_ERROR(SumPages(plan, maximum_sums_.data()));
+  EDUBA_RETURN_IF_ERROR(CheckCancelled());
   return absl::MakeSpan(maximum_sums_);
 }
 
@@ -386,16 +389,21 @@ void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const double> keys,
   *sink_mass = static_cast<float>(sinks / total);
 }
 
+absl::Status MergingStep::CheckCancelled() const {
+  return Cancelled() ? absl::CancelledError("the step was called off") : absl::OkStatus();
+}
+
 absl::Status MergingStep::FaultStatus() const {
   if (!fault_) {
     return absl::InvalidArgumentError(
         "a logit, weight or value is not finite on another worker of the group; its message names the page");
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("a logit, weight or value is not finite, or beyond its channel's exponent: query row ",
-                   fault_->row_head / args_.shape.query_heads, ", head ",
-                   fault_->row_head % args_.shape.query_heads, ", page ", fault_->page, " (positions ",
-                   PageBegin(fault_->page), " to ", PageBegin(fault_->page + 1) - 1, ")"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "a logit, weight or value is not finite, or beyond its channel's exponent: query row ",
+      args_.first_row + fault_->row_head / args_.shape.query_heads, ", head ",
+      fault_->row_head % args_.shape.query_heads, ", page ", fault_->page, " (positions ",
+      PageBegin(fault_->page), " to ", PageBegin(fault_->page + 1) - 1,
+      "); scale the query, the session's keys or its scale down until every logit is below 3e38"));
 }
 
 }  // namespace eduba

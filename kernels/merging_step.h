@@ -1,6 +1,7 @@
 #ifndef EDUBA_KERNELS_MERGING_STEP_H_
 #define EDUBA_KERNELS_MERGING_STEP_H_
 
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -96,6 +97,11 @@ class MergingStep : public AttentionStep {
 
   // Remembers the fault of the lowest page (then row, then head), for the message. Thread-safe.
   void RecordFault(int64_t page, int64_t row_head);
+
+  bool Cancelled() const {
+    return args_.cancelled != nullptr && args_.cancelled->load(std::memory_order_relaxed);
+  }
+  absl::Status CheckCancelled() const;
 
   int64_t row_heads() const { return int64_t{args_.rows} * args_.shape.query_heads; }
   int64_t words_per_target() const { return args_.shape.value_dim + 2; }

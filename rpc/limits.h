@@ -24,7 +24,7 @@ inline constexpr int kStripePagesMax = 1 << 20;
 inline constexpr int64_t kNotesBytesMax = 256 << 10;
 
 // WorkerHello.protocol. One more with every incompatible change of group.proto.
-inline constexpr int kGroupProtocol = 1;
+inline constexpr int kGroupProtocol = 2;
 
 inline constexpr int64_t kHeartbeatIntervalMs = 500;
 inline constexpr int64_t kHeartbeatTimeoutMs = 3000;

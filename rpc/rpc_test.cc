@@ -9,6 +9,7 @@
 #include "gtest/gtest.h"
 #include "rpc/channel.h"
 #include "rpc/limits.h"
+#include "rpc/raw.h"
 #include "rpc/server.h"
 #include "rpc/spec.h"
 #include "rpc/status.h"
@@ -93,6 +94,26 @@ TEST(Status, SurvivesTheWire) {
   EXPECT_LE(ToGrpc(absl::InternalError(std::string(100000, 'x'))).error_message().size(), 1024);
 }
 
+TEST(Raw, ABrokenMessageIsAnErrorAndAnEmptyOneIsNot) {
+  v1::GetSessionRequest request;
+  request.set_name("a name");
+  grpc::ByteBuffer bytes = Encode(request);
+  v1::GetSessionRequest copy;
+  EXPECT_EQ(Decode(&bytes, &copy), absl::OkStatus());
+  EXPECT_EQ(copy.name(), "a name");
+  bytes = Encode(v1::GetSessionRequest());
+  EXPECT_EQ(Decode(&bytes, &copy), absl::OkStatus());
+  EXPECT_EQ(copy.name(), "");
+  const std::string whole = request.SerializeAsString();
+  for (const std::string& broken : {whole.substr(0, whole.size() - 1), std::string("\xff\xff")}) {
+    const grpc::Slice slice(broken);
+    bytes = grpc::ByteBuffer(&slice, 1);
+    const absl::Status status = Decode(&bytes, &copy);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_TRUE(absl::StrContains(status.message(), "is not a whole eduba.v1.GetSessionRequest")) << status;
+  }
+}
+
 TEST(Address, NeedsAHostAndAPort) {
   EXPECT_EQ(ParseAddress("127.0.0.1:70")->second, 70);
   EXPECT_EQ(ParseAddress("[::1]:70")->first, "[::1]");
@@ -144,7 +165,9 @@ TEST_F(ServerTest, RefusesAMessageOverTheLimitAndServesOn) {
 }
 
 TEST_F(ServerTest, RefusesCompressedMessages) {
-  EXPECT_FALSE(Echo(1 << 19, GRPC_COMPRESS_GZIP).ok());
+  const absl::Status refused = Echo(1 << 19, GRPC_COMPRESS_GZIP).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_TRUE(absl::StrContains(refused.message(), "ompression algorithm 'gzip' is disabled")) << refused;
   EXPECT_EQ(*Echo(3), 3);
 }
 

@@ -123,8 +123,18 @@ void Engine::Handle(v1::GroupMessage message) {
 absl::Status Engine::Upload(const v1::UploadRequest& request) {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<StagedAppend> append, FindAppend(request.append_id()));
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, DTypeFromProto(request.dtype()));
-  return append->AddRows(request.layer(), request.first_position(), request.count(), dtype, request.keys(),
-                         request.values());
+  EDUBA_RETURN_IF_ERROR(append->AddRows(request.layer(), request.first_position(), request.count(), dtype,
+                                        request.keys(), request.values()));
+  const std::scoped_lock lock(mutex_);
+  touched_.insert(request.append_id());
+  return absl::OkStatus();
+}
+
+std::vector<uint64_t> Engine::TakeTouchedAppends() {
+  const std::scoped_lock lock(mutex_);
+  std::vector<uint64_t> touched(touched_.begin(), touched_.end());
+  touched_.clear();
+  return touched;
 }
 
 void Engine::Stop() {
@@ -140,6 +150,7 @@ void Engine::Stop() {
 void Engine::End(Formation& formation, const absl::Status& reason) {
   if (!formation.over.ok()) return;
   formation.over = reason;
+  formation.cancelled = true;
   if (formation.communicator != nullptr) {
     formation.communicator->Abort(reason);
     options_.on_active(false);
@@ -165,7 +176,7 @@ void Engine::Run() {
         break;
       case v1::GroupMessage::kCommand: {
         v1::WorkerMessage answer;
-        *answer.mutable_result() = Execute(task.message.command(), task.received);
+        *answer.mutable_result() = Execute(task.message.command());
         options_.send(answer);
         break;
       }
@@ -220,10 +231,10 @@ void Engine::DropAll() {
   current_ = nullptr;
 }
 
-v1::CommandResult Engine::Execute(const v1::Command& command, absl::Time received) {
+v1::CommandResult Engine::Execute(const v1::Command& command) {
   v1::CommandResult result;
   absl::Status status = CheckTurn(command);
-  if (status.ok()) status = Dispatch(command, received + absl::Milliseconds(command.timeout_ms()), result);
+  if (status.ok()) status = Dispatch(command, absl::Now() + absl::Milliseconds(command.timeout_ms()), result);
   if (status.ok() && result.ByteSizeLong() > static_cast<size_t>(kMessageBytesMax) - 1024) {
     status = absl::InternalError(absl::StrCat("the answer has ", result.ByteSizeLong(),
                                               " bytes, more than a message may; send smaller steps"));
@@ -370,7 +381,13 @@ absl::Status Engine::Attend(const v1::AttendStep& request, absl::Time deadline, 
   query.queries = absl::MakeConstSpan(reinterpret_cast<const float*>(request.queries().data()),
                                       request.queries().size() / sizeof(float));
   query.positions = absl::MakeConstSpan(request.positions().data(), request.positions_size());
+  query.first_row = request.first_row();
+  query.cancelled = &current_->cancelled;
   const auto attended = AttendSharded(*options_.backend, communicator, sequence, query, deadline);
+  if (absl::IsCancelled(attended.status())) {
+    const std::scoped_lock lock(mutex_);
+    return current_->over;
+  }
   if (!attended.ok()) return BrokenGroup(attended.status());
   const AttentionAnswer& answer = *attended;
   if (communicator.rank() == 0) {

@@ -1,6 +1,7 @@
 #ifndef EDUBA_WORKER_ENGINE_H_
 #define EDUBA_WORKER_ENGINE_H_
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -8,7 +9,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -48,20 +51,24 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   // Queues a message; returns at once. A new or ended group takes effect on a running command at once: its
-  // collective returns.
+  // collective returns, its kernels stop between two pages.
   void Handle(v1::GroupMessage message);
 
   // Takes rows into a staged append, from any thread. NOT_FOUND when no append has this id; otherwise as
   // StagedAppend::AddRows.
   absl::Status Upload(const v1::UploadRequest& request);
 
-  // Ends the group, waits for the command under way, and gives all memory back. Idempotent.
+  // The appends into which rows have come since the last call. Any thread.
+  std::vector<uint64_t> TakeTouchedAppends();
+
+  // Ends the group and the command under way, and gives all memory back. Idempotent.
   void Stop();
 
  private:
   // A FormGroup and what became of it.
   struct Formation {
     v1::FormGroup form;
+    std::atomic<bool> cancelled = false;  // Set with `over`.
     // Guarded by mutex_:
     std::shared_ptr<Communicator> communicator;  // Once connected.
     absl::Status over;                           // Not OK: the group ended, and why.
@@ -77,7 +84,7 @@ class Engine {
   // The rest: on the engine's thread.
   void Form(const Task& task);
   void DropAll();
-  v1::CommandResult Execute(const v1::Command& command, absl::Time received);
+  v1::CommandResult Execute(const v1::Command& command);
   absl::Status CheckTurn(const v1::Command& command);
   absl::Status Dispatch(const v1::Command& command, absl::Time deadline, v1::CommandResult& result);
   absl::Status OpenSession(const v1::OpenSession& request);
@@ -100,6 +107,7 @@ class Engine {
   std::deque<Task> tasks_;
   std::shared_ptr<Formation> latest_;
   std::map<uint64_t, std::shared_ptr<StagedAppend>> appends_;
+  std::set<uint64_t> touched_;
   bool stopping_ = false;
   std::thread thread_;
 };

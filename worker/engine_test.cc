@@ -1,9 +1,12 @@
 #include "worker/engine.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -22,10 +25,59 @@ using ::testing::HasSubstr;
 constexpr uint64_t kSession = 77;
 constexpr uint64_t kAppend = 501;
 
+// A step that goes on until it is called off.
+class EndlessStep final : public AttentionStep {
+ public:
+  EndlessStep(const std::atomic<bool>* cancelled, absl::Notification* started)
+      : cancelled_(cancelled), started_(started) {}
+  absl::Status Attend() override {
+    started_->Notify();
+    while (!*cancelled_) absl::SleepFor(absl::Milliseconds(1));
+    return absl::CancelledError("called off");
+  }
+  absl::StatusOr<absl::Span<int64_t>> SinkSums() override { return absl::UnimplementedError(""); }
+  absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override {
+    return absl::UnimplementedError("");
+  }
+  absl::StatusOr<absl::Span<float>> Maxima() override { return absl::UnimplementedError(""); }
+  absl::StatusOr<absl::Span<int64_t>> MaximumSums() override { return absl::UnimplementedError(""); }
+  absl::Status Finish(float*, float*, float*) override { return absl::UnimplementedError(""); }
+  PathCounts paths() const override { return {}; }
+  int64_t bytes_read() const override { return 0; }
+
+ private:
+  const std::atomic<bool>* const cancelled_;
+  absl::Notification* const started_;
+};
+
+class EndlessBackend final : public Backend {
+ public:
+  explicit EndlessBackend(absl::Notification* started) : started_(started) {}
+  std::string name() const override { return "endless"; }
+  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return own_->AllocateSlab(bytes); }
+  void FreeSlab(void* slab, int64_t bytes) override { own_->FreeSlab(slab, bytes); }
+  int64_t PageBytes(const AttentionShape& shape) const override { return own_->PageBytes(shape); }
+  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
+                         const void* values) override {
+    return own_->WriteRows(shape, page, row, rows, keys, values);
+  }
+  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
+    return own_->CopyPage(shape, from, to);
+  }
+  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
+    return std::make_unique<EndlessStep>(args.cancelled, started_);
+  }
+
+ private:
+  const std::unique_ptr<Backend> own_ = MakeReferenceBackend();
+  absl::Notification* const started_;
+};
+
 // One rank: an engine and everything that it said.
 class Rank {
  public:
-  explicit Rank(LocalHub* hub) {
+  explicit Rank(LocalHub* hub, std::unique_ptr<Backend> backend = MakeReferenceBackend())
+      : backend_(std::move(backend)) {
     Engine::Options options;
     options.backend = backend_.get();
     options.store = &store;
@@ -92,7 +144,7 @@ class Rank {
   void SkipOrdinal() { ++ordinal_; }
 
  private:
-  std::unique_ptr<Backend> backend_ = MakeReferenceBackend();
+  std::unique_ptr<Backend> backend_;
 
  public:
   PageStore store{backend_.get(), int64_t{16} << 20};
@@ -281,6 +333,54 @@ TEST_F(EngineTest, AbortGroupEndsACollectiveUnderWay) {
   EXPECT_EQ(CodeOf(ranks_[0]->Run(Seal())), absl::StatusCode::kAborted);
   EXPECT_FALSE(ranks_[0]->active());
   EXPECT_EQ(ranks_[0]->store.used_bytes(), 0);
+}
+
+TEST_F(EngineTest, TheEndOfAnEpochOrOfTheWorkerEndsAStepThatComputes) {
+  for (const bool stop : {false, true}) {
+    absl::Notification started;
+    ranks_.clear();
+    ranks_.push_back(std::make_unique<Rank>(&hub_, std::make_unique<EndlessBackend>(&started)));
+    StartGroup(1);
+    Fill();
+    ranks_[0]->Send(Attend(3, {2}, {1, 0}));
+    started.WaitForNotification();
+    if (stop) {
+      ranks_[0]->engine->Stop();
+    } else {
+      ranks_[0]->Abort(epoch_, "rank 1 left");
+    }
+    const v1::CommandResult result = ranks_[0]->Result();
+    EXPECT_EQ(CodeOf(result), absl::StatusCode::kAborted);
+    EXPECT_THAT(result.message(), HasSubstr(stop ? "the worker stops" : "rank 1 left"));
+  }
+}
+
+TEST_F(EngineTest, ARowIsNamedByItsNumberInTheCall) {
+  StartGroup(1);
+  Fill();
+  ASSERT_EQ(ranks_[0]->Run(Begin(3, 1, true)).code(), 0);
+  v1::UploadRequest large = Rows(3, 1);
+  large.set_keys(Bytes(std::vector<float>{4, 0}));
+  ASSERT_EQ(ranks_[0]->engine->Upload(large), absl::OkStatus());
+  ASSERT_EQ(ranks_[0]->Run(Commit(ranks_[0]->Run(Seal()).seal().exponents())).code(), 0);
+  v1::Command command = Attend(4, {3, 3}, {1, 0, 3e38f, 0});
+  command.mutable_attend()->set_first_row(70);
+  const v1::CommandResult result = ranks_[0]->Run(command);
+  EXPECT_EQ(CodeOf(result), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(result.message(), HasSubstr("query row 71, head 0, page 0"));
+  EXPECT_THAT(result.message(), HasSubstr("scale the query"));
+}
+
+TEST_F(EngineTest, SaysIntoWhichAppendsRowsHaveCome) {
+  StartGroup(1);
+  Fill();
+  ASSERT_EQ(ranks_[0]->Run(Begin(3, 20, true)).code(), 0);
+  ranks_[0]->engine->TakeTouchedAppends();
+  EXPECT_EQ(ranks_[0]->engine->TakeTouchedAppends(), std::vector<uint64_t>());
+  ASSERT_EQ(ranks_[0]->engine->Upload(Rows(3, 10)), absl::OkStatus());
+  ASSERT_EQ(ranks_[0]->engine->Upload(Rows(13, 5)), absl::OkStatus());
+  EXPECT_EQ(ranks_[0]->engine->TakeTouchedAppends(), std::vector<uint64_t>{kAppend});
+  EXPECT_EQ(ranks_[0]->engine->TakeTouchedAppends(), std::vector<uint64_t>());
 }
 
 TEST_F(EngineTest, ANewGroupStartsEmpty) {

@@ -2,17 +2,29 @@
 
 #include <utility>
 
+#include "grpcpp/support/method_handler.h"
+#include "rpc/raw.h"
 #include "rpc/status.h"
 
 namespace eduba {
+
+PagesService::PagesService() {
+  MarkMethodStreamed(
+      MethodIndex("eduba.v1.Pages.Upload"),
+      new grpc::internal::ClientStreamingHandler<PagesService, grpc::ByteBuffer, v1::UploadResponse>(
+          [](PagesService* self, grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
+             v1::UploadResponse* response) { return self->UploadEncoded(context, reader, response); },
+          this));
+}
 
 void PagesService::SetEngine(std::shared_ptr<Engine> engine) {
   const std::scoped_lock lock(mutex_);
   engine_ = std::move(engine);
 }
 
-grpc::Status PagesService::Upload(grpc::ServerContext* context, grpc::ServerReader<v1::UploadRequest>* reader,
-                                  v1::UploadResponse* response) {
+grpc::Status PagesService::UploadEncoded(grpc::ServerContext* context,
+                                         grpc::ServerReader<grpc::ByteBuffer>* reader,
+                                         v1::UploadResponse* response) {
   std::shared_ptr<Engine> engine;
   {
     const std::scoped_lock lock(mutex_);
@@ -21,10 +33,12 @@ grpc::Status PagesService::Upload(grpc::ServerContext* context, grpc::ServerRead
   if (engine == nullptr) {
     return ToGrpc(absl::UnavailableError("this worker is in no group at the moment; plan the append again"));
   }
+  grpc::ByteBuffer bytes;
   v1::UploadRequest request;
   int64_t positions = 0;
-  while (reader->Read(&request)) {
-    const absl::Status status = engine->Upload(request);
+  while (reader->Read(&bytes)) {
+    absl::Status status = Decode(&bytes, &request);
+    if (status.ok()) status = engine->Upload(request);
     if (!status.ok()) return ToGrpc(status);
     positions += request.count();
   }

@@ -5,6 +5,9 @@
 #include <mutex>
 
 #include "eduba/v1/eduba.grpc.pb.h"
+#include "grpcpp/server_context.h"
+#include "grpcpp/support/byte_buffer.h"
+#include "grpcpp/support/sync_stream.h"
 #include "worker/engine.h"
 
 namespace eduba {
@@ -12,13 +15,16 @@ namespace eduba {
 // The door of the bulk path: messages of an upload go to the engine's staged appends.
 class PagesService final : public v1::Pages::Service {
  public:
+  PagesService();
+
   // Where uploads go from now on; null: nowhere (UNAVAILABLE).
   void SetEngine(std::shared_ptr<Engine> engine);
 
-  grpc::Status Upload(grpc::ServerContext* context, grpc::ServerReader<v1::UploadRequest>* reader,
-                      v1::UploadResponse* response) override;
-
  private:
+  // Upload, its messages still encoded (rpc/raw.h says why).
+  grpc::Status UploadEncoded(grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
+                             v1::UploadResponse* response);
+
   std::mutex mutex_;
   std::shared_ptr<Engine> engine_;  // Guarded by mutex_.
 };

@@ -95,8 +95,9 @@ class Uplink {
 class Heart {
  public:
   // `goes_on` is asked before each beat; false ends them.
-  Heart(Uplink& uplink, const PageStore& store, std::function<bool()> goes_on)
-      : goes_on_(std::move(goes_on)), thread_([this, &uplink, &store] { Beat(uplink, store); }) {}
+  Heart(Uplink& uplink, const PageStore& store, Engine& engine, std::function<bool()> goes_on)
+      : goes_on_(std::move(goes_on)),
+        thread_([this, &uplink, &store, &engine] { Beat(uplink, store, engine); }) {}
   ~Heart() {
     {
       const std::scoped_lock lock(mutex_);
@@ -107,13 +108,15 @@ class Heart {
   }
 
  private:
-  void Beat(Uplink& uplink, const PageStore& store) {
+  void Beat(Uplink& uplink, const PageStore& store, Engine& engine) {
     std::unique_lock lock(mutex_);
     while (!stopping_) {
       lock.unlock();
       if (!goes_on_()) return;
       v1::WorkerMessage message;
       message.mutable_heartbeat()->set_memory_used_bytes(store.used_bytes());
+      for (const uint64_t append : engine.TakeTouchedAppends())
+        message.mutable_heartbeat()->add_appends(append);
       const bool sent = uplink.Send(message);
       lock.lock();
       if (!sent) return;
@@ -244,7 +247,7 @@ absl::Status Worker::ServeStream(bool& joined) {
   const auto engine = std::make_shared<Engine>(std::move(options));
   pages_.SetEngine(engine);
   {
-    const Heart heart(uplink, *store_, [this] { return CheckDevice(); });
+    const Heart heart(uplink, *store_, *engine, [this] { return CheckDevice(); });
     v1::GroupMessage message;
     while (stream->Read(&message)) {
       joined = true;

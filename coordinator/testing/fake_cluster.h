@@ -87,9 +87,11 @@ class FakeCluster {
     state_->WorkerGone(id, "its stream ended", now_);
     Collect();
   }
-  void Beat(WorkerId id) {
+  // `append`: some of it has come in; 0: of none.
+  void Beat(WorkerId id, uint64_t append = 0) {
     v1::WorkerMessage message;
     message.mutable_heartbeat()->set_memory_used_bytes(1);
+    if (append != 0) message.mutable_heartbeat()->add_appends(append);
     state_->WorkerSaid(id, message, now_);
     Collect();
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,9 @@ class FakeRank {
   uint64_t content = 1;
   // The next command of that kind fails with this.
   std::map<v1::Command::KindCase, absl::Status> failures;
+  // A step with a query row that begins with this number fails and names the row, as overflowing arithmetic
+  // does.
+  std::optional<float> overflowing;
 
   // A row of an append, uploaded.
   void AddRow(uint64_t append_id, int64_t hash) { uploads_[append_id].low += static_cast<uint64_t>(hash); }
@@ -44,6 +48,8 @@ class FakeRank {
       result.set_message(std::string(failure.mapped().message()));
       return result;
     }
+    if (command.has_attend() && overflowing.has_value() && Overflows(command.attend(), &result))
+      return result;
     switch (command.kind_case()) {
       case v1::Command::kOpenSession:
         if (!sessions_.emplace(command.open_session().session_id(), command.open_session().spec()).second) {
@@ -88,6 +94,19 @@ class FakeRank {
   std::string exponents;  // of the last commit
 
  private:
+  bool Overflows(const v1::AttendStep& step, v1::CommandResult* result) const {
+    const size_t row_bytes = step.queries().size() / step.rows();
+    for (int row = 0; row < step.rows(); ++row) {
+      float first = 0;
+      std::memcpy(&first, step.queries().data() + row * row_bytes, sizeof(first));
+      if (first != *overflowing) continue;
+      result->set_code(static_cast<int>(absl::StatusCode::kInvalidArgument));
+      result->set_message(absl::StrCat("row ", step.first_row() + row, " overflows"));
+      return true;
+    }
+    return false;
+  }
+
   void Seal(const v1::BeginAppend& append, v1::SealResult* seal) {
     Digest digest;
     const auto upload = uploads_.find(append.append_id());

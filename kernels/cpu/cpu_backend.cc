@@ -98,7 +98,7 @@ class CpuStep final : public MergingStep {
       for (int64_t i = 0; i < row_heads(); ++i)
         maxima_[i] = std::max(maxima_[i], maxima[thread * row_heads() + i]);
     }
-    return absl::OkStatus();
+    return CheckCancelled();
   }
 
  protected:
@@ -175,7 +175,7 @@ class CpuStep final : public MergingStep {
         std::clamp<int64_t>(units() / (kTasksPerThread * workspace_.pool.threads()), 1, kUnitsPerTask);
     workspace_.pool.ParallelFor((units() + per_task - 1) / per_task, [&](int64_t task, int thread) {
       const int64_t end = std::min(units(), (task + 1) * per_task);
-      for (int64_t unit = task * per_task; unit < end; ++unit) body(unit, thread);
+      for (int64_t unit = task * per_task; unit < end && !Cancelled(); ++unit) body(unit, thread);
     });
   }
 

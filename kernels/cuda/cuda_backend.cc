@@ -117,6 +117,7 @@ class CudaStep final : public MergingStep {
 
   // Queues the kernel and returns: the host prepares the sinks while it runs.
   absl::Status Attend() override {
+    EDUBA_RETURN_IF_ERROR(CheckCancelled());
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     started_ = true;
     ChooseTile();
@@ -295,6 +296,7 @@ class CudaStep final : public MergingStep {
   }
 
   absl::Status AttendPart(int64_t part) {
+    EDUBA_RETURN_IF_ERROR(CheckCancelled());
     if (part >= parts()) return absl::OkStatus();  // No page that a row sees.
     AttendArgs args;
     args.layout = layout_;

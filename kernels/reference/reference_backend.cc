@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "kernels/merging_step.h"
 
 namespace eduba {
@@ -43,6 +44,7 @@ class ReferenceStep final : public MergingStep {
 
   absl::Status Attend() override {
     for (const PageRef& page : args_.pages) {
+      EDUBA_RETURN_IF_ERROR(CheckCancelled());
       for (int64_t i = 0; i < row_heads(); ++i) partials_.push_back(AttendPage(page, i));
     }
     return absl::OkStatus();

@@ -3,6 +3,7 @@
 // there is none.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -239,6 +240,42 @@ TEST_P(BackendContract, TokenSinksAreScoredWithTheirOwnQueries) {
     ASSERT_TRUE(wanted.ok()) << wanted.status();
     ASSERT_TRUE(*answer == *wanted);
   }
+}
+
+TEST_P(BackendContract, AStepThatIsCalledOffSaysSo) {
+  const std::unique_ptr<Backend> backend = GetParam().make(1);
+  StepArgs args;
+  const int64_t bytes = backend->PageBytes(args.shape);
+  void* page = *backend->AllocateSlab(bytes);
+  const float one = 1;
+  ASSERT_EQ(backend->WriteRows(args.shape, page, 0, 1, &one, &one), absl::OkStatus());
+  const PageRef pages[] = {{page, 0}};
+  const PositionRange visible[] = {{0, 1}};
+  const int16_t exponents[] = {0};
+  std::atomic<bool> cancelled = true;
+  args.rows = 1;
+  args.queries = &one;
+  args.pages = pages;
+  args.visible = visible;
+  args.exponents = exponents;
+  args.positions = 1;
+  args.cancelled = &cancelled;
+  {
+    const auto step = backend->StartStep(args);
+    ASSERT_TRUE(step.ok()) << step.status();
+    EXPECT_EQ((*step)->Attend().code(), absl::StatusCode::kCancelled);
+  }
+  cancelled = false;
+  {
+    const auto step = backend->StartStep(args);
+    ASSERT_TRUE(step.ok()) << step.status();
+    EXPECT_EQ((*step)->Attend(), absl::OkStatus());
+    EXPECT_EQ((*step)->SelectForMaximum()->size(), 1U);
+    EXPECT_EQ((*step)->Maxima()->front(), 1);
+    cancelled = true;
+    EXPECT_EQ((*step)->MaximumSums().status().code(), absl::StatusCode::kCancelled);
+  }
+  backend->FreeSlab(page, bytes);
 }
 
 TEST_P(BackendContract, ThreadsDoNotChangeABit) {

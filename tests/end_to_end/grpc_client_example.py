@@ -58,19 +58,26 @@ def append_bulk(eduba, session, at, keys, values):
     plan = eduba.PlanAppend(pb.PlanAppendRequest(session=session, at=at, count=len(keys)), timeout=60)
 
     def upload(worker):
+        sent = 0
+
         def messages():
+            nonlocal sent
             for extent in plan.extents:
                 begin, end = extent.first_position, extent.first_position + extent.count
                 if extent.worker != worker:  # Token sinks go to every worker, all else to its owner only.
                     end = min(end, plan.replicate_below)
-                yield from pieces(plan.append_id, plan.at, begin, end, keys, values)
+                for piece in pieces(plan.append_id, plan.at, begin, end, keys, values):
+                    sent += piece.count
+                    yield piece
         with grpc.insecure_channel(plan.workers[worker]) as channel:
-            return rpc.PagesStub(channel).Upload(messages(), timeout=600)
+            received = rpc.PagesStub(channel).Upload(messages(), timeout=600).positions
+        if received != sent:
+            raise RuntimeError(f"the worker received {received} of {sent} positions")
 
     try:
         with ThreadPoolExecutor(len(plan.workers)) as pool:
             list(pool.map(upload, range(len(plan.workers))))
-    except grpc.RpcError:
+    except (grpc.RpcError, RuntimeError):
         eduba.AbortAppend(pb.AbortAppendRequest(append_id=plan.append_id), timeout=30)
         raise
     return eduba.CommitAppend(pb.CommitAppendRequest(append_id=plan.append_id), timeout=600)
@@ -99,8 +106,8 @@ def attend(eduba, session, queries, positions=None, policy=pb.POLICY_GLOBAL):
             outputs.append(response.rows.outputs)
             lse.append(response.rows.lse)
             sink_mass.append(response.rows.sink_mass)
-    if summary is None:
-        raise RuntimeError("the call ended without a summary: the answer is incomplete")
+    if summary is None or summary.rows != len(queries):
+        raise RuntimeError("the call ended without all rows: the answer is incomplete")
 
     def array(parts, *shape):
         return np.frombuffer(b"".join(parts), "<f4").reshape(shape)

@@ -3,9 +3,11 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 import unittest
 
 import program
@@ -14,6 +16,7 @@ sys.path.insert(0, os.environ["STUBS"])
 import grpc  # noqa: E402
 import numpy as np  # noqa: E402
 from eduba.v1 import eduba_pb2 as pb  # noqa: E402
+from eduba.v1 import eduba_pb2_grpc as rpc  # noqa: E402
 
 import grpc_client_example as example  # noqa: E402
 
@@ -115,13 +118,90 @@ class Wire(unittest.TestCase):
         self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=plan.append_id), timeout=30)
         self.assertEqual(self.eduba.GetSession(pb.GetSessionRequest(name="empty"), timeout=30).length, 0)
 
+    def test_a_broken_message_ends_its_stream_with_an_error(self):
+        """Never with a short answer: what gRPC's own reader calls the end of the stream may be a message that it cannot decode."""
+        attend = [pb.AttendRequest(header=pb.AttendRequest.Header(session="s")).SerializeToString()]
+        attend += [pb.AttendRequest(rows=pb.AttendRequest.Rows(queries=self.queries.tobytes())).SerializeToString()] * 2
+        plan = pb.PlanAppendRequest(session="empty", count=700)
+        append = [pb.AppendRequest(plan=plan)]
+        append += [pb.AppendRequest(piece=piece) for piece in example.pieces(0, 0, 0, 700, self.keys, self.values)]
+        append = [message.SerializeToString() for message in append]
+        identity = lambda data: data
+        stub = lambda kind, name: kind(f"/eduba.v1.Eduba/{name}", request_serializer=identity, response_deserializer=identity)
+        calls = [(attend, lambda messages: list(stub(self.channel.stream_stream, "Attend")(messages, timeout=30))),
+                 (append, lambda messages: stub(self.channel.stream_unary, "Append")(messages, timeout=30))]
+        for messages, call in calls:
+            for at in range(len(messages) + 1):
+                for broken in (b"\xff\xff\xff\xff", messages[-1][:-10], messages[0][:-1]):
+                    with self.subTest(call=messages is attend, at=at, bytes=len(broken)):
+                        self.expect(grpc.StatusCode.INVALID_ARGUMENT,
+                                    lambda: call(iter(messages[:at] + [broken] + messages[at:])), "is not a whole")
+        planned = self.eduba.PlanAppend(plan, timeout=30)
+        pieces = [piece.SerializeToString() for piece in
+                  example.pieces(planned.append_id, 0, 0, 256, self.keys, self.values)]
+        with grpc.insecure_channel(planned.workers[planned.extents[0].worker]) as channel:
+            upload = channel.stream_unary("/eduba.v1.Pages/Upload", request_serializer=identity, response_deserializer=identity)
+            self.expect(grpc.StatusCode.INVALID_ARGUMENT, lambda: upload(iter(pieces + [pieces[0][:-10]]), timeout=30),
+                        "is not a whole")
+        self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=planned.append_id), timeout=30)
+
+    def test_an_overflowing_query_fails_alone_and_names_its_own_row(self):
+        """Rows of calls that come together share steps; what overflows in one is no business of the others."""
+        bad = np.concatenate([self.queries, np.full_like(self.queries, 3e38)])
+        errors = []
+
+        def ask_bad():
+            for _ in range(10):
+                try:
+                    example.attend(self.eduba, self.session, bad)
+                    errors.append("no error")
+                except grpc.RpcError as error:
+                    if error.code() != grpc.StatusCode.INVALID_ARGUMENT or "query row 3, head" not in error.details():
+                        errors.append(error.details())
+
+        def ask_good():
+            for _ in range(20):
+                try:
+                    if self.answer() != self.before:
+                        errors.append("other bits")
+                except grpc.RpcError as error:
+                    errors.append(error.details())
+        threads = [threading.Thread(target=target) for target in (ask_good, ask_bad, ask_good, ask_bad)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+
+    def test_a_pause_of_the_service_loses_nothing(self):
+        """Longer than a worker may be silent. A paused process hears nobody, which says nothing about them."""
+        self.server.process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        self.server.process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        self.assertEqual(self.answer(), self.before)
+
+    def test_a_compressed_call_is_refused_by_name(self):
+        gzip = {"compression": grpc.Compression.Gzip, "timeout": 30}
+        header = pb.AttendRequest(header=pb.AttendRequest.Header(session="s"))
+        rows = pb.AttendRequest(rows=pb.AttendRequest.Rows(queries=self.queries.tobytes()))
+        planned = self.eduba.PlanAppend(pb.PlanAppendRequest(session="empty", count=700), timeout=30)
+        piece = next(example.pieces(planned.append_id, 0, 0, 256, self.keys, self.values))
+        with grpc.insecure_channel(planned.workers[planned.extents[0].worker]) as channel:
+            for call in (lambda: self.eduba.GetSession(pb.GetSessionRequest(name="s" * 2000), **gzip),
+                         lambda: list(self.eduba.Attend(iter([header, rows, rows]), **gzip)),
+                         lambda: self.eduba.Append(iter([pb.AppendRequest(plan=pb.PlanAppendRequest(session="empty", count=1))]),
+                                                   **gzip),
+                         lambda: rpc.PagesStub(channel).Upload(iter([piece]), **gzip)):
+                self.expect(grpc.StatusCode.UNIMPLEMENTED, call, "ompression algorithm 'gzip' is disabled")
+        self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=planned.append_id), timeout=30)
+
     def test_a_bomb_is_refused_without_being_unpacked(self):
         bomb = pb.CreateSessionRequest(name="bomb", spec=pb.SessionSpec(notes="0" * (512 << 20)))
         before = peak_bytes(self.server.process.pid)
         with self.assertRaises(grpc.RpcError) as raised:
             self.eduba.CreateSession(bomb, compression=grpc.Compression.Gzip, timeout=60)
-        self.assertIn(raised.exception.code(), (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED,
-                                                grpc.StatusCode.INTERNAL))
+        self.assertIn(raised.exception.code(), (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED))
         self.assertLess(peak_bytes(self.server.process.pid) - before, 64 << 20)
         self.assertEqual(self.answer(), self.before)
 
