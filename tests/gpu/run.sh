@@ -60,7 +60,7 @@ export NCCL_CUMEM_ENABLE=0 NCCL_RAS_ENABLE=0 NCCL_SOCKET_RETRY_CNT=10 NCCL_SOCKE
 # nccl_group SIZE: a group sums for a while; then the last rank is killed, and every other must end with an error, within its deadline
 # and one second. Then a new group, the next epoch, must work.
 nccl_group() {
-  local size=$1 seconds=10 epoch
+  local size=$1 seconds=30 epoch
   for epoch in 1 2; do
     local directory=$scratch/group-$size-$epoch pids=()
     mkdir "$directory"
