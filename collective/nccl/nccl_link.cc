@@ -66,13 +66,17 @@ int NcclLink::Ask(const std::function<int(NcclComm)>& call) {
 
 absl::Status NcclLink::WaitWhileInProgress(int result, const char* what, absl::Time deadline) {
   while (true) {
-    if (const absl::Status failed = failure(); !failed.ok()) return failed;
+    // A peer with the same deadline may have given up a moment before us.
+    const bool late = absl::Now() >= deadline;
+    if (const absl::Status failed = failure(); !failed.ok()) {
+      return late && absl::IsUnavailable(failed) ? absl::DeadlineExceededError(failed.message()) : failed;
+    }
     if (result == kNcclSuccess) return absl::OkStatus();
-    if (result != kNcclInProgress) {
+    if (result != kNcclInProgress && !late) {
       Fail(absl::UnavailableError(absl::StrCat(what, ": ", ErrorText(result))));
       return failure();
     }
-    if (absl::Now() >= deadline) {
+    if (late) {
       Fail(absl::DeadlineExceededError(absl::StrCat(what, ": not all ranks came in time")));
       return failure();
     }
