@@ -8,10 +8,10 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "model/families/config_fields.h"
 #include "model/families/families.h"
 #include "model/families/parts.h"
 #include "model/json.h"
+#include "model/json_fields.h"
 #include "model/read_file.h"
 
 namespace eduba {
@@ -23,7 +23,7 @@ struct FamilyEntry {
   ModelFamily family;
   const char* model_type;
   const char* architecture;
-  void (*parse)(ConfigFields&, ModelConfig&);
+  void (*parse)(JsonFields&, ModelConfig&);
 };
 constexpr FamilyEntry kFamilies[] = {
     {ModelFamily::kLlama, "llama", "LlamaForCausalLM", ParseLlama},
@@ -62,7 +62,7 @@ absl::StatusOr<const FamilyEntry*> FindFamily(const json& config, const std::str
   return entry;
 }
 
-std::vector<int32_t> TokenIds(ConfigFields& fields, const std::string& field, int64_t vocab_size) {
+std::vector<int32_t> TokenIds(JsonFields& fields, const std::string& field, int64_t vocab_size) {
   const json& value = fields.Get(field);
   std::vector<int32_t> ids;
   for (const json& id : value.is_array() ? value : value.is_null() ? json::array() : json::array({value})) {
@@ -77,7 +77,7 @@ std::vector<int32_t> TokenIds(ConfigFields& fields, const std::string& field, in
 }
 
 // Of every family.
-void ParseCommon(ConfigFields& fields, ModelConfig& config) {
+void ParseCommon(JsonFields& fields, ModelConfig& config) {
   // Absent means transformers' default for the family; null means none.
   const bool llama = config.family == ModelFamily::kLlama || config.family == ModelFamily::kMistral;
   const bool gemma = config.family == ModelFamily::kGemma2 || config.family == ModelFamily::kGemma3;
@@ -194,7 +194,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, const std::
   EDUBA_ASSIGN_OR_RETURN(const FamilyEntry* entry, FindFamily(parsed, name));
   ModelConfig config;
   config.family = entry->family;
-  ConfigFields fields(parsed, name, entry->model_type);
+  JsonFields fields(parsed, name, entry->model_type);
   entry->parse(fields, config);
   if (fields.ok()) ParseCommon(fields, config);
   EDUBA_RETURN_IF_ERROR(fields.Finish());

@@ -2,8 +2,8 @@
 #define EDUBA_MODEL_FAMILIES_FAMILIES_H_
 
 #include "model/config.h"
-#include "model/families/config_fields.h"
 #include "model/families/tensor_finder.h"
+#include "model/json_fields.h"
 #include "model/weights.h"
 
 namespace eduba {
@@ -13,9 +13,9 @@ namespace eduba {
 
 // Fill `config` (whose family is set) from the fields of its own; the fields that all families share are read
 // by ParseModelConfig. Errors stay in `fields`.
-void ParseLlama(ConfigFields& fields, ModelConfig& config);  // Llama, Mistral, Qwen2, Qwen3
-void ParseGemma(ConfigFields& fields, ModelConfig& config);  // Gemma2, Gemma3 (text)
-void ParseGptNeoX(ConfigFields& fields, ModelConfig& config);
+void ParseLlama(JsonFields& fields, ModelConfig& config);  // Llama, Mistral, Qwen2, Qwen3
+void ParseGemma(JsonFields& fields, ModelConfig& config);  // Gemma2, Gemma3 (text)
+void ParseGptNeoX(JsonFields& fields, ModelConfig& config);
 
 // Find the tensors by the family's names. Errors stay in `find`.
 void FindLlama(TensorFinder& find, const ModelConfig& config, ModelWeights& weights);  // All but GPT-NeoX

@@ -18,7 +18,7 @@ std::vector<bool> Pattern(size_t layers, int64_t every) {
   return slides;
 }
 
-void ParseWindows(ConfigFields& fields, ModelConfig& config) {
+void ParseWindows(JsonFields& fields, ModelConfig& config) {
   const bool gemma3 = config.family == ModelFamily::kGemma3;
   std::optional<int64_t> window;
   if (!fields.Has("sliding_window")) {
@@ -45,7 +45,7 @@ void ParseWindows(ConfigFields& fields, ModelConfig& config) {
 
 // Gemma-3 has two rotary embeddings. transformers 4: rope_theta and rope_scaling for global layers,
 // rope_local_base_freq for sliding ones. 5: rope_parameters {full_attention, sliding_attention}.
-void ParseTwoRopes(ConfigFields& fields, ModelConfig& config) {
+void ParseTwoRopes(JsonFields& fields, ModelConfig& config) {
   const json& scaling = fields.Get("rope_scaling");
   const json& parameters = fields.Get("rope_parameters");
   const double global_theta = fields.Number("rope_theta", 1e6, 1e-9, 1e15);
@@ -61,7 +61,7 @@ void ParseTwoRopes(ConfigFields& fields, ModelConfig& config) {
   } else {
     if (!scaling.is_null())
       fields.Invalid("rope_scaling", "either rope_scaling or rope_parameters, not both");
-    ConfigFields inner(parameters, absl::StrCat(fields.name(), ": rope_parameters"), fields.model());
+    JsonFields inner(parameters, absl::StrCat(fields.name(), ": rope_parameters"), fields.what());
     global = ParseRopeObject(inner, "full_attention", inner.Get("full_attention"), global_theta, 1,
                              config.head_dim);
     local = ParseRopeObject(inner, "sliding_attention", inner.Get("sliding_attention"), local_theta, 1,
@@ -79,7 +79,7 @@ void ParseTwoRopes(ConfigFields& fields, ModelConfig& config) {
 
 }  // namespace
 
-void ParseGemma(ConfigFields& fields, ModelConfig& config) {
+void ParseGemma(JsonFields& fields, ModelConfig& config) {
   const bool gemma3 = config.family == ModelFamily::kGemma3;
   ParseSizes(fields,
              gemma3 ? SizeDefaults{262208, 2304, 9216, 26, 8, 131072}

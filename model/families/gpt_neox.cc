@@ -9,7 +9,7 @@ namespace eduba {
 
 using nlohmann::json;
 
-void ParseGptNeoX(ConfigFields& fields, ModelConfig& config) {
+void ParseGptNeoX(JsonFields& fields, ModelConfig& config) {
   ParseSizes(fields, {50432, 6144, 24576, 44, 64, 2048}, config);
   config.kv_heads = config.query_heads;
   if (config.hidden_size % config.query_heads != 0 || config.hidden_size / config.query_heads > kHeadDimMax) {

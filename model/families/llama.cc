@@ -29,7 +29,7 @@ LlamaLike DefaultsOf(ModelFamily family) {
 }
 
 // Which layers slide, and over how many positions.
-void ParseWindows(ConfigFields& fields, ModelConfig& config) {
+void ParseWindows(JsonFields& fields, ModelConfig& config) {
   const bool qwen = config.family == ModelFamily::kQwen2 || config.family == ModelFamily::kQwen3;
   if (config.family == ModelFamily::kLlama)
     return;  // Knows none: a window given to it is refused as unknown.
@@ -58,7 +58,7 @@ void ParseWindows(ConfigFields& fields, ModelConfig& config) {
 
 }  // namespace
 
-void ParseLlama(ConfigFields& fields, ModelConfig& config) {
+void ParseLlama(JsonFields& fields, ModelConfig& config) {
   const LlamaLike defaults = DefaultsOf(config.family);
   ParseSizes(fields, defaults.sizes, config);
   ParseKvHeads(fields, defaults.kv_heads, config);

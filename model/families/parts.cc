@@ -9,7 +9,7 @@ namespace eduba {
 
 using nlohmann::json;
 
-void ParseSizes(ConfigFields& fields, const SizeDefaults& defaults, ModelConfig& config) {
+void ParseSizes(JsonFields& fields, const SizeDefaults& defaults, ModelConfig& config) {
   config.vocab_size = fields.Size("vocab_size", defaults.vocab, kVocabMax);
   config.hidden_size = fields.Size("hidden_size", defaults.hidden, kChannelsMax);
   config.intermediate_size = fields.Size("intermediate_size", defaults.intermediate, kChannelsMax);
@@ -18,7 +18,7 @@ void ParseSizes(ConfigFields& fields, const SizeDefaults& defaults, ModelConfig&
   config.trained_positions = fields.Size("max_position_embeddings", defaults.positions, kPositionsMax);
 }
 
-void ParseKvHeads(ConfigFields& fields, std::optional<int64_t> fallback, ModelConfig& config) {
+void ParseKvHeads(JsonFields& fields, std::optional<int64_t> fallback, ModelConfig& config) {
   const bool absent = !fields.Has("num_key_value_heads");
   config.kv_heads = static_cast<int>(fields.Size(
       "num_key_value_heads", absent ? fallback.value_or(config.query_heads) : config.query_heads, kHeadsMax));
@@ -28,7 +28,7 @@ void ParseKvHeads(ConfigFields& fields, std::optional<int64_t> fallback, ModelCo
   }
 }
 
-void ParseHeadDim(ConfigFields& fields, std::optional<int64_t> fallback, ModelConfig& config) {
+void ParseHeadDim(JsonFields& fields, std::optional<int64_t> fallback, ModelConfig& config) {
   // Where the default is a number, transformers does not know null.
   if (fallback.has_value() && fields.Has("head_dim") && fields.Get("head_dim").is_null()) {
     fields.Invalid("head_dim", "a whole number");
@@ -45,7 +45,7 @@ void ParseHeadDim(ConfigFields& fields, std::optional<int64_t> fallback, ModelCo
   config.head_dim = static_cast<int>(config.hidden_size / config.query_heads);
 }
 
-Activation ParseActivation(ConfigFields& fields, const std::string& field, const std::string& fallback) {
+Activation ParseActivation(JsonFields& fields, const std::string& field, const std::string& fallback) {
   const std::string name = fields.Text(field, fallback);
   if (name == "silu" || name == "swish") return Activation::kSilu;
   if (name == "gelu" || name == "gelu_python") return Activation::kGeluErf;
@@ -58,7 +58,7 @@ Activation ParseActivation(ConfigFields& fields, const std::string& field, const
   return Activation::kSilu;
 }
 
-Rope ParseRopeObject(ConfigFields& fields, const std::string& field, const json& object, double theta,
+Rope ParseRopeObject(JsonFields& fields, const std::string& field, const json& object, double theta,
                      double default_rotary_share, int head_dim) {
   constexpr double kTiny = 1e-9;
   constexpr double kHuge = 1e15;
@@ -68,8 +68,8 @@ Rope ParseRopeObject(ConfigFields& fields, const std::string& field, const json&
     fields.Invalid(field, "an object");
     return rope;
   }
-  ConfigFields inner(object.is_null() ? kEmpty : object, absl::StrCat(fields.name(), ": ", field),
-                     fields.model());
+  JsonFields inner(object.is_null() ? kEmpty : object, absl::StrCat(fields.name(), ": ", field),
+                   fields.what());
   const std::string type = inner.Text("rope_type", inner.Text("type", "default"));
   // transformers 4 believes the one, 5 the other.
   if (inner.Text("type", type) != type) inner.Invalid("type", "the same as rope_type");
@@ -102,7 +102,7 @@ Rope ParseRopeObject(ConfigFields& fields, const std::string& field, const json&
   return rope;
 }
 
-Rope ParseRope(ConfigFields& fields, double default_theta, int head_dim) {
+Rope ParseRope(JsonFields& fields, double default_theta, int head_dim) {
   const json& scaling = fields.Get("rope_scaling");
   const json& parameters = fields.Get("rope_parameters");
   if (!scaling.is_null() && !parameters.is_null()) {
@@ -120,7 +120,7 @@ Rope ParseRope(ConfigFields& fields, double default_theta, int head_dim) {
   return rope;
 }
 
-std::vector<bool> ParseLayerTypes(ConfigFields& fields, const ModelConfig& config) {
+std::vector<bool> ParseLayerTypes(JsonFields& fields, const ModelConfig& config) {
   const json& types = fields.Get("layer_types");
   if (types.is_null()) return {};
   if (!types.is_array() || types.size() != config.layers.size()) {
@@ -139,7 +139,7 @@ std::vector<bool> ParseLayerTypes(ConfigFields& fields, const ModelConfig& confi
   return slides;
 }
 
-void SetWindows(ConfigFields& fields, const std::vector<bool>& slides, std::optional<int64_t> window,
+void SetWindows(JsonFields& fields, const std::vector<bool>& slides, std::optional<int64_t> window,
                 ModelConfig& config) {
   if (!fields.ok()) return;
   for (size_t i = 0; i < slides.size(); ++i) {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "model/config.h"
-#include "model/families/config_fields.h"
+#include "model/json_fields.h"
 
 namespace eduba {
 
@@ -33,26 +33,26 @@ struct SizeDefaults {
 };
 // vocab_size, hidden_size, intermediate_size, num_hidden_layers (layers of default LayerConfig),
 // num_attention_heads, max_position_embeddings.
-void ParseSizes(ConfigFields& fields, const SizeDefaults& defaults, ModelConfig& config);
+void ParseSizes(JsonFields& fields, const SizeDefaults& defaults, ModelConfig& config);
 
 // num_key_value_heads, where null means as many as query heads, and absent `fallback` (or the same).
-void ParseKvHeads(ConfigFields& fields, std::optional<int64_t> fallback, ModelConfig& config);
+void ParseKvHeads(JsonFields& fields, std::optional<int64_t> fallback, ModelConfig& config);
 // head_dim, or hidden_size / heads where it is not given.
-void ParseHeadDim(ConfigFields& fields, std::optional<int64_t> fallback, ModelConfig& config);
+void ParseHeadDim(JsonFields& fields, std::optional<int64_t> fallback, ModelConfig& config);
 
 // transformers' name of an activation function.
-Activation ParseActivation(ConfigFields& fields, const std::string& field, const std::string& fallback);
+Activation ParseActivation(JsonFields& fields, const std::string& field, const std::string& fallback);
 
 // The rotary embedding from rope_theta and rope_scaling (transformers 4) or rope_parameters (5).
-Rope ParseRope(ConfigFields& fields, double default_theta, int head_dim);
+Rope ParseRope(JsonFields& fields, double default_theta, int head_dim);
 // One such object. Null: Rope::kDefault. `theta`: where the object has none.
-Rope ParseRopeObject(ConfigFields& fields, const std::string& field, const nlohmann::json& object,
-                     double theta, double default_rotary_share, int head_dim);
+Rope ParseRopeObject(JsonFields& fields, const std::string& field, const nlohmann::json& object, double theta,
+                     double default_rotary_share, int head_dim);
 
 // layer_types, as true for "sliding_attention"; empty where it is absent or null.
-std::vector<bool> ParseLayerTypes(ConfigFields& fields, const ModelConfig& config);
+std::vector<bool> ParseLayerTypes(JsonFields& fields, const ModelConfig& config);
 // Gives the layers that slide the window. `window` absent while a layer slides is an error.
-void SetWindows(ConfigFields& fields, const std::vector<bool>& slides, std::optional<int64_t> window,
+void SetWindows(JsonFields& fields, const std::vector<bool>& slides, std::optional<int64_t> window,
                 ModelConfig& config);
 
 }  // namespace eduba

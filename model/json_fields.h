@@ -1,5 +1,5 @@
-#ifndef EDUBA_MODEL_FAMILIES_CONFIG_FIELDS_H_
-#define EDUBA_MODEL_FAMILIES_CONFIG_FIELDS_H_
+#ifndef EDUBA_MODEL_JSON_FIELDS_H_
+#define EDUBA_MODEL_JSON_FIELDS_H_
 
 #include <cstdint>
 #include <initializer_list>
@@ -17,14 +17,15 @@ namespace eduba {
 // Reads the fields of one JSON object and remembers which were asked for, so that Finish() can refuse the
 // others: a field that nobody asked for may change the result. The first error sticks and the reads after it
 // return defaults, so that a parser is a plain list of reads with one check at its end.
-class ConfigFields {
+class JsonFields {
  public:
-  // `object` must outlive this. `name` begins the messages, `model` ("gemma2") appears in refusals.
-  ConfigFields(const nlohmann::json& object, std::string name, std::string model)
-      : object_(object), name_(std::move(name)), model_(std::move(model)) {}
+  // `object` must outlive this. `name` begins the messages, `what` it describes ("gemma2", "ByteLevel")
+  // appears in refusals.
+  JsonFields(const nlohmann::json& object, std::string name, std::string what)
+      : object_(object), name_(std::move(name)), what_(std::move(what)) {}
 
   const std::string& name() const { return name_; }
-  const std::string& model() const { return model_; }
+  const std::string& what() const { return what_; }
 
   // The field, absent and null alike being null. Counts as read.
   const nlohmann::json& Get(const std::string& field);
@@ -62,11 +63,11 @@ class ConfigFields {
  private:
   const nlohmann::json& object_;
   const std::string name_;
-  const std::string model_;
+  const std::string what_;
   std::set<std::string> read_;
   absl::Status status_;
 };
 
 }  // namespace eduba
 
-#endif  // EDUBA_MODEL_FAMILIES_CONFIG_FIELDS_H_
+#endif  // EDUBA_MODEL_JSON_FIELDS_H_

@@ -1,4 +1,4 @@
-#include "model/families/config_fields.h"
+#include "model/json_fields.h"
 
 #include <cmath>
 
@@ -9,14 +9,14 @@ namespace eduba {
 
 using nlohmann::json;
 
-const json& ConfigFields::Get(const std::string& field) {
+const json& JsonFields::Get(const std::string& field) {
   static const json kNull;
   read_.insert(field);
   const auto found = object_.find(field);
   return found == object_.end() ? kNull : *found;
 }
 
-int64_t ConfigFields::Size(const std::string& field, std::optional<int64_t> fallback, int64_t max) {
+int64_t JsonFields::Size(const std::string& field, std::optional<int64_t> fallback, int64_t max) {
   const json& value = Get(field);
   if (value.is_null()) {
     if (!fallback.has_value()) Invalid(field, "a whole number");
@@ -30,7 +30,7 @@ int64_t ConfigFields::Size(const std::string& field, std::optional<int64_t> fall
   return fallback.value_or(1);
 }
 
-std::optional<double> ConfigFields::OptionalNumber(const std::string& field, double min, double max) {
+std::optional<double> JsonFields::OptionalNumber(const std::string& field, double min, double max) {
   const json& value = Get(field);
   if (value.is_null()) return std::nullopt;
   if (value.is_number()) {
@@ -41,15 +41,14 @@ std::optional<double> ConfigFields::OptionalNumber(const std::string& field, dou
   return std::nullopt;
 }
 
-double ConfigFields::Number(const std::string& field, std::optional<double> fallback, double min,
-                            double max) {
+double JsonFields::Number(const std::string& field, std::optional<double> fallback, double min, double max) {
   const std::optional<double> number = OptionalNumber(field, min, max);
   if (number.has_value()) return *number;
   if (!fallback.has_value()) Invalid(field, "a number");
   return fallback.value_or(1);
 }
 
-bool ConfigFields::Flag(const std::string& field, bool fallback) {
+bool JsonFields::Flag(const std::string& field, bool fallback) {
   const json& value = Get(field);
   if (value.is_null()) return fallback;
   if (value.is_boolean()) return value.get<bool>();
@@ -57,7 +56,7 @@ bool ConfigFields::Flag(const std::string& field, bool fallback) {
   return fallback;
 }
 
-std::string ConfigFields::Text(const std::string& field, const std::string& fallback) {
+std::string JsonFields::Text(const std::string& field, const std::string& fallback) {
   const json& value = Get(field);
   if (value.is_null()) return fallback;
   if (value.is_string()) return value.get<std::string>();
@@ -65,11 +64,11 @@ std::string ConfigFields::Text(const std::string& field, const std::string& fall
   return fallback;
 }
 
-void ConfigFields::Ignore(std::initializer_list<const char*> fields) {
+void JsonFields::Ignore(std::initializer_list<const char*> fields) {
   for (const char* field : fields) read_.insert(field);
 }
 
-void ConfigFields::RefuseUnlessOff(std::initializer_list<const char*> fields) {
+void JsonFields::RefuseUnlessOff(std::initializer_list<const char*> fields) {
   for (const char* field : fields) {
     const json& value = Get(field);
     const bool off = value.is_null() || (value.is_boolean() && !value.get<bool>()) ||
@@ -80,30 +79,30 @@ void ConfigFields::RefuseUnlessOff(std::initializer_list<const char*> fields) {
   }
 }
 
-void ConfigFields::MustEqual(const std::string& field, double value, const std::string& spelling) {
+void JsonFields::MustEqual(const std::string& field, double value, const std::string& spelling) {
   const json& other = Get(field);
   if (other.is_null() || (other.is_number() && other.get<double>() == value)) return;
   Invalid(field, absl::StrCat("the same as ", spelling, ", ", value));
 }
 
-void ConfigFields::Fail(absl::Status status) { status_.Update(status); }
+void JsonFields::Fail(absl::Status status) { status_.Update(status); }
 
-void ConfigFields::Refuse(const std::string& field, const std::string& why) {
+void JsonFields::Refuse(const std::string& field, const std::string& why) {
   Fail(absl::UnimplementedError(absl::StrCat(name_, ": ", field, " = ", JsonText(Get(field)),
-                                             " is not implemented for ", model_, ": ", why)));
+                                             " is not implemented for ", what_, ": ", why)));
 }
 
-void ConfigFields::Invalid(const std::string& field, const std::string& want) {
+void JsonFields::Invalid(const std::string& field, const std::string& want) {
   Fail(absl::InvalidArgumentError(
       absl::StrCat(name_, ": ", field, " = ", JsonText(Get(field)), ", wanted ", want)));
 }
 
-absl::Status ConfigFields::Finish() {
+absl::Status JsonFields::Finish() {
   for (const auto& [field, value] : object_.items()) {
     if (!ok()) break;
     if (read_.count(field) > 0) continue;
     Fail(absl::UnimplementedError(absl::StrCat(name_, ": field ", JsonText(json(field)), " = ",
-                                               JsonText(value), " is not known for ", model_,
+                                               JsonText(value), " is not known for ", what_,
                                                " and may change the result; remove it if it does not")));
   }
   return status_;
