@@ -173,12 +173,16 @@ void MergingStep::LoadSinks() {
   });
 }
 
-absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
+std::vector<MergingStep::Target> MergingStep::SinkTargets() {
   LoadSinks();
-  sink_sums_.assign(row_heads() * words_per_target(), 0);
   std::vector<Target> targets(row_heads());
   for (int64_t i = 0; i < row_heads(); ++i) targets[i] = {i, reference_[i]};
-  SumPages(targets, {kSinkPathFractionBits, kSinkPathMax}, sink_sums_.data());
+  return targets;
+}
+
+absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
+  sink_sums_.assign(row_heads() * words_per_target(), 0);
+  SumPages(SinkTargets(), kSinkPathQuantum, sink_sums_.data());
   has_sink_sums_ = true;
   return absl::MakeSpan(sink_sums_);
 }

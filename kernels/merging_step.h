@@ -28,15 +28,6 @@ double PowerOfTwo(int power);
 // and the fold, in double. A backend derives from it and brings the pages (its partials).
 class MergingStep : public AttentionStep {
  public:
-  absl::StatusOr<absl::Span<int64_t>> SinkSums() final;
-  absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() final;
-  absl::StatusOr<absl::Span<float>> Maxima() final;
-  absl::StatusOr<absl::Span<int64_t>> MaximumSums() final;
-  absl::Status Finish(float* outputs, float* lse, float* sink_mass) final;
-  PathCounts paths() const final { return paths_; }
-  int64_t bytes_read() const final { return bytes_read_; }
-
- protected:
   // A row and head whose pages are to be summed with weights exp(m - reference).
   struct Target {
     int64_t row_head = 0;  // row * query_heads + head
@@ -46,7 +37,19 @@ class MergingStep : public AttentionStep {
   struct Quantum {
     int fraction_bits = 0;
     int64_t limit = 0;
+    bool operator==(const Quantum&) const = default;
   };
+
+  absl::StatusOr<absl::Span<int64_t>> SinkSums() final;
+  absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() final;
+  absl::StatusOr<absl::Span<float>> Maxima() final;
+  absl::StatusOr<absl::Span<int64_t>> MaximumSums() final;
+  absl::Status Finish(float* outputs, float* lse, float* sink_mass) final;
+  PathCounts paths() const final { return paths_; }
+  int64_t bytes_read() const final { return bytes_read_; }
+
+ protected:
+  static constexpr Quantum kSinkPathQuantum = {kSinkPathFractionBits, kSinkPathMax};
 
   // REQUIRES: ValidateStep(args) is OK. `pool` outlives the step.
   MergingStep(const StepArgs& args, ThreadPool& pool);
@@ -55,6 +58,10 @@ class MergingStep : public AttentionStep {
   virtual void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const = 0;
   // Largest visible logit of the row and head over this worker's pages; -inf without one, +inf after a fault.
   virtual float LocalMaximum(int64_t row_head) const = 0;
+  // Whether there may be a sink path at all, and its targets: every row and head, with M for reference.
+  bool HasSinks() const { return !args_.sink_logits.empty() || !args_.sink_pages.empty(); }
+  std::vector<Target> SinkTargets();
+
   // Adds to words [targets, value_dim + 2], zeroed by the caller, what backend.h says under SinkSums.
   virtual void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) = 0;
 

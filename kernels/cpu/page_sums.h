@@ -1,0 +1,44 @@
+#ifndef EDUBA_KERNELS_CPU_PAGE_SUMS_H_
+#define EDUBA_KERNELS_CPU_PAGE_SUMS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "kernels/cpu/page_kernels.h"
+#include "kernels/merging_step.h"
+
+namespace eduba {
+
+// The integer sums of pages' partials (docs/numerics.md section 3) of one path of one step, as threads make
+// them: each thread sums what it meets, and integer sums do not mind who met what.
+class PageSums {
+ public:
+  // `units`: 2^(fraction_bits - e), [kv_heads, value_pitch]. `kernels` outlives the sums.
+  PageSums(const PageKernels& kernels, int threads, int64_t row_heads,
+           absl::Span<const MergingStep::Target> targets, MergingStep::Quantum quantum,
+           std::vector<double> units, int64_t value_pitch);
+
+  // Adds one page's partial (m, l, o [value_pitch]) of a row and head; nothing where it is no target. False
+  // when a value is beyond the exponent that the session agreed on, which is a fault. Different threads may
+  // call at once, each with its own number.
+  bool Add(int thread, int64_t row_head, int64_t kv_head, float m, float l, const float* o);
+
+  // Adds all threads' sums to words [targets, value_dim + 2], and sets the flags: AttentionStep::SinkSums
+  // says what is in them.
+  void Collect(int64_t value_dim, int64_t* words) const;
+
+ private:
+  const PageKernels& kernels_;
+  const std::vector<MergingStep::Target> targets_;
+  const MergingStep::Quantum quantum_;
+  const std::vector<double> units_;
+  const int64_t pitch_;
+  const int64_t stride_;                    // Words of one target: O [pitch], L, flag.
+  std::vector<int32_t> target_of_;          // [row_heads]: index into targets_, or -1.
+  std::vector<std::vector<int64_t>> sums_;  // [threads] of nothing yet, or [targets, stride].
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_KERNELS_CPU_PAGE_SUMS_H_
