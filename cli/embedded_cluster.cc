@@ -27,6 +27,7 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Start(const Op
     worker.memory_bytes = options.memory_bytes / options.workers;
     worker.threads = std::max(1, UsableCores() / options.workers);
     worker.version = options.version;
+    worker.model = options.model;
     worker.hub = &cluster->hub_;
     EDUBA_ASSIGN_OR_RETURN(auto started, Worker::Start(worker));
     cluster->workers_.push_back(std::move(started));

@@ -24,6 +24,7 @@ class EmbeddedCluster {
     int64_t memory_bytes = 0;  // For pages, over all workers. REQUIRES: > 0.
     std::string data_dir;      // Of the coordinator. Empty: nothing is kept.
     std::string version;
+    std::string model;  // A model's folder, for every worker. Empty: none.
   };
 
   // Returns when everything listens; the group forms after that.

@@ -31,7 +31,7 @@ int64_t SinkPosition(const ContextOptions& options, int64_t position) {
 
 int64_t Context::page_bytes() const { return pages_.bytes(); }
 
-absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given) const {
+absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t stripe_pages) const {
   ContextOptions options = given;
   const ModelConfig& config = options_.model->config();
   if (options.sink_tokens < 0 || options.sink_tokens > kMaxPositions) {
@@ -62,20 +62,34 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given) const {
   shape.dtype = options_.kv_dtype;
   shape.scale = config.attention_scale;
   shape.softcap = config.attention_softcap;
-  Context context(options,
-                  KvPages(options_.backend, options_.store, shape, static_cast<int>(config.layers.size())));
+  std::vector<LayerView> append_views;
+  std::vector<LayerView> ask_views;
+  std::vector<PageShare> shares;
   for (const LayerConfig& layer : config.layers) {
     const LayerView own = layer.window > 0 ? LayerView{Policy::kWindow, 0, layer.window}
                                            : LayerView{Policy::kGlobal, options.sink_tokens, 0};
     const int64_t window = layer.window > 0 ? std::min(layer.window, options.window) : options.window;
     const LayerView streaming{Policy::kWindow, options.sink_tokens, window};
-    context.append_views_.push_back(IsWindowed(options.policy) ? streaming : own);
-    context.ask_views_.push_back(options.policy == ContextPolicy::kStreaming ? streaming : own);
+    append_views.push_back(IsWindowed(options.policy) ? streaming : own);
+    ask_views.push_back(options.policy == ContextPolicy::kStreaming ? streaming : own);
+    const bool sees_all =
+        append_views.back().policy == Policy::kGlobal || ask_views.back().policy == Policy::kGlobal;
+    PageShare share;
+    if (options_.group != nullptr && sees_all) {
+      share.rank = options_.group->rank();
+      share.ranks = options_.group->size();
+      share.stripe_pages = stripe_pages;
+      share.replicated_pages = PageCount(options.sink_tokens);
+    }
+    shares.push_back(share);
   }
+  Context context(options, KvPages(options_.backend, options_.store, shape, std::move(shares)));
+  context.append_views_ = std::move(append_views);
+  context.ask_views_ = std::move(ask_views);
   return context;
 }
 
-absl::Status ModelEngine::Reserve(const Turn& turn) const {
+absl::Status ModelEngine::Prepare(const Turn& turn) const {
   EDUBA_CHECK(!turn.ids.empty());
   const auto count = static_cast<int64_t>(turn.ids.size());
   if (count > kMaxPositions - turn.context->length_) {
@@ -100,12 +114,12 @@ RowPositions ModelEngine::Positions(absl::Span<const Turn> turns) {
   return {positions_, differ ? absl::MakeConstSpan(sink_positions_) : absl::Span<const int64_t>()};
 }
 
-absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
+absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadline) {
   const ModelConfig& config = options_.model->config();
   std::vector<int32_t> ids;
   std::vector<ContextRows> contexts;
   for (const Turn& turn : turns) {
-    EDUBA_RETURN_IF_ERROR(Reserve(turn));
+    EDUBA_RETURN_IF_ERROR(Prepare(turn));
     ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
     Context& context = *turn.context;
     contexts.push_back({&context.pages_, context.length_, static_cast<int64_t>(turn.ids.size()),
@@ -113,7 +127,7 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
   }
   hidden_.resize(ids.size() * config.hidden_size);
   EDUBA_RETURN_IF_ERROR(options_.model->Embed(ids, hidden_.data()));
-  PagedAttention attention(options_.backend, options_.model, contexts);
+  PagedAttention attention(options_.backend, options_.model, contexts, {options_.group, deadline});
   EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_.data()));
   sink_mass_ = attention.sink_mass();
   for (double& mass : sink_mass_) mass /= static_cast<double>(ids.size());
@@ -121,10 +135,10 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
   return absl::OkStatus();
 }
 
-absl::Status ModelEngine::Step(absl::Span<const Turn> turns) {
+absl::Status ModelEngine::Step(absl::Span<const Turn> turns, absl::Time deadline) {
   if (turns.empty()) return absl::OkStatus();
-  if (absl::Status status = Compute(turns); !status.ok()) {
-    for (const Turn& turn : turns) turn.context->pages_.Truncate(turn.context->length_);
+  if (absl::Status status = Compute(turns, deadline); !status.ok()) {
+    for (const Turn& turn : turns) Unprepare(*turn.context);
     return status;
   }
   const ModelConfig& config = options_.model->config();
@@ -155,10 +169,8 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
         "beginning of sequence");
   }
   const int64_t width = options_.model->config().hidden_size;
-  const int64_t vocab = options_.model->config().vocab_size;
   std::vector<float> log_probs;
   std::vector<float> before;  // The hidden states that predict a chunk's tokens.
-  std::vector<float> logits;
   const auto count = static_cast<int64_t>(ids.size());
   for (int64_t at = 0; at < count; at += options_.chunk_rows) {
     const int64_t rows = std::min(options_.chunk_rows, count - at);
@@ -176,13 +188,8 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
     if (options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
     if (!options.log_probs) continue;
     before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
-    for (int64_t row = 0; row < rows; row += kLogitRows) {
-      const int64_t some = std::min(kLogitRows, rows - row);
-      logits.resize(some * vocab);
-      options_.model->Logits(&before[row * width], some, logits.data());
-      for (int64_t i = 0; i < some; ++i)
-        log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), chunk[row + i]));
-    }
+    const std::vector<float> some = LogProbs(before, chunk);
+    log_probs.insert(log_probs.end(), some.begin(), some.end());
   }
   return log_probs;
 }
@@ -241,9 +248,31 @@ absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, ab
 
 std::vector<float> ModelEngine::NextLogits(const Context& context) const {
   EDUBA_CHECK(context.length_ > 0);
-  std::vector<float> logits(options_.model->config().vocab_size);
-  options_.model->Logits(context.last_.data(), 1, logits.data());
+  return Logits(context.last_);
+}
+
+std::vector<float> ModelEngine::Logits(absl::Span<const float> hidden) const {
+  const int64_t rows = static_cast<int64_t>(hidden.size()) / options_.model->config().hidden_size;
+  std::vector<float> logits(rows * options_.model->config().vocab_size);
+  options_.model->Logits(hidden.data(), rows, logits.data());
   return logits;
+}
+
+std::vector<float> ModelEngine::LogProbs(absl::Span<const float> hidden,
+                                         absl::Span<const int32_t> ids) const {
+  const int64_t width = options_.model->config().hidden_size;
+  const int64_t vocab = options_.model->config().vocab_size;
+  const auto rows = static_cast<int64_t>(ids.size());
+  EDUBA_CHECK_EQ(static_cast<int64_t>(hidden.size()), rows * width);
+  std::vector<float> log_probs;
+  for (int64_t row = 0; row < rows; row += kLogitRows) {
+    const int64_t some = std::min(kLogitRows, rows - row);
+    const std::vector<float> logits = Logits(hidden.subspan(row * width, some * width));
+    for (int64_t i = 0; i < some; ++i) {
+      log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), ids[row + i]));
+    }
+  }
+  return log_probs;
 }
 
 }  // namespace eduba

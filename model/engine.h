@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "attention/page_store.h"
+#include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/kv_pages.h"
 #include "model/paged_attention.h"
@@ -57,6 +58,8 @@ class Context {
 
   const ContextOptions& options() const { return options_; }
   int64_t length() const { return length_; }
+  // [hidden_size]: the hidden state of the last token; empty at the beginning.
+  absl::Span<const float> last() const { return last_; }
   // Pages held, in bytes; what forks share counts for each.
   int64_t page_bytes() const;
 
@@ -102,7 +105,8 @@ struct Generation {
 };
 
 // One worker's model: contexts, and what is asked of them. An answer depends on the context's tokens and
-// options and on the question, not on chunks, batches, forks or threads, bit for bit. One call at a time.
+// options and on the question, not on chunks, batches, forks, threads or the number of ranks, bit for bit.
+// One call at a time.
 class ModelEngine {
  public:
   struct Options {
@@ -111,19 +115,31 @@ class ModelEngine {
     Transformer* model = nullptr;
     DType kv_dtype = DType::kF32;
     int64_t chunk_rows = 256;  // Rows of one step of a long append: what another context waits for.
+    // The ranks that share contexts' memory; null: this worker holds all. With a group every rank makes the
+    // same calls in the same order (docs/adr/0008).
+    Communicator* group = nullptr;
   };
 
   // What `options` points to outlives the engine.
   explicit ModelEngine(const Options& options) : options_(options) {}
 
-  // INVALID_ARGUMENT names the option that contradicts the model or another.
-  absl::StatusOr<Context> Open(const ContextOptions& options) const;
+  // INVALID_ARGUMENT names the option that contradicts the model or another. In a group, layers that see all
+  // keys are shared by stripes of `stripe_pages` pages.
+  absl::StatusOr<Context> Open(const ContextOptions& options, int64_t stripe_pages = 64) const;
+
+  // Takes the memory that the turn will need; Step does it too where it was not done before. Ranks have
+  // different pages, so in a group they must agree on the outcome before the step.
+  //   OUT_OF_RANGE        the context would be longer than kMaxPositions
+  //   RESOURCE_EXHAUSTED  no pages left; nothing was taken
+  absl::Status Prepare(const Turn& turn) const;
+  // Gives it back: the step will not come.
+  void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
 
   // One step for all turns together; each context at most once. Either all go on or none.
-  //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers
-  //   OUT_OF_RANGE        the context would be longer than kMaxPositions
-  //   RESOURCE_EXHAUSTED  no pages left
-  absl::Status Step(absl::Span<const Turn> turns);
+  //   INVALID_ARGUMENT  a token is not in the vocabulary, or arithmetic left the finite numbers
+  // or as Prepare, or, in a group, as the Communicator's: the group is dead then. `deadline` is the
+  // collectives'.
+  absl::Status Step(absl::Span<const Turn> turns, absl::Time deadline = absl::InfiniteFuture());
 
   // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
   // long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else nothing.
@@ -146,6 +162,14 @@ class ModelEngine {
   // [vocab_size] for the token behind the context, which is not empty.
   std::vector<float> NextLogits(const Context& context) const;
 
+  // [rows, vocab_size] from hidden states [rows, hidden_size]: those of several contexts read the weights
+  // once.
+  std::vector<float> Logits(absl::Span<const float> hidden) const;
+
+  // ln of the probabilities of tokens `ids`, each given everything before it: hidden [ids, hidden_size] are
+  // the hidden states of the tokens before them.
+  std::vector<float> LogProbs(absl::Span<const float> hidden, absl::Span<const int32_t> ids) const;
+
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
   absl::Span<const float> hidden() const { return hidden_; }
   // Of the last step: the token sinks' share of each head's weights, averaged over its rows. [layers,
@@ -155,9 +179,8 @@ class ModelEngine {
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
-  absl::Status Reserve(const Turn& turn) const;
   // Everything of a step that may fail.
-  absl::Status Compute(absl::Span<const Turn> turns);
+  absl::Status Compute(absl::Span<const Turn> turns, absl::Time deadline);
   RowPositions Positions(absl::Span<const Turn> turns);
 
   const Options options_;

@@ -8,34 +8,43 @@
 
 namespace eduba {
 
-KvPages::KvPages(Backend* backend, PageStore* store, const AttentionShape& shape, int layers)
-    : backend_(backend), store_(store), shape_(shape), layers_(layers) {}
+KvPages::KvPages(Backend* backend, PageStore* store, const AttentionShape& shape,
+                 std::vector<PageShare> shares)
+    : backend_(backend), store_(store), shape_(shape), shares_(std::move(shares)), layers_(shares_.size()) {}
 
 absl::Status KvPages::Reserve(int64_t begin, int64_t end) {
   EDUBA_CHECK(begin <= end);
   // Per layer: the last page again, where a fork holds it too, and the pages behind it.
   const auto shared_tail = [&](const Table& table) {
-    return begin % kPageRows != 0 && begin < end && table.pages.back().use_count() > 1;
+    return begin % kPageRows != 0 && begin < end && !table.refs.empty() &&
+           table.refs.back().index == PageOf(begin) && table.pages.back().use_count() > 1;
   };
+  const int64_t next = PageCount(std::max(begin, room_));
   int64_t wanted = 0;
-  for (const Table& table : layers_) {
-    EDUBA_CHECK(begin % kPageRows == 0 || table.refs.back().index == PageOf(begin));
-    wanted += PageCount(end) - PageCount(begin) + (shared_tail(table) ? 1 : 0);
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    wanted += shared_tail(layers_[layer]) ? 1 : 0;
+    for (int64_t page = next; page < PageCount(end); ++page) wanted += shares_[layer].Holds(page);
   }
-  if (wanted == 0) return absl::OkStatus();
+  if (wanted == 0) {
+    room_ = std::max(room_, end);
+    return absl::OkStatus();
+  }
   EDUBA_ASSIGN_OR_RETURN(std::vector<Page> fresh, store_->Reserve(backend_->PageBytes(shape_), wanted));
   auto take = fresh.begin();
-  for (Table& table : layers_) {
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    Table& table = layers_[layer];
     if (shared_tail(table)) {
       EDUBA_RETURN_IF_ERROR(backend_->CopyPage(shape_, table.refs.back().data, take->data()));
       table.refs.back().data = take->data();
       table.pages.back() = std::make_shared<Page>(std::move(*take++));
     }
-    for (int64_t page = PageCount(begin); page < PageCount(end); ++page) {
+    for (int64_t page = next; page < PageCount(end); ++page) {
+      if (!shares_[layer].Holds(page)) continue;
       table.refs.push_back({take->data(), page});
       table.pages.push_back(std::make_shared<Page>(std::move(*take++)));
     }
   }
+  room_ = std::max(room_, end);
   return absl::OkStatus();
 }
 
@@ -52,18 +61,21 @@ absl::Status KvPages::Write(int layer, int64_t first, int64_t rows, const float*
   const std::vector<char> stored_values = round(values, rows * value_row);
   for (int64_t position = first; position < first + rows;) {
     const int64_t count = std::min(PageBegin(PageOf(position) + 1), first + rows) - position;
-    const absl::Span<const PageRef> page = Pages(layer, {position, position + 1});
-    EDUBA_CHECK_EQ(page.size(), 1U);
-    EDUBA_RETURN_IF_ERROR(backend_->WriteRows(
-        shape_, const_cast<void*>(page[0].data), static_cast<int>(position % kPageRows),
-        static_cast<int>(count), stored_keys.data() + (position - first) * key_row * element,
-        stored_values.data() + (position - first) * value_row * element));
+    if (shares_[layer].Holds(PageOf(position))) {
+      const absl::Span<const PageRef> page = Pages(layer, {position, position + 1});
+      EDUBA_CHECK_EQ(page.size(), 1U);
+      EDUBA_RETURN_IF_ERROR(backend_->WriteRows(
+          shape_, const_cast<void*>(page[0].data), static_cast<int>(position % kPageRows),
+          static_cast<int>(count), stored_keys.data() + (position - first) * key_row * element,
+          stored_values.data() + (position - first) * value_row * element));
+    }
     position += count;
   }
   return absl::OkStatus();
 }
 
 void KvPages::Truncate(int64_t length) {
+  room_ = std::min(room_, length);
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     Drop(static_cast<int>(layer), {length, PageBegin(PageCount(kMaxPositions) + 1)});
   }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 
-#include "absl/time/time.h"
 #include "attention/sharded_attention.h"
 #include "base/check.h"
 #include "base/status_macros.h"
@@ -61,13 +60,24 @@ absl::Status PagedAttention::AttendPart(const LayerRows& rows, const ContextRows
   args.queries = rows.queries + step_row * query_row;
   if (rows.sink_queries != rows.queries) args.sink_queries = rows.sink_queries + step_row * query_row;
   args.visible = visible;
-  args.pages = context.pages->Pages(rows.layer, seen);
+  const PageShare& share = context.pages->share(rows.layer);
+  std::vector<PageRef> owned;
+  if (share.ranks > 1) {
+    for (const PageRef& page : context.pages->Pages(rows.layer, seen)) {
+      if (share.Owns(page.index)) owned.push_back(page);
+    }
+    args.pages = owned;
+  } else {
+    args.pages = context.pages->Pages(rows.layer, seen);
+  }
   args.sink_pages = context.pages->Pages(rows.layer, {0, std::min(view.sink_tokens, length)});
   args.visible_sinks = visible_sinks;
   args.exponents = model_->value_exponents(rows.layer);
   args.positions = PositionsFor(first);
+  Communicator* const group = share.ranks > 1 ? group_.communicator : nullptr;
   EDUBA_ASSIGN_OR_RETURN(const AttentionAnswer answer,
-                         AttendPages(*backend_, nullptr, args, view.sink_tokens > 0, absl::InfiniteFuture()));
+                         AttendPages(*backend_, group, args, view.sink_tokens > 0, group_.deadline));
+  if (group != nullptr) collectives_ += answer.collectives;
   std::copy(answer.outputs.begin(), answer.outputs.end(), outputs + step_row * query_row);
   sink_mass_.resize(static_cast<size_t>(model_->config().layers.size()) * shape.query_heads);
   for (size_t i = 0; i < answer.sink_mass.size(); ++i) {

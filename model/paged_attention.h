@@ -5,8 +5,10 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "attention/visibility.h"
+#include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/kv_pages.h"
 #include "model/layer_attention.h"
@@ -29,21 +31,33 @@ struct ContextRows {
   absl::Span<const LayerView> views;  // One a layer.
 };
 
-// Attention of contexts whose pages are all on this worker, for one step. A row's bits depend on its position
-// and on what it sees, not on which rows came with it: channel exponents come from the weights
+// Attention of contexts for one step. Layers whose pages are shared between ranks are merged with the others,
+// which must all run the same step; other layers need nobody. A row's bits depend on its position and on
+// what it sees, not on which rows came with it or on who holds what: channel exponents come from the weights
 // (Transformer::value_exponents), and the maximum path's unit from the row's own position.
 class PagedAttention final : public LayerAttention {
  public:
-  // All outlive the object. The contexts' rows lie one after another in the step's.
-  PagedAttention(Backend* backend, const Transformer* model, absl::Span<const ContextRows> contexts)
-      : backend_(backend), model_(model), contexts_(contexts) {}
+  // What a step is merged with.
+  struct Group {
+    Communicator* communicator = nullptr;  // Null: every layer's pages are here.
+    absl::Time deadline = absl::InfiniteFuture();
+  };
 
+  // All outlive the object. The contexts' rows lie one after another in the step's.
+  PagedAttention(Backend* backend, const Transformer* model, absl::Span<const ContextRows> contexts,
+                 const Group& group)
+      : backend_(backend), model_(model), contexts_(contexts), group_(group) {}
+
+  // INVALID_ARGUMENT when the arithmetic left the finite numbers: all ranks get it. After any other error the
+  // group is dead, as after AttendSharded's.
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
 
   // Sums over rows of [layers, query_heads]: the token sinks' share of the weights.
   const std::vector<double>& sink_mass() const { return sink_mass_; }
   // Keys and values read.
   int64_t bytes_read() const { return bytes_read_; }
+  // With the group.
+  int64_t collectives() const { return collectives_; }
 
  private:
   absl::Status AttendPart(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
@@ -52,8 +66,10 @@ class PagedAttention final : public LayerAttention {
   Backend* const backend_;
   const Transformer* const model_;
   const absl::Span<const ContextRows> contexts_;
+  const Group group_;
   std::vector<double> sink_mass_;
   int64_t bytes_read_ = 0;
+  int64_t collectives_ = 0;
 };
 
 }  // namespace eduba

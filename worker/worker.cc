@@ -14,8 +14,10 @@
 #include "base/status_macros.h"
 #include "collective/gloo/gloo_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/fingerprint.h"
 #include "kernels/reference/reference_backend.h"
+#include "kernels/reference/reference_layer_kernels.h"
 #include "rpc/channel.h"
 #include "rpc/limits.h"
 #include "rpc/status.h"
@@ -31,6 +33,11 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const std::string& name, in
   if (name == "cpu") return MakeCpuBackend(threads);
   if (name == "reference") return MakeReferenceBackend();
   return absl::InvalidArgumentError(absl::StrCat("backend '", name, "' is not known: use cpu or reference"));
+}
+
+// For a backend that MakeBackend knows.
+std::unique_ptr<LayerKernels> MakeLayerKernels(const std::string& backend, int threads) {
+  return backend == "reference" ? MakeReferenceLayerKernels() : MakeCpuLayerKernels(threads);
 }
 
 std::string RandomName() {
@@ -123,6 +130,10 @@ absl::Status Worker::Init() {
   EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_.backend, options_.threads));
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
+  if (!options_.model.empty()) {
+    EDUBA_ASSIGN_OR_RETURN(
+        model_, ServedModel::Load(options_.model, MakeLayerKernels(options_.backend, options_.threads)));
+  }
   incarnation_ = RandomName();
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
   EDUBA_ASSIGN_OR_RETURN(server_, RpcServer::Start(options_.listen, {&pages_}));
@@ -208,6 +219,7 @@ absl::Status Worker::ServeStream(bool& joined) {
   Engine::Options options;
   options.backend = backend_.get();
   options.store = store_.get();
+  options.model = model_.get();
   options.connect = [this](const v1::FormGroup& form, absl::Time deadline) {
     return Connect(form, deadline);
   };
@@ -242,6 +254,7 @@ v1::WorkerHello Worker::Hello() const {
   hello.set_memory_bytes(options_.memory_bytes);
   hello.set_fingerprint(fingerprint_);
   hello.set_transport(options_.hub != nullptr ? "local" : "gloo");
+  if (model_ != nullptr) *hello.mutable_model() = model_->info();
   return hello;
 }
 

@@ -18,6 +18,7 @@
 #include "rpc/server.h"
 #include "worker/engine.h"
 #include "worker/pages_service.h"
+#include "worker/served_model.h"
 
 namespace eduba {
 
@@ -34,6 +35,7 @@ class Worker {
     int threads = 1;           // Of the kernels.
     // "cpu" (the best instruction set of this machine) or "reference" (slow, to compare with).
     std::string backend = "cpu";
+    std::string model;    // A folder as Hugging Face's; empty: this worker serves tensor sessions only.
     std::string version;  // Of the program.
     // Where the workers of this process meet; outlives them. Null: the ranks are processes, which Gloo
     // connects.
@@ -41,7 +43,7 @@ class Worker {
   };
 
   // Serves, and keeps asking the coordinator to be taken in. INVALID_ARGUMENT for bad options, UNAVAILABLE
-  // when the port is taken.
+  // when the port is taken, and what ServedModel::Load says of the model.
   static absl::StatusOr<std::unique_ptr<Worker>> Start(Options options);
   // As Shutdown(absl::ZeroDuration()).
   ~Worker();
@@ -69,6 +71,7 @@ class Worker {
   const Options options_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<PageStore> store_;
+  std::unique_ptr<ServedModel> model_;  // Null without one.
   PagesService pages_;
   std::unique_ptr<v1::Group::Stub> group_;
   std::unique_ptr<RpcServer> server_;
