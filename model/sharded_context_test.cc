@@ -93,7 +93,8 @@ class Rank {
     answers.scores = engine_->Score(context, problem.question).value();
     GenerateOptions generate;
     generate.max_tokens = 5;
-    for (const TokenChoice& token : engine_->Generate(context, generate).value().tokens) {
+    const Generation generation = engine_->Generate(context, generate).value();
+    for (const TokenChoice& token : generation.tokens) {
       answers.generated.push_back(token.id);
       answers.generated_log_probs.push_back(token.log_prob);
     }
