@@ -9,7 +9,7 @@ packages=(
   cmake ninja-build g++ pkg-config ccache protobuf-compiler protobuf-compiler-grpc
   # The libraries (docs/adr/0001-dependencies.md says why each)
   libgrpc++-dev libprotobuf-dev libabsl-dev libdnnl-dev libhwy-dev libgloo-dev libhdf5-dev libsqlite3-dev
-  nlohmann-json3-dev libcli11-dev libxxhash-dev libgtest-dev libgmock-dev libbenchmark-dev
+  nlohmann-json3-dev libcli11-dev libxxhash-dev libpcre2-dev libicu-dev libsentencepiece-dev libgtest-dev libgmock-dev libbenchmark-dev
   # The demo and the end-to-end tests
   python3 python3-numpy python3-h5py python3-scipy python3-sklearn python3-grpcio python3-protobuf python3-pip
 )

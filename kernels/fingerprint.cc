@@ -9,21 +9,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/fixed_numbers.h"
 
 namespace eduba {
 namespace {
-
-// Fixed numbers in [-1, 1), from integers alone, so that no library can change them.
-class FixedNumbers {
- public:
-  float Next() {
-    state_ = state_ * 6364136223846793005U + 1442695040888963407U;
-    return static_cast<float>(static_cast<int32_t>(state_ >> 40) - (1 << 23)) * 0x1p-23F;
-  }
-
- private:
-  uint64_t state_ = 1;
-};
 
 struct Case {
   AttentionShape shape;

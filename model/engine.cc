@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
@@ -64,7 +65,7 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t s
   shape.softcap = config.attention_softcap;
   std::vector<LayerView> append_views;
   std::vector<LayerView> ask_views;
-  std::vector<PageShare> shares;
+  std::vector<LayerPages> pages;
   for (const LayerConfig& layer : config.layers) {
     const LayerView own = layer.window > 0 ? LayerView{Policy::kWindow, 0, layer.window}
                                            : LayerView{Policy::kGlobal, options.sink_tokens, 0};
@@ -72,21 +73,34 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t s
     const LayerView streaming{Policy::kWindow, options.sink_tokens, window};
     append_views.push_back(IsWindowed(options.policy) ? streaming : own);
     ask_views.push_back(options.policy == ContextPolicy::kStreaming ? streaming : own);
-    const bool sees_all =
-        append_views.back().policy == Policy::kGlobal || ask_views.back().policy == Policy::kGlobal;
-    PageShare share;
-    if (options_.group != nullptr && sees_all) {
-      share.rank = options_.group->rank();
-      share.ranks = options_.group->size();
-      share.stripe_pages = stripe_pages;
-      share.replicated_pages = PageCount(options.sink_tokens);
-    }
-    shares.push_back(share);
+    // A window needs its pages wherever it is computed, so a layer that has one takes in all.
+    const bool windowed =
+        append_views.back().policy == Policy::kWindow || ask_views.back().policy == Policy::kWindow;
+    pages.push_back({!windowed, options.sink_tokens});
   }
-  Context context(options, KvPages(options_.backend, options_.store, shape, std::move(shares)));
+  Context context(options, KvPages(options_.backend, options_.store, shape, Share(stripe_pages), pages));
   context.append_views_ = std::move(append_views);
   context.ask_views_ = std::move(ask_views);
   return context;
+}
+
+PageShare ModelEngine::Share(int64_t stripe_pages) const {
+  if (options_.communicator == nullptr) return {0, 1, stripe_pages};
+  return {options_.communicator->rank(), options_.communicator->size(), stripe_pages};
+}
+
+absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const {
+  absl::Status room;
+  for (const Turn& turn : turns) {
+    if (room.ok()) room = Prepare(turn);
+  }
+  if (options_.communicator == nullptr) return room;
+  // Memory is the one thing that ranks differ in.
+  int64_t ranks_without = room.ok() ? 0 : 1;
+  EDUBA_RETURN_IF_ERROR(options_.communicator->SumI64(absl::MakeSpan(&ranks_without, 1), deadline));
+  if (!room.ok() || ranks_without == 0) return room;
+  return absl::ResourceExhaustedError(
+      absl::StrCat(ranks_without, " other workers of the group have no pages left for this step"));
 }
 
 absl::Status ModelEngine::Prepare(const Turn& turn) const {
@@ -119,7 +133,6 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadl
   std::vector<int32_t> ids;
   std::vector<ContextRows> contexts;
   for (const Turn& turn : turns) {
-    EDUBA_RETURN_IF_ERROR(Prepare(turn));
     ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
     Context& context = *turn.context;
     contexts.push_back({&context.pages_, context.length_, static_cast<int64_t>(turn.ids.size()),
@@ -127,7 +140,7 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadl
   }
   hidden_.resize(ids.size() * config.hidden_size);
   EDUBA_RETURN_IF_ERROR(options_.model->Embed(ids, hidden_.data()));
-  PagedAttention attention(options_.backend, options_.model, contexts, {options_.group, deadline});
+  PagedAttention attention(options_.backend, options_.model, contexts, options_.communicator, deadline);
   EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_.data()));
   sink_mass_ = attention.sink_mass();
   for (double& mass : sink_mass_) mass /= static_cast<double>(ids.size());
@@ -135,7 +148,17 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadl
   return absl::OkStatus();
 }
 
-absl::Status ModelEngine::Step(absl::Span<const Turn> turns, absl::Time deadline) {
+absl::Status ModelEngine::Step(absl::Span<const Turn> turns) {
+  if (turns.empty()) return absl::OkStatus();
+  const absl::Time deadline = absl::Now() + options_.collective_timeout;
+  if (absl::Status status = ReserveTogether(turns, deadline); !status.ok()) {
+    for (const Turn& turn : turns) Unprepare(*turn.context);
+    return status;
+  }
+  return StepPrepared(turns, deadline);
+}
+
+absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time deadline) {
   if (turns.empty()) return absl::OkStatus();
   if (absl::Status status = Compute(turns, deadline); !status.ok()) {
     for (const Turn& turn : turns) Unprepare(*turn.context);
@@ -150,12 +173,14 @@ absl::Status ModelEngine::Step(absl::Span<const Turn> turns, absl::Time deadline
     const float* last = &hidden_[(row - 1) * config.hidden_size];
     context.last_.assign(last, last + config.hidden_size);
     for (size_t layer = 0; layer < config.layers.size(); ++layer) {
-      // What no later row sees.
+      // What no later row sees; or no later window, and others own it.
       const LayerView& append = context.append_views_[layer];
       const LayerView& ask = context.ask_views_[layer];
-      if (append.policy != Policy::kWindow || ask.policy != Policy::kWindow) continue;
+      const bool windowed = append.policy == Policy::kWindow && ask.policy == Policy::kWindow;
+      if (append.policy != Policy::kWindow && ask.policy != Policy::kWindow) continue;
       const int64_t window = std::max(append.window, ask.window);
-      context.pages_.Drop(static_cast<int>(layer), {append.sink_tokens, context.length_ - window + 1});
+      const int64_t sinks = std::max(append.sink_tokens, ask.sink_tokens);
+      context.pages_.Drop(static_cast<int>(layer), {sinks, context.length_ - window + 1}, !windowed);
     }
   }
   return absl::OkStatus();

@@ -104,9 +104,11 @@ struct Generation {
   FinishReason reason = FinishReason::kLength;
 };
 
-// One worker's model: contexts, and what is asked of them. An answer depends on the context's tokens and
-// options and on the question, not on chunks, batches, forks, threads or the number of ranks, bit for bit.
-// One call at a time.
+// A worker's model: contexts, and what is asked of them. On the ranks of a group every rank makes the same
+// calls in the same order and gets the same answers; each computes all rows, and keeps its own pages of the
+// layers that see all keys (docs/adr/0007-model-sessions.md, "replicated rows"). An answer depends on the
+// context's tokens and options and on the question, not on chunks, batches, forks, threads or ranks, bit for
+// bit. One call at a time.
 class ModelEngine {
  public:
   struct Options {
@@ -115,31 +117,36 @@ class ModelEngine {
     Transformer* model = nullptr;
     DType kv_dtype = DType::kF32;
     int64_t chunk_rows = 256;  // Rows of one step of a long append: what another context waits for.
-    // The ranks that share contexts' memory; null: this worker holds all. With a group every rank makes the
-    // same calls in the same order (docs/adr/0008).
-    Communicator* group = nullptr;
+    Communicator* communicator = nullptr;  // Of the group; null: this worker is alone.
+    int64_t stripe_pages = 64;             // Pages that are placed together. The same on all ranks.
+    absl::Duration collective_timeout = absl::Seconds(30);  // For all collectives of one step.
   };
 
   // What `options` points to outlives the engine.
   explicit ModelEngine(const Options& options) : options_(options) {}
 
-  // INVALID_ARGUMENT names the option that contradicts the model or another. In a group, layers that see all
-  // keys are shared by stripes of `stripe_pages` pages.
-  absl::StatusOr<Context> Open(const ContextOptions& options, int64_t stripe_pages = 64) const;
-
-  // Takes the memory that the turn will need; Step does it too where it was not done before. Ranks have
-  // different pages, so in a group they must agree on the outcome before the step.
-  //   OUT_OF_RANGE        the context would be longer than kMaxPositions
-  //   RESOURCE_EXHAUSTED  no pages left; nothing was taken
-  absl::Status Prepare(const Turn& turn) const;
-  // Gives it back: the step will not come.
-  void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
+  // INVALID_ARGUMENT names the option that contradicts the model or another.
+  absl::StatusOr<Context> Open(const ContextOptions& options) const {
+    return Open(options, options_.stripe_pages);
+  }
+  // With stripes of its own.
+  absl::StatusOr<Context> Open(const ContextOptions& options, int64_t stripe_pages) const;
 
   // One step for all turns together; each context at most once. Either all go on or none.
-  //   INVALID_ARGUMENT  a token is not in the vocabulary, or arithmetic left the finite numbers
-  // or as Prepare, or, in a group, as the Communicator's: the group is dead then. `deadline` is the
-  // collectives'.
-  absl::Status Step(absl::Span<const Turn> turns, absl::Time deadline = absl::InfiniteFuture());
+  //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers
+  //   OUT_OF_RANGE        the context would be longer than kMaxPositions
+  //   RESOURCE_EXHAUSTED  no pages left, on this or another rank
+  // Any other error is the communicator's, which is dead then.
+  absl::Status Step(absl::Span<const Turn> turns);
+
+  // Step in two parts, for a caller whose ranks agree on memory by themselves, turn by turn.
+  //   OUT_OF_RANGE, RESOURCE_EXHAUSTED  as Step's, for this rank; nothing was taken
+  absl::Status Prepare(const Turn& turn) const;
+  // Gives the memory back: the step will not come.
+  void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
+  // REQUIRES: every rank has prepared all turns. INVALID_ARGUMENT or the communicator's errors, as Step's;
+  // `deadline` is for the collectives.
+  absl::Status StepPrepared(absl::Span<const Turn> turns, absl::Time deadline);
 
   // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
   // long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else nothing.
@@ -161,11 +168,9 @@ class ModelEngine {
 
   // [vocab_size] for the token behind the context, which is not empty.
   std::vector<float> NextLogits(const Context& context) const;
-
   // [rows, vocab_size] from hidden states [rows, hidden_size]: those of several contexts read the weights
   // once.
   std::vector<float> Logits(absl::Span<const float> hidden) const;
-
   // ln of the probabilities of tokens `ids`, each given everything before it: hidden [ids, hidden_size] are
   // the hidden states of the tokens before them.
   std::vector<float> LogProbs(absl::Span<const float> hidden, absl::Span<const int32_t> ids) const;
@@ -179,7 +184,10 @@ class ModelEngine {
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
-  // Everything of a step that may fail.
+  PageShare Share(int64_t stripe_pages) const;
+  // Whether all ranks have room for the turns: the same on all ranks.
+  absl::Status ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const;
+  // Everything of a prepared step that may fail.
   absl::Status Compute(absl::Span<const Turn> turns, absl::Time deadline);
   RowPositions Positions(absl::Span<const Turn> turns);
 

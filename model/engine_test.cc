@@ -6,13 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "collective/local/local_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "model/testing/dense_attention.h"
@@ -35,9 +39,10 @@ struct Fixture {
   std::unique_ptr<ModelEngine> engine;
 
   explicit Fixture(uint64_t seed, DType kv_dtype = DType::kF32, int threads = 1,
-                   int64_t store_bytes = int64_t{256} << 20)
-      : Fixture(RandomModel(seed), kv_dtype, threads, store_bytes) {}
-  Fixture(RandomModel&& random_model, DType kv_dtype, int threads, int64_t store_bytes)
+                   int64_t store_bytes = int64_t{256} << 20, Communicator* communicator = nullptr)
+      : Fixture(RandomModel(seed), kv_dtype, threads, store_bytes, communicator) {}
+  Fixture(RandomModel&& random_model, DType kv_dtype, int threads, int64_t store_bytes,
+          Communicator* communicator = nullptr)
       : random(std::move(random_model)),
         backend(MakeCpuBackend(threads)),
         kernels(MakeCpuLayerKernels(threads)),
@@ -51,6 +56,8 @@ struct Fixture {
     options.model = model.get();
     options.kv_dtype = kv_dtype;
     options.chunk_rows = 100;
+    options.communicator = communicator;
+    options.stripe_pages = 1;
     engine = std::make_unique<ModelEngine>(options);
   }
 
@@ -278,6 +285,89 @@ TEST(ModelEngine, AForkAndItsOriginalGoOnAsIfAlone) {
     EXPECT_TRUE(SameBits(got_text, absl::MakeConstSpan(wanted_text).subspan(split * width)));
     EXPECT_TRUE(SameBits(got_other, absl::MakeConstSpan(wanted_other).subspan(split * width)));
   }
+}
+
+// Runs body(rank, communicator) as every rank of a group, each on a thread of its own.
+void RunGroup(int size, const std::function<void(int, Communicator*)>& body) {
+  LocalHub hub;
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto communicator = hub.Join(1, 0, rank, size, absl::Now() + absl::Seconds(60));
+      ASSERT_TRUE(communicator.ok()) << communicator.status();
+      body(rank, communicator->get());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST(ModelEngine, AnyNumberOfWorkersGivesTheSameBits) {
+  for (uint64_t seed = 500; seed < 512; ++seed) {
+    const ContextOptions options = RandomOptions(seed);
+    SCOPED_TRACE(absl::StrCat("seed ", seed, " ", ToString(options)));
+    // Appends, a fork in the middle of a page, and questions to both.
+    const auto run = [&](Fixture& f, size_t chunk) {
+      const std::vector<int32_t> ids = f.Text(900, seed);
+      const auto part = [&](int64_t begin, int64_t count) {
+        return absl::MakeConstSpan(ids).subspan(begin, count);
+      };
+      Context context = f.Open(options);
+      std::vector<float> hidden = f.Hidden(context, part(0, 600), chunk);
+      Context fork = context.Fork();
+      for (const auto& more :
+           {f.Hidden(context, part(600, 20), 1, true), f.Hidden(fork, part(700, 200), chunk),
+            f.Hidden(fork, part(650, 9), 3, true), f.Hidden(context, part(620, 50), chunk)}) {
+        hidden.insert(hidden.end(), more.begin(), more.end());
+      }
+      return hidden;
+    };
+    Fixture alone(seed);
+    const std::vector<float> wanted = run(alone, 170);
+    for (const int size : {1, 2, 3, 4}) {
+      RunGroup(size, [&](int rank, Communicator* communicator) {
+        Fixture f(seed, DType::kF32, 1, int64_t{256} << 20, communicator);
+        EXPECT_TRUE(SameBits(run(f, 100), wanted)) << "rank " << rank << " of " << size;
+      });
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST(ModelEngine, WorkersShareThePagesOfLayersThatSeeAll) {
+  ModelConfig config = RandomModel::RandomConfig(1);
+  config.layers.resize(1);
+  config.layers[0].window = 0;
+  const auto bytes_for = [&](Communicator* communicator) {
+    Fixture f(RandomModel(config, DType::kF32, 1), DType::kF32, 1, int64_t{256} << 20, communicator);
+    Context context = f.Open();
+    f.Hidden(context, f.Text(12 * kPageRows), 512);
+    return context.page_bytes();
+  };
+  const int64_t page = bytes_for(nullptr) / 12;
+  RunGroup(3, [&](int rank, Communicator* communicator) {
+    EXPECT_EQ(bytes_for(communicator),
+              rank == 0 ? 4 * page : 5 * page);  // The others' copy of the sinks' page.
+  });
+}
+
+TEST(ModelEngine, AWorkerWithoutRoomEndsTheStepForAllAndTheGroupLivesOn) {
+  ModelConfig config = RandomModel::RandomConfig(9);
+  config.layers.resize(1);
+  config.layers[0].window = 0;
+  config.query_heads = 2;
+  config.kv_heads = 1;
+  RunGroup(3, [&](int rank, Communicator* communicator) {
+    Fixture f(RandomModel(config, DType::kF32, 9), DType::kF32, 1,
+              rank == 1 ? int64_t{1} << 18 : int64_t{1} << 26, communicator);
+    Context context = f.Open();
+    f.Hidden(context, f.Text(100), 100);
+    const absl::Status status = f.engine->Step({Turn{&context, f.Text(20'000)}});
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(rank == 1 ? "bytes free" : "1 other workers"));
+    EXPECT_EQ(context.length(), 100);
+    f.Hidden(context, f.Text(100), 100);
+    EXPECT_EQ(context.length(), 200);
+  });
 }
 
 TEST(ModelEngine, StreamingKeepsItsMemoryConstant) {

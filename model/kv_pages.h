@@ -14,17 +14,19 @@
 
 namespace eduba {
 
-// Which of a layer's pages a rank holds: those of its stripes, and the first ones, which every rank holds.
-// The default: all.
+// A worker's share of the pages of a group: stripes go round the ranks. A function of a page's index alone.
 struct PageShare {
   int rank = 0;
-  int ranks = 1;
-  int64_t stripe_pages = 1;
-  int64_t replicated_pages = 0;
+  int size = 1;
+  int64_t stripe_pages = 64;
 
-  // Each page has one owner: the rank that reads it for a query's keys.
-  bool Owns(int64_t page) const { return page / stripe_pages % ranks == rank; }
-  bool Holds(int64_t page) const { return page < replicated_pages || Owns(page); }
+  bool Owns(int64_t page) const { return page / stripe_pages % size == rank; }
+};
+
+// Which pages of a layer a context keeps here.
+struct LayerPages {
+  bool owned_only = false;  // Not those of other workers, ...
+  int64_t sink_tokens = 0;  // ... except for copies of the pages that hold the first so many positions.
 };
 
 // The keys and values of one context on one worker: a table of pages for every layer. Forks share pages until
@@ -32,44 +34,50 @@ struct PageShare {
 // meanwhile: one thread at a time for a context and all its forks.
 class KvPages {
  public:
-  // `backend` and `store` outlive the pages. Every layer has the same shape. One share a layer.
-  KvPages(Backend* backend, PageStore* store, const AttentionShape& shape, std::vector<PageShare> shares);
+  // `backend` and `store` outlive the pages. Every layer has the same shape.
+  KvPages(Backend* backend, PageStore* store, const AttentionShape& shape, const PageShare& share,
+          const std::vector<LayerPages>& layers);
 
   // The same content, on the same pages. The other's writes are never seen.
   KvPages Fork() const { return *this; }
 
-  // Makes room for positions [begin, end) in every layer, as far as this rank holds them; begin is what is
-  // filled already. A shared last page becomes a copy. Does nothing where there is room. RESOURCE_EXHAUSTED:
-  // they do not fit, and nothing has changed.
+  // Makes room for positions [begin, end) in every layer; begin is what is filled already. A shared last page
+  // becomes a copy. RESOURCE_EXHAUSTED: they do not fit, and nothing has changed.
   absl::Status Reserve(int64_t begin, int64_t end);
-  // Writes those of positions [first, first + rows), for which there is room, that this rank holds: keys and
+  // Writes positions [first, first + rows), for which there is room, as far as their pages are kept: keys and
   // values [rows, kv_heads, head_dim], rounded to the shape's type.
   absl::Status Write(int layer, int64_t first, int64_t rows, const float* keys, const float* values);
   // Gives back room behind the first `length` positions that did not come to be filled.
   void Truncate(int64_t length);
-  // Gives back the layer's pages that hold only positions of [begin, end).
-  void Drop(int layer, PositionRange range);
+  // Gives back the layer's pages that hold only positions of [begin, end); `foreign_only`: and that other
+  // workers own.
+  void Drop(int layer, PositionRange range, bool foreign_only = false);
 
   const AttentionShape& shape() const { return shape_; }
-  const PageShare& share(int layer) const { return shares_[layer]; }
-  // The layer's pages that this rank holds, in ascending order: those with positions of `range`.
+  // The layer's pages in ascending order: those that hold positions of `range`.
   absl::Span<const PageRef> Pages(int layer, PositionRange range) const;
+  // Those of them that this worker owns.
+  std::vector<PageRef> OwnedPages(int layer, PositionRange range) const;
   // Of the pages of all layers; what forks share counts for each.
   int64_t bytes() const;
 
  private:
   // Pages and what refers to them, in the same order.
   struct Table {
+    LayerPages kept;
     std::vector<std::shared_ptr<Page>> pages;
     std::vector<PageRef> refs;
   };
 
+  bool Keeps(const Table& table, int64_t page) const {
+    return !table.kept.owned_only || share_.Owns(page) || page < PageCount(table.kept.sink_tokens);
+  }
+
   Backend* backend_;
   PageStore* store_;
   AttentionShape shape_;
-  std::vector<PageShare> shares_;  // [layers]
+  PageShare share_;
   std::vector<Table> layers_;
-  int64_t room_ = 0;  // Positions [0, room_) have had room in every layer.
 };
 
 }  // namespace eduba

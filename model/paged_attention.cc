@@ -60,12 +60,11 @@ absl::Status PagedAttention::AttendPart(const LayerRows& rows, const ContextRows
   args.queries = rows.queries + step_row * query_row;
   if (rows.sink_queries != rows.queries) args.sink_queries = rows.sink_queries + step_row * query_row;
   args.visible = visible;
-  const PageShare& share = context.pages->share(rows.layer);
+  // A window's pages are all here; of all pages, each rank adds up its own.
+  Communicator* const communicator = view.policy == Policy::kGlobal ? communicator_ : nullptr;
   std::vector<PageRef> owned;
-  if (share.ranks > 1) {
-    for (const PageRef& page : context.pages->Pages(rows.layer, seen)) {
-      if (share.Owns(page.index)) owned.push_back(page);
-    }
+  if (communicator != nullptr) {
+    owned = context.pages->OwnedPages(rows.layer, seen);
     args.pages = owned;
   } else {
     args.pages = context.pages->Pages(rows.layer, seen);
@@ -74,10 +73,8 @@ absl::Status PagedAttention::AttendPart(const LayerRows& rows, const ContextRows
   args.visible_sinks = visible_sinks;
   args.exponents = model_->value_exponents(rows.layer);
   args.positions = PositionsFor(first);
-  Communicator* const group = share.ranks > 1 ? group_.communicator : nullptr;
   EDUBA_ASSIGN_OR_RETURN(const AttentionAnswer answer,
-                         AttendPages(*backend_, group, args, view.sink_tokens > 0, group_.deadline));
-  if (group != nullptr) collectives_ += answer.collectives;
+                         AttendPages(*backend_, communicator, args, view.sink_tokens > 0, deadline_));
   std::copy(answer.outputs.begin(), answer.outputs.end(), outputs + step_row * query_row);
   sink_mass_.resize(static_cast<size_t>(model_->config().layers.size()) * shape.query_heads);
   for (size_t i = 0; i < answer.sink_mass.size(); ++i) {

@@ -31,33 +31,29 @@ struct ContextRows {
   absl::Span<const LayerView> views;  // One a layer.
 };
 
-// Attention of contexts for one step. Layers whose pages are shared between ranks are merged with the others,
-// which must all run the same step; other layers need nobody. A row's bits depend on its position and on
-// what it sees, not on which rows came with it or on who holds what: channel exponents come from the weights
+// Attention of contexts for one step, on one worker or on the ranks of a group that all take the same step.
+// Windows are on every rank; where a row sees all keys, each rank adds up those of the pages that it owns,
+// and the sums meet (docs/numerics.md). A row's bits depend on its position and on what it sees, not on which
+// rows came with it, nor on the number of ranks: channel exponents come from the weights
 // (Transformer::value_exponents), and the maximum path's unit from the row's own position.
 class PagedAttention final : public LayerAttention {
  public:
-  // What a step is merged with.
-  struct Group {
-    Communicator* communicator = nullptr;  // Null: every layer's pages are here.
-    absl::Time deadline = absl::InfiniteFuture();
-  };
-
-  // All outlive the object. The contexts' rows lie one after another in the step's.
+  // All outlive the object. The contexts' rows lie one after another in the step's. `communicator` is null
+  // where this worker owns all pages; `deadline` is for its collectives.
   PagedAttention(Backend* backend, const Transformer* model, absl::Span<const ContextRows> contexts,
-                 const Group& group)
-      : backend_(backend), model_(model), contexts_(contexts), group_(group) {}
+                 Communicator* communicator, absl::Time deadline)
+      : backend_(backend),
+        model_(model),
+        contexts_(contexts),
+        communicator_(communicator),
+        deadline_(deadline) {}
 
-  // INVALID_ARGUMENT when the arithmetic left the finite numbers: all ranks get it. After any other error the
-  // group is dead, as after AttendSharded's.
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
 
   // Sums over rows of [layers, query_heads]: the token sinks' share of the weights.
   const std::vector<double>& sink_mass() const { return sink_mass_; }
-  // Keys and values read.
+  // Of keys and values, by this worker.
   int64_t bytes_read() const { return bytes_read_; }
-  // With the group.
-  int64_t collectives() const { return collectives_; }
 
  private:
   absl::Status AttendPart(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
@@ -66,10 +62,10 @@ class PagedAttention final : public LayerAttention {
   Backend* const backend_;
   const Transformer* const model_;
   const absl::Span<const ContextRows> contexts_;
-  const Group group_;
+  Communicator* const communicator_;
+  const absl::Time deadline_;
   std::vector<double> sink_mass_;
   int64_t bytes_read_ = 0;
-  int64_t collectives_ = 0;
 };
 
 }  // namespace eduba

@@ -68,14 +68,15 @@ TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
   const auto told = [&](int64_t chunk) {
     SpyBackend backend(MakeCpuBackend(1));
     PageStore store(&backend, int64_t{1} << 24);
-    KvPages pages(&backend, &store, shape, {PageShare{}});
+    KvPages pages(&backend, &store, shape, {}, {LayerPages()});
     EXPECT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, end).ok());
     const std::vector<float> numbers((end - begin) * config.query_heads * config.head_dim, 0.5F);
     std::vector<float> outputs(numbers.size());
     for (int64_t at = begin; at < end; at += chunk) {
       const int64_t rows = std::min(chunk, end - at);
       const ContextRows context{&pages, at, rows, views};
-      PagedAttention attention(&backend, model.get(), absl::MakeConstSpan(&context, 1), {});
+      PagedAttention attention(&backend, model.get(), absl::MakeConstSpan(&context, 1), nullptr,
+                               absl::InfiniteFuture());
       const absl::Status status = attention.Attend(
           {0, rows, numbers.data(), numbers.data(), numbers.data(), numbers.data()}, outputs.data());
       EXPECT_TRUE(status.ok()) << status;

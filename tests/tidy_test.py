@@ -40,6 +40,7 @@ CONFINED = {
     r"<?\"?oneapi/": ("kernels/", "benchmarks/"),
     r"<?\"?(cuda|nccl)": ("kernels/cuda/", "collective/nccl/"),
     r"<?\"?CLI/": ("cli/",),
+    r"<?\"?(sentencepiece|pcre2|unicode/)": ("model/tokenizer/",),
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+(["<][^">]+[">])', re.MULTILINE)

@@ -57,7 +57,7 @@ ModelEngine::Options EngineOptions(const ModelSessions::Options& options) {
   engine.model = &options.model->transformer();
   engine.kv_dtype = options.model->kv_dtype();
   engine.chunk_rows = options.chunk_rows;
-  engine.group = options.group;
+  engine.communicator = options.group;
   return engine;
 }
 
@@ -317,7 +317,7 @@ absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
 absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>& jobs,
                                     const std::vector<Turn>& turns) {
   const int64_t width = options_.model->info().hidden_size();
-  absl::Status status = engine_.Step(turns, deadline);
+  absl::Status status = engine_.StepPrepared(turns, deadline);
   if (status.ok()) {
     const float* hidden = engine_.hidden().data();
     for (size_t i = 0; i < jobs.size(); ++i) {
@@ -330,7 +330,11 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
   // Arithmetic that left the finite numbers, as on every rank: only the job that did it shall end.
   if (!absl::IsInvalidArgument(status)) return status;
   for (size_t i = 0; i < jobs.size(); ++i) {
-    if (jobs.size() > 1) status = engine_.Step({turns[i]}, deadline);
+    if (jobs.size() > 1) {
+      // The failed step gave the memory back. Who had room for all turns has room for one.
+      status = engine_.Prepare(turns[i]);
+      if (status.ok()) status = engine_.StepPrepared({turns[i]}, deadline);
+    }
     if (status.ok()) {
       Advance(*jobs[i], turns[i], engine_.hidden().data());
     } else if (absl::IsInvalidArgument(status)) {

@@ -16,6 +16,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/fingerprint.h"
+#include "kernels/layer_fingerprint.h"
 #include "kernels/reference/reference_backend.h"
 #include "kernels/reference/reference_layer_kernels.h"
 #include "rpc/channel.h"
@@ -131,8 +132,10 @@ absl::Status Worker::Init() {
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
   if (!options_.model.empty()) {
-    EDUBA_ASSIGN_OR_RETURN(
-        model_, ServedModel::Load(options_.model, MakeLayerKernels(options_.backend, options_.threads)));
+    std::unique_ptr<LayerKernels> kernels = MakeLayerKernels(options_.backend, options_.threads);
+    EDUBA_ASSIGN_OR_RETURN(const uint64_t layers, LayerFingerprint(*kernels));
+    fingerprint_ ^= layers;
+    EDUBA_ASSIGN_OR_RETURN(model_, ServedModel::Load(options_.model, std::move(kernels)));
   }
   incarnation_ = RandomName();
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));

@@ -86,9 +86,9 @@ void ActivateRow(const float* x, const float* gate, int64_t count, float* y) {
 }
 
 void Activate(const ActivationArgs& args) {
-  const auto row_function = args.kind == Activation::kSilu   ? ActivateRow<Silu>
+  const auto row_function = args.kind == Activation::kSilu      ? ActivateRow<Silu>
                             : args.kind == Activation::kGeluErf ? ActivateRow<Gelu>
-                                                             : ActivateRow<GeluTanh>;
+                                                                : ActivateRow<GeluTanh>;
   for (int64_t row = 0; row < args.rows; ++row) {
     row_function(args.x + row * args.x_stride,
                  args.gate == nullptr ? nullptr : args.gate + row * args.x_stride, args.dim,

@@ -38,7 +38,8 @@ size_t SpaceAtEnd(absl::string_view text) {
 
 }  // namespace
 
-void AddedTokenFinder::Add(const AddedToken& token, absl::string_view written) {
+void AddedTokenFinder::Add(const AddedToken& token) {
+  const std::string& written = token.written;
   if (written.empty()) return;
   int32_t node = 0;
   for (const char byte : written) {

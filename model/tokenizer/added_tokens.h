@@ -16,6 +16,7 @@ namespace eduba {
 struct AddedToken {
   int32_t id = 0;
   std::string content;
+  std::string written;       // How it appears in text, and is decoded: `content`, normalized if `normalized`.
   bool left_strip = false;   // Takes the white space before it along.
   bool right_strip = false;  // And behind it.
   bool normalized = false;   // Is looked for in the normalized text, in its own normalized form.
@@ -32,8 +33,8 @@ class AddedTokenFinder {
     int64_t end = 0;
   };
 
-  // `written`: how the token appears in the text. Of two that appear alike the first counts.
-  void Add(const AddedToken& token, absl::string_view written);
+  // Of two that are written alike the first counts.
+  void Add(const AddedToken& token);
   // `text` cut up, in order; no section is empty, unless a token stripped what another one had taken.
   std::vector<Section> Cut(absl::string_view text) const;
   bool empty() const { return tokens_.empty(); }

@@ -59,7 +59,7 @@ class JsonTokenizer::Stream : public TextStream {
     if (added != tokenizer_.added_by_id_.end()) {
       const AddedToken& entry = tokenizer_.added_[added->second];
       if (entry.special && options_.skip_special_tokens) return "";
-      token = entry.content;
+      token = entry.written;
     }
     if (token.empty()) return "";
     return decoder_.Push(token);
@@ -127,6 +127,10 @@ absl::Status JsonTokenizer::ReadAddedTokens(const json& tokens, const std::strin
     if (id != expected) fields.Invalid("id", absl::StrCat(expected, " for ", JsonText(json(token.content))));
     EDUBA_RETURN_IF_ERROR(fields.Finish());
     token.id = static_cast<int32_t>(expected);
+    token.written = token.content;
+    if (token.normalized) {
+      EDUBA_ASSIGN_OR_RETURN(token.written, normalizer_.Normalize(token.content));
+    }
     largest = std::max(largest, expected);
     vocab_size_ = std::max(vocab_size_, expected + 1);
     const auto index = static_cast<int32_t>(added_.size());
@@ -139,13 +143,7 @@ absl::Status JsonTokenizer::ReadAddedTokens(const json& tokens, const std::strin
   // Special tokens first: of two that are written alike after normalization, they count.
   for (const bool special : {true, false}) {
     for (const AddedToken& token : added_) {
-      if (token.special != special) continue;
-      if (!token.normalized) {
-        raw_finder_.Add(token, token.content);
-        continue;
-      }
-      EDUBA_ASSIGN_OR_RETURN(const std::string written, normalizer_.Normalize(token.content));
-      normalized_finder_.Add(token, written);
+      if (token.special == special) (token.normalized ? normalized_finder_ : raw_finder_).Add(token);
     }
   }
   return absl::OkStatus();

@@ -116,6 +116,11 @@ class Translator {
     return "";
   }
 
+  // Of what is written into a class.
+  static bool IsOneCharacter(absl::string_view item) {
+    return absl::StartsWith(item, "\\x") && item.find("\\x", 2) == absl::string_view::npos;
+  }
+
   void Escape() {
     Take(1);
     if (rest_.empty()) return Refuse("\\");
@@ -155,14 +160,14 @@ class Translator {
         out_.push_back('-');
         if (rest_.empty() || rest_[0] == '[' || rest_[0] == '-') return Refuse("a range in a class");
         const std::string last = rest_[0] == '\\' ? EscapedInClass() : Literal(TakeCharacter());
-        if (status_.ok() && !absl::StartsWith(last, "\\x")) return Refuse("a range in a class");
+        if (status_.ok() && !IsOneCharacter(last)) return Refuse("a range in a class");
         absl::StrAppend(&out_, last);
         range_may_follow = false;
         continue;
       }
       if (rest_[0] == '\\') {
         const std::string item = EscapedInClass();
-        range_may_follow = absl::StartsWith(item, "\\x") && item.find("\\x", 2) == std::string::npos;
+        range_may_follow = IsOneCharacter(item);
         absl::StrAppend(&out_, item);
       } else {
         absl::StrAppend(&out_, Literal(TakeCharacter()));
@@ -262,12 +267,13 @@ absl::StatusOr<Regex> Regex::Compile(absl::string_view pattern) {
 }
 
 absl::StatusOr<std::vector<Regex::Match>> Regex::FindAll(absl::string_view text) const {
-  // One match of a tokenizer's pattern is a word; this is for patterns made to be slow.
-  constexpr uint32_t kStepsMax = 50'000'000;
-  constexpr uint32_t kHeapKibMax = 256 * 1024;
+  // Steps of one match: a few for each byte of the longest run of white space there may be; the rest is for
+  // patterns made to be slow.
+  const int64_t steps_max = std::min<int64_t>(10'000'000 + 8 * static_cast<int64_t>(text.size()), UINT32_MAX);
+  constexpr uint32_t kHeapKibMax = 512 * 1024;
   const auto limits = std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)>(
       pcre2_match_context_create(nullptr), pcre2_match_context_free);
-  pcre2_set_match_limit(limits.get(), kStepsMax);
+  pcre2_set_match_limit(limits.get(), static_cast<uint32_t>(steps_max));
   pcre2_set_heap_limit(limits.get(), kHeapKibMax);
   const auto data = std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)>(
       pcre2_match_data_create(1, nullptr), pcre2_match_data_free);

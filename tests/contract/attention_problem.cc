@@ -314,6 +314,7 @@ absl::StatusOr<Answer> RankGroup::Attend(const Problem& problem, const std::vect
     args.shape = shape;
     args.rows = problem.spec.rows;
     args.queries = problem.queries.data();
+    if (!problem.sink_queries.empty()) args.sink_queries = problem.sink_queries.data();
     args.visible = problem.visible;
     args.pages = owned[rank];
     args.sink_pages = sink_pages;

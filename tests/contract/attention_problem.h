@@ -40,8 +40,10 @@ struct Problem {
 
   ProblemSpec spec;
   std::vector<float> queries;  // [rows, query_heads, head_dim]
-  std::vector<float> keys;     // [positions, kv_heads, head_dim], rounded to the dtype
-  std::vector<float> values;   // [positions, kv_heads, value_dim], rounded to the dtype
+  std::vector<float>
+      sink_queries;  // The same for the token sinks, or empty: `queries`. The oracle does not know them.
+  std::vector<float> keys;    // [positions, kv_heads, head_dim], rounded to the dtype
+  std::vector<float> values;  // [positions, kv_heads, value_dim], rounded to the dtype
   std::vector<PositionRange> visible;
   std::vector<int32_t> visible_sinks;
   std::vector<float> sink_logits;

@@ -184,6 +184,29 @@ TEST_P(BackendContract, ARowsBitsAreTheSameAloneAndInABatch) {
   }
 }
 
+// Against queries of zeros, any sink is a sink with a key of zeros.
+TEST_P(BackendContract, TokenSinksAreScoredWithTheirOwnQueries) {
+  RankGroup group = Group(GetParam(), 2);
+  for (uint64_t seed = 6000; seed < 6030; ++seed) {
+    ProblemSpec spec = RandomSpec(seed);
+    spec.sink_tokens = std::max(1, spec.sink_tokens);
+    SCOPED_TRACE(spec.ToString());
+    Problem problem(spec);
+    problem.sink_queries.assign(problem.queries.size(), 0);
+    group.Load(problem);
+    const auto answer = group.Attend(problem, {0, 1});
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    Problem judge = problem;
+    judge.sink_queries.clear();
+    const int64_t sinks = std::min<int64_t>(spec.sink_tokens, spec.positions);
+    std::fill_n(judge.keys.begin(), sinks * spec.shape.kv_heads * spec.shape.head_dim, 0.0F);
+    group.Load(judge);
+    const auto wanted = group.Attend(judge, {0, 1});
+    ASSERT_TRUE(wanted.ok()) << wanted.status();
+    ASSERT_TRUE(*answer == *wanted);
+  }
+}
+
 TEST_P(BackendContract, ThreadsDoNotChangeABit) {
   RankGroup one = Group(GetParam(), 1, 1);
   RankGroup three = Group(GetParam(), 1, 3);

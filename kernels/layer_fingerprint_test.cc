@@ -1,0 +1,65 @@
+#include "kernels/layer_fingerprint.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_layer_kernels.h"
+#include "kernels/reference/reference_layer_kernels.h"
+
+namespace eduba {
+namespace {
+
+TEST(LayerFingerprint, IsTheSameForEveryThreadCountAndRun) {
+  const uint64_t one = LayerFingerprint(*MakeCpuLayerKernels(1)).value();
+  const auto kernels = MakeCpuLayerKernels(3);
+  EXPECT_EQ(LayerFingerprint(*kernels).value(), one);
+  EXPECT_EQ(LayerFingerprint(*kernels).value(), one);
+}
+
+TEST(LayerFingerprint, TellsKernelsApartExactlyWhereTheirArithmeticDiffers) {
+  std::map<bool, uint64_t> by_fma;
+  for (const std::string& target : CpuTargets()) {
+    const uint64_t print = LayerFingerprint(*MakeCpuLayerKernelsForTest(1, target)).value();
+    const auto [it, fresh] = by_fma.emplace(CpuTargetHasFma(target), print);
+    EXPECT_EQ(it->second, print) << target;
+  }
+  for (const auto& [fma, print] : by_fma) {
+    EXPECT_NE(print, LayerFingerprint(*MakeReferenceLayerKernels()).value());
+    EXPECT_NE(print, by_fma[!fma]);
+  }
+}
+
+// Kernels whose products round large batches differently, as matrix libraries may.
+class BatchSensitive final : public LayerKernels {
+ public:
+  std::string name() const override { return "sensitive"; }
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(absl::Span<const MatrixView> parts) override {
+    return good_->Pack(parts);
+  }
+  void Multiply(const MatmulArgs& args) override {
+    good_->Multiply(args);
+    if (args.rows > 16) args.y[11 * args.weights->outputs()] += 1e-6F;
+  }
+  void Normalise(const NormArgs& args) override { good_->Normalise(args); }
+  void Rotate(const RopeArgs& args) override { good_->Rotate(args); }
+  void Activate(const ActivationArgs& args) override { good_->Activate(args); }
+  void Softcap(const SoftcapArgs& args) override { good_->Softcap(args); }
+
+ private:
+  std::unique_ptr<LayerKernels> good_ = MakeCpuLayerKernels(1);
+};
+
+TEST(LayerFingerprint, RefusesKernelsWhoseRowsDependOnTheirBatch) {
+  BatchSensitive kernels;
+  const auto print = LayerFingerprint(kernels);
+  EXPECT_EQ(print.status().code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(print.status().message()), testing::HasSubstr("row 11"));
+}
+
+}  // namespace
+}  // namespace eduba
