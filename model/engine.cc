@@ -187,7 +187,7 @@ absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time 
 }
 
 absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::Span<const int32_t> ids,
-                                                       const AppendOptions& options) {
+                                                       const ContextAppendOptions& options) {
   if (options.log_probs && context.length_ == 0 && !ids.empty()) {
     return absl::FailedPreconditionError(
         "the first token of a context has no probability; append one before, for example the model's "
@@ -253,7 +253,7 @@ absl::StatusOr<Generation> ModelEngine::Generate(Context& context, const Generat
 
 absl::StatusOr<std::vector<float>> ModelEngine::Score(const Context& context, absl::Span<const int32_t> ids) {
   Context fork = context.Fork();
-  AppendOptions options;
+  ContextAppendOptions options;
   options.asks = true;
   options.log_probs = true;
   return Append(fork, ids, options);
@@ -264,7 +264,7 @@ absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, ab
   EDUBA_ASSIGN_OR_RETURN(Pooler pooler,
                          Pooler::Create(std::move(ranges), pool, options_.model->config().hidden_size));
   Context fork = context.Fork();
-  AppendOptions options;
+  ContextAppendOptions options;
   options.asks = true;
   options.pooler = &pooler;
   EDUBA_RETURN_IF_ERROR(Append(fork, ids, options).status());

@@ -81,7 +81,7 @@ struct Turn {
   bool asks = false;              // Asked or generated, for ContextPolicy::kStar; else appended.
 };
 
-struct AppendOptions {
+struct ContextAppendOptions {
   bool asks = false;         // As Turn::asks.
   bool log_probs = false;    // Wanted; each token's, given all before it. Needs a context that is not empty.
   Pooler* pooler = nullptr;  // Is given the hidden states, at their positions.
@@ -151,7 +151,7 @@ class ModelEngine {
   // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
   // long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else nothing.
   absl::StatusOr<std::vector<float>> Append(Context& context, absl::Span<const int32_t> ids,
-                                            const AppendOptions& options = {});
+                                            const ContextAppendOptions& options = {});
 
   // Goes on until max_tokens, a stop token, on_token or the deadline. Needs a context that is not empty:
   // FAILED_PRECONDITION.

@@ -99,7 +99,8 @@ class FakeRank {
         RunJob(static_cast<int64_t>(command.model_append().ids().size() / 4), result.mutable_model());
         break;
       case v1::Command::kModelGenerate:
-        RunJob(hold_jobs ? 1 : command.model_generate().request().max_tokens(), result.mutable_model());
+        RunJob(hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
+               result.mutable_model());
         result.mutable_model()->set_finish_reason(v1::FINISH_REASON_LENGTH);
         break;
       case v1::Command::kModelScore:
@@ -138,11 +139,11 @@ class FakeRank {
     result->set_digest(digest);
   }
 
-  // A generated token is the command's ordinal.
+  // A generated token is the command's ordinal modulo 10; a vector has 4 numbers.
   void AddProgress(const v1::Command& command, std::vector<v1::WorkerMessage>& said) const {
     const int64_t tokens = command.has_model_generate() ? said[0].result().model().done() : 0;
     for (int64_t i = 0; i < tokens; ++i) {
-      const auto id = static_cast<int32_t>(command.ordinal());
+      const auto id = static_cast<int32_t>(command.ordinal() % 10);
       v1::WorkerMessage message;
       message.mutable_progress()->set_epoch(command.epoch());
       message.mutable_progress()->set_ordinal(command.ordinal());
@@ -150,6 +151,14 @@ class FakeRank {
       message.mutable_progress()->mutable_tokens()->set_log_probs(std::string(4, '\0'));
       said.insert(said.end() - 1, std::move(message));
     }
+    const auto ranges = static_cast<int32_t>(command.model_embed().ranges().size() / 16);
+    if (ranges == 0) return;
+    v1::WorkerMessage message;
+    message.mutable_progress()->set_epoch(command.epoch());
+    message.mutable_progress()->set_ordinal(command.ordinal());
+    message.mutable_progress()->mutable_embeddings()->set_count(ranges);
+    message.mutable_progress()->mutable_embeddings()->set_vectors(std::string(size_t{16} * ranges, '\1'));
+    said.insert(said.end() - 1, std::move(message));
   }
 
   void Seal(const v1::BeginAppend& append, v1::SealResult* seal) {

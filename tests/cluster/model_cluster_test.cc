@@ -298,7 +298,11 @@ TEST(ModelCluster, AnAppendWithoutMemorySaysHowFarItCameAndLeavesTheSessionUsabl
   const int64_t length = client.GetSession("s")->length();
   EXPECT_GT(length, 0);
   EXPECT_THAT(std::string(receipt.status().message()), HasSubstr(absl::StrCat("has ", length, " now")));
-  EXPECT_TRUE(client.Score("s", {1, 2}).ok());
+  AppendOptions again;
+  again.at = 0;
+  const auto stored = client.AppendTokens("s", absl::MakeConstSpan(ids).first(length), again);
+  ASSERT_TRUE(stored.ok()) << stored.status();
+  EXPECT_EQ(stored->already_stored(), length);
   ASSERT_TRUE(client.DeleteSession("s").ok());
   ASSERT_TRUE(client.CreateSession("s", ModelSession()).ok());
   EXPECT_TRUE(client.AppendTokens("s", {1}, {}).ok());
