@@ -25,6 +25,7 @@ class EmbeddedCluster {
     std::vector<std::string> devices;  // Of each worker (worker.h, backend). Empty: all on the CPU.
     std::string data_dir;              // Of the coordinator. Empty: nothing is kept.
     std::string version;
+    std::string model;  // A model's folder, for every worker. Empty: none.
   };
 
   // Returns when everything listens; the group forms after that.

@@ -45,6 +45,7 @@ int Main(int argc, char** argv) {
   Command chosen;
   AddServeCommands(app, chosen);
   AddSessionCommands(app, chosen);
+  AddModelCommands(app, chosen);
   AddAtlasCommands(app, chosen);
   AddBenchCommands(app, chosen);
   AddInfoCommands(app, chosen);

@@ -56,7 +56,11 @@ struct UpOptions {
   int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
   std::string device = "cpu";
   std::string data_dir;
+  std::string model;
 };
+
+constexpr char kModelHelp[] =
+    "Folder with a model (config.json, *.safetensors, tokenizer): token ids in, text and scores out [none]";
 
 void AddUpOptions(CLI::App& command, UpOptions& options) {
   command.add_option("--workers", options.workers, "Workers")
@@ -73,6 +77,7 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
       "what is free on its GPUs]");
   AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
+  command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
 }
 
 absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::string>& devices) {
@@ -83,6 +88,7 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   cluster_options.devices = devices;
   cluster_options.data_dir = options.data_dir;
   cluster_options.version = EDUBA_VERSION;
+  cluster_options.model = options.model;
   EDUBA_ASSIGN_OR_RETURN(const auto cluster, EmbeddedCluster::Start(cluster_options));
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(cluster->address()));
   if (complete) {
@@ -112,13 +118,21 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
   EDUBA_ASSIGN_OR_RETURN(const std::string address,
                          children.front()->WaitUntilReady(absl::Now() + kStartTimeout));
   for (int i = 0; i < options.workers; ++i) {
-    EDUBA_ASSIGN_OR_RETURN(
-        auto worker, ChildProcess::Start(absl::StrCat("worker ", i),
-                                         {"worker", "--coordinator", address, "--listen",
-                                          absl::StrCat(host_and_port.first, ":0"), "--memory-bytes",
-                                          absl::StrCat(options.memory_bytes / options.workers), "--threads",
-                                          absl::StrCat(std::max(1, UsableCores() / options.workers)),
-                                          "--device", devices[i], "--transport", transport}));
+    std::vector<std::string> worker_arguments = {"worker",
+                                                 "--coordinator",
+                                                 address,
+                                                 "--listen",
+                                                 absl::StrCat(host_and_port.first, ":0"),
+                                                 "--memory-bytes",
+                                                 absl::StrCat(options.memory_bytes / options.workers),
+                                                 "--threads",
+                                                 absl::StrCat(std::max(1, UsableCores() / options.workers)),
+                                                 "--device",
+                                                 devices[i],
+                                                 "--transport",
+                                                 transport};
+    if (!options.model.empty()) worker_arguments.insert(worker_arguments.end(), {"--model", options.model});
+    EDUBA_ASSIGN_OR_RETURN(auto worker, ChildProcess::Start(absl::StrCat("worker ", i), worker_arguments));
     children.push_back(std::move(worker));
   }
   return address;
@@ -233,6 +247,7 @@ struct WorkerOptions {
   std::string device = "cpu";
   std::string transport;  // Empty: nccl for a GPU, gloo otherwise.
   int threads = UsableCores();
+  std::string model;
 };
 
 void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
@@ -255,6 +270,7 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
   command.add_option("--threads", options.threads, "Threads of the kernels")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
+  command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
 }
 
 absl::Status RunWorker(const WorkerOptions& options) {
@@ -273,6 +289,7 @@ absl::Status RunWorker(const WorkerOptions& options) {
   }
   worker_options.threads = options.threads;
   worker_options.version = EDUBA_VERSION;
+  worker_options.model = options.model;
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
   PrintReady(worker->address());
   // A worker that is refused for good ends by itself; the signal brings that to where we wait.

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "CLI/Error.hpp"
 #include "CLI/Option.hpp"
 #include "CLI/Validators.hpp"
 #include "absl/strings/str_cat.h"
@@ -18,6 +19,7 @@
 #include "cli/npy_rows.h"
 #include "cli/output.h"
 #include "cli/session_attend.h"
+#include "cli/tokens.h"
 #include "rpc/spec.h"
 
 namespace eduba {
@@ -28,9 +30,19 @@ std::string DTypeText(v1::DType dtype) {
   return known.ok() ? DTypeName(*known) : "?";
 }
 
+std::string PolicyText(const v1::ModelSpec& model) {
+  if (model.policy() == v1::MODEL_POLICY_STREAMING) return "streaming";
+  return model.policy() == v1::MODEL_POLICY_STAR ? "star" : "model";
+}
+
+std::string PositionsText(const v1::ModelSpec& model) {
+  if (model.positions() == v1::POSITION_MODE_ROLLING) return "rolling";
+  return model.positions() == v1::POSITION_MODE_CLAMPED ? "clamped" : "absolute";
+}
+
 Json SessionJson(const v1::Session& session) {
   const v1::SessionSpec& spec = session.spec();
-  return {
+  Json json = {
       {"name", session.name()},
       {"length", session.length()},
       {"bytes", session.bytes()},
@@ -49,6 +61,14 @@ Json SessionJson(const v1::Session& session) {
       {"softcap", spec.softcap()},
       {"stripe_pages", spec.stripe_pages()},
   };
+  if (spec.has_model()) {
+    json["sink_tokens"] = spec.model().sink_tokens();
+    json["window"] = spec.model().window();
+    json["model"] = absl::StrFormat("%016x", spec.model().model_hash());
+    json["policy"] = PolicyText(spec.model());
+    json["positions"] = PositionsText(spec.model());
+  }
+  return json;
 }
 
 void PrintSession(const v1::Session& session) {
@@ -69,6 +89,11 @@ void PrintSession(const v1::Session& session) {
       {"created", absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", absl::FromUnixMillis(session.created_unix_ms()),
                                    absl::UTCTimeZone())},
   };
+  if (spec.has_model()) {
+    rows.push_back({"model", absl::StrFormat("policy %s, %s positions, window %d, %d sink tokens",
+                                             PolicyText(spec.model()), PositionsText(spec.model()),
+                                             spec.model().window(), spec.model().sink_tokens())});
+  }
   if (session.lost()) {
     rows.push_back({"lost", "its content went with a worker; delete it and append again"});
   }
@@ -95,35 +120,65 @@ struct CreateOptions {
   int head_dim = 0;
   int value_dim = 0;
   std::string dtype = "f32";
-  int64_t sink_tokens = 0;
+  std::optional<int64_t> sink_tokens;
   std::vector<float> sink_logits;
   int64_t window = 0;
   std::optional<float> scale;
   float softcap = 0;
   int stripe_pages = 0;
+  bool model = false;
+  std::string policy = "model";
+  std::string positions = "absolute";
+  int64_t clamp = 0;
 };
 
 void AddCreateOptions(CLI::App& command, CreateOptions& options) {
   command.add_option("NAME", options.name, "Name of the new session: 1 to 128 of A-Z a-z 0-9 . _ -")
       ->required();
-  command.add_option("--query-heads", options.query_heads, "Query heads, a multiple of --kv-heads")
-      ->required();
-  command.add_option("--kv-heads", options.kv_heads, "Key and value heads")->required();
-  command.add_option("--head-dim", options.head_dim, "Elements of a key, 1 to 1024")->required();
+  auto* model = command.add_flag("--model", options.model,
+                                 "A session of the workers' model: token ids instead of keys and values");
+  command
+      .add_option(
+          "--policy", options.policy,
+          "With --model, what rows see: the model's own layers; sinks and window (streaming); those while "
+          "appending, all when asked (star)")
+      ->check(CLI::IsMember({"model", "streaming", "star"}))
+      ->needs(model)
+      ->capture_default_str();
+  command
+      .add_option("--positions", options.positions, "With --policy streaming, rotary positions of the sinks")
+      ->check(CLI::IsMember({"absolute", "rolling", "clamped"}))
+      ->needs(model)
+      ->capture_default_str();
+  command
+      .add_option("--clamp", options.clamp, "With --positions clamped, the largest [the last trained for]")
+      ->needs(model);
+  const std::vector<CLI::Option*> heads = {
+      command.add_option("--query-heads", options.query_heads, "Query heads, a multiple of --kv-heads"),
+      command.add_option("--kv-heads", options.kv_heads, "Key and value heads"),
+      command.add_option("--head-dim", options.head_dim, "Elements of a key, 1 to 1024")};
+  for (CLI::Option* option : heads) option->excludes(model);
+  command.parse_complete_callback([heads, model] {
+    for (const CLI::Option* option : heads) {
+      if (model->empty() && option->empty()) throw CLI::RequiredError(option->get_name());
+    }
+  });
   command.add_option("--value-dim", options.value_dim, "Elements of a value, 1 to 1024 [--head-dim]");
   command.add_option("--layers", options.layers, "Layers; arrays then have a leading layer axis")
       ->capture_default_str();
   command.add_option("--dtype", options.dtype, "How keys and values are stored")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}))
       ->capture_default_str();
-  command.add_option("--sink-tokens", options.sink_tokens, "The first positions, replicated on every worker")
-      ->capture_default_str();
+  command.add_option("--sink-tokens", options.sink_tokens,
+                     "The first positions, replicated on every worker [0; with --model 4]");
   command
       .add_option("--sink-logit", options.sink_logits,
                   "Learned sink: a logit in the denominator only; one value, or one per query head (A,B,...)")
       ->delimiter(',')
       ->allow_extra_args(false);
-  command.add_option("--window", options.window, "Last positions that --policy window sees");
+  command.add_option(
+      "--window", options.window,
+      "Last positions that 'attend --policy window', or a streaming or star model session sees");
   command.add_option("--scale", options.scale, "logit = scale * (q . k) [1/sqrt(head_dim)]");
   command.add_option("--softcap", options.softcap, "logit = softcap * tanh(scale * (q . k) / softcap)");
   command.add_option("--stripe-pages", options.stripe_pages,
@@ -132,7 +187,29 @@ void AddCreateOptions(CLI::App& command, CreateOptions& options) {
   AddJsonFlag(command, options.json);
 }
 
+v1::SessionSpec ModelSessionSpec(const CreateOptions& options) {
+  v1::SessionSpec spec;
+  spec.set_stripe_pages(options.stripe_pages);
+  v1::ModelSpec* model = spec.mutable_model();
+  model->set_policy(options.policy == "streaming" ? v1::MODEL_POLICY_STREAMING
+                    : options.policy == "star"    ? v1::MODEL_POLICY_STAR
+                                                  : v1::MODEL_POLICY_MODEL);
+  model->set_positions(options.positions == "rolling"   ? v1::POSITION_MODE_ROLLING
+                       : options.positions == "clamped" ? v1::POSITION_MODE_CLAMPED
+                                                        : v1::POSITION_MODE_ABSOLUTE);
+  model->set_window(options.window);
+  model->set_clamp(options.clamp);
+  if (options.sink_tokens) model->set_sink_tokens(*options.sink_tokens);
+  return spec;
+}
+
 absl::Status RunCreate(const CreateOptions& options) {
+  if (options.model) {
+    EDUBA_ASSIGN_OR_RETURN(const v1::Session session,
+                           Connect(options.server)->CreateSession(options.name, ModelSessionSpec(options)));
+    Report(session, options.json);
+    return absl::OkStatus();
+  }
   v1::SessionSpec spec;
   spec.set_layers(options.layers);
   spec.set_query_heads(options.query_heads);
@@ -141,7 +218,7 @@ absl::Status RunCreate(const CreateOptions& options) {
   spec.set_value_dim(options.value_dim);
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, ParseDType(options.dtype));
   spec.set_dtype(DTypeToProto(dtype));
-  spec.set_sink_tokens(options.sink_tokens);
+  spec.set_sink_tokens(options.sink_tokens.value_or(0));
   spec.mutable_sink_logits()->Assign(options.sink_logits.begin(), options.sink_logits.end());
   spec.set_window(options.window);
   if (options.scale) spec.set_scale(*options.scale);
@@ -161,19 +238,35 @@ struct AppendFlags {
   std::string name;
   std::string keys;
   std::string values;
+  TokenFlags tokens;
   std::optional<int64_t> at;
   bool thin = false;
 };
 
 void AddAppendOptions(CLI::App& command, AppendFlags& options) {
   command.add_option("NAME", options.name, "The session")->required();
-  command
-      .add_option(
-          "--keys", options.keys,
-          "k.npy: f32 or f16 [tokens, kv_heads, head_dim], with a leading layer axis when there are layers")
-      ->required();
-  command.add_option("--values", options.values, "v.npy: f32 or f16 [tokens, kv_heads, value_dim], likewise")
-      ->required();
+  auto* keys = command.add_option(
+      "--keys", options.keys,
+      "k.npy: f32 or f16 [tokens, kv_heads, head_dim], with a leading layer axis when there are layers");
+  auto* values =
+      command
+          .add_option("--values", options.values, "v.npy: f32 or f16 [tokens, kv_heads, value_dim], likewise")
+          ->needs(keys);
+  keys->needs(values);
+  auto* tokens = command
+                     .add_option("--tokens", options.tokens.ids_path,
+                                 "ids.npy: integers [tokens], for a session of the workers' model")
+                     ->excludes(keys);
+  auto* text = command.add_option("--text", options.tokens.text_path, "Text file, UTF-8, likewise")
+                   ->excludes(keys)
+                   ->excludes(tokens);
+  command.add_option("--tokenizer", options.tokens.tokenizer, "Folder of the tokenizer [the model's]")
+      ->needs(text);
+  command.parse_complete_callback([keys, tokens, text] {
+    if (keys->empty() && tokens->empty() && text->empty()) {
+      throw CLI::RequiredError("--keys and --values, or --tokens, or --text,");
+    }
+  });
   command.add_option(
       "--at", options.at,
       "Position where the append starts [the end]; makes a repetition of the same append safe");
@@ -182,8 +275,37 @@ void AddAppendOptions(CLI::App& command, AppendFlags& options) {
   AddJsonFlag(command, options.json);
 }
 
+absl::Status AppendModelTokens(Client& client, const AppendFlags& options) {
+  EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client.GetSession(options.name));
+  const bool at_beginning = options.at.value_or(session.length()) == 0;
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, ReadTokens(client, options.tokens, at_beginning));
+  v1::AppendTokensReceipt receipt;
+  const absl::Time started = absl::Now();
+  {
+    ProgressReport progress("append");
+    const AppendOptions append = {options.at,
+                                  [&](int64_t done, int64_t total) { progress.Rows(done, total); }};
+    EDUBA_ASSIGN_OR_RETURN(receipt, client.AppendTokens(options.name, ids, append));
+  }
+  const double seconds = absl::ToDoubleSeconds(absl::Now() - started);
+  if (options.json) {
+    PrintJson({{"at", receipt.at()},
+               {"count", receipt.count()},
+               {"length", receipt.length()},
+               {"already_stored", receipt.already_stored()},
+               {"seconds", seconds}});
+    return absl::OkStatus();
+  }
+  std::cout << absl::StrFormat("appended %d tokens at %d in %.3f s, %d of which were there; length %d",
+                               receipt.count(), receipt.at(), seconds, receipt.already_stored(),
+                               receipt.length())
+            << std::endl;
+  return absl::OkStatus();
+}
+
 absl::Status RunAppend(const AppendFlags& options) {
   const auto client = Connect(options.server);
+  if (options.tokens.any()) return AppendModelTokens(*client, options);
   EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client->GetSession(options.name));
   EDUBA_ASSIGN_OR_RETURN(const auto rows, NpyRows::Open(options.keys, options.values, session.spec()));
   v1::AppendReceipt receipt;
@@ -243,6 +365,27 @@ absl::Status RunDelete(const NameOptions& options) {
   return absl::OkStatus();
 }
 
+struct ForkOptions {
+  ServerFlags server;
+  bool json = false;
+  std::string name;
+  std::string fork;
+};
+
+void AddForkOptions(CLI::App& command, ForkOptions& options) {
+  command.add_option("NAME", options.name, "The session, of the workers' model")->required();
+  command.add_option("NEW", options.fork, "Name of the new one")->required();
+  AddServerFlags(command, options.server);
+  AddJsonFlag(command, options.json);
+}
+
+absl::Status RunFork(const ForkOptions& options) {
+  EDUBA_ASSIGN_OR_RETURN(const v1::Session session,
+                         Connect(options.server)->ForkSession(options.name, options.fork));
+  Report(session, options.json);
+  return absl::OkStatus();
+}
+
 struct ListOptions {
   ServerFlags server;
   bool json = false;
@@ -276,8 +419,10 @@ void AddSessionCommands(CLI::App& app, Command& chosen) {
   CLI::App* session = app.add_subcommand("session", "Create, fill, ask, show and delete sessions");
   session->require_subcommand(1);
   AddCommand(*session, "create", "Create an empty session", chosen, AddCreateOptions, RunCreate);
-  AddCommand(*session, "append", "Append keys and values from .npy files", chosen, AddAppendOptions,
-             RunAppend);
+  AddCommand(*session, "append", "Append keys and values, or a model's tokens, from files", chosen,
+             AddAppendOptions, RunAppend);
+  AddCommand(*session, "fork", "A new session with the same tokens, on the same memory", chosen,
+             AddForkOptions, RunFork);
   AddAttendCommand(*session, chosen);
   AddCommand(*session, "show", "Show one session", chosen, AddNameOptions, RunShow);
   AddCommand(*session, "list", "List all sessions", chosen, AddListOptions, RunList);

@@ -25,6 +25,8 @@ namespace {
 constexpr int kListPageSize = 1000;
 // Giving an append up is a courtesy (idle appends end by themselves), so it gets little time.
 constexpr absl::Duration kAbortTimeout = absl::Seconds(5);
+// For the last step of a generation that is over time, and its summary.
+constexpr absl::Duration kSummaryGrace = absl::Seconds(10);
 
 // Floats of a bytes field. False when their number is not `count`.
 bool CopyFloats(const std::string& bytes, int64_t count, std::vector<float>* out) {
@@ -288,6 +290,117 @@ absl::StatusOr<v1::AttendSummary> Client::Attend(const v1::Session& session, int
                                             rows, " rows: take nothing of it, and repeat the call"));
   }
   return *std::move(summary);
+}
+
+absl::StatusOr<v1::Model> Client::GetModel() {
+  return stub_->Call(&v1::Eduba::Stub::GetModel, v1::GetModelRequest(), absl::Now() + options_.timeout);
+}
+
+absl::StatusOr<v1::AppendTokensReceipt> Client::AppendTokens(const std::string& session,
+                                                             absl::Span<const int32_t> ids,
+                                                             const AppendOptions& options) {
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
+  v1::AppendTokensReceipt receipt;
+  const auto writer = stub_->service->AppendTokens(&context, &receipt);
+  const auto count = static_cast<int64_t>(ids.size());
+  bool open = true;
+  for (int64_t first = 0; open && (first < count || first == 0); first += kTokenIdsMax) {
+    const absl::Span<const int32_t> piece = ids.subspan(first, kTokenIdsMax);
+    v1::AppendTokensRequest request;
+    if (first == 0) {
+      request.set_session(session);
+      if (options.at) request.set_at(*options.at);
+    }
+    request.set_ids(piece.data(), piece.size() * sizeof(int32_t));
+    open = writer->Write(request);
+    if (options.progress) options.progress(std::min(count, first + kTokenIdsMax), count);
+  }
+  writer->WritesDone();
+  const absl::Status status = stub_->Explain(writer->Finish());
+  if (!status.ok()) return status;
+  return receipt;
+}
+
+absl::StatusOr<v1::GenerateSummary> Client::Generate(
+    v1::GenerateRequest request,
+    const std::function<absl::Status(const v1::GenerateResponse::Tokens& tokens)>& sink) {
+  if (request.time_limit_ms() == 0) {
+    request.set_time_limit_ms(std::max<int64_t>(1, absl::ToInt64Milliseconds(options_.timeout)));
+  }
+  grpc::ClientContext context;
+  // Later than the limit, so that the server can still say how far it came.
+  context.set_deadline(
+      absl::ToChronoTime(absl::Now() + absl::Milliseconds(request.time_limit_ms()) + kSummaryGrace));
+  const auto stream = stub_->service->Generate(&context, request);
+  std::optional<v1::GenerateSummary> summary;
+  absl::Status taken;
+  v1::GenerateResponse response;
+  while (taken.ok() && stream->Read(&response)) {
+    if (response.has_summary()) {
+      summary = response.summary();
+    } else {
+      taken = sink(response.tokens());
+    }
+  }
+  if (!taken.ok()) context.TryCancel();
+  const absl::Status finished = stub_->Explain(stream->Finish());
+  if (!taken.ok()) return taken;
+  if (!finished.ok()) return finished;
+  if (!summary) return absl::InternalError("the server ended the generation without a summary");
+  return *std::move(summary);
+}
+
+absl::StatusOr<std::vector<float>> Client::Score(const std::string& session, absl::Span<const int32_t> ids) {
+  v1::ScoreRequest request;
+  request.set_session(session);
+  request.set_ids(ids.data(), ids.size() * sizeof(int32_t));
+  EDUBA_ASSIGN_OR_RETURN(const v1::ScoreResponse response,
+                         stub_->Call(&v1::Eduba::Stub::Score, request, absl::Now() + options_.timeout));
+  std::vector<float> log_probs;
+  if (!CopyFloats(response.log_probs(), static_cast<int64_t>(ids.size()), &log_probs)) {
+    return absl::InternalError(absl::StrCat("the server answered ", ids.size(), " tokens with ",
+                                            response.log_probs().size(), " bytes"));
+  }
+  return log_probs;
+}
+
+absl::StatusOr<std::vector<float>> Client::Embed(const std::string& session, absl::Span<const int64_t> ranges,
+                                                 v1::Pool pool) {
+  v1::EmbedRequest request;
+  request.set_session(session);
+  request.set_ranges(ranges.data(), ranges.size() * sizeof(int64_t));
+  request.set_pool(pool);
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
+  const auto stream = stub_->service->Embed(&context, request);
+  std::vector<float> all;
+  std::vector<float> piece;
+  int64_t rows = 0;
+  bool sound = true;
+  v1::EmbedResponse response;
+  while (stream->Read(&response)) {
+    sound = sound && response.first_range() == rows &&
+            CopyFloats(response.vectors(), static_cast<int64_t>(response.vectors().size() / sizeof(float)),
+                       &piece);
+    all.insert(all.end(), piece.begin(), piece.end());
+    rows += response.count();
+  }
+  const absl::Status finished = stub_->Explain(stream->Finish());
+  if (!finished.ok()) return finished;
+  if (!sound || rows * 2 != static_cast<int64_t>(ranges.size()) ||
+      all.size() % std::max<size_t>(1, rows) != 0) {
+    return absl::InternalError(
+        absl::StrCat("the server answered ", ranges.size() / 2, " ranges with ", rows));
+  }
+  return all;
+}
+
+absl::StatusOr<v1::Session> Client::ForkSession(const std::string& session, const std::string& name) {
+  v1::ForkSessionRequest request;
+  request.set_session(session);
+  request.set_name(name);
+  return stub_->Call(&v1::Eduba::Stub::ForkSession, request, absl::Now() + options_.timeout);
 }
 
 absl::StatusOr<v1::ListWorkersResponse> Client::ListWorkers() {

@@ -102,6 +102,26 @@ class Client {
                                            const QuerySource& source, const ResultSink& sink,
                                            const AttendOptions& options);
 
+  // The workers' model, and sessions of it: CreateSession with a spec that has a model part.
+  absl::StatusOr<v1::Model> GetModel();
+  // `at` as in AppendOptions. Not all or nothing: an error says how long the session is now, and the same
+  // call with the same `at` goes on from there. `progress` counts tokens.
+  absl::StatusOr<v1::AppendTokensReceipt> AppendTokens(const std::string& session,
+                                                       absl::Span<const int32_t> ids,
+                                                       const AppendOptions& options);
+  // `sink` takes the tokens as they come, on the caller's thread; an error of it ends the generation, and the
+  // session keeps what was generated. Where the request has no time limit, this client's is one: then the
+  // answer says that it was the deadline, instead of being DEADLINE_EXCEEDED.
+  absl::StatusOr<v1::GenerateSummary> Generate(
+      v1::GenerateRequest request,
+      const std::function<absl::Status(const v1::GenerateResponse::Tokens& tokens)>& sink);
+  // [ids]: ln P(ids[i] | session, ids[..i)); at most 196608 ids.
+  absl::StatusOr<std::vector<float>> Score(const std::string& session, absl::Span<const int32_t> ids);
+  // [ranges, hidden_size]: of positions [begin, end) that the session has; `ranges` [n, 2], ascending.
+  absl::StatusOr<std::vector<float>> Embed(const std::string& session, absl::Span<const int64_t> ranges,
+                                           v1::Pool pool);
+  absl::StatusOr<v1::Session> ForkSession(const std::string& session, const std::string& name);
+
   absl::StatusOr<v1::ListWorkersResponse> ListWorkers();
 
  private:

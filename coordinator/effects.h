@@ -33,7 +33,8 @@ struct Done {};
 
 // A request's answer; which alternative follows from the request.
 using Answer = std::variant<Done, v1::Session, v1::ListSessionsResponse, v1::AppendPlan, v1::AppendReceipt,
-                            v1::ListWorkersResponse, AttendTotals>;
+                            v1::ListWorkersResponse, AttendTotals, v1::Model, v1::AppendTokensReceipt,
+                            v1::GenerateSummary, v1::ScoreResponse>;
 
 // What ClusterState wants done. To be carried out in order.
 
@@ -68,6 +69,16 @@ struct AttendedRows {
   v1::AttendResponse::Rows rows;
 };
 
+// A run of what a Generate or an Embed call gets, in order.
+struct Generated {
+  RequestId request = 0;
+  v1::GenerateResponse::Tokens tokens;
+};
+struct Embedded {
+  RequestId request = 0;
+  v1::EmbedResponse rows;
+};
+
 // To be written down durably, then ClusterState::Persisted(id, status) is called.
 struct Persist {
   uint64_t id = 0;
@@ -90,8 +101,8 @@ struct Note {
   std::string text;
 };
 
-using Effect = std::variant<SendToWorker, CloseWorker, Reply, AttendStarted, AttendedRows, Persist,
-                            ResetRendezvous, SetServing, Note>;
+using Effect = std::variant<SendToWorker, CloseWorker, Reply, AttendStarted, AttendedRows, Generated,
+                            Embedded, Persist, ResetRendezvous, SetServing, Note>;
 
 }  // namespace eduba
 

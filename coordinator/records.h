@@ -23,7 +23,7 @@ struct Digest {
   bool operator==(const Digest&) const = default;
 };
 
-// One committed append.
+// One committed append. Of token ids, which the coordinator keeps and compares themselves, the digest is 0.
 struct AppendRecord {
   int64_t at = 0;
   int64_t count = 0;
@@ -54,7 +54,7 @@ struct EpochBegun {
   uint64_t epoch = 0;
 };
 struct SessionCreated {
-  SessionRecord session;  // without appends; its id becomes used
+  SessionRecord session;  // a fork with its appends; its id becomes used
 };
 struct SessionErased {
   uint64_t session_id = 0;

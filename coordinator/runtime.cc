@@ -117,6 +117,14 @@ void Runtime::CarryOutOne(Effect any) {
           if (const auto it = callers_.find(effect.request); it != callers_.end()) {
             it->second->OnRows(std::move(effect.rows));
           }
+        } else if constexpr (std::is_same_v<T, Generated>) {
+          if (const auto it = callers_.find(effect.request); it != callers_.end()) {
+            it->second->OnGenerated(std::move(effect.tokens));
+          }
+        } else if constexpr (std::is_same_v<T, Embedded>) {
+          if (const auto it = callers_.find(effect.request); it != callers_.end()) {
+            it->second->OnEmbedded(std::move(effect.rows));
+          }
         } else if constexpr (std::is_same_v<T, Persist>) {
           const absl::Status status = store_->Apply(effect.change);
           if (!status.ok()) LogError(std::string(status.message()));

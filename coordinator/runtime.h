@@ -27,6 +27,8 @@ class Caller {
   virtual ~Caller() = default;
   virtual void OnStarted(const AttendStarted& /*started*/) {}
   virtual void OnRows(v1::AttendResponse::Rows&& /*rows*/) {}
+  virtual void OnGenerated(v1::GenerateResponse::Tokens&& /*tokens*/) {}
+  virtual void OnEmbedded(v1::EmbedResponse&& /*rows*/) {}
   // Last.
   virtual void OnReply(absl::StatusOr<Answer> answer) = 0;
 };

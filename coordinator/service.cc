@@ -1,9 +1,15 @@
 #include "coordinator/service.h"
 
+#include <cstring>
+#include <optional>
+#include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "coordinator/answer_queue.h"
 #include "coordinator/attend_stream.h"
 #include "coordinator/join_stream.h"
 #include "coordinator/thin_upload.h"
@@ -142,6 +148,96 @@ grpc::Status EdubaService::AppendEncoded(grpc::ServerContext* context,
 grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* EdubaService::Attend(
     grpc::CallbackServerContext*) {
   return new AttendStream(runtime_);
+}
+
+grpc::Status EdubaService::GetModel(grpc::ServerContext* context, const v1::GetModelRequest*,
+                                    v1::Model* response) {
+  const auto event = [](ClusterState& state, RequestId id, int64_t) { state.GetModel(id); };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::Status EdubaService::AppendTokens(grpc::ServerContext* context,
+                                        grpc::ServerReader<v1::AppendTokensRequest>* reader,
+                                        v1::AppendTokensReceipt* response) {
+  v1::AppendTokensRequest request;
+  std::string session;
+  std::optional<int64_t> at;
+  bool first = true;
+  while (reader->Read(&request)) {
+    if (first) session = request.session();
+    if (first && request.has_at()) at = request.at();
+    if (!first && (!request.session().empty() || request.has_at())) {
+      return ToGrpc(absl::InvalidArgumentError("only the first message of AppendTokens has session and at"));
+    }
+    if (request.ids().size() % sizeof(int32_t) != 0) {
+      return ToGrpc(absl::InvalidArgumentError(
+          absl::StrCat("ids have ", request.ids().size(), " bytes, wanted a multiple of 4 (int32)")));
+    }
+    std::vector<int32_t> ids(request.ids().size() / sizeof(int32_t));
+    std::memcpy(ids.data(), request.ids().data(), request.ids().size());
+    const auto event = [&](ClusterState& state, RequestId id, int64_t now) {
+      state.AppendTokens(id, session, at, ids, now);
+    };
+    v1::AppendTokensReceipt receipt;
+    if (const absl::Status status = Ask(runtime_, context, event, &receipt); !status.ok())
+      return ToGrpc(status);
+    if (first) response->set_at(receipt.at());
+    response->set_count(response->count() + receipt.count());
+    response->set_length(receipt.length());
+    response->set_already_stored(response->already_stored() + receipt.already_stored());
+    // What another call may have appended meanwhile is not what this one goes on from.
+    at = receipt.at() + receipt.count();
+    first = false;
+  }
+  if (first) return ToGrpc(absl::InvalidArgumentError("AppendTokens has no message"));
+  return grpc::Status::OK;
+}
+
+grpc::Status EdubaService::Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
+                                    grpc::ServerWriter<v1::GenerateResponse>* writer) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.Generate(id, *request, now);
+  };
+  const absl::StatusOr<Answer> answer = AnswerQueue::Run(
+      runtime_, event, [context] { return context->IsCancelled(); },
+      [writer](AnswerQueue::Piece&& piece) {
+        v1::GenerateResponse response;
+        *response.mutable_tokens() = std::get<v1::GenerateResponse::Tokens>(std::move(piece));
+        return writer->Write(response);
+      });
+  if (!answer.ok()) return ToGrpc(answer.status());
+  v1::GenerateResponse last;
+  *last.mutable_summary() = std::get<v1::GenerateSummary>(*answer);
+  writer->Write(last);
+  return grpc::Status::OK;
+}
+
+grpc::Status EdubaService::Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
+                                 v1::ScoreResponse* response) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.Score(id, *request, now);
+  };
+  return ToGrpc(Ask(runtime_, context, event, response));
+}
+
+grpc::Status EdubaService::Embed(grpc::ServerContext* context, const v1::EmbedRequest* request,
+                                 grpc::ServerWriter<v1::EmbedResponse>* writer) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.Embed(id, *request, now);
+  };
+  return ToGrpc(
+      AnswerQueue::Run(
+          runtime_, event, [context] { return context->IsCancelled(); },
+          [writer](AnswerQueue::Piece&& piece) { return writer->Write(std::get<v1::EmbedResponse>(piece)); })
+          .status());
+}
+
+grpc::Status EdubaService::ForkSession(grpc::ServerContext* context, const v1::ForkSessionRequest* request,
+                                       v1::Session* response) {
+  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
+    state.ForkSession(id, *request, absl::ToUnixMillis(absl::Now()), now);
+  };
+  return ToGrpc(Ask(runtime_, context, event, response));
 }
 
 grpc::Status EdubaService::ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest*,

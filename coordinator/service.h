@@ -33,6 +33,18 @@ class EdubaService final : public v1::Eduba::WithRawCallbackMethod_Attend<v1::Ed
                            v1::AbortAppendResponse* response) override;
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Attend(
       grpc::CallbackServerContext* context) override;
+  grpc::Status GetModel(grpc::ServerContext* context, const v1::GetModelRequest* request,
+                        v1::Model* response) override;
+  grpc::Status AppendTokens(grpc::ServerContext* context, grpc::ServerReader<v1::AppendTokensRequest>* reader,
+                            v1::AppendTokensReceipt* response) override;
+  grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
+                        grpc::ServerWriter<v1::GenerateResponse>* writer) override;
+  grpc::Status Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
+                     v1::ScoreResponse* response) override;
+  grpc::Status Embed(grpc::ServerContext* context, const v1::EmbedRequest* request,
+                     grpc::ServerWriter<v1::EmbedResponse>* writer) override;
+  grpc::Status ForkSession(grpc::ServerContext* context, const v1::ForkSessionRequest* request,
+                           v1::Session* response) override;
   grpc::Status ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest* request,
                            v1::ListWorkersResponse* response) override;
 

@@ -74,8 +74,20 @@ class ClusterState {
   void SubmitRows(RequestId request, std::string queries, std::vector<int64_t> positions, int64_t now_ms);
   void FinishRows(RequestId request, int64_t now_ms);
 
-  // Nobody waits for the request any more: no Reply. Queued rows are dropped, a plan is undone; a commit that
-  // is under way goes on (asking again gives its receipt).
+  // ---- Clients of model sessions.
+  void GetModel(RequestId request);  // Model
+  // One message of an append. `at`: as AppendTokensRequest's.
+  void AppendTokens(RequestId request, const std::string& session, std::optional<int64_t> at,
+                    std::vector<int32_t> ids, int64_t now_ms);  // AppendTokensReceipt
+  void Generate(RequestId request, const v1::GenerateRequest& args,
+                int64_t now_ms);                                                // Generated; GenerateSummary
+  void Score(RequestId request, const v1::ScoreRequest& args, int64_t now_ms);  // ScoreResponse
+  void Embed(RequestId request, const v1::EmbedRequest& args, int64_t now_ms);  // Embedded; Done
+  void ForkSession(RequestId request, const v1::ForkSessionRequest& args, int64_t unix_ms,
+                   int64_t now_ms);  // Session
+
+  // Nobody waits for the request any more: no Reply. Queued rows are dropped, a plan is undone, a model's job
+  // ends with what it has; a commit that is under way goes on (asking again gives its receipt).
   void Cancel(RequestId request, int64_t now_ms);
 
   // ---- The rest.
@@ -113,7 +125,11 @@ class ClusterState {
     std::string lost;         // why its content is gone; empty: it is not
     uint64_t open_epoch = 0;  // the epoch whose workers know the session
     uint64_t append_id = 0;   // the append under way, 0: none
-    RequestId waiter = 0;     // of the creation or deletion
+    // The command that is extending a model session, or whose tokens are being written down; 0: none.
+    uint64_t model_job = 0;
+    std::vector<int32_t> ids;  // of a model session, in this coordinator's life: [0, length)
+    int64_t recorded = 0;      // positions of a model session that are written down
+    RequestId waiter = 0;      // of the creation or deletion
     // While being opened or closed.
     bool failed = false;
     absl::Status failure;
@@ -143,6 +159,21 @@ class ClusterState {
     AttendTotals totals;
   };
 
+  // A model command that the workers have.
+  struct ModelJob {
+    enum class Kind { kAppend, kGenerate, kScore, kEmbed };
+    Kind kind = Kind::kAppend;
+    RequestId request = 0;  // 0: nobody waits any more
+    uint64_t session_id = 0;
+    std::vector<int32_t> ids;    // kAppend: what was sent; kGenerate: what has come
+    int64_t already_stored = 0;  // kAppend: tokens ahead of `ids` that were there before
+    int64_t ranges = 0;          // kEmbed: that were asked for
+    int64_t embedded = 0;        // kEmbed: that have come
+    int64_t started_ms = 0;
+    int64_t deadline_ms = 0;  // 0: none
+    bool cancelled = false;
+  };
+
   enum class CommandKind {
     kOpenSession,
     kCloseSession,
@@ -150,12 +181,14 @@ class ClusterState {
     kSealAppend,
     kCommitAppend,
     kAbortAppend,
-    kAttend
+    kAttend,
+    kModelJob,
+    kCancelJob
   };
 
   struct PendingCommand {
     CommandKind kind = CommandKind::kAttend;
-    uint64_t subject = 0;  // session or append id
+    uint64_t subject = 0;  // session or append id; kModelJob: the ordinal
     int64_t sent_ms = 0;
     std::vector<std::optional<v1::CommandResult>> results;  // by rank
     int missing = 0;
@@ -194,9 +227,12 @@ class ClusterState {
 
   // state_sessions.cc
   absl::StatusOr<SessionEntry*> FindSession(const std::string& name);
+  absl::Status CheckNewName(const std::string& name) const;
   SessionEntry* SessionById(uint64_t id);
   // Also checks that its content is there and the group is active.
   absl::StatusOr<SessionEntry*> FindUsable(const std::string& name);
+  absl::StatusOr<SessionEntry*> FindTensorSession(const std::string& name);
+  SessionEntry* AddSession(RequestId waiter, const std::string& name, v1::SessionSpec spec, int64_t unix_ms);
   v1::Session Describe(const SessionEntry& session) const;
   void OpenOnWorkers(SessionEntry* session, int64_t now_ms);
   void CloseOnWorkers(SessionEntry* session, int64_t now_ms);
@@ -238,6 +274,22 @@ class ClusterState {
   void FailCallsOf(uint64_t session_id, const absl::Status& status);
   void EndCallIfDone(RequestId request, Call* call);
 
+  // state_models.cc
+  // What the workers hold; null: none of them has a model.
+  const v1::Model* CurrentModel() const;
+  absl::StatusOr<SessionEntry*> FindModelSession(const std::string& name);
+  absl::StatusOr<SessionEntry*> FindExtensible(const std::string& name);
+  absl::Status CheckGenerate(const v1::GenerateRequest& args) const;
+  uint64_t StartModelJob(ModelJob job, v1::Command command, int64_t now_ms);
+  void OnModelProgress(WorkerEntry* worker, v1::ModelProgress progress, int64_t now_ms);
+  void OnModelJob(const PendingCommand& command, int64_t now_ms);
+  void OnTokensRecorded(uint64_t session_id, const absl::Status& status, int64_t now_ms);
+  void ReplyToJob(const ModelJob& job, const SessionEntry& session, const v1::CommandResult& result,
+                  int64_t now_ms);
+  void CancelModelJob(uint64_t ordinal, int64_t now_ms);
+  void EndLateModelJobs(int64_t now_ms);
+  void FailModelJobsOf(uint64_t session_id, const absl::Status& status);
+
   void Emit(Effect effect) { effects_.push_back(std::move(effect)); }
   void Respond(RequestId request, absl::StatusOr<Answer> answer);
   void Write(Change change, uint64_t subject);
@@ -269,6 +321,9 @@ class ClusterState {
   std::deque<Batch> again_;  // go before what the batcher has
   std::map<RequestId, Call> calls_;
   int steps_in_flight_ = 0;
+  std::map<uint64_t, ModelJob> model_jobs_;  // by ordinal
+  // By session: jobs that have ended, whose tokens are being written down.
+  std::map<uint64_t, std::pair<ModelJob, v1::CommandResult>> recording_jobs_;
 
   struct PendingWrite {
     Change change;

@@ -110,7 +110,7 @@ absl::StatusOr<v1::AppendPlan> ClusterState::MakePlan(const SessionEntry& sessio
 
 // 1. Reserve.
 void ClusterState::PlanAppend(RequestId request, const v1::PlanAppendRequest& args, int64_t now_ms) {
-  const absl::StatusOr<SessionEntry*> found = FindUsable(args.session());
+  const absl::StatusOr<SessionEntry*> found = FindTensorSession(args.session());
   if (!found.ok()) return Respond(request, found.status());
   SessionEntry* session = *found;
   absl::StatusOr<v1::AppendPlan> plan = MakePlan(*session, args);
@@ -231,6 +231,7 @@ void ClusterState::FinishComparison(AppendEntry* append, int64_t now_ms) {
 
 void ClusterState::OnAppendRecorded(const AppendCommitted& change, uint64_t append_id,
                                     const absl::Status& status, int64_t now_ms) {
+  if (append_id == 0) return OnTokensRecorded(change.session_id, status, now_ms);
   SessionEntry* session = SessionById(change.session_id);
   const auto it = appends_.find(append_id);
   if (!status.ok()) {

@@ -38,7 +38,7 @@ bool SaysMore(const absl::Status& a, const absl::Status& b) {
 
 // 1. The call sees the length that is committed now.
 void ClusterState::StartAttend(RequestId request, const v1::AttendRequest::Header& header, int64_t now_ms) {
-  const absl::StatusOr<SessionEntry*> found = FindUsable(header.session());
+  const absl::StatusOr<SessionEntry*> found = FindTensorSession(header.session());
   if (!found.ok()) return Respond(request, found.status());
   const SessionEntry& session = **found;
   const v1::SessionSpec& spec = *session.spec;

@@ -98,6 +98,8 @@ void ClusterState::WorkerSaid(WorkerId id, v1::WorkerMessage message, int64_t no
       return OnFormed(worker, message.formed(), now_ms);
     case v1::WorkerMessage::kResult:
       return OnResult(worker, std::move(*message.mutable_result()), now_ms);
+    case v1::WorkerMessage::kProgress:
+      return OnModelProgress(worker, std::move(*message.mutable_progress()), now_ms);
     case v1::WorkerMessage::KIND_NOT_SET:
       return Expel(id, "sent an empty message", now_ms);
   }
@@ -143,6 +145,16 @@ void ClusterState::Greet(WorkerEntry* worker, v1::WorkerHello hello, int64_t now
                                          other.hello.address(), " (", other.hello.backend(),
                                          "): another CPU kind or build; answers would not be the same "
                                          "bits. Use equal machines and one build")));
+    }
+    if (other.hello.has_model() != hello.has_model() || other.hello.model().hash() != hello.model().hash()) {
+      const auto held = [](const v1::WorkerHello& h) {
+        return h.has_model() ? absl::StrCat("model ", h.model().name()) : std::string("no model");
+      };
+      return Refuse(id, absl::FailedPreconditionError(absl::StrCat(
+                            "worker ", hello.address(), " is refused: it holds ", held(hello), ", and ",
+                            other.hello.address(), " holds ", held(other.hello),
+                            ", with other weights or another configuration: give all workers of a group one "
+                            "--model")));
     }
   }
   if (Greeted() >= options_.group_size) {
@@ -258,6 +270,7 @@ void ClusterState::EndEpoch(const std::string& why, int64_t now_ms) {
   steps_in_flight_ = 0;
   const absl::Status status = absl::UnavailableError(absl::StrCat(text, ": retry the whole call"));
   while (!calls_.empty()) FailCall(calls_.begin()->first, status);
+  for (const auto& [ordinal, job] : std::exchange(model_jobs_, {})) Respond(job.request, status);
   while (!appends_.empty()) {
     for (const RequestId waiter : std::exchange(appends_.begin()->second.waiters, {})) {
       Respond(waiter, status);
@@ -370,8 +383,11 @@ void ClusterState::Completed(const PendingCommand& command, int64_t now_ms) {
       return OnSealed(command, now_ms);
     case CommandKind::kCommitAppend:
       return OnPublished(command, now_ms);
+    case CommandKind::kModelJob:
+      return OnModelJob(command, now_ms);
     case CommandKind::kAbortAppend:
     case CommandKind::kAttend:
+    case CommandKind::kCancelJob:
       return;
   }
 }
@@ -412,6 +428,14 @@ void ClusterState::Cancel(RequestId request, int64_t now_ms) {
   if (calls_.erase(request) > 0) {
     batcher_.Close(request);
     return;
+  }
+  for (auto& [ordinal, job] : model_jobs_) {
+    if (job.request != request) continue;
+    job.request = 0;
+    return CancelModelJob(ordinal, now_ms);
+  }
+  for (auto& [session_id, recording] : recording_jobs_) {
+    if (recording.first.request == request) recording.first.request = 0;
   }
   for (auto& [name, session] : sessions_) {
     if (session.waiter == request) session.waiter = 0;
@@ -472,6 +496,7 @@ void ClusterState::Tick(int64_t now_ms) {
     AttemptFailed("not all workers answered in time", now_ms);
   }
   ExpireAppends(now_ms);
+  EndLateModelJobs(now_ms);
   TryForm(now_ms);
 }
 

@@ -52,13 +52,26 @@ absl::StatusOr<ClusterState::SessionEntry*> ClusterState::FindUsable(const std::
   return session;
 }
 
+absl::StatusOr<ClusterState::SessionEntry*> ClusterState::FindTensorSession(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, FindUsable(name));
+  if (session->spec->has_model()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("session '", name,
+                     "' is a model session: it takes token ids (AppendTokens, Generate, Score, Embed)"));
+  }
+  return session;
+}
+
 v1::Session ClusterState::Describe(const SessionEntry& session) const {
   v1::Session answer;
   answer.set_name(session.record.name);
   *answer.mutable_spec() = session.record.spec;
   answer.set_length(session.record.length());
-  answer.set_bytes(session.record.length() * session.record.spec.layers() *
-                   PositionBytes(session.record.spec));
+  if (!session.spec->has_model()) {
+    answer.set_bytes(session.record.length() * session.spec->layers() * PositionBytes(*session.spec));
+  } else if (const v1::Model* model = CurrentModel(); model != nullptr) {
+    answer.set_bytes(ModelSessionBytes(*session.spec, *model, session.record.length()));
+  }
   answer.set_lost(!session.lost.empty());
   answer.set_created_unix_ms(session.record.created_unix_ms);
   return answer;
@@ -66,35 +79,48 @@ v1::Session ClusterState::Describe(const SessionEntry& session) const {
 
 void ClusterState::CreateSession(RequestId request, const v1::CreateSessionRequest& args, int64_t unix_ms,
                                  int64_t now_ms) {
-  const absl::Status name = ValidateSessionName(args.name());
-  if (!name.ok()) return Respond(request, name);
-  absl::StatusOr<v1::SessionSpec> spec = CompleteSpec(args.spec());
-  if (!spec.ok()) return Respond(request, spec.status());
-  const auto it = sessions_.find(args.name());
-  if (it != sessions_.end()) {
-    if (it->second.phase == SessionPhase::kReady) {
-      return Respond(request,
-                     absl::AlreadyExistsError(absl::StrCat(
-                         "session '", args.name(), "' exists already: choose another name or delete it")));
-    }
-    return Respond(request,
-                   absl::AbortedError(absl::StrCat("session '", args.name(),
-                                                   "' is being created or deleted by another call: retry "
-                                                   "in a moment")));
+  absl::Status status = ValidateSessionName(args.name());
+  const v1::Model* model = CurrentModel();
+  absl::StatusOr<v1::SessionSpec> spec = args.spec();
+  if (!args.spec().has_model()) {
+    spec = CompleteSpec(args.spec());
+  } else if (model != nullptr) {
+    spec = CompleteModelSpec(args.spec(), *model);
   }
-  const absl::Status active = CheckActive();
-  if (!active.ok()) return Respond(request, active);
+  if (status.ok()) status = spec.status();
+  if (status.ok()) status = CheckNewName(args.name());
+  if (status.ok()) status = CheckActive();
+  if (status.ok() && args.spec().has_model() && model == nullptr) {
+    status = absl::FailedPreconditionError("the workers hold no model: start them with --model FOLDER");
+  }
+  if (!status.ok()) return Respond(request, status);
+  OpenOnWorkers(AddSession(request, args.name(), *std::move(spec), unix_ms), now_ms);
+}
 
-  SessionEntry& session = sessions_[args.name()];
+absl::Status ClusterState::CheckNewName(const std::string& name) const {
+  EDUBA_RETURN_IF_ERROR(ValidateSessionName(name));
+  const auto it = sessions_.find(name);
+  if (it == sessions_.end()) return absl::OkStatus();
+  if (it->second.phase == SessionPhase::kReady) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("session '", name, "' exists already: choose another name or delete it"));
+  }
+  return absl::AbortedError(
+      absl::StrCat("session '", name, "' is being created or deleted by another call: retry in a moment"));
+}
+
+ClusterState::SessionEntry* ClusterState::AddSession(RequestId waiter, const std::string& name,
+                                                     v1::SessionSpec spec, int64_t unix_ms) {
+  SessionEntry& session = sessions_[name];
   session.record.id = next_session_id_++;
-  session.record.name = args.name();
+  session.record.name = name;
   session.record.created_unix_ms = unix_ms;
-  session.record.spec = *std::move(spec);
+  session.record.spec = std::move(spec);
   session.spec = std::make_shared<const v1::SessionSpec>(session.record.spec);
   session.phase = SessionPhase::kOpening;
-  session.waiter = request;
-  session_names_[session.record.id] = args.name();
-  OpenOnWorkers(&session, now_ms);
+  session.waiter = waiter;
+  session_names_[session.record.id] = name;
+  return &session;
 }
 
 void ClusterState::OpenOnWorkers(SessionEntry* session, int64_t now_ms) {
@@ -187,8 +213,10 @@ void ClusterState::DeleteSession(RequestId request, const v1::DeleteSessionReque
     }
     Undo(append.id, absl::NotFoundError(absl::StrCat("session '", args.name(), "' was deleted")), now_ms);
   }
-  FailCallsOf(session->record.id,
-              absl::NotFoundError(absl::StrCat("session '", args.name(), "' was deleted during the call")));
+  const absl::Status deleted =
+      absl::NotFoundError(absl::StrCat("session '", args.name(), "' was deleted during the call"));
+  FailCallsOf(session->record.id, deleted);
+  FailModelJobsOf(session->record.id, deleted);
   session->phase = SessionPhase::kErasing;
   session->waiter = request;
   Write(SessionErased{session->record.id}, session->record.id);
@@ -225,6 +253,7 @@ void ClusterState::SessionsLoseTheirEpoch(const std::string& why) {
   std::vector<uint64_t> closing;
   std::vector<uint64_t> opening;
   for (auto& [name, session] : sessions_) {
+    if (recording_jobs_.count(session.record.id) == 0) session.model_job = 0;
     if (session.phase == SessionPhase::kOpening) opening.push_back(session.record.id);
     if (session.phase == SessionPhase::kClosing) closing.push_back(session.record.id);
     if (session.record.length() > 0 && session.lost.empty()) session.lost = why;

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "base/check.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
 #include "rpc/spec.h"
@@ -250,7 +249,6 @@ absl::Status Store::ApplyInTransaction(const Change& change) {
   if (const auto* begun = std::get_if<EpochBegun>(&change)) return SetMeta("epoch", begun->epoch);
   if (const auto* created = std::get_if<SessionCreated>(&change)) {
     const SessionRecord& session = created->session;
-    EDUBA_CHECK(session.appends.empty());
     const std::string spec = session.spec.SerializeAsString();
     EDUBA_RETURN_IF_ERROR(
         Statement(this, "INSERT INTO sessions (id, name, spec, created_unix_ms) VALUES (?, ?, ?, ?)")
@@ -259,6 +257,7 @@ absl::Status Store::ApplyInTransaction(const Change& change) {
             .BindBlob(spec)
             .Bind(session.created_unix_ms)
             .Run("add a session to"));
+    for (const AppendRecord& append : session.appends) EDUBA_RETURN_IF_ERROR(AddAppend(session.id, append));
     return SetMeta("next_session_id", session.id + 1);
   }
   if (const auto* erased = std::get_if<SessionErased>(&change)) {
@@ -267,14 +266,18 @@ absl::Status Store::ApplyInTransaction(const Change& change) {
         .Run("erase a session from");
   }
   const auto& committed = std::get<AppendCommitted>(change);
+  return AddAppend(committed.session_id, committed.append);
+}
+
+absl::Status Store::AddAppend(uint64_t session_id, const AppendRecord& append) {
   return Statement(
              this,
              "INSERT INTO appends (session_id, at, count, digest_low, digest_high) VALUES (?, ?, ?, ?, ?)")
-      .Bind(committed.session_id)
-      .Bind(committed.append.at)
-      .Bind(committed.append.count)
-      .Bind(committed.append.digest.low)
-      .Bind(committed.append.digest.high)
+      .Bind(session_id)
+      .Bind(append.at)
+      .Bind(append.count)
+      .Bind(append.digest.low)
+      .Bind(append.digest.high)
       .Run("add an append to");
 }
 

@@ -37,6 +37,7 @@ class Store {
   absl::Status Execute(const char* sql);
   absl::Status Error(int code, const std::string& doing) const;
   absl::Status ApplyInTransaction(const Change& change);
+  absl::Status AddAppend(uint64_t session_id, const AppendRecord& append);
   absl::Status SetMeta(const char* key, uint64_t value);
 
   class Statement;

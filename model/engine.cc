@@ -32,7 +32,7 @@ int64_t SinkPosition(const ContextOptions& options, int64_t position) {
 
 int64_t Context::page_bytes() const { return pages_.bytes(); }
 
-absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given) const {
+absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t stripe_pages) const {
   ContextOptions options = given;
   const ModelConfig& config = options_.model->config();
   if (options.sink_tokens < 0 || options.sink_tokens > kMaxPositions) {
@@ -78,21 +78,21 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given) const {
         append_views.back().policy == Policy::kWindow || ask_views.back().policy == Policy::kWindow;
     pages.push_back({!windowed, options.sink_tokens});
   }
-  Context context(options, KvPages(options_.backend, options_.store, shape, Share(), pages));
+  Context context(options, KvPages(options_.backend, options_.store, shape, Share(stripe_pages), pages));
   context.append_views_ = std::move(append_views);
   context.ask_views_ = std::move(ask_views);
   return context;
 }
 
-PageShare ModelEngine::Share() const {
-  if (options_.communicator == nullptr) return {0, 1, options_.stripe_pages};
-  return {options_.communicator->rank(), options_.communicator->size(), options_.stripe_pages};
+PageShare ModelEngine::Share(int64_t stripe_pages) const {
+  if (options_.communicator == nullptr) return {0, 1, stripe_pages};
+  return {options_.communicator->rank(), options_.communicator->size(), stripe_pages};
 }
 
 absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const {
   absl::Status room;
   for (const Turn& turn : turns) {
-    if (room.ok()) room = Reserve(turn);
+    if (room.ok()) room = Prepare(turn);
   }
   if (options_.communicator == nullptr) return room;
   // Memory is the one thing that ranks differ in.
@@ -103,7 +103,7 @@ absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Ti
       absl::StrCat(ranks_without, " other workers of the group have no pages left for this step"));
 }
 
-absl::Status ModelEngine::Reserve(const Turn& turn) const {
+absl::Status ModelEngine::Prepare(const Turn& turn) const {
   EDUBA_CHECK(!turn.ids.empty());
   const auto count = static_cast<int64_t>(turn.ids.size());
   if (count > kMaxPositions - turn.context->length_) {
@@ -128,12 +128,10 @@ RowPositions ModelEngine::Positions(absl::Span<const Turn> turns) {
   return {positions_, differ ? absl::MakeConstSpan(sink_positions_) : absl::Span<const int64_t>()};
 }
 
-absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
+absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadline) {
   const ModelConfig& config = options_.model->config();
   std::vector<int32_t> ids;
   std::vector<ContextRows> contexts;
-  const absl::Time deadline = absl::Now() + options_.collective_timeout;
-  EDUBA_RETURN_IF_ERROR(ReserveTogether(turns, deadline));
   for (const Turn& turn : turns) {
     ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
     Context& context = *turn.context;
@@ -152,8 +150,18 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns) {
 
 absl::Status ModelEngine::Step(absl::Span<const Turn> turns) {
   if (turns.empty()) return absl::OkStatus();
-  if (absl::Status status = Compute(turns); !status.ok()) {
-    for (const Turn& turn : turns) turn.context->pages_.Truncate(turn.context->length_);
+  const absl::Time deadline = absl::Now() + options_.collective_timeout;
+  if (absl::Status status = ReserveTogether(turns, deadline); !status.ok()) {
+    for (const Turn& turn : turns) Unprepare(*turn.context);
+    return status;
+  }
+  return StepPrepared(turns, deadline);
+}
+
+absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time deadline) {
+  if (turns.empty()) return absl::OkStatus();
+  if (absl::Status status = Compute(turns, deadline); !status.ok()) {
+    for (const Turn& turn : turns) Unprepare(*turn.context);
     return status;
   }
   const ModelConfig& config = options_.model->config();
@@ -179,17 +187,15 @@ absl::Status ModelEngine::Step(absl::Span<const Turn> turns) {
 }
 
 absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::Span<const int32_t> ids,
-                                                       const AppendOptions& options) {
+                                                       const ContextAppendOptions& options) {
   if (options.log_probs && context.length_ == 0 && !ids.empty()) {
     return absl::FailedPreconditionError(
         "the first token of a context has no probability; append one before, for example the model's "
         "beginning of sequence");
   }
   const int64_t width = options_.model->config().hidden_size;
-  const int64_t vocab = options_.model->config().vocab_size;
   std::vector<float> log_probs;
   std::vector<float> before;  // The hidden states that predict a chunk's tokens.
-  std::vector<float> logits;
   const auto count = static_cast<int64_t>(ids.size());
   for (int64_t at = 0; at < count; at += options_.chunk_rows) {
     const int64_t rows = std::min(options_.chunk_rows, count - at);
@@ -207,13 +213,8 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
     if (options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
     if (!options.log_probs) continue;
     before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
-    for (int64_t row = 0; row < rows; row += kLogitRows) {
-      const int64_t some = std::min(kLogitRows, rows - row);
-      logits.resize(some * vocab);
-      options_.model->Logits(&before[row * width], some, logits.data());
-      for (int64_t i = 0; i < some; ++i)
-        log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), chunk[row + i]));
-    }
+    const std::vector<float> some = LogProbs(before, chunk);
+    log_probs.insert(log_probs.end(), some.begin(), some.end());
   }
   return log_probs;
 }
@@ -252,7 +253,7 @@ absl::StatusOr<Generation> ModelEngine::Generate(Context& context, const Generat
 
 absl::StatusOr<std::vector<float>> ModelEngine::Score(const Context& context, absl::Span<const int32_t> ids) {
   Context fork = context.Fork();
-  AppendOptions options;
+  ContextAppendOptions options;
   options.asks = true;
   options.log_probs = true;
   return Append(fork, ids, options);
@@ -263,7 +264,7 @@ absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, ab
   EDUBA_ASSIGN_OR_RETURN(Pooler pooler,
                          Pooler::Create(std::move(ranges), pool, options_.model->config().hidden_size));
   Context fork = context.Fork();
-  AppendOptions options;
+  ContextAppendOptions options;
   options.asks = true;
   options.pooler = &pooler;
   EDUBA_RETURN_IF_ERROR(Append(fork, ids, options).status());
@@ -272,9 +273,31 @@ absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, ab
 
 std::vector<float> ModelEngine::NextLogits(const Context& context) const {
   EDUBA_CHECK(context.length_ > 0);
-  std::vector<float> logits(options_.model->config().vocab_size);
-  options_.model->Logits(context.last_.data(), 1, logits.data());
+  return Logits(context.last_);
+}
+
+std::vector<float> ModelEngine::Logits(absl::Span<const float> hidden) const {
+  const int64_t rows = static_cast<int64_t>(hidden.size()) / options_.model->config().hidden_size;
+  std::vector<float> logits(rows * options_.model->config().vocab_size);
+  options_.model->Logits(hidden.data(), rows, logits.data());
   return logits;
+}
+
+std::vector<float> ModelEngine::LogProbs(absl::Span<const float> hidden,
+                                         absl::Span<const int32_t> ids) const {
+  const int64_t width = options_.model->config().hidden_size;
+  const int64_t vocab = options_.model->config().vocab_size;
+  const auto rows = static_cast<int64_t>(ids.size());
+  EDUBA_CHECK_EQ(static_cast<int64_t>(hidden.size()), rows * width);
+  std::vector<float> log_probs;
+  for (int64_t row = 0; row < rows; row += kLogitRows) {
+    const int64_t some = std::min(kLogitRows, rows - row);
+    const std::vector<float> logits = Logits(hidden.subspan(row * width, some * width));
+    for (int64_t i = 0; i < some; ++i) {
+      log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), ids[row + i]));
+    }
+  }
+  return log_probs;
 }
 
 }  // namespace eduba

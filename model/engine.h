@@ -58,6 +58,8 @@ class Context {
 
   const ContextOptions& options() const { return options_; }
   int64_t length() const { return length_; }
+  // [hidden_size]: the hidden state of the last token; empty at the beginning.
+  absl::Span<const float> last() const { return last_; }
   // Pages held, in bytes; what forks share counts for each.
   int64_t page_bytes() const;
 
@@ -79,7 +81,7 @@ struct Turn {
   bool asks = false;              // Asked or generated, for ContextPolicy::kStar; else appended.
 };
 
-struct AppendOptions {
+struct ContextAppendOptions {
   bool asks = false;         // As Turn::asks.
   bool log_probs = false;    // Wanted; each token's, given all before it. Needs a context that is not empty.
   Pooler* pooler = nullptr;  // Is given the hidden states, at their positions.
@@ -124,7 +126,11 @@ class ModelEngine {
   explicit ModelEngine(const Options& options) : options_(options) {}
 
   // INVALID_ARGUMENT names the option that contradicts the model or another.
-  absl::StatusOr<Context> Open(const ContextOptions& options) const;
+  absl::StatusOr<Context> Open(const ContextOptions& options) const {
+    return Open(options, options_.stripe_pages);
+  }
+  // With stripes of its own.
+  absl::StatusOr<Context> Open(const ContextOptions& options, int64_t stripe_pages) const;
 
   // One step for all turns together; each context at most once. Either all go on or none.
   //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers
@@ -133,10 +139,19 @@ class ModelEngine {
   // Any other error is the communicator's, which is dead then.
   absl::Status Step(absl::Span<const Turn> turns);
 
+  // Step in two parts, for a caller whose ranks agree on memory by themselves, turn by turn.
+  //   OUT_OF_RANGE, RESOURCE_EXHAUSTED  as Step's, for this rank; nothing was taken
+  absl::Status Prepare(const Turn& turn) const;
+  // Gives the memory back: the step will not come.
+  void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
+  // REQUIRES: every rank has prepared all turns. INVALID_ARGUMENT or the communicator's errors, as Step's;
+  // `deadline` is for the collectives.
+  absl::Status StepPrepared(absl::Span<const Turn> turns, absl::Time deadline);
+
   // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
   // long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else nothing.
   absl::StatusOr<std::vector<float>> Append(Context& context, absl::Span<const int32_t> ids,
-                                            const AppendOptions& options = {});
+                                            const ContextAppendOptions& options = {});
 
   // Goes on until max_tokens, a stop token, on_token or the deadline. Needs a context that is not empty:
   // FAILED_PRECONDITION.
@@ -153,6 +168,12 @@ class ModelEngine {
 
   // [vocab_size] for the token behind the context, which is not empty.
   std::vector<float> NextLogits(const Context& context) const;
+  // [rows, vocab_size] from hidden states [rows, hidden_size]: those of several contexts read the weights
+  // once.
+  std::vector<float> Logits(absl::Span<const float> hidden) const;
+  // ln of the probabilities of tokens `ids`, each given everything before it: hidden [ids, hidden_size] are
+  // the hidden states of the tokens before them.
+  std::vector<float> LogProbs(absl::Span<const float> hidden, absl::Span<const int32_t> ids) const;
 
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
   absl::Span<const float> hidden() const { return hidden_; }
@@ -163,12 +184,11 @@ class ModelEngine {
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
-  PageShare Share() const;
-  absl::Status Reserve(const Turn& turn) const;
+  PageShare Share(int64_t stripe_pages) const;
   // Whether all ranks have room for the turns: the same on all ranks.
   absl::Status ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const;
-  // Everything of a step that may fail.
-  absl::Status Compute(absl::Span<const Turn> turns);
+  // Everything of a prepared step that may fail.
+  absl::Status Compute(absl::Span<const Turn> turns, absl::Time deadline);
   RowPositions Positions(absl::Span<const Turn> turns);
 
   const Options options_;

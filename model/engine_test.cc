@@ -596,7 +596,7 @@ TEST(ModelEngine, OptionsThatContradictAreRefusedByName) {
   EXPECT_EQ(f.engine->Generate(empty, {}).status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(f.engine->Score(empty, f.Text(2)).status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(f.engine->Append(empty, {}).ok());
-  AppendOptions late;
+  ContextAppendOptions late;
   late.deadline = absl::InfinitePast();
   EXPECT_EQ(f.engine->Append(empty, f.Text(2), late).status().code(), absl::StatusCode::kDeadlineExceeded);
 }

@@ -23,6 +23,13 @@ inline constexpr int64_t kSinkTokensMax = 65536;
 inline constexpr int kStripePagesMax = 1 << 20;
 inline constexpr int64_t kNotesBytesMax = 256 << 10;
 
+// Of model sessions: ids of one message or question, tokens of one generation, its stop strings.
+inline constexpr int64_t kTokenIdsMax = kPayloadBytesMax / 4;
+inline constexpr int64_t kGenerateTokensMax = int64_t{1} << 20;
+inline constexpr int kStopStringsMax = 16;
+inline constexpr int64_t kStopStringBytesMax = 256;
+inline constexpr int kStopIdsMax = 1024;
+
 // WorkerHello.protocol. One more with every incompatible change of group.proto.
 inline constexpr int kGroupProtocol = 2;
 

@@ -15,7 +15,61 @@ absl::Status CheckBound(const char* field, int64_t found, int64_t low, int64_t h
   return absl::InvalidArgumentError(absl::StrCat(field, " is ", found, ", wanted ", low, " to ", high));
 }
 
+absl::Status CheckModelPart(const v1::ModelSpec& spec) {
+  if (!v1::ModelPolicy_IsValid(spec.policy()) || !v1::PositionMode_IsValid(spec.positions())) {
+    return absl::InvalidArgumentError("the model policy or position mode is not known");
+  }
+  const bool windowed = spec.policy() != v1::MODEL_POLICY_MODEL;
+  EDUBA_RETURN_IF_ERROR(CheckBound("sink_tokens", spec.sink_tokens(), 0, kSinkTokensMax));
+  EDUBA_RETURN_IF_ERROR(CheckBound(windowed ? "window" : "window (policy model has the model's own)",
+                                   spec.window(), windowed ? 1 : 0, windowed ? int64_t{1} << 30 : 0));
+  EDUBA_RETURN_IF_ERROR(CheckBound("clamp", spec.clamp(), 0, int64_t{1} << 30));
+  if (spec.positions() != v1::POSITION_MODE_ABSOLUTE && spec.policy() != v1::MODEL_POLICY_STREAMING) {
+    return absl::InvalidArgumentError(
+        "rolling and clamped positions need the streaming policy: other layers see keys at every distance");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+absl::StatusOr<v1::SessionSpec> CompleteModelSpec(const v1::SessionSpec& given, const v1::Model& model) {
+  v1::SessionSpec own = given;
+  own.clear_model();
+  own.clear_stripe_pages();
+  own.clear_notes();
+  if (own.ByteSizeLong() > 0) {
+    return absl::InvalidArgumentError(
+        "a model session takes its layers, heads, dimensions, dtype, scale and softcap from the model, its "
+        "sink "
+        "tokens and window from the spec's model part: leave the fields beside it out");
+  }
+  v1::SessionSpec spec = given;
+  spec.set_layers(model.layer_windows_size());
+  spec.set_query_heads(model.query_heads());
+  spec.set_kv_heads(model.kv_heads());
+  spec.set_head_dim(model.head_dim());
+  spec.set_dtype(model.dtype());
+  v1::ModelSpec* part = spec.mutable_model();
+  if (part->policy() == v1::MODEL_POLICY_UNSPECIFIED) part->set_policy(v1::MODEL_POLICY_MODEL);
+  if (part->positions() == v1::POSITION_MODE_UNSPECIFIED) part->set_positions(v1::POSITION_MODE_ABSOLUTE);
+  if (!part->has_sink_tokens()) part->set_sink_tokens(4);
+  part->set_model_hash(model.hash());
+  return CompleteSpec(spec);
+}
+
+int64_t ModelSessionBytes(const v1::SessionSpec& spec, const v1::Model& model, int64_t length) {
+  const v1::ModelSpec& part = spec.model();
+  const int64_t streaming = part.sink_tokens() + part.window();
+  int64_t positions = 0;
+  for (const int64_t window : model.layer_windows()) {
+    int64_t kept = length;
+    if (window > 0) kept = std::min(kept, window);
+    if (part.policy() == v1::MODEL_POLICY_STREAMING) kept = std::min(kept, streaming);
+    positions += kept;
+  }
+  return positions * PositionBytes(spec);
+}
 
 absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& given) {
   v1::SessionSpec spec = given;
@@ -34,6 +88,7 @@ absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& given) {
   EDUBA_RETURN_IF_ERROR(CheckBound("stripe_pages", spec.stripe_pages(), 1, kStripePagesMax));
   EDUBA_RETURN_IF_ERROR(
       CheckBound("notes' bytes", static_cast<int64_t>(spec.notes().size()), 0, kNotesBytesMax));
+  if (spec.has_model()) EDUBA_RETURN_IF_ERROR(CheckModelPart(spec.model()));
   if (spec.query_heads() % spec.kv_heads() != 0) {
     return absl::InvalidArgumentError(absl::StrCat("query_heads is ", spec.query_heads(),
                                                    ", wanted a multiple of kv_heads = ", spec.kv_heads()));

@@ -15,11 +15,20 @@ namespace eduba {
 // what is allowed.
 absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& spec);
 
+// A client's spec of a model session, filled in with the defaults and with the model's shape, hash and dtype,
+// and checked: CompleteSpec then leaves it as it is. INVALID_ARGUMENT as above, also for fields that are the
+// model's to say. REQUIRES: given.has_model().
+absl::StatusOr<v1::SessionSpec> CompleteModelSpec(const v1::SessionSpec& given, const v1::Model& model);
+
 // 1 to 128 of A-Z a-z 0-9 . _ -
 absl::Status ValidateSessionName(const std::string& name);
 
 absl::StatusOr<DType> DTypeFromProto(v1::DType dtype);
 v1::DType DTypeToProto(DType dtype);
+
+// Of a model session: bytes of the keys and values that `length` positions leave stored, over all layers.
+// REQUIRES: a completed spec.
+int64_t ModelSessionBytes(const v1::SessionSpec& spec, const v1::Model& model, int64_t length);
 
 // Bytes of one position of one layer, as stored: keys and values of all KV heads. REQUIRES: a completed spec.
 int64_t PositionBytes(const v1::SessionSpec& spec);

@@ -52,6 +52,12 @@ absl::Status BrokenGroup(const absl::Status& status) {
   return absl::AbortedError(std::string(status.message()));
 }
 
+// Whether a command goes on step by step once it has begun.
+bool IsJob(const v1::Command& command) {
+  return command.has_model_append() || command.has_model_generate() || command.has_model_score() ||
+         command.has_model_embed();
+}
+
 // What is wrong with the step whatever a rank holds: every rank finds the same, so none enters a collective.
 absl::Status CheckStep(const v1::AttendStep& step, const SequenceSpec& spec) {
   const AttentionShape& shape = spec.shape;
@@ -160,32 +166,84 @@ void Engine::End(Formation& formation, const absl::Status& reason) {
 void Engine::Run() {
   while (true) {
     Task task;
+    bool step = false;
     {
       std::unique_lock lock(mutex_);
-      changed_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
+      changed_.wait(lock, [this] { return stopping_ || StepIsDue() || !tasks_.empty(); });
       if (stopping_) break;
-      task = std::move(tasks_.front());
-      tasks_.pop_front();
-    }
-    switch (task.message.kind_case()) {
-      case v1::GroupMessage::kForm:
-        Form(task);
-        break;
-      case v1::GroupMessage::kAbort:
-        if (current_ != nullptr && current_->form.epoch() == task.message.abort().epoch()) DropAll();
-        break;
-      case v1::GroupMessage::kCommand: {
-        v1::WorkerMessage answer;
-        *answer.mutable_result() = Execute(task.message.command());
-        options_.send(answer);
-        break;
+      step = StepIsDue();
+      if (!step) {
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
       }
-      case v1::GroupMessage::KIND_NOT_SET:
-        LogWarning("the coordinator sent a message that this version does not know");
-        break;
+    }
+    if (step) {
+      StepJobs();
+    } else {
+      RunTask(task);
     }
   }
   DropAll();
+}
+
+void Engine::RunTask(const Task& task) {
+  switch (task.message.kind_case()) {
+    case v1::GroupMessage::kForm:
+      Form(task);
+      break;
+    case v1::GroupMessage::kAbort:
+      if (current_ != nullptr && current_->form.epoch() == task.message.abort().epoch()) DropAll();
+      break;
+    case v1::GroupMessage::kCommand: {
+      v1::WorkerMessage answer;
+      std::optional<v1::CommandResult> result = Execute(task.message.command());
+      if (!result) break;
+      *answer.mutable_result() = *std::move(result);
+      options_.send(answer);
+      break;
+    }
+    case v1::GroupMessage::KIND_NOT_SET:
+      LogWarning("the coordinator sent a message that this version does not know");
+      break;
+  }
+}
+
+bool Engine::StepIsDue() const {
+  if (models_ == nullptr || !models_->busy()) return false;
+  // A dead group's jobs end at once; otherwise what was agreed on runs first.
+  return !current_->over.ok() || next_ordinal_ > admitted_;
+}
+
+uint64_t Engine::NewestOrdinal() const {
+  uint64_t newest = next_ordinal_ - 1;
+  for (const Task& task : tasks_) {
+    // Whatever else is waiting ends the epoch.
+    if (!task.message.has_command() || task.message.command().ordinal() != newest + 1) break;
+    ++newest;
+  }
+  return newest;
+}
+
+void Engine::StepJobs() {
+  uint64_t newest = 0;
+  absl::Status over;
+  {
+    const std::scoped_lock lock(mutex_);
+    newest = NewestOrdinal();
+    over = current_->over;
+  }
+  if (!over.ok()) return models_->FailAll(over);
+  const absl::StatusOr<uint64_t> agreed = models_->Step(newest);
+  if (agreed.ok()) {
+    admitted_ = *agreed;
+    return;
+  }
+  const absl::Status status = BrokenGroup(agreed.status());
+  {
+    const std::scoped_lock lock(mutex_);
+    End(*current_, status);
+  }
+  models_->FailAll(status);
 }
 
 void Engine::Form(const Task& task) {
@@ -202,6 +260,17 @@ void Engine::Form(const Task& task) {
       current_->communicator = *std::move(communicator);
       options_.on_active(true);
     }
+  }
+  if (status.ok() && options_.model != nullptr) {
+    ModelSessions::Options models;
+    models.backend = options_.backend;
+    models.store = options_.store;
+    models.model = options_.model;
+    models.group = current_->communicator.get();
+    models.epoch = form.epoch();
+    models.send = options_.send;
+    models_ = std::make_unique<ModelSessions>(std::move(models));
+    admitted_ = 0;
   }
   if (!status.ok()) current_ = nullptr;
 
@@ -227,14 +296,17 @@ void Engine::DropAll() {
   }
   // Aborted before the sessions go: uploads under way still look at them.
   for (const auto& [id, append] : appends) append->Abort();
+  if (models_ != nullptr) models_->FailAll(absl::AbortedError("the epoch is over"));
+  models_ = nullptr;
   sessions_.clear();
   current_ = nullptr;
 }
 
-v1::CommandResult Engine::Execute(const v1::Command& command) {
+std::optional<v1::CommandResult> Engine::Execute(const v1::Command& command) {
   v1::CommandResult result;
   absl::Status status = CheckTurn(command);
   if (status.ok()) status = Dispatch(command, absl::Now() + absl::Milliseconds(command.timeout_ms()), result);
+  if (status.ok() && IsJob(command)) return std::nullopt;
   if (status.ok() && result.ByteSizeLong() > static_cast<size_t>(kMessageBytesMax) - 1024) {
     status = absl::InternalError(absl::StrCat("the answer has ", result.ByteSizeLong(),
                                               " bytes, more than a message may; send smaller steps"));
@@ -280,6 +352,20 @@ absl::Status Engine::Dispatch(const v1::Command& command, absl::Time deadline, v
       return AbortAppend(command.abort_append());
     case v1::Command::kAttend:
       return Attend(command.attend(), deadline, *result.mutable_attend());
+    case v1::Command::kModelAppend:
+    case v1::Command::kModelGenerate:
+    case v1::Command::kModelScore:
+    case v1::Command::kModelEmbed: {
+      EDUBA_ASSIGN_OR_RETURN(ModelSessions * models, Models());
+      return models->Start(command);
+    }
+    case v1::Command::kCancelJob:
+      if (models_ != nullptr) models_->Cancel(command.cancel_job().ordinal());
+      return absl::OkStatus();
+    case v1::Command::kForkSession: {
+      EDUBA_ASSIGN_OR_RETURN(ModelSessions * models, Models());
+      return models->Fork(command.fork_session());
+    }
     case v1::Command::KIND_NOT_SET:
       break;
   }
@@ -287,7 +373,18 @@ absl::Status Engine::Dispatch(const v1::Command& command, absl::Time deadline, v
       "this worker does not know the command; update it to the coordinator's version");
 }
 
+absl::StatusOr<ModelSessions*> Engine::Models() {
+  if (models_ == nullptr) {
+    return absl::FailedPreconditionError("this worker holds no model; start the workers with --model FOLDER");
+  }
+  return models_.get();
+}
+
 absl::Status Engine::OpenSession(const v1::OpenSession& request) {
+  if (request.spec().has_model()) {
+    EDUBA_ASSIGN_OR_RETURN(ModelSessions * models, Models());
+    return models->Open(request.session_id(), request.spec());
+  }
   EDUBA_ASSIGN_OR_RETURN(SequenceSpec spec, SequenceSpecOf(request.spec()));
   auto& session = sessions_[request.session_id()];
   if (session != nullptr) {
@@ -298,6 +395,7 @@ absl::Status Engine::OpenSession(const v1::OpenSession& request) {
 }
 
 absl::Status Engine::CloseSession(const v1::CloseSession& request) {
+  if (models_ != nullptr) models_->Close(request.session_id());
   const auto session = sessions_.find(request.session_id());
   if (session == sessions_.end()) return absl::OkStatus();
   std::vector<uint64_t> doomed;

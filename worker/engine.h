@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <thread>
 #include <vector>
@@ -23,17 +24,22 @@
 #include "eduba/v1/eduba.pb.h"
 #include "eduba/v1/group.pb.h"
 #include "kernels/backend.h"
+#include "worker/model_sessions.h"
+#include "worker/served_model.h"
 
 namespace eduba {
 
 // What a worker does with the coordinator's messages. Commands run one after another, in the order of their
-// ordinals, on one thread, so that collectives meet in the same order on every rank. Everything belongs to
-// one epoch and goes with it. One Engine serves one connection to the coordinator.
+// ordinals, on one thread, so that collectives meet in the same order on every rank. Model commands become
+// jobs, whose steps run on the same thread; while there are any, other commands run between two steps, which
+// all ranks agree on (docs/adr/0008). Everything belongs to one epoch and goes with it. One Engine serves one
+// connection to the coordinator.
 class Engine {
  public:
   struct Options {
     Backend* backend = nullptr;  // Outlives the engine, as the store does.
     PageStore* store = nullptr;
+    ServedModel* model = nullptr;  // Null: none, and model sessions are refused.
     // Joins the ranks of a group; blocks until all have come, or `deadline`.
     std::function<absl::StatusOr<std::unique_ptr<Communicator>>(const v1::FormGroup& form,
                                                                 absl::Time deadline)>
@@ -80,13 +86,22 @@ class Engine {
   };
 
   void Run();
+  void RunTask(const Task& task);
+  // Whether the next thing to do is a step of the jobs, not a message. REQUIRES: mutex_ held, as the next
+  // one.
+  bool StepIsDue() const;
+  // The ordinal of the newest command of this epoch that has come.
+  uint64_t NewestOrdinal() const;
+  void StepJobs();
   void End(Formation& formation, const absl::Status& reason);  // REQUIRES: mutex_ held.
   // The rest: on the engine's thread.
   void Form(const Task& task);
   void DropAll();
-  v1::CommandResult Execute(const v1::Command& command);
+  // Nothing: the command is a job now, which sends its result when it has ended.
+  std::optional<v1::CommandResult> Execute(const v1::Command& command);
   absl::Status CheckTurn(const v1::Command& command);
   absl::Status Dispatch(const v1::Command& command, absl::Time deadline, v1::CommandResult& result);
+  absl::StatusOr<ModelSessions*> Models();
   absl::Status OpenSession(const v1::OpenSession& request);
   absl::Status CloseSession(const v1::CloseSession& request);
   absl::Status BeginAppend(const v1::BeginAppend& request);
@@ -98,9 +113,11 @@ class Engine {
   absl::StatusOr<std::shared_ptr<StagedAppend>> FindAppend(uint64_t append_id) const;
 
   const Options options_;
-  std::shared_ptr<Formation> current_;  // The engine's thread only, as the next two.
+  std::shared_ptr<Formation> current_;  // The engine's thread only, as those up to mutex_.
   uint64_t next_ordinal_ = 1;
   std::map<uint64_t, std::unique_ptr<Sequence>> sessions_;
+  std::unique_ptr<ModelSessions> models_;  // Of the epoch; null without a model.
+  uint64_t admitted_ = 0;  // While there are jobs: commands up to this ordinal run before the next step.
 
   mutable std::mutex mutex_;  // Guards all below but the thread.
   std::condition_variable changed_;

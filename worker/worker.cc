@@ -16,9 +16,12 @@
 #include "collective/nccl/nccl_api.h"
 #include "collective/nccl/nccl_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/fingerprint.h"
+#include "kernels/layer_fingerprint.h"
 #include "kernels/reference/reference_backend.h"
+#include "kernels/reference/reference_layer_kernels.h"
 #include "rpc/channel.h"
 #include "rpc/limits.h"
 #include "rpc/status.h"
@@ -54,6 +57,11 @@ absl::Status CheckTransport(const Worker::Options& options) {
                      "; use --device cuda:N, or --transport gloo"));
   }
   return LoadNccl().status();
+}
+
+// For a backend that MakeBackend knows.
+std::unique_ptr<LayerKernels> MakeLayerKernels(const std::string& backend, int threads) {
+  return backend == "reference" ? MakeReferenceLayerKernels() : MakeCpuLayerKernels(threads);
 }
 
 std::string RandomName() {
@@ -154,6 +162,12 @@ absl::Status Worker::Init() {
   EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_));
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
+  if (!options_.model.empty()) {
+    std::unique_ptr<LayerKernels> kernels = MakeLayerKernels(options_.backend, options_.threads);
+    EDUBA_ASSIGN_OR_RETURN(const uint64_t layers, LayerFingerprint(*kernels));
+    fingerprint_ ^= layers;
+    EDUBA_ASSIGN_OR_RETURN(model_, ServedModel::Load(options_.model, std::move(kernels)));
+  }
   incarnation_ = RandomName();
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
   EDUBA_ASSIGN_OR_RETURN(server_, RpcServer::Start(options_.listen, {&pages_}));
@@ -239,6 +253,7 @@ absl::Status Worker::ServeStream(bool& joined) {
   Engine::Options options;
   options.backend = backend_.get();
   options.store = store_.get();
+  options.model = model_.get();
   options.connect = [this](const v1::FormGroup& form, absl::Time deadline) {
     return Connect(form, deadline);
   };
@@ -273,6 +288,7 @@ v1::WorkerHello Worker::Hello() const {
   hello.set_memory_bytes(options_.memory_bytes);
   hello.set_fingerprint(fingerprint_);
   hello.set_transport(options_.hub != nullptr ? "local" : options_.transport);
+  if (model_ != nullptr) *hello.mutable_model() = model_->info();
   return hello;
 }
 

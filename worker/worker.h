@@ -20,6 +20,7 @@
 #include "rpc/server.h"
 #include "worker/engine.h"
 #include "worker/pages_service.h"
+#include "worker/served_model.h"
 
 namespace eduba {
 
@@ -39,6 +40,7 @@ class Worker {
     std::string backend = "cpu";
     // How it meets workers that are other processes: "gloo", or "nccl", which only GPUs can.
     std::string transport = "gloo";
+    std::string model;    // A folder as Hugging Face's; empty: this worker serves tensor sessions only.
     std::string version;  // Of the program.
     // Where the workers of this process meet; outlives them. Null: the ranks are processes, and `transport`
     // connects them.
@@ -48,8 +50,8 @@ class Worker {
   };
 
   // Serves, and keeps asking the coordinator to be taken in. INVALID_ARGUMENT for bad options, UNAVAILABLE
-  // when the port is taken. FAILED_PRECONDITION or RESOURCE_EXHAUSTED where the device, CUDA or NCCL is
-  // missing, too old or full.
+  // when the port is taken, and what ServedModel::Load says of the model. FAILED_PRECONDITION or
+  // RESOURCE_EXHAUSTED where the device, CUDA or NCCL is missing, too old or full.
   static absl::StatusOr<std::unique_ptr<Worker>> Start(Options options);
   // As Shutdown(absl::ZeroDuration()).
   ~Worker();
@@ -81,6 +83,7 @@ class Worker {
   const Options options_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<PageStore> store_;
+  std::unique_ptr<ServedModel> model_;  // Null without one.
   PagesService pages_;
   std::unique_ptr<v1::Group::Stub> group_;
   std::unique_ptr<RpcServer> server_;

@@ -38,6 +38,8 @@ class FakeCluster {
     bool cancelled = false;
     bool started = false;
     std::vector<v1::AttendResponse::Rows> rows;
+    std::string generated;  // ids, int32
+    std::vector<v1::EmbedResponse> embedded;
   };
 
   explicit FakeCluster(const ClusterState::Options& options, StoredState stored = {})
@@ -66,7 +68,8 @@ class FakeCluster {
     serving = false;
   }
 
-  WorkerId Join(const std::string& address, uint64_t fingerprint = 7, const std::string& incarnation = "") {
+  WorkerId Join(const std::string& address, uint64_t fingerprint = 7, const std::string& incarnation = "",
+                const v1::Model* model = nullptr) {
     const WorkerId id = next_id_++;
     workers[id];
     state_->WorkerConnected(id, now_);
@@ -77,6 +80,7 @@ class FakeCluster {
     hello->set_address(address);
     hello->set_incarnation(incarnation.empty() ? absl::StrCat("i", id) : incarnation);
     hello->set_fingerprint(fingerprint);
+    if (model != nullptr) *hello->mutable_model() = *model;
     state_->WorkerSaid(id, message, now_);
     Collect();
     return id;
@@ -136,7 +140,10 @@ class FakeCluster {
         return true;
       }
       Compare(command);
-      *answer.mutable_result() = worker.rank->Answer(command);
+      const std::vector<v1::WorkerMessage> said = worker.rank->Say(command);
+      for (const v1::WorkerMessage& words : said) state_->WorkerSaid(id, words, now_);
+      Collect();
+      return true;
     } else {
       return true;  // AbortGroup
     }
@@ -220,6 +227,12 @@ class FakeCluster {
         Request& request = requests.at(rows->request);
         if (request.reply.has_value() || request.cancelled) complaints_.push_back("rows after the end");
         request.rows.push_back(std::move(rows->rows));
+      } else if (auto* generated = std::get_if<Generated>(&effect)) {
+        Request& request = requests.at(generated->request);
+        if (request.reply.has_value() || request.cancelled) complaints_.push_back("tokens after the end");
+        request.generated += generated->tokens.ids();
+      } else if (auto* embedded = std::get_if<Embedded>(&effect)) {
+        requests.at(embedded->request).embedded.push_back(std::move(embedded->rows));
       } else if (auto* persist = std::get_if<Persist>(&effect)) {
         pending_persists_.push_back(std::move(*persist));
       } else if (auto* reset = std::get_if<ResetRendezvous>(&effect)) {

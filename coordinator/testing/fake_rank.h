@@ -33,6 +33,28 @@ class FakeRank {
   // A row of an append, uploaded.
   void AddRow(uint64_t append_id, int64_t hash) { uploads_[append_id].low += static_cast<uint64_t>(hash); }
 
+  // Everything that the rank says to a command: jobs' progress, and results. A job waits while `hold_jobs`.
+  std::vector<v1::WorkerMessage> Say(const v1::Command& command) {
+    std::vector<v1::WorkerMessage> said(1);
+    *said[0].mutable_result() = Answer(command);
+    const bool job = command.has_model_append() || command.has_model_generate() ||
+                     command.has_model_score() || command.has_model_embed();
+    if (job && said[0].result().code() == 0) {
+      if (rank_ == 0) AddProgress(command, said);
+      if (hold_jobs) {
+        held_[command.ordinal()] = std::move(said.back());
+        said.pop_back();
+      }
+    } else if (const auto held = held_.find(command.cancel_job().ordinal()); held != held_.end()) {
+      held->second.mutable_result()->mutable_model()->set_cancelled(true);
+      said.insert(said.begin(), std::move(held->second));
+      held_.erase(held);
+    }
+    return said;
+  }
+  bool hold_jobs = false;  // Jobs end only when they are cancelled.
+  uint64_t digest = 5;     // Of what it computes.
+
   v1::CommandResult Answer(const v1::Command& command) {
     if (command.ordinal() != ++ordinal_) {
       complaints.push_back(
@@ -79,6 +101,30 @@ class FakeRank {
       case v1::Command::kAttend:
         Attend(command.attend(), result.mutable_attend());
         break;
+      case v1::Command::kModelAppend:
+        RunJob(static_cast<int64_t>(command.model_append().ids().size() / 4), result.mutable_model());
+        break;
+      case v1::Command::kModelGenerate:
+        RunJob(hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
+               result.mutable_model());
+        result.mutable_model()->set_finish_reason(v1::FINISH_REASON_LENGTH);
+        break;
+      case v1::Command::kModelScore:
+        RunJob(static_cast<int64_t>(command.model_score().ids().size() / 4), result.mutable_model());
+        if (rank_ == 0) {
+          result.mutable_model()->set_log_probs(std::string(command.model_score().ids().size(), '\1'));
+        }
+        break;
+      case v1::Command::kModelEmbed:
+        RunJob(1, result.mutable_model());
+        break;
+      case v1::Command::kCancelJob:
+        break;
+      case v1::Command::kForkSession:
+        if (sessions_.count(command.fork_session().session_id()) == 0)
+          complaints.push_back("no session to fork");
+        sessions_[command.fork_session().fork_id()] = sessions_[command.fork_session().session_id()];
+        break;
       case v1::Command::KIND_NOT_SET:
         complaints.push_back("an empty command");
         break;
@@ -105,6 +151,33 @@ class FakeRank {
       return true;
     }
     return false;
+  }
+
+  void RunJob(int64_t done, v1::ModelResult* result) const {
+    result->set_done(done);
+    result->set_digest(digest);
+  }
+
+  // A generated token is the command's ordinal modulo 10; a vector has 4 numbers.
+  void AddProgress(const v1::Command& command, std::vector<v1::WorkerMessage>& said) const {
+    const int64_t tokens = command.has_model_generate() ? said[0].result().model().done() : 0;
+    for (int64_t i = 0; i < tokens; ++i) {
+      const auto id = static_cast<int32_t>(command.ordinal() % 10);
+      v1::WorkerMessage message;
+      message.mutable_progress()->set_epoch(command.epoch());
+      message.mutable_progress()->set_ordinal(command.ordinal());
+      message.mutable_progress()->mutable_tokens()->set_ids(&id, 4);
+      message.mutable_progress()->mutable_tokens()->set_log_probs(std::string(4, '\0'));
+      said.insert(said.end() - 1, std::move(message));
+    }
+    const auto ranges = static_cast<int32_t>(command.model_embed().ranges().size() / 16);
+    if (ranges == 0) return;
+    v1::WorkerMessage message;
+    message.mutable_progress()->set_epoch(command.epoch());
+    message.mutable_progress()->set_ordinal(command.ordinal());
+    message.mutable_progress()->mutable_embeddings()->set_count(ranges);
+    message.mutable_progress()->mutable_embeddings()->set_vectors(std::string(size_t{16} * ranges, '\1'));
+    said.insert(said.end() - 1, std::move(message));
   }
 
   void Seal(const v1::BeginAppend& append, v1::SealResult* seal) {
@@ -163,6 +236,7 @@ class FakeRank {
   std::map<uint64_t, v1::SessionSpec> sessions_;
   std::map<uint64_t, v1::BeginAppend> appends_;
   std::map<uint64_t, Digest> uploads_;
+  std::map<uint64_t, v1::WorkerMessage> held_;  // Results of jobs, by ordinal.
 };
 
 }  // namespace eduba

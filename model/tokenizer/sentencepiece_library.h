@@ -17,7 +17,7 @@ namespace eduba {
 // an absl::string_view of its own, so no file can include both it and Abseil.
 class SentencePieceLibrary {
  public:
-  // Null when `model` is no SentencePiece model.
+  // Null when `model` is no SentencePiece model, or the library is not installed (then it is logged).
   static std::unique_ptr<SentencePieceLibrary> Load(std::string_view model);
   ~SentencePieceLibrary();
 

@@ -51,6 +51,7 @@ std::unique_ptr<Worker> TestCluster::StartWorker(int index) {
   // Unequal on purpose: threads are no part of an answer.
   worker.threads = 1 + index % 2;
   worker.version = "test";
+  worker.model = options_.model;
   worker.hub = options_.transport == "local" ? &hub_ : nullptr;
   return ValueOf(Worker::Start(worker));
 }

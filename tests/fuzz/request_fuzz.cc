@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -62,6 +63,32 @@ class Bytes {
   size_t left_;
 };
 
+v1::SessionSpec ModelSpec(Bytes& in) {
+  v1::SessionSpec spec;
+  v1::ModelSpec& model = *spec.mutable_model();
+  if (in.Byte() % 2 == 0) return spec;
+  model.set_policy(static_cast<v1::ModelPolicy>(in.Byte() % 5));
+  model.set_positions(static_cast<v1::PositionMode>(in.Byte() % 5));
+  model.set_window(in.Int());
+  model.set_sink_tokens(in.Int());
+  model.set_clamp(in.Int());
+  if (in.Byte() % 4 == 0) spec.set_head_dim(2);
+  return spec;
+}
+
+v1::Model TinyModel() {
+  v1::Model model;
+  model.set_hash(3);
+  model.set_vocab_size(10);
+  model.set_hidden_size(4);
+  model.set_query_heads(2);
+  model.set_kv_heads(1);
+  model.set_head_dim(2);
+  model.set_dtype(v1::DTYPE_F32);
+  model.add_layer_windows(0);
+  return model;
+}
+
 v1::SessionSpec Spec(Bytes& in) {
   v1::SessionSpec spec;
   spec.set_query_heads(2);
@@ -114,8 +141,9 @@ v1::SessionSpec Spec(Bytes& in) {
 class Target {
  public:
   explicit Target(Bytes in) : in_(in), cluster_(Options()) {
-    cluster_.Join("a:1");
-    cluster_.Join("b:1");
+    const v1::Model model = TinyModel();
+    cluster_.Join("a:1", 7, "", &model);
+    cluster_.Join("b:1", 7, "", &model);
     cluster_.Settle();
     (void)Ask([&](ClusterState& state, RequestId id) {
       v1::CreateSessionRequest request;
@@ -127,7 +155,7 @@ class Target {
 
   void Run() {
     for (int step = 0; step < 60 && !in_.empty(); ++step) {
-      Step(in_.Byte() % 10);
+      Step(in_.Byte() % 14);
       for (const std::string& complaint : cluster_.complaints()) EDUBA_CHECK_EQ(complaint, std::string());
       // Bad requests never end the group.
       EDUBA_CHECK(cluster_.serving);
@@ -151,7 +179,7 @@ class Target {
       case 0: {
         v1::CreateSessionRequest request;
         request.set_name(in_.Name());
-        *request.mutable_spec() = Spec(in_);
+        *request.mutable_spec() = in_.Byte() % 2 == 0 ? Spec(in_) : ModelSpec(in_);
         (void)Ask([&](ClusterState& state, RequestId id) { state.CreateSession(id, request, 0, now); });
         break;
       }
@@ -222,7 +250,55 @@ class Target {
           cluster_.Cancel(call_);
         }
         break;
+      default:
+        ModelStep(kind);
+        break;
     }
+  }
+
+  std::vector<int32_t> Ids() {
+    std::vector<int32_t> ids(in_.Byte() % 6);
+    for (int32_t& id : ids) id = static_cast<int32_t>(in_.Int());
+    return ids;
+  }
+
+  // Calls on sessions of the model.
+  void ModelStep(int kind) {
+    const int64_t now = cluster_.now();
+    const std::string name = in_.Name();
+    (void)Ask([&](ClusterState& state, RequestId id) {
+      if (kind == 10) {
+        const auto at = in_.Byte() % 2 == 0 ? std::optional<int64_t>(in_.Int()) : std::nullopt;
+        state.AppendTokens(id, name, at, Ids(), now);
+      } else if (kind == 11) {
+        v1::GenerateRequest request;
+        request.set_session(name);
+        request.set_max_tokens(in_.Int());
+        request.set_time_limit_ms(in_.Int());
+        for (const int32_t stop : Ids()) request.add_stop_ids(stop);
+        if (in_.Byte() % 4 == 0) request.add_stop_strings(in_.Text(in_.Byte()));
+        state.Generate(id, request, now);
+      } else if (kind == 12) {
+        v1::ScoreRequest request;
+        request.set_session(name);
+        request.set_ids(in_.Text(in_.Byte() % 16));
+        state.Score(id, request, now);
+      } else if (in_.Byte() % 2 == 0) {
+        v1::EmbedRequest request;
+        request.set_session(name);
+        for (int i = in_.Byte() % 5; i > 0; --i) {
+          const int64_t bound = in_.Int();
+          request.mutable_ranges()->append(reinterpret_cast<const char*>(&bound), sizeof(bound));
+        }
+        request.set_pool(static_cast<v1::Pool>(in_.Byte() % 4));
+        state.Embed(id, request, now);
+      } else {
+        v1::ForkSessionRequest request;
+        request.set_session(name);
+        request.set_name(in_.Name());
+        state.ForkSession(id, request, 0, now);
+      }
+    });
   }
 
   // A piece with any numbers is refused or cut into parts that lie within it.

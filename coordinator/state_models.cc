@@ -1,0 +1,448 @@
+// ClusterState: sessions of the workers' model (docs/adr/0008).
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/pages.h"
+#include "base/status_macros.h"
+#include "coordinator/state.h"
+#include "rpc/limits.h"
+
+namespace eduba {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "token ids travel as little-endian int32");
+
+template <typename T>
+absl::StatusOr<std::vector<T>> Numbers(const std::string& bytes, const std::string& what) {
+  if (bytes.empty() || bytes.size() % sizeof(T) != 0 ||
+      static_cast<int64_t>(bytes.size()) > kPayloadBytesMax) {
+    return absl::InvalidArgumentError(absl::StrCat(what, " have ", bytes.size(),
+                                                   " bytes, wanted a multiple of ", sizeof(T), " from ",
+                                                   sizeof(T), " to ", kPayloadBytesMax));
+  }
+  std::vector<T> numbers(bytes.size() / sizeof(T));
+  std::memcpy(numbers.data(), bytes.data(), bytes.size());
+  return numbers;
+}
+
+absl::Status CheckIds(const std::vector<int32_t>& ids, int64_t vocab, const std::string& what) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": id ", i, " is ", ids[i], ", wanted 0 to ", vocab - 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WorkerGaveNonsense() {
+  return absl::InternalError("worker 0 gave an answer that makes no sense: the group starts anew; retry");
+}
+
+}  // namespace
+
+const v1::Model* ClusterState::CurrentModel() const {
+  for (const auto& [id, worker] : workers_) {
+    if (worker.greeted && worker.hello.has_model()) return &worker.hello.model();
+  }
+  return nullptr;
+}
+
+void ClusterState::GetModel(RequestId request) {
+  if (const v1::Model* model = CurrentModel(); model != nullptr) return Respond(request, Answer(*model));
+  const absl::Status active = CheckActive();
+  Respond(request, !active.ok() ? active
+                                : absl::FailedPreconditionError(
+                                      "the workers hold no model: start them with --model FOLDER"));
+}
+
+absl::StatusOr<ClusterState::SessionEntry*> ClusterState::FindModelSession(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, FindUsable(name));
+  if (!session->spec->has_model()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "session '", name, "' holds keys and values, not a model's tokens: create one with a model part"));
+  }
+  if (CurrentModel() == nullptr) {
+    return absl::FailedPreconditionError("the workers hold no model: start them with --model FOLDER");
+  }
+  return session;
+}
+
+absl::StatusOr<ClusterState::SessionEntry*> ClusterState::FindExtensible(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, FindModelSession(name));
+  if (session->model_job != 0) {
+    return absl::AbortedError(absl::StrCat("session '", name,
+                                           "' is being extended by another append or generation: retry when "
+                                           "it has ended"));
+  }
+  return session;
+}
+
+uint64_t ClusterState::StartModelJob(ModelJob job, v1::Command command, int64_t now_ms) {
+  const uint64_t ordinal = next_ordinal_;
+  job.started_ms = now_ms;
+  model_jobs_.emplace(ordinal, std::move(job));
+  Command({CommandKind::kModelJob, ordinal, 0, {}, 0, {}}, std::move(command), now_ms);
+  return ordinal;
+}
+
+void ClusterState::AppendTokens(RequestId request, const std::string& name, std::optional<int64_t> given_at,
+                                std::vector<int32_t> ids, int64_t now_ms) {
+  const absl::StatusOr<SessionEntry*> found = FindExtensible(name);
+  if (!found.ok()) return Respond(request, found.status());
+  SessionEntry* session = *found;
+  const std::string to = absl::StrCat("append to session '", name, "'");
+  const int64_t length = session->record.length();
+  const int64_t at = given_at.value_or(length);
+  const auto count = static_cast<int64_t>(ids.size());
+  if (count < 1 || count > kTokenIdsMax) {
+    return Respond(request, absl::InvalidArgumentError(absl::StrCat(
+                                to, ": a message of ", count, " token ids, wanted 1 to ", kTokenIdsMax)));
+  }
+  if (at < 0) {
+    return Respond(request,
+                   absl::InvalidArgumentError(absl::StrCat(to, ": at is ", at, ", wanted 0 or more")));
+  }
+  if (at > length) {
+    return Respond(request, absl::OutOfRangeError(
+                                absl::StrCat(to, ": it starts at ", at, ", but the session has ", length,
+                                             " tokens: a gap is not allowed, append at ", length)));
+  }
+  if (count > kMaxPositions - at) {
+    return Respond(request, absl::OutOfRangeError(absl::StrCat(to, ": ", count, " tokens at ", at,
+                                                               " would pass the limit of ", kMaxPositions)));
+  }
+  const absl::Status known = CheckIds(ids, CurrentModel()->vocab_size(), to);
+  if (!known.ok()) return Respond(request, known);
+  const int64_t stored = std::min(count, length - at);
+  const auto difference = std::mismatch(ids.begin(), ids.begin() + stored, session->ids.begin() + at);
+  if (difference.first != ids.begin() + stored) {
+    return Respond(request, absl::AlreadyExistsError(absl::StrCat(
+                                to, ": position ", at + (difference.first - ids.begin()), " holds token ",
+                                *difference.second, " already, not ", *difference.first)));
+  }
+  if (stored == count) {
+    v1::AppendTokensReceipt receipt;
+    receipt.set_at(at);
+    receipt.set_count(count);
+    receipt.set_length(length);
+    receipt.set_already_stored(count);
+    return Respond(request, Answer(receipt));
+  }
+
+  ids.erase(ids.begin(), ids.begin() + stored);
+  v1::Command command;
+  command.mutable_model_append()->set_session_id(session->record.id);
+  command.mutable_model_append()->set_ids(ids.data(), ids.size() * sizeof(int32_t));
+  ModelJob job;
+  job.kind = ModelJob::Kind::kAppend;
+  job.request = request;
+  job.session_id = session->record.id;
+  job.ids = std::move(ids);
+  job.already_stored = stored;
+  session->model_job = StartModelJob(std::move(job), std::move(command), now_ms);
+}
+
+absl::Status ClusterState::CheckGenerate(const v1::GenerateRequest& args) const {
+  const std::string from = absl::StrCat("generation from session '", args.session(), "'");
+  if (args.max_tokens() < 1 || args.max_tokens() > kGenerateTokensMax) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(from, ": max_tokens is ", args.max_tokens(), ", wanted 1 to ", kGenerateTokensMax));
+  }
+  if (args.time_limit_ms() < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(from, ": time_limit_ms is ", args.time_limit_ms(), ", wanted 0 or more"));
+  }
+  if (args.stop_ids_size() > kStopIdsMax || args.stop_strings_size() > kStopStringsMax) {
+    return absl::InvalidArgumentError(absl::StrCat(from, ": ", args.stop_ids_size(), " stop ids and ",
+                                                   args.stop_strings_size(), " stop strings, wanted at most ",
+                                                   kStopIdsMax, " and ", kStopStringsMax));
+  }
+  for (const std::string& string : args.stop_strings()) {
+    if (string.empty() || static_cast<int64_t>(string.size()) > kStopStringBytesMax) {
+      return absl::InvalidArgumentError(absl::StrCat(from, ": a stop string of ", string.size(),
+                                                     " bytes, wanted 1 to ", kStopStringBytesMax));
+    }
+  }
+  return CheckIds({args.stop_ids().begin(), args.stop_ids().end()}, CurrentModel()->vocab_size(),
+                  absl::StrCat(from, ": stop ids"));
+}
+
+void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, int64_t now_ms) {
+  const absl::StatusOr<SessionEntry*> found = FindExtensible(args.session());
+  if (!found.ok()) return Respond(request, found.status());
+  SessionEntry* session = *found;
+  absl::Status status = CheckGenerate(args);
+  const int64_t length = session->record.length();
+  if (status.ok() && length == 0) {
+    status = absl::FailedPreconditionError(absl::StrCat("generation from session '", args.session(),
+                                                        "': it is empty: append a prompt before generating"));
+  }
+  if (status.ok() && args.max_tokens() > kMaxPositions - length) {
+    status = absl::OutOfRangeError(absl::StrCat("generation from session '", args.session(),
+                                                "': ", args.max_tokens(), " tokens behind ", length,
+                                                " would pass the limit of ", kMaxPositions));
+  }
+  if (!status.ok()) return Respond(request, status);
+
+  v1::Command command;
+  command.mutable_model_generate()->set_session_id(session->record.id);
+  *command.mutable_model_generate()->mutable_request() = args;
+  ModelJob job;
+  job.kind = ModelJob::Kind::kGenerate;
+  job.request = request;
+  job.session_id = session->record.id;
+  if (args.time_limit_ms() > 0) job.deadline_ms = now_ms + args.time_limit_ms();
+  session->model_job = StartModelJob(std::move(job), std::move(command), now_ms);
+}
+
+// Questions see the session as it is between two extensions: what a client cannot know, it cannot ask about.
+void ClusterState::Score(RequestId request, const v1::ScoreRequest& args, int64_t now_ms) {
+  const absl::StatusOr<SessionEntry*> found = FindExtensible(args.session());
+  if (!found.ok()) return Respond(request, found.status());
+  const std::string of = absl::StrCat("score on session '", args.session(), "'");
+  const auto ids = Numbers<int32_t>(args.ids(), absl::StrCat(of, ": ids"));
+  absl::Status status = ids.status();
+  if (status.ok()) status = CheckIds(*ids, CurrentModel()->vocab_size(), of);
+  if (status.ok() && (*found)->record.length() == 0) {
+    status = absl::FailedPreconditionError(
+        absl::StrCat(of, ": it is empty, and a first token has no probability: append one before"));
+  }
+  if (!status.ok()) return Respond(request, status);
+
+  v1::Command command;
+  command.mutable_model_score()->set_session_id((*found)->record.id);
+  command.mutable_model_score()->set_ids(args.ids());
+  ModelJob job;
+  job.kind = ModelJob::Kind::kScore;
+  job.request = request;
+  job.session_id = (*found)->record.id;
+  job.ids = *ids;
+  StartModelJob(std::move(job), std::move(command), now_ms);
+}
+
+void ClusterState::Embed(RequestId request, const v1::EmbedRequest& args, int64_t now_ms) {
+  const absl::StatusOr<SessionEntry*> found = FindExtensible(args.session());
+  if (!found.ok()) return Respond(request, found.status());
+  const std::string of = absl::StrCat("embedding of session '", args.session(), "'");
+  const auto bounds = Numbers<int64_t>(args.ranges(), absl::StrCat(of, ": ranges"));
+  if (!bounds.ok()) return Respond(request, bounds.status());
+  const int64_t length = (*found)->record.length();
+  int64_t end = 0;
+  for (size_t i = 0; i < bounds->size(); i += 2) {
+    if (i + 1 == bounds->size() || (*bounds)[i] < end || (*bounds)[i + 1] <= (*bounds)[i]) {
+      return Respond(request,
+                     absl::InvalidArgumentError(absl::StrCat(
+                         of, ": range ", i / 2,
+                         " is empty, or does not begin behind the one before it; wanted ascending pairs "
+                         "of positions [begin, end)")));
+    }
+    end = (*bounds)[i + 1];
+    if (end > length) {
+      return Respond(request,
+                     absl::OutOfRangeError(absl::StrCat(of, ": range ", i / 2, " ends at ", end,
+                                                        ", but the session has ", length, " tokens")));
+    }
+  }
+  if (!v1::Pool_IsValid(args.pool())) {
+    return Respond(request, absl::InvalidArgumentError(absl::StrCat(of, ": the pool is not known")));
+  }
+
+  v1::Command command;
+  command.mutable_model_embed()->set_session_id((*found)->record.id);
+  command.mutable_model_embed()->set_ranges(args.ranges());
+  command.mutable_model_embed()->set_pool(args.pool());
+  ModelJob job;
+  job.kind = ModelJob::Kind::kEmbed;
+  job.request = request;
+  job.session_id = (*found)->record.id;
+  job.ranges = static_cast<int64_t>(bounds->size() / 2);
+  StartModelJob(std::move(job), std::move(command), now_ms);
+}
+
+void ClusterState::ForkSession(RequestId request, const v1::ForkSessionRequest& args, int64_t unix_ms,
+                               int64_t now_ms) {
+  const absl::StatusOr<SessionEntry*> found = FindExtensible(args.session());
+  absl::Status status = found.status();
+  if (status.ok()) status = CheckNewName(args.name());
+  if (!status.ok()) return Respond(request, status);
+  SessionEntry* fork = AddSession(request, args.name(), (*found)->record.spec, unix_ms);
+  const SessionEntry& session = sessions_.at(args.session());
+  fork->record.appends = session.record.appends;
+  fork->recorded = fork->record.length();
+  fork->ids = session.ids;
+  fork->open_epoch = epoch_;
+  v1::Command command;
+  command.mutable_fork_session()->set_session_id(session.record.id);
+  command.mutable_fork_session()->set_fork_id(fork->record.id);
+  Command({CommandKind::kOpenSession, fork->record.id, 0, {}, 0, {}}, std::move(command), now_ms);
+}
+
+void ClusterState::OnModelProgress(WorkerEntry* worker, v1::ModelProgress progress, int64_t now_ms) {
+  if (phase_ != Phase::kActive || progress.epoch() != epoch_ || worker->rank != 0) return;
+  // Commands wait behind the steps of jobs: while steps are made, none of them is late.
+  answered_ms_ = now_ms;
+  const auto it = model_jobs_.find(progress.ordinal());
+  if (it == model_jobs_.end()) return;
+  ModelJob& job = it->second;
+  if (progress.has_tokens() && job.kind == ModelJob::Kind::kGenerate) {
+    const auto ids = Numbers<int32_t>(progress.tokens().ids(), "generated ids");
+    if (!ids.ok() || progress.tokens().log_probs().size() != progress.tokens().ids().size()) {
+      return Expel(worker->id, "sent tokens of wrong sizes", now_ms);
+    }
+    job.ids.insert(job.ids.end(), ids->begin(), ids->end());
+    if (job.request != 0) Emit(Generated{job.request, std::move(*progress.mutable_tokens())});
+  }
+  if (progress.has_embeddings() && job.kind == ModelJob::Kind::kEmbed) {
+    const v1::EmbedResponse& rows = progress.embeddings();
+    const auto wanted = static_cast<size_t>(rows.count()) * CurrentModel()->hidden_size() * sizeof(float);
+    if (rows.first_range() != job.embedded || rows.count() < 1 || rows.vectors().size() != wanted) {
+      return Expel(worker->id, "sent embeddings of wrong sizes", now_ms);
+    }
+    job.embedded += rows.count();
+    if (job.request != 0) Emit(Embedded{job.request, std::move(*progress.mutable_embeddings())});
+  }
+}
+
+void ClusterState::OnModelJob(const PendingCommand& command, int64_t now_ms) {
+  const auto it = model_jobs_.find(command.subject);
+  if (it == model_jobs_.end()) return;
+  const ModelJob job = std::move(it->second);
+  model_jobs_.erase(it);
+  const v1::CommandResult& first = *command.results[0];
+  for (const WorkerEntry* worker : Ranks()) {
+    const v1::CommandResult& result = *command.results[worker->rank];
+    if (result.code() == first.code() && result.model().digest() == first.model().digest() &&
+        result.model().done() == first.model().done()) {
+      continue;
+    }
+    Respond(job.request, absl::InternalError(absl::StrCat(
+                             NameOf(*worker),
+                             " computed other bits than worker 0; this is a fault of the machine "
+                             "or of Eduba: the group starts anew")));
+    return EndEpoch(absl::StrCat(NameOf(*worker), " computed other bits than worker 0"), now_ms);
+  }
+  SessionEntry* session = SessionById(job.session_id);
+  if (session == nullptr) return;  // Deleted meanwhile; its calls have been told.
+  const bool extends = job.kind == ModelJob::Kind::kAppend || job.kind == ModelJob::Kind::kGenerate;
+  const int64_t done = first.model().done();
+  if (extends) {
+    if (done < 0 || done > static_cast<int64_t>(job.ids.size()) ||
+        (job.kind == ModelJob::Kind::kGenerate && done != static_cast<int64_t>(job.ids.size()))) {
+      Respond(job.request, WorkerGaveNonsense());
+      return Expel(Ranks()[0]->id,
+                   absl::StrCat("answered that ", done, " of ", job.ids.size(), " tokens are read"), now_ms);
+    }
+    if (done > 0) {
+      session->ids.insert(session->ids.end(), job.ids.begin(), job.ids.begin() + done);
+      const int64_t length = session->record.length() + done;
+      // Borders of appends mean nothing where the ids themselves are compared.
+      session->record.appends = {{0, length, {}}};
+      // Written down before the client hears of it, as for other appends: what it was told of is never
+      // forgotten silently. (What an earlier write could not store is stored with it.)
+      if (session->phase == SessionPhase::kReady) {
+        Write(AppendCommitted{job.session_id, {session->recorded, length - session->recorded, {}}}, 0);
+        recording_jobs_[job.session_id] = {job, first};
+        return;
+      }
+    }
+    session->model_job = 0;
+  }
+  ReplyToJob(job, *session, first, now_ms);
+}
+
+void ClusterState::OnTokensRecorded(uint64_t session_id, const absl::Status& status, int64_t now_ms) {
+  const auto node = recording_jobs_.extract(session_id);
+  SessionEntry* session = SessionById(session_id);
+  if (session == nullptr) return;
+  session->model_job = 0;
+  const auto& [job, result] = node.mapped();
+  if (status.ok()) {
+    session->recorded = session->record.length();
+    return ReplyToJob(job, *session, result, now_ms);
+  }
+  Respond(
+      job.request,
+      absl::Status(status.code(),
+                   absl::StrCat("session '", session->record.name, "' has ", session->record.length(),
+                                " tokens now, but they are not on record: ", std::string(status.message()))));
+}
+
+void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
+                              const v1::CommandResult& result, int64_t now_ms) {
+  if (job.request == 0) return;
+  const int64_t done = result.model().done();
+  const int64_t length = session.record.length();
+  if (result.code() != 0) {
+    std::string how_far;
+    if (job.kind == ModelJob::Kind::kAppend || job.kind == ModelJob::Kind::kGenerate) {
+      how_far = absl::StrCat("; ", done, " tokens of it are in the session, which has ", length, " now");
+    }
+    return Respond(job.request, absl::Status(static_cast<absl::StatusCode>(result.code()),
+                                             absl::StrCat("session '", session.record.name,
+                                                          "': ", result.message(), how_far)));
+  }
+  switch (job.kind) {
+    case ModelJob::Kind::kAppend: {
+      v1::AppendTokensReceipt receipt;
+      receipt.set_at(length - done - job.already_stored);
+      receipt.set_count(job.already_stored + done);
+      receipt.set_length(length);
+      receipt.set_already_stored(job.already_stored);
+      return Respond(job.request, Answer(receipt));
+    }
+    case ModelJob::Kind::kGenerate: {
+      v1::GenerateSummary summary;
+      summary.set_tokens(done);
+      summary.set_length(length);
+      summary.set_finish_reason(result.model().cancelled() ? v1::FINISH_REASON_DEADLINE
+                                                           : result.model().finish_reason());
+      summary.set_seconds(static_cast<double>(now_ms - job.started_ms) / 1000);
+      return Respond(job.request, Answer(summary));
+    }
+    case ModelJob::Kind::kScore: {
+      if (result.model().log_probs().size() != job.ids.size() * sizeof(float)) {
+        Respond(job.request, WorkerGaveNonsense());
+        return Expel(Ranks()[0]->id, "answered log-probabilities of a wrong size", now_ms);
+      }
+      v1::ScoreResponse response;
+      response.set_log_probs(result.model().log_probs());
+      return Respond(job.request, Answer(std::move(response)));
+    }
+    case ModelJob::Kind::kEmbed:
+      if (job.embedded != job.ranges) {
+        Respond(job.request, WorkerGaveNonsense());
+        return Expel(Ranks()[0]->id, absl::StrCat("embedded ", job.embedded, " of ", job.ranges, " ranges"),
+                     now_ms);
+      }
+      return Respond(job.request, Answer(Done{}));
+  }
+}
+
+void ClusterState::CancelModelJob(uint64_t ordinal, int64_t now_ms) {
+  ModelJob& job = model_jobs_.at(ordinal);
+  if (std::exchange(job.cancelled, true)) return;
+  v1::Command command;
+  command.mutable_cancel_job()->set_ordinal(ordinal);
+  Command({CommandKind::kCancelJob, ordinal, 0, {}, 0, {}}, std::move(command), now_ms);
+}
+
+void ClusterState::EndLateModelJobs(int64_t now_ms) {
+  for (const auto& [ordinal, job] : model_jobs_) {
+    if (job.deadline_ms != 0 && now_ms >= job.deadline_ms) CancelModelJob(ordinal, now_ms);
+  }
+}
+
+void ClusterState::FailModelJobsOf(uint64_t session_id, const absl::Status& status) {
+  for (auto& [ordinal, job] : model_jobs_) {
+    if (job.session_id == session_id) Respond(std::exchange(job.request, 0), status);
+  }
+  if (const auto it = recording_jobs_.find(session_id); it != recording_jobs_.end()) {
+    Respond(std::exchange(it->second.first.request, 0), status);
+  }
+}
+
+}  // namespace eduba

@@ -1,0 +1,285 @@
+// ClusterState: sessions of the workers' model.
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/state.h"
+#include "coordinator/testing/fake_cluster.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace eduba {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+
+ClusterState::Options TwoWorkers() {
+  ClusterState::Options options;
+  options.group_size = 2;
+  options.version = "test";
+  return options;
+}
+
+v1::Model TinyModel(uint64_t hash = 9) {
+  v1::Model model;
+  model.set_name("tiny");
+  model.set_hash(hash);
+  model.set_vocab_size(10);
+  model.set_hidden_size(4);
+  model.set_query_heads(2);
+  model.set_kv_heads(1);
+  model.set_head_dim(2);
+  model.set_dtype(v1::DTYPE_F32);
+  model.add_layer_windows(0);
+  model.add_layer_windows(3);
+  return model;
+}
+
+class ModelStateTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    StartGroup();
+    ASSERT_TRUE(Create("s").ok());
+  }
+  void TearDown() override { EXPECT_THAT(cluster_.complaints(), IsEmpty()); }
+
+  void StartGroup() {
+    const v1::Model model = TinyModel();
+    a_ = cluster_.Join("a:1", 7, "", &model);
+    b_ = cluster_.Join("b:1", 7, "", &model);
+    cluster_.Settle();
+    ASSERT_TRUE(cluster_.serving);
+  }
+
+  template <typename T, typename Event>
+  absl::StatusOr<T> Get(const Event& event) {
+    const absl::StatusOr<Answer> answer = cluster_.Get(event);
+    if (!answer.ok()) return answer.status();
+    return std::get<T>(*answer);
+  }
+  absl::StatusOr<v1::Session> Create(const std::string& name, const v1::ModelSpec& model = {}) {
+    v1::CreateSessionRequest request;
+    request.set_name(name);
+    *request.mutable_spec()->mutable_model() = model;
+    return Get<v1::Session>(
+        [&](ClusterState& state, RequestId id) { state.CreateSession(id, request, 99, cluster_.now()); });
+  }
+  absl::StatusOr<v1::Session> Show(const std::string& name) {
+    v1::GetSessionRequest request;
+    request.set_name(name);
+    return Get<v1::Session>([&](ClusterState& state, RequestId id) { state.GetSession(id, request); });
+  }
+  RequestId AskAppend(const std::string& name, std::optional<int64_t> at, const std::vector<int32_t>& ids) {
+    return cluster_.Ask(
+        [&](ClusterState& state, RequestId id) { state.AppendTokens(id, name, at, ids, cluster_.now()); });
+  }
+  absl::StatusOr<v1::AppendTokensReceipt> Append(const std::string& name, std::optional<int64_t> at,
+                                                 const std::vector<int32_t>& ids) {
+    return Get<v1::AppendTokensReceipt>(
+        [&](ClusterState& state, RequestId id) { state.AppendTokens(id, name, at, ids, cluster_.now()); });
+  }
+  RequestId AskGenerate(int64_t max_tokens, int64_t time_limit_ms = 0) {
+    v1::GenerateRequest request;
+    request.set_session("s");
+    request.set_max_tokens(max_tokens);
+    request.set_time_limit_ms(time_limit_ms);
+    return cluster_.Ask(
+        [&](ClusterState& state, RequestId id) { state.Generate(id, request, cluster_.now()); });
+  }
+  absl::Status StatusOf(RequestId id) {
+    const auto& reply = cluster_.requests[id].reply;
+    return reply.has_value() ? reply->status() : absl::UnknownError("no reply yet");
+  }
+  v1::GenerateSummary SummaryOf(RequestId id) {
+    return std::get<v1::GenerateSummary>(**cluster_.requests[id].reply);
+  }
+  void HoldJobs() {
+    cluster_.workers[a_].rank->hold_jobs = true;
+    cluster_.workers[b_].rank->hold_jobs = true;
+  }
+
+  FakeCluster cluster_{TwoWorkers()};
+  WorkerId a_ = 0;
+  WorkerId b_ = 0;
+};
+
+TEST_F(ModelStateTest, ASessionTakesItsShapeFromTheModel) {
+  const auto session = Show("s");
+  ASSERT_TRUE(session.ok());
+  EXPECT_EQ(session->spec().layers(), 2);
+  EXPECT_EQ(session->spec().query_heads(), 2);
+  EXPECT_EQ(session->spec().model().sink_tokens(), 4);
+  EXPECT_EQ(session->spec().model().model_hash(), 9);
+  ASSERT_TRUE(Append("s", {}, {1, 2, 3, 4, 5}).ok());
+  // 16 bytes a position and layer; one layer keeps a window of 3.
+  EXPECT_EQ(Show("s")->bytes(), 16 * (5 + 3));
+}
+
+TEST_F(ModelStateTest, AWorkerWithAnotherModelIsRefused) {
+  cluster_.Leave(b_);
+  const v1::Model other = TinyModel(10);
+  const WorkerId with_other = cluster_.Join("c:1", 7, "", &other);
+  EXPECT_EQ(cluster_.workers[with_other].closed.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(cluster_.workers[with_other].closed.message()), HasSubstr("--model"));
+  const WorkerId without = cluster_.Join("d:1");
+  EXPECT_EQ(cluster_.workers[without].closed.code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(ModelStateTest, ARepeatedAppendIsComparedIdByIdWhateverItsBorders) {
+  ASSERT_TRUE(Append("s", {}, {1, 2, 3}).ok());
+  ASSERT_TRUE(Append("s", 3, {4, 5}).ok());
+  const auto same = Append("s", 1, {2, 3, 4});
+  ASSERT_TRUE(same.ok()) << same.status();
+  EXPECT_EQ(same->already_stored(), 3);
+  EXPECT_EQ(same->length(), 5);
+  const auto longer = Append("s", 4, {5, 6, 7});
+  ASSERT_TRUE(longer.ok()) << longer.status();
+  EXPECT_EQ(longer->at(), 4);
+  EXPECT_EQ(longer->count(), 3);
+  EXPECT_EQ(longer->already_stored(), 1);
+  EXPECT_EQ(longer->length(), 7);
+  const absl::Status other = Append("s", 1, {2, 9}).status();
+  EXPECT_EQ(other.code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(std::string(other.message()), HasSubstr("position 2 holds token 3 already, not 9"));
+  EXPECT_EQ(Append("s", 8, {1}).status().code(), absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(Append("s", {}, {10}).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(ModelStateTest, GeneratedTokensBelongToTheSession) {
+  ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  const RequestId generation = AskGenerate(3);
+  cluster_.Settle();
+  EXPECT_EQ(SummaryOf(generation).tokens(), 3);
+  EXPECT_EQ(SummaryOf(generation).length(), 5);
+  EXPECT_EQ(SummaryOf(generation).finish_reason(), v1::FINISH_REASON_LENGTH);
+  ASSERT_EQ(cluster_.requests[generation].generated.size(), 12U);
+  int32_t id = 0;
+  std::memcpy(&id, cluster_.requests[generation].generated.data(), 4);
+  EXPECT_EQ(Append("s", 2, {id, id, id})->already_stored(), 3);
+}
+
+TEST_F(ModelStateTest, OneCallAtATimeExtendsASession) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  const RequestId first = AskAppend("s", {}, {2});
+  EXPECT_EQ(StatusOf(AskAppend("s", {}, {3})).code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(StatusOf(AskGenerate(1)).code(), absl::StatusCode::kAborted);
+  cluster_.Settle();
+  EXPECT_TRUE(StatusOf(first).ok());
+  EXPECT_EQ(Show("s")->length(), 2);
+}
+
+TEST_F(ModelStateTest, ADeadlineEndsAGenerationWithWhatItHas) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  HoldJobs();
+  const RequestId generation = AskGenerate(5, /*time_limit_ms=*/1000);
+  cluster_.Settle();
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnknown);
+  cluster_.Advance(1200);
+  cluster_.Settle();
+  EXPECT_EQ(SummaryOf(generation).finish_reason(), v1::FINISH_REASON_DEADLINE);
+  EXPECT_EQ(SummaryOf(generation).tokens(), 1);
+  EXPECT_EQ(Show("s")->length(), 2);
+}
+
+TEST_F(ModelStateTest, ACancelledGenerationFreesTheSessionAndKeepsItsTokens) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  HoldJobs();
+  const RequestId generation = AskGenerate(5);
+  cluster_.Settle();
+  cluster_.Cancel(generation);
+  cluster_.Settle();
+  EXPECT_EQ(Show("s")->length(), 2);
+}
+
+TEST_F(ModelStateTest, ALongJobIsNotLateWhileTheGroupMakesSteps) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  HoldJobs();
+  const RequestId generation = AskGenerate(5);
+  cluster_.Settle();
+  for (int i = 0; i < 10; ++i) {
+    cluster_.Advance(50000);
+    v1::WorkerMessage alive;
+    alive.mutable_progress()->set_epoch(1);
+    cluster_.state().WorkerSaid(a_, alive, cluster_.now());
+  }
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnknown);
+  cluster_.Advance(70000);
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(ModelStateTest, AFailedJobSaysHowFarItCame) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  for (const WorkerId worker : {a_, b_}) {
+    cluster_.workers[worker].rank->failures[v1::Command::kModelAppend] = absl::ResourceExhaustedError("full");
+  }
+  const absl::Status status = Append("s", {}, {2}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("0 tokens of it are in the session, which has 1 now"));
+  EXPECT_TRUE(Append("s", {}, {2}).ok());
+}
+
+TEST_F(ModelStateTest, RanksThatComputeOtherBitsEndTheEpoch) {
+  cluster_.workers[b_].rank->digest = 6;
+  EXPECT_EQ(Append("s", {}, {1}).status().code(), absl::StatusCode::kInternal);
+  EXPECT_FALSE(cluster_.serving);
+}
+
+TEST_F(ModelStateTest, AnEpochsEndEndsItsJobs) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  const RequestId generation = AskGenerate(5);
+  cluster_.Leave(b_);
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(ModelStateTest, TokensThatCouldNotBeWrittenDownAreWrittenWithTheNextOnes) {
+  cluster_.disk_failures = 1;
+  EXPECT_EQ(Append("s", {}, {1, 2}).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(Show("s")->length(), 2);
+  ASSERT_TRUE(Append("s", {}, {3}).ok());
+  EXPECT_EQ(cluster_.stored().sessions[0].length(), 3);
+}
+
+TEST_F(ModelStateTest, AForkGoesItsOwnWay) {
+  ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  v1::ForkSessionRequest request;
+  request.set_session("s");
+  request.set_name("f");
+  const auto fork = Get<v1::Session>(
+      [&](ClusterState& state, RequestId id) { state.ForkSession(id, request, 99, cluster_.now()); });
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  EXPECT_EQ(fork->length(), 2);
+  ASSERT_TRUE(Append("f", 2, {3}).ok());
+  ASSERT_TRUE(Append("s", 2, {4}).ok());
+  EXPECT_EQ(Append("f", 0, {1, 2, 3})->already_stored(), 3);
+  EXPECT_EQ(cluster_.stored().sessions[1].length(), 3);
+}
+
+TEST_F(ModelStateTest, EachKindOfSessionRefusesTheOthersCalls) {
+  v1::PlanAppendRequest plan;
+  plan.set_session("s");
+  plan.set_count(1);
+  EXPECT_EQ(
+      cluster_.Get([&](ClusterState& state, RequestId id) { state.PlanAppend(id, plan, cluster_.now()); })
+          .status()
+          .code(),
+      absl::StatusCode::kFailedPrecondition);
+  v1::AttendRequest::Header header;
+  header.set_session("s");
+  EXPECT_EQ(
+      cluster_.Get([&](ClusterState& state, RequestId id) { state.StartAttend(id, header, cluster_.now()); })
+          .status()
+          .code(),
+      absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(ModelStateTest, ARestartedCoordinatorKnowsThatTokensAreLost) {
+  ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  cluster_.Restart();
+  StartGroup();
+  EXPECT_TRUE(Show("s")->lost());
+  EXPECT_EQ(Append("s", {}, {3}).status().code(), absl::StatusCode::kDataLoss);
+}
+
+}  // namespace
+}  // namespace eduba

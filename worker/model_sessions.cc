@@ -1,0 +1,451 @@
+#include "worker/model_sessions.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/status_macros.h"
+#include "rpc/limits.h"
+
+namespace eduba {
+namespace {
+
+// Sessions whose logits are held at once.
+constexpr int64_t kLogitRows = 32;
+
+template <typename T>
+absl::StatusOr<std::vector<T>> Numbers(const std::string& bytes, const char* what) {
+  if (bytes.empty() || bytes.size() % sizeof(T) != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, " have ", bytes.size(), " bytes, wanted a positive multiple of ", sizeof(T)));
+  }
+  std::vector<T> numbers(bytes.size() / sizeof(T));
+  std::memcpy(numbers.data(), bytes.data(), bytes.size());
+  return numbers;
+}
+
+template <typename T>
+std::string BytesOf(absl::Span<const T> numbers) {
+  return std::string(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T));
+}
+
+template <typename T>
+uint64_t HashInto(uint64_t hash, absl::Span<const T> numbers) {
+  return XXH3_64bits_withSeed(numbers.data(), numbers.size() * sizeof(T), hash);
+}
+
+ContextOptions ContextOptionsOf(const v1::ModelSpec& spec) {
+  ContextOptions options;
+  if (spec.policy() == v1::MODEL_POLICY_STREAMING) options.policy = ContextPolicy::kStreaming;
+  if (spec.policy() == v1::MODEL_POLICY_STAR) options.policy = ContextPolicy::kStar;
+  if (spec.positions() == v1::POSITION_MODE_ROLLING) options.positions = PositionMode::kRolling;
+  if (spec.positions() == v1::POSITION_MODE_CLAMPED) options.positions = PositionMode::kClamped;
+  options.sink_tokens = spec.sink_tokens();
+  options.window = spec.window();
+  options.clamp = spec.clamp();
+  return options;
+}
+
+ModelEngine::Options EngineOptions(const ModelSessions::Options& options) {
+  ModelEngine::Options engine;
+  engine.backend = options.backend;
+  engine.store = options.store;
+  engine.model = &options.model->transformer();
+  engine.kv_dtype = options.model->kv_dtype();
+  engine.chunk_rows = options.chunk_rows;
+  engine.communicator = options.group;
+  return engine;
+}
+
+}  // namespace
+
+ModelSessions::ModelSessions(Options options)
+    : options_(std::move(options)), engine_(EngineOptions(options_)) {}
+
+absl::Status ModelSessions::Open(uint64_t session_id, const v1::SessionSpec& spec) {
+  if (spec.model().model_hash() != options_.model->info().hash()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the session was created for another model than ", options_.model->info().name(),
+                     ", which the workers hold; start them with that one, or create the session anew"));
+  }
+  if (sessions_.count(session_id) > 0) {
+    return absl::AlreadyExistsError(absl::StrCat("session ", session_id, " is open already"));
+  }
+  EDUBA_ASSIGN_OR_RETURN(Context context, engine_.Open(ContextOptionsOf(spec.model()), spec.stripe_pages()));
+  Session session(std::move(context));
+  session.stripe_pages = spec.stripe_pages();
+  sessions_.emplace(session_id, std::move(session));
+  return absl::OkStatus();
+}
+
+void ModelSessions::Close(uint64_t session_id) {
+  for (auto next = jobs_.begin(); next != jobs_.end();) {
+    Job& job = next++->second;
+    if (job.session_id == session_id) {
+      Finish(job, absl::NotFoundError("the session was deleted"), v1::FINISH_REASON_UNSPECIFIED, false);
+    }
+  }
+  sessions_.erase(session_id);
+}
+
+absl::Status ModelSessions::Fork(const v1::ForkSession& request) {
+  EDUBA_ASSIGN_OR_RETURN(const Session* session, Find(request.session_id()));
+  if (!sessions_.emplace(request.fork_id(), *session).second) {
+    return absl::AlreadyExistsError(absl::StrCat("session ", request.fork_id(), " is open already"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ModelSessions::Session*> ModelSessions::Find(uint64_t session_id) {
+  const auto found = sessions_.find(session_id);
+  if (found == sessions_.end()) {
+    return absl::NotFoundError(absl::StrCat("session ", session_id, " is not open on this worker"));
+  }
+  return &found->second;
+}
+
+absl::Status ModelSessions::Start(const v1::Command& command) {
+  Job job;
+  job.ordinal = command.ordinal();
+  job.patience = absl::Milliseconds(command.timeout_ms());
+  switch (command.kind_case()) {
+    case v1::Command::kModelAppend:
+      EDUBA_RETURN_IF_ERROR(StartAppend(command.model_append(), job));
+      break;
+    case v1::Command::kModelGenerate:
+      EDUBA_RETURN_IF_ERROR(StartGenerate(command.model_generate(), job));
+      break;
+    case v1::Command::kModelScore:
+      EDUBA_RETURN_IF_ERROR(StartScore(command.model_score(), job));
+      break;
+    default:
+      EDUBA_RETURN_IF_ERROR(StartEmbed(command.model_embed(), job));
+      break;
+  }
+  Job& started = jobs_.emplace(job.ordinal, std::move(job)).first->second;
+  if (started.fork) started.context = &*started.fork;
+  return absl::OkStatus();
+}
+
+absl::Status ModelSessions::CheckIds(absl::Span<const int32_t> ids) const {
+  const int64_t vocab = options_.model->info().vocab_size();
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("token ", i, " is ", ids[i], ", wanted 0 to ", vocab - 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ModelSessions::StartAppend(const v1::ModelAppend& request, Job& job) {
+  EDUBA_ASSIGN_OR_RETURN(Session * session, Find(request.session_id()));
+  EDUBA_ASSIGN_OR_RETURN(job.ids, Numbers<int32_t>(request.ids(), "token ids"));
+  EDUBA_RETURN_IF_ERROR(CheckIds(job.ids));
+  job.kind = Kind::kAppend;
+  job.session_id = request.session_id();
+  job.context = &session->context;
+  return absl::OkStatus();
+}
+
+absl::Status ModelSessions::StartGenerate(const v1::ModelGenerate& request, Job& job) {
+  EDUBA_ASSIGN_OR_RETURN(Session * session, Find(request.session_id()));
+  if (session->context.length() == 0) {
+    return absl::FailedPreconditionError("the session is empty; append a prompt before generating");
+  }
+  job.kind = Kind::kGenerate;
+  job.session_id = request.session_id();
+  job.context = &session->context;
+  job.generate = request.request();
+  job.sampling.temperature = job.generate.temperature();
+  job.sampling.top_k = job.generate.top_k();
+  job.sampling.top_p = job.generate.top_p() == 0 ? 1 : job.generate.top_p();
+  job.sampling.seed = job.generate.seed();
+  EDUBA_RETURN_IF_ERROR(CheckSampling(job.sampling));
+  if (options_.model->tokenizer() != nullptr) {
+    job.text_stream = options_.model->tokenizer()->NewTextStream({});
+  } else if (job.generate.stop_strings_size() > 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("stop strings need a tokenizer, and the folder of model ", options_.model->info().name(),
+                     " has none; use stop ids"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ModelSessions::StartScore(const v1::ModelScore& request, Job& job) {
+  EDUBA_ASSIGN_OR_RETURN(Session * session, Find(request.session_id()));
+  if (session->context.length() == 0) {
+    return absl::FailedPreconditionError(
+        "the session is empty: the first token of a context has no probability; append one before");
+  }
+  EDUBA_ASSIGN_OR_RETURN(job.ids, Numbers<int32_t>(request.ids(), "token ids"));
+  EDUBA_RETURN_IF_ERROR(CheckIds(job.ids));
+  job.kind = Kind::kScore;
+  job.session_id = request.session_id();
+  job.fork = session->context.Fork();
+  return absl::OkStatus();
+}
+
+absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) {
+  EDUBA_ASSIGN_OR_RETURN(Session * session, Find(request.session_id()));
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<int64_t> bounds, Numbers<int64_t>(request.ranges(), "ranges"));
+  std::vector<PositionRange> ranges;
+  for (size_t i = 0; i + 1 < bounds.size(); i += 2) ranges.push_back({bounds[i], bounds[i + 1]});
+  if (ranges.empty() || ranges.back().end > session->context.length()) {
+    return absl::OutOfRangeError(absl::StrCat("the last range ends at ",
+                                              ranges.empty() ? 0 : ranges.back().end, ", the session has ",
+                                              session->context.length(), " positions"));
+  }
+  job.ids.assign(session->ids.begin(), session->ids.begin() + ranges.back().end);
+  EDUBA_ASSIGN_OR_RETURN(
+      job.pooler,
+      Pooler::Create(std::move(ranges), request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean,
+                     options_.model->info().hidden_size()));
+  EDUBA_ASSIGN_OR_RETURN(job.fork, engine_.Open(session->context.options(), session->stripe_pages));
+  job.kind = Kind::kEmbed;
+  job.session_id = request.session_id();
+  return absl::OkStatus();
+}
+
+void ModelSessions::Cancel(uint64_t ordinal) {
+  const auto job = jobs_.find(ordinal);
+  if (job == jobs_.end()) return;
+  Finish(job->second, absl::OkStatus(), v1::FINISH_REASON_UNSPECIFIED, true);
+}
+
+void ModelSessions::FailAll(const absl::Status& status) {
+  while (!jobs_.empty()) Finish(jobs_.begin()->second, status, v1::FINISH_REASON_UNSPECIFIED, false);
+}
+
+std::vector<ModelSessions::Job*> ModelSessions::NextJobs() {
+  std::vector<Job*> jobs;
+  Job* first_reader = nullptr;
+  Job* next_reader = nullptr;
+  for (auto& [ordinal, job] : jobs_) {
+    if (job.kind == Kind::kGenerate) {
+      jobs.push_back(&job);
+      continue;
+    }
+    if (first_reader == nullptr) first_reader = &job;
+    if (next_reader == nullptr && ordinal > last_reader_) next_reader = &job;
+  }
+  if (next_reader == nullptr) next_reader = first_reader;
+  if (next_reader != nullptr) {
+    last_reader_ = next_reader->ordinal;
+    jobs.push_back(next_reader);
+  }
+  return jobs;
+}
+
+void ModelSessions::ChooseTokens(const std::vector<Job*>& jobs) {
+  const int64_t vocab = options_.model->info().vocab_size();
+  for (size_t first = 0; first < jobs.size(); first += kLogitRows) {
+    const absl::Span<Job* const> some = absl::MakeConstSpan(jobs).subspan(first, kLogitRows);
+    std::vector<float> hidden;
+    for (const Job* job : some) {
+      if (job->kind != Kind::kGenerate) continue;
+      hidden.insert(hidden.end(), job->context->last().begin(), job->context->last().end());
+    }
+    if (hidden.empty()) continue;
+    const std::vector<float> logits = engine_.Logits(hidden);
+    int64_t row = 0;
+    for (Job* job : some) {
+      if (job->kind != Kind::kGenerate) continue;
+      const auto own = absl::MakeConstSpan(logits).subspan(row++ * vocab, vocab);
+      job->chosen = ChooseToken(own, job->sampling, job->context->length());
+    }
+  }
+}
+
+Turn ModelSessions::MakeTurn(Job& job) {
+  Turn turn;
+  turn.context = job.context;
+  if (job.kind == Kind::kGenerate) {
+    turn.ids = absl::MakeConstSpan(&job.chosen.id, 1);
+    turn.asks = true;
+    return turn;
+  }
+  turn.ids = absl::MakeConstSpan(job.ids).subspan(job.done, options_.chunk_rows);
+  turn.asks = job.kind == Kind::kScore;
+  if (job.kind == Kind::kScore) job.before.assign(job.context->last().begin(), job.context->last().end());
+  return turn;
+}
+
+absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time deadline,
+                                                    std::vector<Job*>& jobs, std::vector<Turn>& turns) {
+  std::vector<int64_t> words(1 + turns.size(), 0);
+  std::vector<absl::Status> prepared;
+  if (options_.group->rank() == 0) words[0] = static_cast<int64_t>(newest);
+  for (size_t i = 0; i < turns.size(); ++i) {
+    prepared.push_back(engine_.Prepare(turns[i]));
+    if (!prepared.back().ok()) words[1 + i] = 1;
+  }
+  EDUBA_RETURN_IF_ERROR(options_.group->SumI64(absl::MakeSpan(words), deadline));
+  for (size_t i = turns.size(); i-- > 0;) {
+    if (words[1 + i] == 0) continue;
+    engine_.Unprepare(*turns[i].context);
+    const absl::Status status = !prepared[i].ok()
+                                    ? prepared[i]
+                                    : absl::ResourceExhaustedError(absl::StrCat(
+                                          "no memory for the next tokens on ", words[1 + i], " other ranks"));
+    Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
+    jobs.erase(jobs.begin() + static_cast<int64_t>(i));
+    turns.erase(turns.begin() + static_cast<int64_t>(i));
+  }
+  return static_cast<uint64_t>(words[0]);
+}
+
+absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
+  std::vector<Job*> jobs = NextJobs();
+  ChooseTokens(jobs);
+  std::vector<Turn> turns;
+  absl::Duration patience;
+  for (Job* job : jobs) {
+    turns.push_back(MakeTurn(*job));
+    patience = std::max(patience, job->patience);
+  }
+  const absl::Time deadline = absl::Now() + patience;
+  EDUBA_ASSIGN_OR_RETURN(const uint64_t agreed, AgreeOnStep(newest, deadline, jobs, turns));
+  EDUBA_RETURN_IF_ERROR(RunStep(deadline, jobs, turns));
+  return agreed;
+}
+
+absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>& jobs,
+                                    const std::vector<Turn>& turns) {
+  const int64_t width = options_.model->info().hidden_size();
+  absl::Status status = engine_.StepPrepared(turns, deadline);
+  if (status.ok()) {
+    const float* hidden = engine_.hidden().data();
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      const auto rows = static_cast<int64_t>(turns[i].ids.size());
+      Advance(*jobs[i], turns[i], hidden);
+      hidden += rows * width;
+    }
+    return absl::OkStatus();
+  }
+  // Arithmetic that left the finite numbers, as on every rank: only the job that did it shall end.
+  if (!absl::IsInvalidArgument(status)) return status;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    if (jobs.size() > 1) {
+      // The failed step gave the memory back. Who had room for all turns has room for one.
+      status = engine_.Prepare(turns[i]);
+      if (status.ok()) status = engine_.StepPrepared({turns[i]}, deadline);
+    }
+    if (status.ok()) {
+      Advance(*jobs[i], turns[i], engine_.hidden().data());
+    } else if (absl::IsInvalidArgument(status)) {
+      Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
+    } else {
+      return status;
+    }
+  }
+  return absl::OkStatus();
+}
+
+void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
+  const int64_t width = options_.model->info().hidden_size();
+  const auto rows = static_cast<int64_t>(turn.ids.size());
+  v1::ModelProgress progress;
+  progress.set_ordinal(job.ordinal);
+  if (job.kind == Kind::kGenerate) return AdvanceGeneration(job, progress);
+  if (job.kind == Kind::kAppend) {
+    std::vector<int32_t>& ids = sessions_.at(job.session_id).ids;
+    ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
+  }
+  if (job.kind == Kind::kScore) {
+    job.before.insert(job.before.end(), hidden, hidden + (rows - 1) * width);
+    const std::vector<float> some = engine_.LogProbs(job.before, turn.ids);
+    job.log_probs.insert(job.log_probs.end(), some.begin(), some.end());
+  }
+  if (job.kind == Kind::kEmbed) job.pooler->Add(job.done, rows, hidden);
+  job.done += rows;
+  if (job.done == static_cast<int64_t>(job.ids.size())) {
+    return Finish(job, absl::OkStatus(), v1::FINISH_REASON_UNSPECIFIED, false);
+  }
+  SendProgress(std::move(progress));
+}
+
+void ModelSessions::AdvanceGeneration(Job& job, v1::ModelProgress& progress) {
+  sessions_.at(job.session_id).ids.push_back(job.chosen.id);
+  job.ids.push_back(job.chosen.id);
+  ++job.done;
+  const auto& stop_ids = job.generate.stop_ids();
+  bool stop = std::find(stop_ids.begin(), stop_ids.end(), job.chosen.id) != stop_ids.end();
+  std::string text = job.text_stream != nullptr ? job.text_stream->Push(job.chosen.id) : "";
+  job.tail += text;
+  for (const std::string& string : job.generate.stop_strings()) {
+    stop |= job.tail.find(string) != std::string::npos;
+  }
+  if (job.tail.size() > kStopStringBytesMax) job.tail.erase(0, job.tail.size() - kStopStringBytesMax);
+  const bool last = stop || job.done == job.generate.max_tokens();
+  if (last && job.text_stream != nullptr) text += job.text_stream->Finish();
+
+  v1::GenerateResponse::Tokens& tokens = *progress.mutable_tokens();
+  tokens.set_ids(BytesOf(absl::MakeConstSpan(&job.chosen.id, 1)));
+  tokens.set_log_probs(BytesOf(absl::MakeConstSpan(&job.chosen.log_prob, 1)));
+  tokens.set_text(std::move(text));
+  SendProgress(std::move(progress));
+  if (last) {
+    Finish(job, absl::OkStatus(), stop ? v1::FINISH_REASON_STOP : v1::FINISH_REASON_LENGTH, false);
+  }
+}
+
+void ModelSessions::SendProgress(v1::ModelProgress progress) {
+  if (options_.group->rank() != 0) return;
+  progress.set_epoch(options_.epoch);
+  v1::WorkerMessage message;
+  *message.mutable_progress() = std::move(progress);
+  options_.send(message);
+}
+
+void ModelSessions::SendEmbeddings(const Job& job, const std::vector<float>& vectors) {
+  const int64_t width = options_.model->info().hidden_size();
+  const auto ranges = static_cast<int64_t>(vectors.size()) / width;
+  const int64_t piece =
+      std::max<int64_t>(1, kPayloadBytesMax / (width * static_cast<int64_t>(sizeof(float))));
+  for (int64_t first = 0; first < ranges; first += piece) {
+    const int64_t count = std::min(piece, ranges - first);
+    v1::ModelProgress progress;
+    progress.set_ordinal(job.ordinal);
+    progress.mutable_embeddings()->set_first_range(first);
+    progress.mutable_embeddings()->set_count(static_cast<int32_t>(count));
+    progress.mutable_embeddings()->set_vectors(
+        BytesOf(absl::MakeConstSpan(vectors).subspan(first * width, count * width)));
+    SendProgress(std::move(progress));
+  }
+}
+
+void ModelSessions::Finish(Job& job, const absl::Status& given, v1::FinishReason reason, bool cancelled) {
+  v1::WorkerMessage message;
+  v1::CommandResult& result = *message.mutable_result();
+  result.set_epoch(options_.epoch);
+  result.set_ordinal(job.ordinal);
+  v1::ModelResult& answer = *result.mutable_model();
+  uint64_t digest = HashInto(0, job.context->last());
+  digest = HashInto(digest, absl::MakeConstSpan(job.log_probs));
+  absl::Status status = given;
+  if (status.ok() && !cancelled && job.pooler) {
+    const auto vectors = job.pooler->Finish();
+    status = vectors.status();
+    if (vectors.ok()) {
+      digest = HashInto(digest, absl::MakeConstSpan(*vectors));
+      SendEmbeddings(job, *vectors);
+    }
+  }
+  result.set_code(static_cast<int>(status.code()));
+  result.set_message(std::string(status.message()));
+  answer.set_done(job.done);
+  answer.set_length(job.context->length());
+  answer.set_finish_reason(reason);
+  answer.set_cancelled(cancelled);
+  answer.set_digest(digest);
+  if (options_.group->rank() == 0) answer.set_log_probs(BytesOf(absl::MakeConstSpan(job.log_probs)));
+  jobs_.erase(job.ordinal);
+  options_.send(message);
+}
+
+}  // namespace eduba

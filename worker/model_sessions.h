@@ -1,0 +1,127 @@
+#ifndef EDUBA_WORKER_MODEL_SESSIONS_H_
+#define EDUBA_WORKER_MODEL_SESSIONS_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "attention/page_store.h"
+#include "collective/communicator.h"
+#include "eduba/v1/eduba.pb.h"
+#include "eduba/v1/group.pb.h"
+#include "kernels/backend.h"
+#include "model/engine.h"
+#include "model/pooler.h"
+#include "model/sampler.h"
+#include "worker/served_model.h"
+
+namespace eduba {
+
+// The model sessions of one epoch on one rank, and the jobs on them (docs/adr/0008). Every rank has the same
+// sessions and jobs, and makes the same steps: each call here is made by all ranks in the same order. One
+// thread.
+class ModelSessions {
+ public:
+  struct Options {
+    Backend* backend = nullptr;  // All outlive the object.
+    PageStore* store = nullptr;
+    ServedModel* model = nullptr;
+    Communicator* group = nullptr;
+    uint64_t epoch = 0;
+    int64_t chunk_rows =
+        256;  // That one job reads in one step: how long a generated token waits for a prompt.
+    // Progress and results of jobs.
+    std::function<void(const v1::WorkerMessage& message)> send;
+  };
+
+  explicit ModelSessions(Options options);
+  ModelSessions(const ModelSessions&) = delete;
+  ModelSessions& operator=(const ModelSessions&) = delete;
+
+  // FAILED_PRECONDITION when the session was made for another model.
+  absl::Status Open(uint64_t session_id, const v1::SessionSpec& spec);
+  // Its jobs end with NOT_FOUND. Unknown sessions are ignored.
+  void Close(uint64_t session_id);
+  absl::Status Fork(const v1::ForkSession& request);
+
+  // Makes the command a job, whose result is sent when it has ended; after an error there is no job and the
+  // result is the caller's to send. REQUIRES: a model command.
+  absl::Status Start(const v1::Command& command);
+  // Ends a job with what it has; one that has ended already is left alone.
+  void Cancel(uint64_t ordinal);
+  // Ends all jobs with an error.
+  void FailAll(const absl::Status& status);
+
+  bool busy() const { return !jobs_.empty(); }
+  // One step of all jobs that have a turn. `newest` is the ordinal of the newest command that this rank has
+  // received; returned is rank 0's: up to it all ranks run commands before the next step. An error is the end
+  // of the group: the communicator is dead. REQUIRES: busy().
+  absl::StatusOr<uint64_t> Step(uint64_t newest);
+
+ private:
+  struct Session {
+    explicit Session(Context content) : context(std::move(content)) {}
+    int64_t stripe_pages = 0;
+    Context context;
+    std::vector<int32_t> ids;  // Of the context: what Embed reads again.
+  };
+  enum class Kind { kAppend, kGenerate, kScore, kEmbed };
+  struct Job {
+    Kind kind = Kind::kAppend;
+    uint64_t ordinal = 0;
+    uint64_t session_id = 0;
+    absl::Duration patience;       // With the other ranks, a step.
+    std::optional<Context> fork;   // kScore, kEmbed: what they read into.
+    Context* context = nullptr;    // The fork or the session's.
+    std::vector<int32_t> ids;      // To be read; kGenerate: generated so far.
+    int64_t done = 0;              // Tokens that are in the context now.
+    std::vector<float> before;     // kScore: the hidden state ahead of the chunk under way.
+    std::vector<float> log_probs;  // kScore
+    std::optional<Pooler> pooler;  // kEmbed
+    v1::GenerateRequest generate;  // kGenerate, as the next ones.
+    SamplingOptions sampling;
+    TokenChoice chosen;  // To be read in the step under way.
+    std::unique_ptr<TextStream> text_stream;
+    std::string tail;  // The end of the text: what a stop string may have begun in.
+  };
+
+  absl::StatusOr<Session*> Find(uint64_t session_id);
+  absl::Status CheckIds(absl::Span<const int32_t> ids) const;
+  absl::Status StartAppend(const v1::ModelAppend& request, Job& job);
+  absl::Status StartGenerate(const v1::ModelGenerate& request, Job& job);
+  absl::Status StartScore(const v1::ModelScore& request, Job& job);
+  absl::Status StartEmbed(const v1::ModelEmbed& request, Job& job);
+  // The jobs that have a turn in the next step: all that generate, and one that reads.
+  std::vector<Job*> NextJobs();
+  // The next token of every job that generates.
+  void ChooseTokens(const std::vector<Job*>& jobs);
+  Turn MakeTurn(Job& job);
+  // Takes memory for the turns; those that some rank has none for lose their jobs. Returns rank 0's `newest`.
+  absl::StatusOr<uint64_t> AgreeOnStep(uint64_t newest, absl::Time deadline, std::vector<Job*>& jobs,
+                                       std::vector<Turn>& turns);
+  absl::Status RunStep(absl::Time deadline, const std::vector<Job*>& jobs, const std::vector<Turn>& turns);
+  // The job's turn has been read; `hidden` [turn's ids, hidden_size].
+  void Advance(Job& job, const Turn& turn, const float* hidden);
+  void AdvanceGeneration(Job& job, v1::ModelProgress& progress);
+  void SendProgress(v1::ModelProgress progress);
+  void SendEmbeddings(const Job& job, const std::vector<float>& vectors);
+  // Sends the job's result and forgets it.
+  void Finish(Job& job, const absl::Status& status, v1::FinishReason reason, bool cancelled);
+
+  const Options options_;
+  ModelEngine engine_;
+  std::map<uint64_t, Session> sessions_;
+  std::map<uint64_t, Job> jobs_;  // By ordinal.
+  uint64_t last_reader_ = 0;      // Ordinal of the job that read last: jobs take turns.
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_WORKER_MODEL_SESSIONS_H_

@@ -1,0 +1,76 @@
+#include "worker/served_model.h"
+
+#include <xxhash.h>
+
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <system_error>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "base/status_macros.h"
+#include "model/read_file.h"
+#include "rpc/spec.h"
+
+namespace eduba {
+namespace {
+
+// Of everything that decides what the model computes. Equal for a model in one file and in shards.
+uint64_t HashOf(const std::string& config, const Safetensors& tensors) {
+  XXH64_hash_t hash = XXH3_64bits(config.data(), config.size());
+  for (const auto& [name, tensor] : tensors.tensors()) {
+    hash = XXH3_64bits_withSeed(name.data(), name.size(), hash);
+    hash = XXH3_64bits_withSeed(tensor.dtype.data(), tensor.dtype.size(), hash);
+    hash = XXH3_64bits_withSeed(tensor.data, static_cast<size_t>(tensor.bytes), hash);
+  }
+  return hash;
+}
+
+std::string TokenizerKind(const std::filesystem::path& folder) {
+  std::error_code error;
+  if (std::filesystem::exists(folder / "tokenizer.json", error)) return "json";
+  if (std::filesystem::exists(folder / "tokenizer.model", error)) return "sentencepiece";
+  return "genes";
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ServedModel>> ServedModel::Load(const std::string& folder,
+                                                               std::unique_ptr<LayerKernels> kernels) {
+  std::unique_ptr<ServedModel> model(new ServedModel());
+  model->kernels_ = std::move(kernels);
+  EDUBA_ASSIGN_OR_RETURN(model->loaded_, LoadModel(folder));
+  EDUBA_ASSIGN_OR_RETURN(
+      model->transformer_,
+      Transformer::Create(model->loaded_.config, model->loaded_.weights, model->kernels_.get()));
+  auto tokenizer = LoadTokenizer(folder);
+  if (!tokenizer.ok() && !absl::IsNotFound(tokenizer.status())) return tokenizer.status();
+  if (tokenizer.ok()) model->tokenizer_ = *std::move(tokenizer);
+
+  std::error_code error;
+  std::filesystem::path path = std::filesystem::canonical(folder, error);
+  if (error) path = folder;
+  EDUBA_ASSIGN_OR_RETURN(const std::string config_text,
+                         ReadWholeFile((path / "config.json").string(), kModelConfigBytesMax));
+  const ModelConfig& config = model->loaded_.config;
+  v1::Model& info = model->info_;
+  info.set_name(path.filename().string());
+  info.set_folder(path.string());
+  info.set_family(ModelFamilyName(config.family));
+  info.set_vocab_size(config.vocab_size);
+  info.set_hidden_size(config.hidden_size);
+  info.set_trained_positions(config.trained_positions);
+  if (model->tokenizer_ != nullptr) info.set_tokenizer(TokenizerKind(path));
+  info.set_hash(HashOf(config_text, *model->loaded_.tensors));
+  info.set_query_heads(config.query_heads);
+  info.set_kv_heads(config.kv_heads);
+  info.set_head_dim(config.head_dim);
+  info.set_dtype(DTypeToProto(model->kv_dtype()));
+  for (const LayerConfig& layer : config.layers) info.add_layer_windows(layer.window);
+  if (config.bos_token) info.set_bos_token(*config.bos_token);
+  for (const int32_t token : config.eos_tokens) info.add_eos_tokens(token);
+  return model;
+}
+
+}  // namespace eduba
