@@ -45,8 +45,9 @@ absl::StatusOr<const FamilyEntry*> FindFamily(const json& config, const std::str
                                    [&](const FamilyEntry& known) { return *type == known.model_type; });
   if (entry == std::end(kFamilies)) {
     std::string known;
-    for (const FamilyEntry& family : kFamilies)
+    for (const FamilyEntry& family : kFamilies) {
       absl::StrAppend(&known, known.empty() ? "" : ", ", family.model_type);
+    }
     return absl::UnimplementedError(
         absl::StrCat(name, ": model_type ", JsonText(*type), " is not implemented; known are ", known));
   }
@@ -94,8 +95,8 @@ void ParseCommon(JsonFields& fields, ModelConfig& config) {
   } else if (llama || gemma || neox) {
     config.eos_tokens = {gemma ? 1 : 2};
   }
-  if (config.bos_token.value_or(0) >= config.vocab_size)
-    config.bos_token.reset();  // A default beyond a tiny model.
+  // Defaults may lie beyond a tiny model.
+  if (config.bos_token.value_or(0) >= config.vocab_size) config.bos_token.reset();
   std::erase_if(config.eos_tokens, [&](int32_t id) { return id >= config.vocab_size; });
 
   // Says where a file comes from, how a model was trained, what a caller wants back, or how it is run.

@@ -228,16 +228,19 @@ TEST(Config, QwenSlidesFromMaxWindowLayersOn) {
   json config = With(With(Qwen2(), "use_sliding_window", true), "max_window_layers", 20);
   for (size_t i = 0; i < 24; ++i) EXPECT_EQ(Parse(config).layers[i].window, i < 20 ? 0 : 32768) << i;
   // A null window slides nowhere.
-  for (const LayerConfig& layer : Parse(With(config, "sliding_window", nullptr)).layers)
+  for (const LayerConfig& layer : Parse(With(config, "sliding_window", nullptr)).layers) {
     EXPECT_EQ(layer.window, 0);
+  }
 }
 
 TEST(Config, MistralsWindowIsInEveryLayerUnlessItIsNull) {
   for (const LayerConfig& layer : Parse(Mistral()).layers) EXPECT_EQ(layer.window, 4096);
-  for (const LayerConfig& layer : Parse(With(Mistral(), "sliding_window", nullptr)).layers)
+  for (const LayerConfig& layer : Parse(With(Mistral(), "sliding_window", nullptr)).layers) {
     EXPECT_EQ(layer.window, 0);
-  for (const LayerConfig& layer : Parse(Without(Mistral(), "sliding_window")).layers)
+  }
+  for (const LayerConfig& layer : Parse(Without(Mistral(), "sliding_window")).layers) {
     EXPECT_EQ(layer.window, 4096);
+  }
 }
 
 // transformers 5 writes rope_parameters, dtype and layer_types for what 4 spelled otherwise.
@@ -260,8 +263,9 @@ TEST(Config, NewSpellingsSayTheSame) {
   gemma.erase("_sliding_window_pattern");
   gemma["rope_parameters"] = {{"full_attention", {{"rope_type", "default"}, {"rope_theta", 1e6}}},
                               {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 1e4}}}};
-  for (int i = 0; i < 18; ++i)
+  for (int i = 0; i < 18; ++i) {
     gemma["layer_types"].push_back(i % 6 == 5 ? "full_attention" : "sliding_attention");
+  }
   EXPECT_EQ(Parse(gemma), Parse(Gemma3With270m()));
   gemma["layer_types"][0] = "full_attention";
   EXPECT_EQ(Parse(gemma).layers[0], Parse(gemma).layers[5]);

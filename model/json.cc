@@ -69,8 +69,9 @@ class Builder : public nlohmann::json_sax<json> {
     return true;
   }
   bool Open(json value) {
-    if (static_cast<int>(open_.size()) == depth_max_)
+    if (static_cast<int>(open_.size()) == depth_max_) {
       return Fail(absl::StrCat("nested deeper than ", depth_max_));
+    }
     open_.push_back(Place(std::move(value)));
     return true;
   }

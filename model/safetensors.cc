@@ -76,8 +76,9 @@ absl::StatusOr<StoredTensor> ParseTensor(const json& entry, int64_t data_bytes, 
   for (const json& dimension : shape) {
     const int64_t size = Unsigned(dimension);
     if (size < 1) return bad("shape ", JsonText(shape), " has a size that is not a whole number above 0");
-    if (__builtin_mul_overflow(bytes, size, &bytes))
+    if (__builtin_mul_overflow(bytes, size, &bytes)) {
       return bad("shape ", JsonText(shape), " is more bytes than 2^63");
+    }
     tensor.shape.push_back(size);
   }
 
@@ -204,8 +205,9 @@ absl::Status Safetensors::Add(const std::string& path) {
   files_.push_back({path, opened.fd, opened.bytes});
   File& file = files_.back();
   struct stat info {};
-  if (fstat(file.fd, &info) != 0)
+  if (fstat(file.fd, &info) != 0) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", std::strerror(errno)));
+  }
   file.changed_ns = info.st_mtim.tv_sec * 1'000'000'000 + info.st_mtim.tv_nsec;
 
   // The header is read, not mapped: a file that shrinks meanwhile is an error then, not a signal.
@@ -300,8 +302,9 @@ absl::StatusOr<std::unique_ptr<Safetensors>> Safetensors::Open(const std::string
     return absl::InvalidArgumentError(
         absl::StrCat(index, ": ", shards.size(), " shards, at most ", kSafetensorsShardsMax, " are opened"));
   }
-  for (const std::string& shard : shards)
+  for (const std::string& shard : shards) {
     EDUBA_RETURN_IF_ERROR(weights->Add(absl::StrCat(folder, "/", shard)));
+  }
 
   for (const auto& [tensor, shard] : *map) {
     const auto found = weights->tensors_.find(tensor);

@@ -97,8 +97,9 @@ TEST(SafetensorsHeader, MetadataOfTextsIsLeftAside) {
 TEST(SafetensorsHeader, EveryTruncationIsAnError) {
   const std::string file = SafetensorsBytes(Three());
   ASSERT_EQ(ErrorOf(file), "OK");
-  for (size_t bytes = 0; bytes < file.size(); ++bytes)
+  for (size_t bytes = 0; bytes < file.size(); ++bytes) {
     EXPECT_NE(ErrorOf(file.substr(0, bytes)), "OK") << bytes;
+  }
   EXPECT_THAT(ErrorOf(file + "x"), HasSubstr("the tensors end at byte 36 of the data, the file has 37"));
 }
 

@@ -27,8 +27,9 @@ void ParseWindows(JsonFields& fields, ModelConfig& config) {
     window = fields.Size("sliding_window", std::nullopt, kPositionsMax);
   }
   // Gemma-2's first files say it twice.
-  if (window.has_value())
+  if (window.has_value()) {
     fields.MustEqual("sliding_window_size", static_cast<double>(*window), "sliding_window");
+  }
 
   // Gemma-2 has no such field; Gemma-3's is read under the first name, and written under the second as well.
   const int64_t every = gemma3 ? fields.Size("sliding_window_pattern", 6, kLayersMax) : 2;
@@ -59,8 +60,9 @@ void ParseTwoRopes(JsonFields& fields, ModelConfig& config) {
     fields.Invalid("rope_parameters", "an object");
     return;
   } else {
-    if (!scaling.is_null())
+    if (!scaling.is_null()) {
       fields.Invalid("rope_scaling", "either rope_scaling or rope_parameters, not both");
+    }
     JsonFields inner(parameters, absl::StrCat(fields.name(), ": rope_parameters"), fields.what());
     global = ParseRopeObject(inner, "full_attention", inner.Get("full_attention"), global_theta, 1,
                              config.head_dim);

@@ -31,8 +31,8 @@ LlamaLike DefaultsOf(ModelFamily family) {
 // Which layers slide, and over how many positions.
 void ParseWindows(JsonFields& fields, ModelConfig& config) {
   const bool qwen = config.family == ModelFamily::kQwen2 || config.family == ModelFamily::kQwen3;
-  if (config.family == ModelFamily::kLlama)
-    return;  // Knows none: a window given to it is refused as unknown.
+  // Knows none: a window given to it is refused as unknown.
+  if (config.family == ModelFamily::kLlama) return;
   // Absent: 4096. Null: none.
   std::optional<int64_t> window;
   if (!fields.Has("sliding_window")) {
@@ -46,8 +46,9 @@ void ParseWindows(JsonFields& fields, ModelConfig& config) {
     if (!fields.Flag("use_sliding_window", false)) window.reset();
     // 0 is a number like others here: every layer slides.
     const int64_t full = static_cast<int64_t>(fields.Number("max_window_layers", 28, 0, kLayersMax));
-    for (size_t i = 0; i < slides.size(); ++i)
+    for (size_t i = 0; i < slides.size(); ++i) {
       slides[i] = window.has_value() && static_cast<int64_t>(i) >= full;
+    }
   }
   const std::vector<bool> types = ParseLayerTypes(fields, config);
   if (!types.empty() && qwen) slides = types;
@@ -83,8 +84,9 @@ void ParseLlama(JsonFields& fields, ModelConfig& config) {
     case ModelFamily::kQwen2:
       // Always; the field that some files carry is not read by transformers.
       config.qkv_bias = true;
-      if (!fields.Flag("attention_bias", true))
+      if (!fields.Flag("attention_bias", true)) {
         fields.Refuse("attention_bias", "Qwen2 has biases on q, k and v");
+      }
       fields.RefuseUnlessOff({"mlp_bias"});
       break;
     default:

@@ -85,8 +85,9 @@ std::vector<AddedTokenFinder::Section> AddedTokenFinder::Cut(absl::string_view t
     sections.push_back({found.token->id, static_cast<int64_t>(begin), static_cast<int64_t>(end)});
     taken = end;
   }
-  if (taken < text.size())
+  if (taken < text.size()) {
     sections.push_back({-1, static_cast<int64_t>(taken), static_cast<int64_t>(text.size())});
+  }
   return sections;
 }
 

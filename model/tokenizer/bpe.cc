@@ -198,8 +198,9 @@ void Bpe::EncodeWord(absl::string_view word, std::vector<int32_t>& ids) const {
   for (int32_t i = 0; i < count; ++i) {
     symbols[i] = {characters[i], i - 1, i + 1 < count ? i + 1 : -1};
     if (i + 1 == count) break;
-    if (const Merge* merge = FindMerge(characters[i], characters[i + 1]))
+    if (const Merge* merge = FindMerge(characters[i], characters[i + 1])) {
       first.push_back({merge->rank, i, merge->merged});
+    }
   }
   std::priority_queue<Candidate> queue(std::less<Candidate>(), std::move(first));
   while (!queue.empty()) {

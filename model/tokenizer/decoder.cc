@@ -70,8 +70,9 @@ absl::Status ParseStep(const json& component, const std::string& name, int& stag
   } else if (type == "Fuse") {
     EDUBA_RETURN_IF_ERROR(at(kFuse, kStrip));
   } else if (type == "Strip") {
-    if (stage < kStrip)
+    if (stage < kStrip) {
       return absl::UnimplementedError(absl::StrCat(name, ": Strip without Fuse before it", kKnown));
+    }
     EDUBA_RETURN_IF_ERROR(at(kStrip, kEnd));
     decoder.strip = fields.Text("content", "");
     if (decoder.strip.empty() ||

@@ -58,8 +58,9 @@ absl::StatusOr<std::unique_ptr<GeneVocabulary>> GeneVocabulary::Parse(absl::stri
     absl::ConsumeSuffix(&line, "\r");
     if (line.empty()) return bad("is empty");
     if (line.size() > kNameBytesMax) return bad(absl::StrCat("is ", line.size(), " bytes long"));
-    if (line.find_first_of(kWhiteSpace) != absl::string_view::npos)
+    if (line.find_first_of(kWhiteSpace) != absl::string_view::npos) {
       return bad("has white space inside a name");
+    }
     if (IsSpecial(line)) {
       if (vocabulary->special_tokens_ + 1 < line_number) return bad("is a special token behind genes");
       ++vocabulary->special_tokens_;

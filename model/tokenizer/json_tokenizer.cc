@@ -31,8 +31,9 @@ class WordCache {
     }
     const size_t before = ids_.size();
     model_.EncodeWord(word, ids_);
-    if (words_.size() < kWordsMax)
+    if (words_.size() < kWordsMax) {
       words_.emplace(word, std::vector<int32_t>(ids_.begin() + before, ids_.end()));
+    }
   }
 
  private:
@@ -199,8 +200,9 @@ absl::Status JsonTokenizer::ReadPostProcessor(const json& component, const std::
         (texts == 0 ? before_ : after_).push_back(number.get<int32_t>());
       }
     }
-    if (texts != 1 || before_.size() + after_.size() > kTokensMax)
+    if (texts != 1 || before_.size() + after_.size() > kTokensMax) {
       fields.Invalid("single", "one text, A, and few tokens");
+    }
   } else {
     return absl::UnimplementedError(
         absl::StrCat(name, " of type ", JsonText(component.value("type", json())),

@@ -111,8 +111,9 @@ class Translator {
     if (letter == "t") return "\\x{9}";
     if (letter == "f") return "\\x{c}";
     if (letter == "v") return "\\x{b}";
-    if (letter.size() == 1 && absl::ascii_ispunct(static_cast<unsigned char>(letter[0])))
+    if (letter.size() == 1 && absl::ascii_ispunct(static_cast<unsigned char>(letter[0]))) {
       return Literal(letter);
+    }
     return "";
   }
 
@@ -217,8 +218,9 @@ class Translator {
     if (!well_formed) return Refuse("{");
     absl::StrAppend(&out_, Take(close + 1));
     // Lazy or possessive in the one, something else in the other.
-    if (absl::StartsWith(rest_, "?") || absl::StartsWith(rest_, "+"))
+    if (absl::StartsWith(rest_, "?") || absl::StartsWith(rest_, "+")) {
       Refuse(absl::StrCat("}", rest_.substr(0, 1)));
+    }
   }
 
   absl::string_view rest_;

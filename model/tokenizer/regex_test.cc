@@ -19,8 +19,9 @@ std::vector<std::string> Matches(const std::string& pattern, const std::string& 
   const auto matches = regex->FindAll(text);
   EXPECT_TRUE(matches.ok()) << matches.status();
   std::vector<std::string> found;
-  for (const Regex::Match& match : *matches)
+  for (const Regex::Match& match : *matches) {
     found.push_back(text.substr(match.begin, match.end - match.begin));
+  }
   return found;
 }
 

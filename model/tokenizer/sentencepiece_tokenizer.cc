@@ -157,8 +157,9 @@ absl::StatusOr<std::unique_ptr<SentencePieceTokenizer>> SentencePieceTokenizer::
   }
   const SentencePieceLibrary& library = *tokenizer->library_;
   const DecodeSpec spec = ReadDecodeSpec(model);
-  if (spec.denormalizes)
+  if (spec.denormalizes) {
     return absl::UnimplementedError(absl::StrCat(name, ": a denormalizer_spec is not supported"));
+  }
   if (spec.whitespace_as_suffix) {
     return absl::UnimplementedError(absl::StrCat(name, ": treat_whitespace_as_suffix is not supported"));
   }
@@ -168,8 +169,9 @@ absl::StatusOr<std::unique_ptr<SentencePieceTokenizer>> SentencePieceTokenizer::
   for (int id = 0; id < library.size(); ++id) {
     Piece piece;
     const std::string& text = library.Piece(id);
-    if (!CheckUtf8(text).ok())
+    if (!CheckUtf8(text).ok()) {
       return absl::InvalidArgumentError(absl::StrCat(name, ": piece ", id, " is no UTF-8"));
+    }
     if (library.IsControl(id)) {
       piece.kind = Piece::Kind::kControl;
     } else if (library.IsUnknown(id)) {

@@ -20,8 +20,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (const eduba::LayerConfig& layer : config->layers) EDUBA_CHECK(layer.window >= 0);
   for (const eduba::LayerConfig& layer : {config->layers.front(), config->layers.back()}) {
     EDUBA_CHECK(layer.rope.rotary_dim <= config->head_dim);
-    for (const double frequency : InverseFrequencies(layer.rope))
+    for (const double frequency : InverseFrequencies(layer.rope)) {
       EDUBA_CHECK(std::isfinite(frequency) && frequency >= 0);
+    }
   }
   for (const int32_t id : config->eos_tokens) EDUBA_CHECK(id >= 0 && id < config->vocab_size);
   return 0;

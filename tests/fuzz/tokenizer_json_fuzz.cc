@@ -25,8 +25,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   // All tokens in a row, then backwards.
   std::vector<int32_t> ids;
-  for (int64_t id = -1; id <= std::min<int64_t>(vocab_size, 300); ++id)
+  for (int64_t id = -1; id <= std::min<int64_t>(vocab_size, 300); ++id) {
     ids.push_back(static_cast<int32_t>(id));
+  }
   const std::vector<int32_t> backwards(ids.rbegin(), ids.rend());
   ids.insert(ids.end(), backwards.begin(), backwards.end());
   const auto stream = (*tokenizer)->NewTextStream({false});
