@@ -202,9 +202,22 @@ absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, const std::
 }
 
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& folder) {
-  const std::string path = folder + "/config.json";
+  std::string path = folder + "/config.json";
   EDUBA_ASSIGN_OR_RETURN(const std::string text, ReadWholeFile(path, kModelConfigBytesMax));
-  return ParseModelConfig(text, path);
+  EDUBA_ASSIGN_OR_RETURN(ModelConfig config, ParseModelConfig(text, path));
+
+  path = folder + "/generation_config.json";
+  const auto generation = ReadWholeFile(path, kModelConfigBytesMax);
+  if (absl::IsNotFound(generation.status())) return config;
+  EDUBA_RETURN_IF_ERROR(generation.status());
+  EDUBA_ASSIGN_OR_RETURN(const json parsed,
+                         ParseJson(*generation, {kModelConfigBytesMax, /*depth_max=*/8}, path));
+  if (!parsed.is_object()) return absl::InvalidArgumentError(absl::StrCat(path, ": is no JSON object"));
+  JsonFields fields(parsed, path, ModelFamilyName(config.family));
+  std::vector<int32_t> eos = TokenIds(fields, "eos_token_id", config.vocab_size);
+  EDUBA_RETURN_IF_ERROR(fields.status());
+  if (!eos.empty()) config.eos_tokens = std::move(eos);
+  return config;
 }
 
 }  // namespace eduba

@@ -98,7 +98,9 @@ inline constexpr int64_t kModelConfigBytesMax = int64_t{1} << 20;
 // such JSON, fields missing, of wrong types, out of range, or at odds with each other.
 absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, const std::string& name);
 
-// `folder`/config.json. kNotFound when there is none.
+// `folder`/config.json, and the tokens that end a generation from generation_config.json, if it is there and
+// names any (instruction-tuned models list more in it); its other fields are a request's business. kNotFound:
+// no config.json.
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& folder);
 
 }  // namespace eduba

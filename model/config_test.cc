@@ -2,20 +2,24 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "model/testing/safetensors_writer.h"
 
 namespace eduba {
 namespace {
 
 using nlohmann::json;
-using testing::ElementsAre;
-using testing::HasSubstr;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 
 // What the Hub's files of well-known models say (facts, typed in by hand).
 json Llama32() {
@@ -356,7 +360,7 @@ TEST(Config, RotaryVariantsThatAreNotImplementedAreRefusedByName) {
       const json scaling = {{key, type}, {"factor", 2.0}, {"original_max_position_embeddings", 8192}};
       for (const json& config : All()) {
         EXPECT_THAT(ErrorOf(With(config, "rope_scaling", scaling)),
-                    testing::AllOf(HasSubstr("UNIMPLEMENTED"), HasSubstr(type)));
+                    ::testing::AllOf(HasSubstr("UNIMPLEMENTED"), HasSubstr(type)));
       }
     }
   }
@@ -427,6 +431,25 @@ TEST(Config, TextThatIsNoJsonIsRefused) {
   }
   const std::string deep(100000, '[');
   EXPECT_THAT(ParseModelConfig(deep, "config.json").status().ToString(), HasSubstr("nested deeper than 8"));
+}
+
+TEST(Config, GenerationEndsWhereGenerationConfigSays) {
+  const std::string folder = ::testing::TempDir() + absl::StrCat("config_test_", getpid());
+  std::filesystem::create_directories(folder);
+  const auto load = [&] { return LoadModelConfig(folder); };
+  EXPECT_EQ(load().status().code(), absl::StatusCode::kNotFound);
+  eduba::testing::WriteFile(folder + "/config.json", Gemma3With270m().dump());
+  EXPECT_THAT(load()->eos_tokens, ElementsAre(1));
+  eduba::testing::WriteFile(folder + "/generation_config.json",
+                            R"({"eos_token_id": [1, 106], "top_k": 64, "new_field": 1})");
+  EXPECT_THAT(load()->eos_tokens, ElementsAre(1, 106));
+  eduba::testing::WriteFile(folder + "/generation_config.json", R"({"top_k": 64})");
+  EXPECT_THAT(load()->eos_tokens, ElementsAre(1));
+  eduba::testing::WriteFile(folder + "/generation_config.json", R"({"eos_token_id": 262144})");
+  EXPECT_THAT(load().status().ToString(), HasSubstr("generation_config.json: eos_token_id = 262144"));
+  eduba::testing::WriteFile(folder + "/generation_config.json", "[");
+  EXPECT_THAT(load().status().ToString(), HasSubstr("generation_config.json: not the JSON"));
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Config, EmbeddingScaleRoundsAsTheTypeItIsComputedIn) {

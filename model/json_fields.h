@@ -56,6 +56,7 @@ class JsonFields {
   void Refuse(const std::string& field, const std::string& why);    // kUnimplemented
   void Invalid(const std::string& field, const std::string& want);  // kInvalidArgument
   bool ok() const { return status_.ok(); }
+  const absl::Status& status() const { return status_; }  // The first error.
 
   // The first error; kUnimplemented naming a field that was neither read nor ignored; else OK.
   absl::Status Finish();

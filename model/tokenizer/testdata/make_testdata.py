@@ -7,6 +7,7 @@ Small tokenizers of the kinds that model folders have are trained on text that i
 strings with the ids and the decoded texts that Hugging Face's tokenizers (or sentencepiece) gave, and digests over
 every Unicode character in a few surroundings."""
 
+import collections
 import io
 import json
 import pathlib
@@ -117,7 +118,10 @@ def fallback_bpe(fuse_unknown):
     """A BPE over characters with byte tokens: what Llama-2 and Gemma have."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=fuse_unknown))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, limit_alphabet=90,
+    # The most frequent characters, chosen here: the trainer's choice among equals differs from run to run.
+    counts = collections.Counter("".join(corpus()).replace(" ", "▁"))
+    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[:90]
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, limit_alphabet=90, initial_alphabet=alphabet,
                                   special_tokens=["<unk>", "<s>", "</s>"] + ["<0x%02X>" % b for b in range(256)])
     # Trained on words; used on whole texts, as the converted SentencePiece models are.
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
