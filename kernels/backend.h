@@ -92,17 +92,19 @@ class AttentionStep {
   virtual absl::StatusOr<absl::Span<int64_t>> SinkSums() = 0;
 
   // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals
-  // alone, which need the maximum path. Returns them as row * query_heads + head, ascending; a row that sees
-  // no key is never among them.
+  // alone, which need the maximum path: out of range, or too coarse for the row's output. Returns them as row
+  // * query_heads + head, ascending; a row that sees no key is never among them.
   virtual absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() = 0;
 
-  // [selected] f32, in the order of SelectForMaximum: this worker's largest visible key logit; -inf where it
-  // has no visible key, +inf after a fault.
+  // [selected, 1 + value_dim] f32, in the order of SelectForMaximum: this worker's largest visible key logit
+  // (-inf where it has no visible key, +inf after a fault), then for each channel how large a page's o[c] may
+  // be: the largest ln|o[c]| + m over its pages, rounded up a little (-inf where all are 0).
   virtual absl::StatusOr<absl::Span<float>> Maxima() = 0;
 
-  // [selected, value_dim + 2] int64, as SinkSums, with the reduced maximum for M and
-  // F' = 62 - ceil(log2(positions + 1)) for 46. Uses the partials that Attend kept; a backend that had no
-  // room for them computes them again, to the same bits.
+  // [selected, value_dim + 2] int64, as SinkSums, but with the reduced maximum M' for M, in L
+  // F' = 62 - ceil(log2(positions + 1)) for 46, and in O units that come from the reduced magnitudes instead
+  // of `exponents`: the finest that no sum can overflow (docs/numerics.md section 3). Uses the partials that
+  // Attend kept; a backend that had no room for them computes them again, to the same bits.
   virtual absl::StatusOr<absl::Span<int64_t>> MaximumSums() = 0;
 
   // Folds in the token sinks and learned sinks, computed in double, divides, and writes to host memory:

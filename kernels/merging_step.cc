@@ -17,6 +17,9 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // double's range.
 constexpr int kMinExponent = -900;
 constexpr int kMaxExponent = 900;
+// The sums' rounding may be this share of a row's output on the sink path (docs/numerics.md section 4).
+constexpr double kRoundingShare = 0x1p-22;
+constexpr double kLog2E = 1.4426950408889634;
 
 int MaximumPathFractionBits(int64_t positions) {
   return 62 - static_cast<int>(
@@ -91,13 +94,9 @@ double PowerOfTwo(int power) { return std::bit_cast<double>(static_cast<uint64_t
 MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
     : args_(args), pool_(pool), visible_(ClipToSequence(args)), bytes_read_(CountBytes()) {}
 
-std::vector<double> MergingStep::Units(int fraction_bits) const {
-  std::vector<double> units;
-  units.reserve(args_.exponents.size());
-  for (const int exponent : args_.exponents) {
-    units.push_back(PowerOfTwo(fraction_bits - std::clamp(exponent, kMinExponent, kMaxExponent)));
-  }
-  return units;
+int MergingStep::Exponent(int64_t kv_head, int channel) const {
+  return std::clamp<int>(args_.exponents[kv_head * args_.shape.value_dim + channel], kMinExponent,
+                         kMaxExponent);
 }
 
 int64_t MergingStep::CountBytes() const {
@@ -173,14 +172,39 @@ void MergingStep::LoadSinks() {
   });
 }
 
-absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
+MergingStep::SumPlan MergingStep::SinkPlan() {
   LoadSinks();
+  SumPlan plan;
+  plan.fraction_bits = kSinkPathFractionBits;
+  plan.limit = kSinkPathMax;
+  for (int64_t i = 0; i < row_heads(); ++i) plan.targets.push_back({i, reference_[i], KvHead(i)});
+  for (int64_t head = 0; head < args_.shape.kv_heads; ++head) {
+    for (int c = 0; c < args_.shape.value_dim; ++c) {
+      plan.units.push_back(PowerOfTwo(kSinkPathFractionBits - Exponent(head, c)));
+    }
+  }
+  return plan;
+}
+
+absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
   sink_sums_.assign(row_heads() * words_per_target(), 0);
-  std::vector<Target> targets(row_heads());
-  for (int64_t i = 0; i < row_heads(); ++i) targets[i] = {i, reference_[i]};
-  SumPages(targets, {kSinkPathFractionBits, kSinkPathMax}, sink_sums_.data());
+  SumPages(SinkPlan(), sink_sums_.data());
   has_sink_sums_ = true;
   return absl::MakeSpan(sink_sums_);
+}
+
+bool MergingStep::IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const {
+  const PositionRange keys = visible_[row_head / args_.shape.query_heads];
+  const auto pages = static_cast<double>(PageOf(keys.end - 1) - PageOf(keys.begin) + 1);
+  double output = 0;
+  double rounding = 0;
+  for (int c = 0; c < args_.shape.value_dim; ++c) {
+    const double unit = PowerOfTwo(Exponent(KvHead(row_head), c) - kSinkPathFractionBits);
+    const double o = static_cast<double>(words[c]) * unit;
+    output += o * o;
+    rounding += unit * unit;
+  }
+  return rounding * pages <= output * (kRoundingShare * kRoundingShare);
 }
 
 absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
@@ -194,7 +218,8 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
       const int64_t* words = &sink_sums_[i * words_per_target()];
       const int64_t total = words[args_.shape.value_dim];
       const int64_t flags = words[args_.shape.value_dim + 1];
-      fits = flags == 0 && total >= kSinkPathMin && total <= kSinkPathMax;
+      fits = flags == 0 && total >= kSinkPathMin && total <= kSinkPathMax &&
+             (!sees_keys || IsPrecise(i, absl::MakeConstSpan(words, words_per_target())));
       if (flags >= kFaultFlag) {
         fault_somewhere_ = true;
         fits = true;
@@ -211,18 +236,52 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
 }
 
 absl::StatusOr<absl::Span<float>> MergingStep::Maxima() {
-  maxima_.resize(selected_.size());
-  for (size_t i = 0; i < selected_.size(); ++i) maxima_[i] = LocalMaximum(selected_[i]);
+  const int value_dim = args_.shape.value_dim;
+  std::vector<float> magnitudes(selected_.size() * value_dim, -std::numeric_limits<float>::infinity());
+  RaiseMagnitudes(selected_, magnitudes.data());
+  maxima_.clear();
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    maxima_.push_back(LocalMaximum(selected_[i]));
+    maxima_.insert(maxima_.end(), magnitudes.begin() + static_cast<int64_t>(i * value_dim),
+                   magnitudes.begin() + static_cast<int64_t>((i + 1) * value_dim));
+  }
   return absl::MakeSpan(maxima_);
 }
 
+int MergingStep::ValueFractionBits() const {
+  return 62 - static_cast<int>(
+                  std::bit_width(static_cast<uint64_t>((args_.positions + kPageRows - 1) / kPageRows)));
+}
+
+int MergingStep::MaximumExponent(size_t selected, int channel) const {
+  const float* maxima = &maxima_[selected * (1 + args_.shape.value_dim)];
+  const double m = maxima[0];
+  const double magnitude = maxima[1 + channel];
+  // A page's l is 256 at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
+  const int most = Exponent(KvHead(selected_[selected]), channel) + 9;
+  if (!(std::abs(m) < kInfinity) || !(magnitude < kInfinity)) return most;  // After a fault.
+  // LogMagnitude was rounded to fp32.
+  const double slack = 0x1p-21 * (std::abs(m) + std::abs(magnitude) + 100);
+  const double exponent = std::ceil((magnitude - m + slack) * kLog2E);
+  return static_cast<int>(std::clamp<double>(exponent, kMinExponent, most));
+}
+
 absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
-  maximum_sums_.assign(selected_.size() * words_per_target(), 0);
-  std::vector<Target> targets(selected_.size());
-  for (size_t i = 0; i < selected_.size(); ++i) targets[i] = {selected_[i], maxima_[i]};
+  const int value_dim = args_.shape.value_dim;
+  SumPlan plan;
+  plan.fraction_bits = MaximumPathFractionBits(args_.positions);
   // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
   // much.
-  SumPages(targets, {MaximumPathFractionBits(args_.positions), int64_t{1} << 62}, maximum_sums_.data());
+  plan.limit = int64_t{1} << 62;
+  plan.value_limit = 1.001 * PowerOfTwo(ValueFractionBits()) + 1;
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    plan.targets.push_back({selected_[i], maxima_[i * (1 + value_dim)], static_cast<int64_t>(i)});
+    for (int c = 0; c < value_dim; ++c) {
+      plan.units.push_back(PowerOfTwo(ValueFractionBits() - MaximumExponent(i, c)));
+    }
+  }
+  maximum_sums_.assign(selected_.size() * words_per_target(), 0);
+  SumPages(plan, maximum_sums_.data());
   return absl::MakeSpan(maximum_sums_);
 }
 
@@ -248,27 +307,37 @@ absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
   for (size_t i = 0; i < selected_.size(); ++i) selected_index[selected_[i]] = static_cast<int64_t>(i);
   pool_.ParallelFor(row_heads(), [&](int64_t i, int) {
     float* output = outputs + i * shape.value_dim;
+    std::vector<double> keys;
+    double reference = -kInfinity;
     if (const int64_t j = selected_index[i]; j >= 0) {
-      FinishRowHead(i, absl::MakeConstSpan(maximum_sums_).subspan(j * words, words), maxima_[j],
-                    MaximumPathFractionBits(args_.positions), output, lse + i, sink_mass + i);
+      const int64_t* sums = &maximum_sums_[j * words];
+      reference = maxima_[j * (1 + shape.value_dim)];
+      keys.push_back(static_cast<double>(sums[shape.value_dim]) *
+                     PowerOfTwo(-MaximumPathFractionBits(args_.positions)));
+      for (int c = 0; c < shape.value_dim; ++c) {
+        keys.push_back(static_cast<double>(sums[c]) *
+                       PowerOfTwo(MaximumExponent(j, c) - ValueFractionBits()));
+      }
     } else if (has_sink_sums_) {
-      FinishRowHead(i, absl::MakeConstSpan(sink_sums_).subspan(i * words, words), reference_[i],
-                    kSinkPathFractionBits, output, lse + i, sink_mass + i);
-    } else {
-      FinishRowHead(i, {}, -kInfinity, 0, output, lse + i, sink_mass + i);
+      const int64_t* sums = &sink_sums_[i * words];
+      reference = reference_[i];
+      keys.push_back(static_cast<double>(sums[shape.value_dim]) * PowerOfTwo(-kSinkPathFractionBits));
+      for (int c = 0; c < shape.value_dim; ++c) {
+        keys.push_back(static_cast<double>(sums[c]) *
+                       PowerOfTwo(Exponent(KvHead(i), c) - kSinkPathFractionBits));
+      }
     }
+    FinishRowHead(i, keys, reference, output, lse + i, sink_mass + i);
   });
   return absl::OkStatus();
 }
 
-// `reference` is the logit that the keys' sums are relative to; `words` may be empty (no visible key
-// anywhere).
-void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const int64_t> words, double reference,
-                                int fraction_bits, float* output, float* lse, float* sink_mass) const {
+void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const double> keys, double reference,
+                                float* output, float* lse, float* sink_mass) const {
   const AttentionShape& shape = args_.shape;
   const int row = static_cast<int>(row_head / shape.query_heads);
   const int head = static_cast<int>(row_head % shape.query_heads);
-  const int kv_head = head / shape.group();
+  const auto kv_head = static_cast<int>(KvHead(row_head));
   const double sink_reference = reference_[row_head];
   const double common = std::max(reference, sink_reference);
   if (common == -kInfinity) {
@@ -279,15 +348,11 @@ void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const int64_t> word
   }
 
   std::vector<double> sum(shape.value_dim, 0.0);
-  double keys = 0;
-  if (!words.empty()) {
+  double key_total = 0;
+  if (!keys.empty()) {
     const double weight = PortableExp(reference - common);
-    keys = weight * (static_cast<double>(words[shape.value_dim]) * PowerOfTwo(-fraction_bits));
-    for (int c = 0; c < shape.value_dim; ++c) {
-      const int exponent =
-          std::clamp<int>(args_.exponents[kv_head * shape.value_dim + c], kMinExponent, kMaxExponent);
-      sum[c] = weight * (static_cast<double>(words[c]) * PowerOfTwo(exponent - fraction_bits));
-    }
+    key_total = weight * keys[0];
+    for (int c = 0; c < shape.value_dim; ++c) sum[c] = weight * keys[1 + c];
   }
   double sinks = args_.sink_logits.empty() ? 0 : PortableExp(args_.sink_logits[head] - common);
   const int64_t seen = sink_tokens_ == 0 ? 0 : args_.visible_sinks[row];
@@ -297,7 +362,7 @@ void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const int64_t> word
     sinks += weight;
     for (int c = 0; c < shape.value_dim; ++c) sum[c] += weight * value[c];
   }
-  const double total = keys + sinks;
+  const double total = key_total + sinks;
   for (int c = 0; c < shape.value_dim; ++c) output[c] = static_cast<float>(sum[c] / total);
   *lse = static_cast<float>(common + std::log(total));
   *sink_mass = static_cast<float>(sinks / total);

@@ -1,7 +1,9 @@
 #ifndef EDUBA_KERNELS_MERGING_STEP_H_
 #define EDUBA_KERNELS_MERGING_STEP_H_
 
+#include <bit>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -24,10 +26,35 @@ PositionRange RowsInPage(PositionRange visible, int64_t page);
 // 2^power, exact, for the powers that value exponents and fraction bits can make.
 double PowerOfTwo(int power);
 
+// At least ln(|o| exp(m)), by less than ln 2 and fp32's rounding: what a page's o[c] may reach relative to
+// any reference. -inf for 0.
+inline float LogMagnitude(float m, float o) {
+  // 2^k is above |o|: from its exponent bits, for which a subnormal counts as the smallest normal number.
+  const auto k = static_cast<int>(std::bit_cast<uint32_t>(o) >> 23 & 0xff) - 126;
+  return o == 0 ? -std::numeric_limits<float>::infinity() : m + static_cast<float>(k) * 0.693147181F;
+}
+
 // The half of a step that is the same in every backend that computes on the host: sinks, the choice of path,
 // and the fold, in double. A backend derives from it and brings the pages (its partials).
 class MergingStep : public AttentionStep {
  public:
+  // A row and head whose pages are to be summed with weights exp(m - reference).
+  struct Target {
+    int64_t row_head = 0;  // row * query_heads + head
+    double reference = 0;
+    int64_t unit_row = 0;  // Into SumPlan::units.
+  };
+  // All sums of one path.
+  struct SumPlan {
+    std::vector<Target> targets;
+    int fraction_bits = 0;  // Of L.
+    int64_t limit = 0;      // The largest L that a rank may contribute.
+    // The largest word of O that one page can make where the units come from what the pages hold. 0: the
+    // units come from the session's exponents, so |O[c]| <= L.
+    double value_limit = 0;
+    std::vector<double> units;  // [unit rows, value_dim]: O[c] = rint(o[c] exp(m - reference) units[c])
+  };
+
   absl::StatusOr<absl::Span<int64_t>> SinkSums() final;
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() final;
   absl::StatusOr<absl::Span<float>> Maxima() final;
@@ -37,17 +64,6 @@ class MergingStep : public AttentionStep {
   int64_t bytes_read() const final { return bytes_read_; }
 
  protected:
-  // A row and head whose pages are to be summed with weights exp(m - reference).
-  struct Target {
-    int64_t row_head = 0;  // row * query_heads + head
-    double reference = 0;
-  };
-  // The integer unit, and the largest sum of l in it that a rank may contribute.
-  struct Quantum {
-    int fraction_bits = 0;
-    int64_t limit = 0;
-  };
-
   // REQUIRES: ValidateStep(args) is OK. `pool` outlives the step.
   MergingStep(const StepArgs& args, ThreadPool& pool);
 
@@ -55,17 +71,21 @@ class MergingStep : public AttentionStep {
   virtual void ReadRow(const void* page, int row, int kv_head, float* key, float* value) const = 0;
   // Largest visible logit of the row and head over this worker's pages; -inf without one, +inf after a fault.
   virtual float LocalMaximum(int64_t row_head) const = 0;
+  // Whether there may be a sink path at all, and its sums: every row and head, M for reference.
+  bool HasSinks() const { return !args_.sink_logits.empty() || !args_.sink_pages.empty(); }
+  SumPlan SinkPlan();
+
+  // For each of `row_heads`, raises magnitudes [row_heads, value_dim] to LogMagnitude(m, o[c]) of its
+  // partials.
+  virtual void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) = 0;
   // Adds to words [targets, value_dim + 2], zeroed by the caller, what backend.h says under SinkSums.
-  virtual void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) = 0;
+  virtual void SumPages(const SumPlan& plan, int64_t* words) = 0;
 
   // Remembers the fault of the lowest page (then row, then head), for the message. Thread-safe.
   void RecordFault(int64_t page, int64_t row_head);
 
   int64_t row_heads() const { return int64_t{args_.rows} * args_.shape.query_heads; }
   int64_t words_per_target() const { return args_.shape.value_dim + 2; }
-  // 2^(fraction_bits - e[c]) for the value channels of all KV heads: [kv_heads, value_dim].
-  std::vector<double> Units(int fraction_bits) const;
-
   const StepArgs args_;
   ThreadPool& pool_;
   const std::vector<PositionRange> visible_;  // args_.visible without positions that do not exist.
@@ -78,8 +98,20 @@ class MergingStep : public AttentionStep {
 
   void LoadSinks();
   int64_t CountBytes() const;
-  void FinishRowHead(int64_t row_head, absl::Span<const int64_t> words, double reference, int fraction_bits,
-                     float* output, float* lse, float* sink_mass) const;
+  // The exponent of a channel in the sink path's units.
+  int Exponent(int64_t kv_head, int channel) const;
+  int64_t KvHead(int64_t row_head) const { return row_head % args_.shape.query_heads / args_.shape.group(); }
+  // Whether the sums' rounding is too small to be seen in the row's output.
+  bool IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const;
+  // Fraction bits of O on the maximum path.
+  int ValueFractionBits() const;
+  // The exponent of a selected row's channel, from the reduced maxima_: |o[c]| exp(m - M') <= 2^e on every
+  // page.
+  int MaximumExponent(size_t selected, int channel) const;
+  // `keys`: the denominator's share of the keys, then the output's, relative to exp(reference); empty when no
+  // key is seen.
+  void FinishRowHead(int64_t row_head, absl::Span<const double> keys, double reference, float* output,
+                     float* lse, float* sink_mass) const;
   absl::Status FaultStatus() const;
 
   int64_t sink_tokens_ = 0;          // Most that any row sees.
@@ -94,7 +126,7 @@ class MergingStep : public AttentionStep {
 
   std::vector<int64_t> sink_sums_;     // [row_heads, words]
   std::vector<int64_t> selected_;      // row_heads on the maximum path, ascending
-  std::vector<float> maxima_;          // [selected]
+  std::vector<float> maxima_;          // [selected, 1 + value_dim]
   std::vector<int64_t> maximum_sums_;  // [selected, words]
   PathCounts paths_;
   int64_t bytes_read_ = 0;

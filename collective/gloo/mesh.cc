@@ -242,6 +242,7 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
   }
 
   // 2. Receive, in the order in which the peers sent to us.
+  absl::Status difference;
   for (int i = 1; i < size_; ++i) {
     const int peer = waiting_for = (rank_ + size_ - i) % size_;
     if (!WaitReceived(peer)) return absl::CancelledError("");  // Fail was called and says why.
@@ -252,9 +253,10 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
       const std::string their_call =
           theirs.format == kFormat ? DescribeCall(static_cast<Operation>(theirs.operation), theirs.count)
                                    : "speaks another version of this transport";
-      return absl::InternalError(absl::StrCat("the ranks made different calls: rank ", rank_, " ",
-                                              DescribeCall(call.operation, call.count), ", rank ", peer, " ",
-                                              their_call, " (exchange ", sequence, ")"));
+      difference = absl::InternalError(absl::StrCat("the ranks made different calls: rank ", rank_, " ",
+                                                    DescribeCall(call.operation, call.count), ", rank ", peer,
+                                                    " ", their_call, " (exchange ", sequence, ")"));
+      break;
     }
     incoming(peer, frame + kAlignment);
     // The frame is free again, for the exchange after the next. A peer may have left after its last call;
@@ -266,11 +268,17 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
     }
   }
 
-  // 3. The frames must be out before they are written again.
+  // 3. The frames must be out before they are written again, and before a difference lets the caller drop the
+  // connections.
   for (int peer = 0; peer < size_; ++peer) {
-    if (peer != rank_ && !WaitSent(peer)) return absl::CancelledError("");
+    if (peer == rank_) continue;
+    try {
+      if (!WaitSent(peer)) return absl::CancelledError("");
+    } catch (const gloo::IoException&) {
+      if (difference.ok()) throw;  // That peer found the difference first.
+    }
   }
-  return absl::OkStatus();
+  return difference;
 }
 
 absl::Status GlooMesh::Begin(absl::Time deadline) {
@@ -321,6 +329,9 @@ void GlooMesh::Watch() {
       }
     }
     if (failure_.ok()) return;
+    // Every peer gets our frame and finds the difference itself. Gloo closes with a reset, which would throw
+    // away what is still under way to it.
+    if (absl::IsInternal(failure_)) return;
   }
   // Wake this rank's call first; closing takes Gloo's thread a tick (10 ms) for each connection. The close
   // tells the peers.

@@ -1,9 +1,9 @@
 #include "kernels/cpu/cpu_backend.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,16 +12,17 @@
 #include "kernels/cpu/huge_memory.h"
 #include "kernels/cpu/page_kernels.h"
 #include "kernels/cpu/page_layout.h"
+#include "kernels/cpu/page_sums.h"
 #include "kernels/merging_step.h"
-#include "kernels/portable_exp.h"
 
 namespace eduba {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Units of work that one thread takes at a time: neighbours in memory, so that the prefetch of one helps the
-// next.
-constexpr int64_t kUnitsPerTask = 8;
+// Most units of work that one thread takes at a time: neighbours in memory, so that one fetches the next.
+constexpr int64_t kUnitsPerTask = 32;
+// Tasks that each thread should have at least, so that none is idle for long at the end.
+constexpr int64_t kTasksPerThread = 16;
 
 // Lives as long as the backend; one step at a time uses it.
 struct Workspace {
@@ -81,8 +82,12 @@ class CpuStep final : public MergingStep {
   absl::Status Attend() override {
     const int threads = workspace_.pool.threads();
     std::vector<float> maxima(threads * row_heads(), -kInfinity);
+    // The sinks' reference is known already: the sink path's sums are made while the partials are in the
+    // cache.
+    if (HasSinks()) sink_sums_ = std::make_unique<PageSums>(MakeSums(SinkPlan()));
     ForEachUnit([&](int64_t unit, int thread) {
       const PartialView view = Compute(unit, thread);
+      if (sink_sums_) AddUnit(unit, thread, view, *sink_sums_);
       float* maximum = &maxima[thread * row_heads()];
       ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
         maximum[row_head] = std::max(maximum[row_head], view.m[query]);
@@ -111,83 +116,52 @@ class CpuStep final : public MergingStep {
 
   float LocalMaximum(int64_t row_head) const override { return maxima_[row_head]; }
 
-  void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
-    std::vector<int32_t> target_of(row_heads(), -1);
-    for (size_t i = 0; i < targets.size(); ++i) target_of[targets[i].row_head] = static_cast<int32_t>(i);
-    const std::vector<double> units = PaddedUnits(quantum.fraction_bits);
-    const double one = PowerOfTwo(quantum.fraction_bits);
-    const auto limit = static_cast<double>(quantum.limit);
-
-    // Each thread sums what it meets; integer sums do not mind who met what.
-    const int64_t pitch = layout_.value_pitch;
-    const int64_t stride = pitch + 2;  // O, L, flag
-    std::vector<std::vector<int64_t>> sums(workspace_.pool.threads());
+  void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
+    std::vector<int32_t> index_of(this->row_heads(), -1);
+    for (size_t i = 0; i < row_heads.size(); ++i) index_of[row_heads[i]] = static_cast<int32_t>(i);
+    const int64_t value_dim = layout_.value_dim;
+    const int64_t size = static_cast<int64_t>(row_heads.size()) * value_dim;
+    std::vector<std::vector<float>> threads(workspace_.pool.threads());
     ForEachUnit([&](int64_t unit, int thread) {
-      std::vector<int64_t>& own = sums[thread];
-      if (own.empty()) own.resize(targets.size() * stride);
+      std::vector<float>& own = threads[thread];
+      if (own.empty()) own.assign(size, -kInfinity);
       const PartialView view = keep_partials_ ? ViewOf(unit) : Compute(unit, thread);
       ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
-        const int32_t index = target_of[row_head];
-        if (index < 0) return;
-        int64_t* sum = &own[index * stride];
-        int64_t& flag = sum[pitch + 1];
-        const double reference = targets[index].reference;
-        const double m = view.m[query];
-        if (flag != 0 || m == -kInfinity || reference == -kInfinity) return;
-        if (m == kInfinity || reference == kInfinity) {
-          flag = kFaultFlag;
-          return;
-        }
-        const double weight = PortableExp(std::min(m - reference, 700.0));  // exp(700) is out of every range.
-        const double l = view.l[query] * weight * one;
-        if (l > limit) {
-          flag = 1;
-          return;
-        }
-        if (l < 0.25) return;  // Every word rounds to 0.
-        sum[pitch] += std::llrint(l);
-        if (sum[pitch] > quantum.limit) {
-          flag = 1;
-          return;
-        }
-        // |o| <= l 2^e, but for rounding, or a value is beyond the exponent that the session agreed on.
-        const double* unit_of = &units[KvHeadOfUnit(unit) * pitch];
-        if (!kernels_.add_quantised(view.o + query * pitch, static_cast<int>(pitch), weight, unit_of,
-                                    1.001 * l + 1, sum)) {
-          RecordFault(PageOfUnit(unit).index, row_head);
-          flag = kFaultFlag;
-        }
+        if (index_of[row_head] < 0 || view.m[query] == -kInfinity) return;
+        float* to = &own[index_of[row_head] * value_dim];
+        const float* o = view.o + query * layout_.value_pitch;
+        for (int64_t c = 0; c < value_dim; ++c) to[c] = std::max(to[c], LogMagnitude(view.m[query], o[c]));
       });
     });
-
-    for (size_t i = 0; i < targets.size(); ++i, words += words_per_target()) {
-      int64_t flag = 0;
-      for (const std::vector<int64_t>& own : sums) {
-        if (own.empty()) continue;
-        const int64_t* sum = &own[i * stride];
-        flag = std::max(flag, sum[pitch + 1]);
-        for (int64_t c = 0; c < layout_.value_dim; ++c) words[c] += sum[c];
-        words[layout_.value_dim] += sum[pitch];
-        if (words[layout_.value_dim] > quantum.limit) flag = std::max<int64_t>(flag, 1);
-        if (flag != 0) break;
-      }
-      if (flag != 0) std::fill_n(words, layout_.value_dim + 1, 0);
-      words[layout_.value_dim + 1] = flag;
+    for (const std::vector<float>& own : threads) {
+      for (size_t i = 0; i < own.size(); ++i) magnitudes[i] = std::max(magnitudes[i], own[i]);
     }
+  }
+
+  void SumPages(const SumPlan& plan, int64_t* words) override {
+    if (sink_sums_ && plan.value_limit == 0) return sink_sums_->Collect(words);
+    PageSums sums = MakeSums(plan);
+    ForEachUnit([&](int64_t unit, int thread) {
+      AddUnit(unit, thread, keep_partials_ ? ViewOf(unit) : Compute(unit, thread), sums);
+    });
+    sums.Collect(words);
   }
 
  private:
   int64_t units() const { return static_cast<int64_t>(pages_.size()) * layout_.kv_heads * row_blocks_; }
   const PageRef& PageOfUnit(int64_t unit) const { return pages_[unit / (layout_.kv_heads * row_blocks_)]; }
   int64_t KvHeadOfUnit(int64_t unit) const { return unit / row_blocks_ % layout_.kv_heads; }
+  const char* KeysOfUnit(int64_t unit) const {
+    return static_cast<const char*>(PageOfUnit(unit).data) + layout_.keys(KvHeadOfUnit(unit));
+  }
   int64_t PartialBytes() const {
     return unit_queries_ * (layout_.value_pitch + 2) * static_cast<int64_t>(sizeof(float));
   }
 
   template <class Body>
   void ForEachUnit(const Body& body) {
-    // Few units: one at a time, so that all threads have some.
-    const int64_t per_task = units() >= kUnitsPerTask * 8 * workspace_.pool.threads() ? kUnitsPerTask : 1;
+    const int64_t per_task =
+        std::clamp<int64_t>(units() / (kTasksPerThread * workspace_.pool.threads()), 1, kUnitsPerTask);
     workspace_.pool.ParallelFor((units() + per_task - 1) / per_task, [&](int64_t task, int thread) {
       const int64_t end = std::min(units(), (task + 1) * per_task);
       for (int64_t unit = task * per_task; unit < end; ++unit) body(unit, thread);
@@ -226,8 +200,14 @@ class CpuStep final : public MergingStep {
 
     PageQueries call;
     call.dtype = shape.dtype;
-    call.keys = static_cast<const char*>(page.data) + layout_.keys(KvHeadOfUnit(unit));
-    call.values = static_cast<const char*>(page.data) + layout_.values(KvHeadOfUnit(unit));
+    call.keys = KeysOfUnit(unit);
+    call.values = static_cast<const char*>(call.keys) + layout_.key_bytes();
+    // The last rows that read these keys fetch the next unit's.
+    const int64_t next = unit + 1;
+    if (next % row_blocks_ == 0 && next < units()) {
+      call.ahead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(KeysOfUnit(next)) -
+                                        reinterpret_cast<uintptr_t>(KeysOfUnit(unit)));
+    }
     call.head_dim = shape.head_dim;
     call.value_pitch = static_cast<int>(layout_.value_pitch);
     call.scale = shape.scale;
@@ -253,14 +233,16 @@ class CpuStep final : public MergingStep {
     return ViewOf(slot);
   }
 
-  // Units(), [kv_heads, value_pitch]: the padding's values are zeros, in any unit.
-  std::vector<double> PaddedUnits(int fraction_bits) const {
-    const std::vector<double> units = Units(fraction_bits);
-    std::vector<double> padded(layout_.kv_heads * layout_.value_pitch, 1.0);
-    for (int64_t head = 0; head < layout_.kv_heads; ++head) {
-      std::copy_n(&units[head * layout_.value_dim], layout_.value_dim, &padded[head * layout_.value_pitch]);
-    }
-    return padded;
+  PageSums MakeSums(const SumPlan& plan) const {
+    return {kernels_, workspace_.pool.threads(), row_heads(), plan, layout_.value_dim, layout_.value_pitch};
+  }
+
+  void AddUnit(int64_t unit, int thread, const PartialView& view, PageSums& sums) {
+    ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
+      if (!sums.Add(thread, row_head, view.m[query], view.l[query], view.o + query * layout_.value_pitch)) {
+        RecordFault(PageOfUnit(unit).index, row_head);
+      }
+    });
   }
 
   const CpuPageLayout layout_;
@@ -274,8 +256,9 @@ class CpuStep final : public MergingStep {
   std::vector<PageRef> pages_;  // Those that some row sees.
   float* partials_ =
       nullptr;  // [units or threads] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]
-  std::vector<float*> scratch_;  // [threads]
-  std::vector<float> maxima_;    // [row_heads]
+  std::vector<float*> scratch_;          // [threads]
+  std::vector<float> maxima_;            // [row_heads]
+  std::unique_ptr<PageSums> sink_sums_;  // Made by Attend where there are sinks.
 };
 
 // Copies rows of one KV head's keys into the transposed blocks.

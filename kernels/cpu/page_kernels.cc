@@ -20,14 +20,17 @@ namespace eduba::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // Dimensions of a segment of a dot product; fixes the arithmetic of a logit (docs/numerics.md section 2).
-// Segments are summed from zero, and their sum is kept in two floats.
+// Segments are summed from zero.
 constexpr int DotSegment(int head_dim) { return head_dim <= 16 ? 8 : 16; }
-// From a dot product in the scratch to what its rounding left.
+// Dimensions of the segments, one or two, that are added up in one float. The sum of the groups is kept in
+// two.
+constexpr int DotGroup(int head_dim) { return head_dim <= 32 ? DotSegment(head_dim) : 32; }
+// From a dot product in the scratch to what its rounding left, and to the first segment of the group under
+// way.
 constexpr int kLowOffset = kMaxPageQueries * kScorePitch;
+constexpr int kSegmentOffset = 2 * kLowOffset;
 // Rows of values summed from zero before they join the total.
 constexpr int kRowSegment = 64;
-// Rows of values between two bursts of prefetches.
-constexpr int kRowChunk = 8;
 // Virtual lanes of the sum of weights.
 constexpr int kSumLanes = 16;
 // Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
@@ -107,27 +110,28 @@ HWY_INLINE VF Capped(DF d, VF dot, VF scale, VF softcap) {
   return hn::Mul(softcap, Tanh(d, hn::Div(hn::Mul(dot, scale), softcap)));
 }
 
-// Pass `index` of `count` over the same bytes: prefetches its share of the lines that lie kPrefetchBytes
-// after them, so that each line is asked for once, and evenly.
-HWY_INLINE void PrefetchShare(const void* from, int64_t bytes, int index, int count) {
-  const char* line = static_cast<const char*>(from) + kPrefetchBytes;
-  for (int64_t at = int64_t{index} * 64; at < bytes; at += int64_t{count} * 64) hwy::Prefetch(line + at);
+// Asks for the lines that lie `ahead` bytes behind the kBytes at `from`, which are being read now. Into the
+// second-level cache only: they are needed a page later, and would push what is needed now out of the first.
+template <int kBytes>
+HWY_INLINE void PrefetchAhead(const void* from, int64_t ahead) {
+  const char* line = static_cast<const char*>(from) + ahead;
+  HWY_UNROLL(4)
+  for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(line + at, 0, 2);
 }
 
 // Dot products of kQueries query vectors with kPairs pairs of vectors of a block's keys, from pair `first`,
-// as two numbers: scores, and kLowOffset after it what the scores' rounding left (nothing where one segment
+// as two numbers: scores, and kLowOffset after it what the scores' rounding left (nothing where one group
 // holds all dimensions). Rows of scores are kScorePitch apart.
 template <class Type, int kQueries, int kPairs>
 HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first, int head_dim,
-                          const float* const* query, int pass, int passes, float* HWY_RESTRICT scores) {
+                          const float* const* query, int64_t ahead, float* HWY_RESTRICT scores) {
   const DF d;
   const typename Type::T* HWY_RESTRICT from = block + first * kLanes * Type::kKeyStride;
   scores += first * kLanes;
   const int segment = DotSegment(head_dim);
+  const int group = DotGroup(head_dim);
   for (int begin = 0; begin < head_dim; begin += segment) {
     const int end = std::min(begin + segment, head_dim);
-    PrefetchShare(block + static_cast<int64_t>(begin) * kKeyBlockRows,
-                  (end - begin) * kKeyBlockRows * static_cast<int64_t>(sizeof(*block)), pass, passes);
     VF sum[kQueries][2 * kPairs];
     HWY_UNROLL(kMaxTile)
     for (auto& row : sum) {
@@ -136,6 +140,7 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
     }
     for (int i = begin; i < end; ++i) {
       const typename Type::T* HWY_RESTRICT keys = from + static_cast<int64_t>(i) * kKeyBlockRows;
+      PrefetchAhead<2 * kPairs * kLanes* static_cast<int>(sizeof(*block))>(keys, ahead);
       VF key[2 * kPairs];
       HWY_UNROLL(4)
       for (int p = 0; p < kPairs; ++p) {
@@ -148,23 +153,32 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
         for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(x, key[v], sum[q][v]);
       }
     }
+    const int in_group = begin % group;
+    const bool group_ends = in_group + segment >= group || end == head_dim;
     HWY_UNROLL(kMaxTile)
     for (int q = 0; q < kQueries; ++q) {
       HWY_UNROLL(8)
       for (int v = 0; v < 2 * kPairs; ++v) {
         float* HWY_RESTRICT high_at = scores + q * kScorePitch + v / 2 * kLanes + v % 2 * kHalfBlock;
         float* HWY_RESTRICT low_at = high_at + kLowOffset;
-        VF high = sum[q][v];
-        if (begin > 0) {
-          // high + low is exactly what the total and the segment add up to.
-          const VF before = hn::LoadU(d, high_at);
-          high = hn::Add(before, sum[q][v]);
-          const VF part = hn::Sub(high, before);
-          VF low = hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(sum[q][v], part));
-          if (begin > segment) low = hn::Add(low, hn::LoadU(d, low_at));
-          hn::StoreU(low, d, low_at);
+        float* HWY_RESTRICT segment_at = high_at + kSegmentOffset;
+        VF total = sum[q][v];
+        if (in_group > 0) total = hn::Add(hn::LoadU(d, segment_at), total);
+        if (!group_ends) {
+          hn::StoreU(total, d, segment_at);
+          continue;
         }
-        hn::StoreU(high, d, high_at);
+        if (begin >= group) {
+          // high + low is exactly what the groups before and this one add up to.
+          const VF before = hn::LoadU(d, high_at);
+          const VF high = hn::Add(before, total);
+          const VF part = hn::Sub(high, before);
+          VF low = hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(total, part));
+          if (begin >= 2 * group) low = hn::Add(low, hn::LoadU(d, low_at));
+          hn::StoreU(low, d, low_at);
+          total = high;
+        }
+        hn::StoreU(total, d, high_at);
       }
     }
   }
@@ -177,16 +191,14 @@ constexpr int PairsFor(int queries, int most) {
   return std::min({fit >= 4 ? 4 : fit >= 2 ? 2 : 1, most, queries == 1 ? 4 : 2});
 }
 
-// `tile` of `tiles` that read the same block.
 template <class Type, int kQueries>
-void ScoreBlock(const void* block, int head_dim, const float* const* query, int tile, int tiles,
-                float* scores) {
+void ScoreBlock(const void* block, int head_dim, const float* const* query, int64_t ahead, float* scores) {
   constexpr int kPairs = PairsFor(kQueries, kKeyPairs);
   constexpr int kPasses = kKeyPairs / kPairs;
   static_assert(kKeyPairs % kPairs == 0);
   for (int p = 0; p < kPasses; ++p) {
     ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * kPairs, head_dim,
-                                      query, tile * kPasses + p, tiles * kPasses, scores);
+                                      query, ahead, scores);
   }
 }
 
@@ -195,9 +207,8 @@ void ScoreBlock(const void* block, int head_dim, const float* const* query, int 
 // from zero where `fresh`, and joins the total where `last`.
 template <class Type, class D, int kQueries, int kPairs>
 HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin,
-                          int end, bool fresh, bool last, int pass, int passes,
-                          const float* HWY_RESTRICT weight, float* HWY_RESTRICT sums,
-                          float* HWY_RESTRICT totals) {
+                          int end, bool fresh, bool last, int64_t ahead, const float* HWY_RESTRICT weight,
+                          float* HWY_RESTRICT sums, float* HWY_RESTRICT totals) {
   using V = hn::Vec<D>;
   constexpr int kN = static_cast<int>(hn::MaxLanes(D()));
   sums += first;
@@ -209,22 +220,17 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
     for (int v = 0; v < 2 * kPairs; ++v)
       sum[q][v] = fresh ? hn::Zero(d) : hn::LoadU(d, sums + q * pitch + v * kN);
   }
-  for (int chunk = begin; chunk < end; chunk += kRowChunk) {
-    const int chunk_end = std::min(chunk + kRowChunk, end);
-    PrefetchShare(values + static_cast<int64_t>(chunk) * pitch,
-                  static_cast<int64_t>(chunk_end - chunk) * pitch * static_cast<int64_t>(sizeof(*values)),
-                  pass, passes);
-    for (int row = chunk; row < chunk_end; ++row) {
-      const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
-      V value[2 * kPairs];
-      HWY_UNROLL(4)
-      for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, at + p * 2 * kN, value[2 * p], value[2 * p + 1]);
-      HWY_UNROLL(kMaxTile)
-      for (int q = 0; q < kQueries; ++q) {
-        const V w = hn::Set(d, weight[q * kScorePitch + row]);
-        HWY_UNROLL(8)
-        for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(w, value[v], sum[q][v]);
-      }
+  for (int row = begin; row < end; ++row) {
+    const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
+    PrefetchAhead<2 * kPairs * kN* static_cast<int>(sizeof(*values))>(at, ahead);
+    V value[2 * kPairs];
+    HWY_UNROLL(4)
+    for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, at + p * 2 * kN, value[2 * p], value[2 * p + 1]);
+    HWY_UNROLL(kMaxTile)
+    for (int q = 0; q < kQueries; ++q) {
+      const V w = hn::Set(d, weight[q * kScorePitch + row]);
+      HWY_UNROLL(8)
+      for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(w, value[v], sum[q][v]);
     }
   }
   HWY_UNROLL(kMaxTile)
@@ -244,9 +250,8 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
 // The tag for the last 16 channels where a pair of full vectors holds 32.
 using DTail = hn::CappedTag<float, kValueAlign / 2>;
 
-// `tile` of `tiles` that read the same rows.
 template <class Type, int kQueries>
-void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, int tile, int tiles,
+void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, int64_t ahead,
                const float* weight, float* sums, float* totals) {
   constexpr int kPairs = PairsFor(kQueries, 4);
   constexpr int kPair = 2 * kLanes;
@@ -257,18 +262,17 @@ void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bo
   const int passes = wide + narrow + tail;
   int first = 0;
   for (int pass = 0; pass < passes; ++pass) {
-    const int turn = tile * passes + pass;
     if (pass < wide) {
-      WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, turn,
-                                            tiles * passes, weight, sums, totals);
+      WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, ahead, weight,
+                                            sums, totals);
       first += kPairs * kPair;
     } else if (pass < wide + narrow) {
-      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, turn,
-                                       tiles * passes, weight, sums, totals);
+      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, ahead, weight, sums,
+                                       totals);
       first += kPair;
     } else {
-      WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, turn,
-                                          tiles * passes, weight, sums, totals);
+      WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, ahead, weight,
+                                          sums, totals);
     }
   }
 }
@@ -381,9 +385,8 @@ bool WriteTotals(const float* totals, int pitch, float* o) {
 }
 
 // The instantiations for 1 to kMaxTile queries.
-using ScoreFunction = void (*)(const void*, int, const float* const*, int, int, float*);
-using WeighFunction = void (*)(const void*, int, int, int, bool, bool, int, int, const float*, float*,
-                               float*);
+using ScoreFunction = void (*)(const void*, int, const float* const*, int64_t, float*);
+using WeighFunction = void (*)(const void*, int, int, int, bool, bool, int64_t, const float*, float*, float*);
 template <class Type, int... kCounts>
 ScoreFunction ScoreFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
   static constexpr ScoreFunction kTable[] = {ScoreBlock<Type, kCounts + 1>...};
@@ -407,9 +410,9 @@ template <class Type>
 void AttendPageTyped(const PageQueries& page, float* scratch) {
   constexpr auto kCounts = std::make_integer_sequence<int, kMaxTile>();
   const int pitch = page.value_pitch;
-  float* scores = scratch;                                               // [queries, 256]
-  float* sums = scores + 2 * int64_t{kMaxPageQueries} * kScorePitch;     // [queries, pitch]
-  float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;  // [queries, pitch]
+  float* scores = scratch;                                                       // [queries, 256]
+  float* sums = scores + kScorePlanes * int64_t{kMaxPageQueries} * kScorePitch;  // [queries, pitch]
+  float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;          // [queries, pitch]
   std::fill_n(totals, static_cast<int64_t>(page.queries) * pitch, 0.0F);
 
   Tile tiles[kMaxPageQueries];
@@ -430,14 +433,14 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     for (int t = 0; t < tile_count; ++t) {
       const Tile& tile = tiles[t];
       if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
-      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first, t, tile_count,
-                                          scores + tile.first * kScorePitch + begin);
+      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first,
+                                          t == 0 ? page.ahead : 0, scores + tile.first * kScorePitch + begin);
     }
   }
 
-  const auto softmax = page.softcap > 0                            ? Softmax<true, false>
-                       : page.head_dim > DotSegment(page.head_dim) ? Softmax<false, true>
-                                                                   : Softmax<false, false>;
+  const auto softmax = page.softcap > 0                          ? Softmax<true, false>
+                       : page.head_dim > DotGroup(page.head_dim) ? Softmax<false, true>
+                                                                 : Softmax<false, false>;
   bool finite[kMaxPageQueries];
   for (int t = 0; t < tile_count; ++t) {
     const Tile& tile = tiles[t];
@@ -476,7 +479,7 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
         }
         if (run_end > row) {
           const bool last = run_end == segment_end || next == segment_end;
-          weigh(page.values, pitch, row, run_end, fresh, last, t, tile_count,
+          weigh(page.values, pitch, row, run_end, fresh, last, t == 0 ? page.ahead : 0,
                 scores + tile.first * kScorePitch, sums + tile.first * pitch, totals + tile.first * pitch);
           fresh = false;
         }

@@ -22,6 +22,9 @@ struct PageQueries {
   int value_pitch = 16;
   float scale = 1;
   float softcap = 0;
+  // Bytes from these keys to those that this thread reads next (their values follow at the same distance),
+  // which are fetched meanwhile. 0: not known, or the same again.
+  int64_t ahead = 0;
   int queries = 0;                      // In [1, kMaxPageQueries].
   const float* query[kMaxPageQueries];  // Each [head_dim].
   int begin[kMaxPageQueries];           // Rows [begin, end) are visible; not empty.
@@ -35,9 +38,12 @@ struct PageQueries {
 // lines of the cache.
 inline constexpr int kScorePitch = kPageRows + 16;
 
+// Copies of the scores' shape that the kernel works with.
+inline constexpr int kScorePlanes = 3;
+
 // Memory of one thread for AttendPage, 64-byte aligned: floats.
 inline int64_t PageScratchFloats(int value_pitch) {
-  return 2 * int64_t{kMaxPageQueries} * (kScorePitch + int64_t{value_pitch});
+  return int64_t{kMaxPageQueries} * (kScorePlanes * kScorePitch + 2 * int64_t{value_pitch});
 }
 
 // The SIMD kernels of one Highway target. Targets with fused multiply-add all give the same bits; so do those

@@ -67,13 +67,24 @@ class ReferenceStep final : public MergingStep {
     return static_cast<float>(largest);
   }
 
-  void SumPages(absl::Span<const Target> targets, Quantum quantum, int64_t* words) override {
-    const std::vector<double> units = Units(quantum.fraction_bits);
-    const double one = PowerOfTwo(quantum.fraction_bits);
+  void RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
+    for (const int64_t row_head : row_heads) {
+      for (size_t page = 0; page < args_.pages.size(); ++page) {
+        const Partial& partial = PartialOf(page, row_head);
+        for (int c = 0; c < args_.shape.value_dim; ++c) {
+          magnitudes[c] = std::max(
+              magnitudes[c], LogMagnitude(static_cast<float>(partial.m), static_cast<float>(partial.o[c])));
+        }
+      }
+      magnitudes += args_.shape.value_dim;
+    }
+  }
+
+  void SumPages(const SumPlan& plan, int64_t* words) override {
+    const double one = PowerOfTwo(plan.fraction_bits);
     const int value_dim = args_.shape.value_dim;
-    for (const Target& target : targets) {
-      const auto head = static_cast<int>(target.row_head % args_.shape.query_heads);
-      const double* unit = &units[static_cast<int64_t>(head / args_.shape.group()) * value_dim];
+    for (const Target& target : plan.targets) {
+      const double* unit = &plan.units[target.unit_row * value_dim];
       int64_t flag = 0;
       for (size_t page = 0; page < args_.pages.size() && flag == 0; ++page) {
         const Partial& partial = PartialOf(page, target.row_head);
@@ -84,14 +95,14 @@ class ReferenceStep final : public MergingStep {
         }
         const double weight = std::exp(partial.m - target.reference);
         const double l = partial.l * weight * one;
-        if (!(l <= static_cast<double>(quantum.limit)) ||
-            (words[value_dim] += std::llrint(l)) > quantum.limit) {
+        if (!(l <= static_cast<double>(plan.limit)) || (words[value_dim] += std::llrint(l)) > plan.limit) {
           flag = 1;
           continue;
         }
+        const double most = plan.value_limit > 0 ? plan.value_limit : 1.001 * l + 1;
         for (int c = 0; c < value_dim; ++c) {
           const double o = partial.o[c] * weight * unit[c];
-          if (std::abs(o) > 1.001 * l + 1) {  // A value beyond its channel's exponent.
+          if (std::abs(o) > most) {  // A value beyond its channel's exponent.
             RecordFault(args_.pages[page].index, target.row_head);
             flag = kFaultFlag;
             break;

@@ -184,7 +184,10 @@ std::vector<double> Problem::Magnitudes() const {
   return positive.Oracle().outputs;
 }
 
-std::vector<float> Problem::PlainFloatAttention() const {
+std::vector<float> Problem::PlainFloatAttention(bool fused) const {
+  const auto multiply_add = [fused](float a, float b, float c) {
+    return fused ? std::fma(a, b, c) : a * b + c;
+  };
   constexpr int64_t kBlock = 512;
   const AttentionShape& shape = spec.shape;
   std::vector<float> outputs;
@@ -205,7 +208,7 @@ std::vector<float> Problem::PlainFloatAttention() const {
           if (!Sees(row, j)) continue;
           float dot = 0;
           for (int d = 0; d < shape.head_dim; ++d) {
-            dot = std::fma(query[d], keys[(j * shape.kv_heads + kv_head) * shape.head_dim + d], dot);
+            dot = multiply_add(query[d], keys[(j * shape.kv_heads + kv_head) * shape.head_dim + d], dot);
           }
           float logit = shape.scale * dot;
           if (shape.softcap > 0) logit = shape.softcap * std::tanh(logit / shape.softcap);
@@ -223,12 +226,12 @@ std::vector<float> Problem::PlainFloatAttention() const {
           const float weight = std::exp(logit - largest);
           block_total += weight;
           for (int c = 0; c < shape.value_dim; ++c) {
-            block_sum[c] =
-                std::fma(weight, values[(j * shape.kv_heads + kv_head) * shape.value_dim + c], block_sum[c]);
+            block_sum[c] = multiply_add(weight, values[(j * shape.kv_heads + kv_head) * shape.value_dim + c],
+                                        block_sum[c]);
           }
         }
         total += block_total;
-        for (int c = 0; c < shape.value_dim; ++c) sum[c] = std::fma(sum[c], rescale, block_sum[c]);
+        for (int c = 0; c < shape.value_dim; ++c) sum[c] = multiply_add(sum[c], rescale, block_sum[c]);
       }
       for (const float s : sum) outputs.push_back(total > 0 ? s / total : 0);
     }

@@ -57,8 +57,9 @@ struct Problem {
   // are measured against.
   std::vector<double> Magnitudes() const;
   // The same attention as fp32 programs compute it (PyTorch's scaled_dot_product_attention on a CPU): fp32
-  // dot products, blocks of 512 keys with a running maximum, fp32 sums. [rows, query_heads, value_dim]
-  std::vector<float> PlainFloatAttention() const;
+  // dot products, blocks of 512 keys with a running maximum, fp32 sums; `fused`: on a chip with fused
+  // multiply-add. [rows, query_heads, value_dim]
+  std::vector<float> PlainFloatAttention(bool fused) const;
 };
 
 struct Answer {
