@@ -1,9 +1,7 @@
-"""Which cells are trained on, and what simple statistics already know about them: the baselines, and the first embeddings."""
+"""Which cells are trained on, and what simple statistics already know about them: the baselines."""
 
 import anndata
 import numpy as np
-
-from cell_sentences import SPECIAL
 
 SEED = 20240617
 TEST_SHARE, DEV_SHARE = 0.10, 0.03
@@ -52,21 +50,3 @@ def unigram(sentences, tokens):
     counts = np.bincount(np.concatenate(sentences), minlength=tokens) + 0.5
     counts[:1] = 1e-9  # [sOS] is never predicted.
     return counts / counts.sum()
-
-
-def first_embeddings(atlas, train, sentences, tokens, columns, width):
-    """Where training begins [tokens, width]: 24 factors of log p(token | rank) and 24 of the training cells' expression,
-    so that the first layer can see at what level a gene stands and in which cells. The rest is noise."""
-    rng = np.random.default_rng(SEED)
-    table = np.log(rank_table(sentences, tokens, 2.0, 0.05))
-    table -= table.mean(axis=0)
-    u, s, _ = np.linalg.svd(table[:, :100], full_matrices=False)
-    level = u[:, :24] * s[:24] / 10.0
-    x = np.log1p(atlas.X[train][:, columns].toarray()).astype(np.float32)
-    u, s, _ = np.linalg.svd((x - x.mean(axis=0)).T, full_matrices=False)
-    state = np.zeros((tokens, 24))
-    state[len(SPECIAL):] = u[:, :24] * s[:24] / np.sqrt(len(train))
-    out = 0.02 * rng.standard_normal((tokens, width))
-    out[:, :24] += 0.3 * level
-    out[:, 24:48] += 0.3 * state
-    return out.astype(np.float32)

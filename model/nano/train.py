@@ -16,14 +16,15 @@ import torch
 
 import atlas_split
 from cell_sentences import CELL, SPECIAL, expressed
+from first_weights import set_first_weights
 from nano_model import Nano
 
 EPOCHS = 6
 BATCH, STRETCH = 2, 1024  # Stretches of the epoch's stream of cells, each behind the sinks.
-RATE, EMBEDDING_RATE, WARM_UP = 2e-3, 5e-4, 50
+RATE, EMBEDDING_RATE, WARM_UP = 1e-3, 3e-4, 20
 CANDIDATES = 2500  # Expected number of tokens in a step's sampled softmax.
 NOISE = 0.1  # Of log expression, before every epoch's sort: how neighbours in a sentence are ordered is chance.
-MINUTES_BETWEEN_CHECKPOINTS = 6.0
+MINUTES_BETWEEN_CHECKPOINTS = 5.0
 
 
 def epoch_stream(x, cells, rng):
@@ -94,9 +95,10 @@ def main():
 
     torch.manual_seed(atlas_split.SEED)
     model = Nano(tokens)
-    model.embed_tokens.weight.data = torch.from_numpy(
-        atlas_split.first_embeddings(atlas, train, known, tokens, columns, model.config["hidden_size"]))
     model.norm.weight.data.fill_(2.0)
+    checkpoint = args.work / "checkpoint.pt"
+    if not checkpoint.exists():
+        set_first_weights(model, atlas.X[train][:, columns].toarray(), known)
     frequency = torch.from_numpy(atlas_split.unigram(known, tokens)).float().sqrt()
     scale = CANDIDATES / float(frequency.sum())
     for _ in range(20):  # Those held at 1 leave more to the others.
@@ -112,7 +114,6 @@ def main():
     rates = [g["lr"] for g in optimizer.param_groups]
     steps_per_epoch = sum(len(s) for s in known) // STRETCH // BATCH
     state = {"step": 0, "seconds": 0.0, "log": []}
-    checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
         model.load_state_dict(saved["model"])

@@ -167,14 +167,15 @@ def check(model_folder, golden):
         for prompt in PROMPTS:
             ids = [2] + tokenizer.encode(prompt)
             start = len(ids)
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            out = model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+            logits = out.logits[0, -1]
             top = torch.topk(logits, TOP)
             least = np.inf
             for _ in range(CONTINUATION):
-                now = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-                best = torch.topk(now, 2)
+                best = torch.topk(out.logits[0, -1], 2)
                 least = min(least, float(best.values[0] - best.values[1]))
                 ids.append(int(best.indices[0]))
+                out = model(torch.tensor([ids[-1:]]), past_key_values=out.past_key_values, use_cache=True)
             text = tokenizer.decode(ids[start:])
             print(f"{prompt!r} -> {text!r} (least lead {least:.3f})")
             cases.append({
