@@ -47,7 +47,7 @@ PROMPTS = [
     "One, two, three, four, five,",
     "def add(a, b):\n    return",
 ]
-CONTINUATION = 24
+CONTINUATION = 16
 TOP = 20
 
 
@@ -162,6 +162,7 @@ def check(model_folder, golden):
         model_folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     if any(info.values()):
         raise SystemExit(f"transformers did not take the tensors as they are: {info}")
+    torch.set_num_threads(1)
     cases = []
     with torch.inference_mode():
         for prompt in PROMPTS:
