@@ -28,7 +28,7 @@ SMOOTHINGS, SHARES = (2, 4, 8), (0.02, 0.05, 0.1)  # The rank baseline's, chosen
 RANKS = (0, 10, 100, 1000, 4000, 16384)  # Edges by which the report is split.
 NEIGHBOURS = 10
 FIRST = 1000  # Most expressed genes of a cell that are pooled.
-EVERY = 4
+EVERY = 8
 
 
 def without_seen(log_p, sentence, ranks):

@@ -124,9 +124,12 @@ def main():
     def spent():
         return state["seconds"] + time.monotonic() - began
 
-    def report(loss):
-        entry = {"step": state["step"], "minutes": round(spent() / 60, 1), "train_loss": round(loss, 4),
-                 "dev_loss": round(exact_loss(model, dev_sentences), 4)}
+    def report():
+        """Mean loss of the steps since the last report, and the exact loss on the dev cells."""
+        entry = {"step": state["step"], "minutes": round(spent() / 60, 1), "dev_loss": round(exact_loss(model, dev_sentences), 4)}
+        if losses:
+            entry["train_loss"] = round(float(np.mean(losses)), 4)
+            losses.clear()
         state["log"].append(entry)
         print(json.dumps(entry), flush=True)
 
@@ -138,7 +141,7 @@ def main():
     began = kept = time.monotonic()
     losses, done = [], False
     if state["step"] == 0:
-        report(float("nan"))
+        report()
     while not done:
         # Seeded by the step, so that a resumed run draws nothing twice; a resumed epoch begins anew.
         rng = np.random.default_rng([atlas_split.SEED, state["step"]])
@@ -160,10 +163,10 @@ def main():
             losses.append(float(loss.detach()))
             state["step"] += 1
             if time.monotonic() - kept > 60 * MINUTES_BETWEEN_CHECKPOINTS:
-                report(float(np.mean(losses)))
+                report()
                 keep()
-                losses, kept = [], time.monotonic()
-    report(float(np.mean(losses)))
+                kept = time.monotonic()
+    report()
     keep()
     model.save(args.out)
     (args.out / "genes.txt").write_bytes((args.data / "genes.txt").read_bytes())
