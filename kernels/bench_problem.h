@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <random>
@@ -50,7 +51,9 @@ class AttendProblem {
  public:
   AttendProblem(Backend& backend, const AttentionShape& shape, int rows, int64_t pages, char* memory,
                 ThreadPool& pool)
-      : visible_(rows, {0, pages * kPageRows}), sink_logits_(shape.query_heads, 2.0F) {
+      : visible_(rows, {0, pages * kPageRows}),
+        // The sink weighs about as much as all keys, so that the sums take the sink path.
+        sink_logits_(shape.query_heads, std::log(static_cast<float>(pages * kPageRows))) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     queries_.resize(static_cast<size_t>(rows) * shape.query_heads * shape.head_dim);
