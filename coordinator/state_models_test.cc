@@ -198,7 +198,7 @@ TEST_F(ModelStateTest, ALongJobIsNotLateWhileTheGroupMakesSteps) {
   const RequestId generation = AskGenerate(5);
   cluster_.Settle();
   for (int i = 0; i < 10; ++i) {
-    cluster_.Advance(50000);
+    cluster_.Advance(25000);
     v1::WorkerMessage alive;
     alive.mutable_progress()->set_epoch(1);
     cluster_.state().WorkerSaid(a_, alive, cluster_.now());
