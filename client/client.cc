@@ -32,7 +32,7 @@ constexpr absl::Duration kSummaryGrace = absl::Seconds(10);
 bool CopyFloats(const std::string& bytes, int64_t count, std::vector<float>* out) {
   if (static_cast<int64_t>(bytes.size()) != count * static_cast<int64_t>(sizeof(float))) return false;
   out->resize(count);
-  std::memcpy(out->data(), bytes.data(), bytes.size());
+  if (!bytes.empty()) std::memcpy(out->data(), bytes.data(), bytes.size());
   return true;
 }
 

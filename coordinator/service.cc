@@ -174,7 +174,7 @@ grpc::Status EdubaService::AppendTokens(grpc::ServerContext* context,
           absl::StrCat("ids have ", request.ids().size(), " bytes, wanted a multiple of 4 (int32)")));
     }
     std::vector<int32_t> ids(request.ids().size() / sizeof(int32_t));
-    std::memcpy(ids.data(), request.ids().data(), request.ids().size());
+    if (!ids.empty()) std::memcpy(ids.data(), request.ids().data(), request.ids().size());
     const auto event = [&](ClusterState& state, RequestId id, int64_t now) {
       state.AppendTokens(id, session, at, ids, now);
     };

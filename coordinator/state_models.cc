@@ -24,7 +24,7 @@ absl::StatusOr<std::vector<T>> Numbers(const std::string& bytes, const std::stri
                                                    sizeof(T), " to ", kPayloadBytesMax));
   }
   std::vector<T> numbers(bytes.size() / sizeof(T));
-  std::memcpy(numbers.data(), bytes.data(), bytes.size());
+  if (!numbers.empty()) std::memcpy(numbers.data(), bytes.data(), bytes.size());
   return numbers;
 }
 
