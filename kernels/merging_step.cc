@@ -280,7 +280,7 @@ int MergingStep::MaximumExponent(size_t selected, int channel) const {
   // A page's l is 256 at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
   const int most = Exponent(KvHead(selected_[selected]), channel) + 9;
   if (!(std::abs(m) < kInfinity) || !(magnitude < kInfinity)) return most;  // After a fault.
-  if (magnitude == -kInfinity) return kMinExponent;  // All zeros.
+  if (magnitude == -kInfinity) return kMinExponent;                         // All zeros.
   // LogMagnitude was rounded to fp32.
   const double slack = 0x1p-21 * (std::abs(m) + std::abs(magnitude) + 100);
   const double exponent = std::ceil((magnitude - m + slack) * kLog2E);
