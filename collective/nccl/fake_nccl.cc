@@ -219,6 +219,11 @@ int Abort(NcclComm comm) {
   while (TheFakeNccl().abort_is_stuck) std::this_thread::yield();
   comm->member->aborted = true;
   {
+    // What was not queued yet never will be; it holds its member, so it has to go for the member to go.
+    const std::scoped_lock lock(comm->member->mutex);
+    comm->member->to_queue = nullptr;
+  }
+  {
     const std::scoped_lock lock(comm->member->group->mutex);
     ++comm->member->group->left;
   }
