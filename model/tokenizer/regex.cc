@@ -74,8 +74,14 @@ class Translator {
   }
   absl::string_view TakeCharacter() { return Take(static_cast<size_t>(FirstUtf8(rest_).bytes)); }
   void Refuse(absl::string_view construct) {
+    std::string shown;  // An error is one line, whatever stands in the expression.
+    for (const char c : construct) {
+      shown += absl::ascii_iscntrl(static_cast<unsigned char>(c))
+                   ? absl::StrCat("\\x", absl::Hex(c, absl::kZeroPad2))
+                   : std::string(1, c);
+    }
     status_.Update(absl::UnimplementedError(
-        absl::StrCat("regular expression with \"", construct, "\", which is not supported")));
+        absl::StrCat("regular expression with \"", shown, "\", which is not supported")));
   }
   static std::string Literal(absl::string_view character) {
     return absl::StrCat("\\x{", absl::Hex(static_cast<uint32_t>(CodePoint(character))), "}");

@@ -67,6 +67,14 @@ TEST(TokenizerRegex, WhatMeansDifferentThingsElsewhereIsRefusedByName) {
   }
 }
 
+TEST(TokenizerRegex, ARefusalIsOneLineWhateverStandsInTheExpression) {
+  for (const char* pattern : {"[^\\\n]", "a\\\n", "(?\n)", "a{1}\n{2}"}) {
+    const auto regex = Regex::Compile(pattern);
+    if (!regex.ok()) EXPECT_EQ(regex.status().message().find('\n'), std::string::npos) << regex.status();
+  }
+  EXPECT_FALSE(Regex::Compile("[^\\\n]").ok());
+}
+
 TEST(TokenizerRegex, WhatIsNoExpressionOrSplitsNothingIsRefused) {
   for (const char* pattern : {"(a", "a)", "*", "a**", "a*", "", "a|", "(?!a)", "[b-a]", "a{5,2}", "\xFF"}) {
     EXPECT_EQ(Regex::Compile(pattern).status().code(), absl::StatusCode::kInvalidArgument) << pattern;
