@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs the tests. From any directory, as often as you like.
-#   tests/run.sh           what CI runs: style, release, the fast tests under ASan+UBSan, those with threads of ours under TSan
-#   tests/run.sh --full    also a minute of fuzzing each target, and clang-tidy
+#   tests/run.sh           what CI runs: style, release, the fast tests under ASan+UBSan, those with threads of ours under TSan, a short fuzz
+#   tests/run.sh --full    a minute of new fuzzing for each target, and clang-tidy
 #   tests/run.sh --quick   the release build and its tests only
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -64,10 +64,12 @@ run_tests tsan -R "^($(
   echo "${threaded[*]}"
 ))$"
 
-if [[ $full == yes ]]; then
-  say "Fuzzing"
-  cmake --preset fuzz >/dev/null
-  cmake --build --preset fuzz -j "$jobs" --target fuzz_targets
+say "Fuzzing"
+cmake --preset fuzz >/dev/null
+cmake --build --preset fuzz -j "$jobs" --target fuzz_targets
+if [[ $full == no ]]; then
+  tests/fuzz/run.sh build/fuzz/bin 10 1
+else
   tests/fuzz/run.sh build/fuzz/bin 60
   say "Clang-tidy"
   tests/clang_tidy.sh
