@@ -68,9 +68,17 @@ int Run(int threads, int64_t outputs, int64_t inputs) {
   if (!stream.ok()) return 1;
   std::printf("%d threads, [%lld, %lld], stream %.1f GB/s\n", threads, static_cast<long long>(outputs),
               static_cast<long long>(inputs), stream->gb_per_s);
-  const auto kernels = MakeCpuLayerKernels(threads);
-  const auto judge = MakeReferenceLayerKernels();
-  for (const DType dtype : {DType::kBf16, DType::kF16, DType::kF32}) {
+  struct Kind {
+    DType dtype;
+    Activations activations;
+    const char* name;
+  };
+  for (const auto& [dtype, activations, name] :
+       {Kind{DType::kBf16, Activations::kBf16, "bf16, rounded x"},
+        Kind{DType::kBf16, Activations::kF32, "bf16"}, Kind{DType::kF16, Activations::kF32, "f16"},
+        Kind{DType::kF32, Activations::kF32, "f32"}}) {
+    const auto kernels = MakeCpuLayerKernels(threads, activations);
+    const auto judge = MakeReferenceLayerKernels(activations);
     std::vector<char> weights(outputs * inputs * DTypeBytes(dtype));
     uint64_t state = 1;
     const auto next = [&] {
@@ -108,8 +116,8 @@ int Run(int threads, int64_t outputs, int64_t inputs) {
       const double onednn = dtype == DType::kF16 ? 0 : OneDnnSeconds(rows, outputs, inputs, dtype);
       const double gflops = 2e-9 * static_cast<double>(rows * outputs * inputs);
       const double bytes = static_cast<double>(packed[0]->bytes());
-      std::printf("%-4s rows %3lld  %8.3f ms  read %5.1f GB/s = %.2f of stream  %6.1f GFLOP/s",
-                  DTypeName(dtype), static_cast<long long>(rows), 1e3 * seconds, 1e-9 * bytes / seconds,
+      std::printf("%-15s rows %3lld  %8.3f ms  read %5.1f GB/s = %.2f of stream  %6.1f GFLOP/s", name,
+                  static_cast<long long>(rows), 1e3 * seconds, 1e-9 * bytes / seconds,
                   1e-9 * bytes / seconds / stream->gb_per_s, gflops / seconds);
       if (onednn > 0)
         std::printf("  oneDNN %6.1f (weights in cache), ratio %.2f", gflops / onednn, onednn / seconds);

@@ -1,5 +1,6 @@
 // One worker's transformer: prefill and decode beside their ceilings.
-//   build/release/bin/model_bench [threads, default 2] [nano|small, default small]
+//   build/release/bin/model_bench [threads, default 2] [nano|small, default small] [activations: f32|bf16,
+//   default f32]
 // Weights are random bf16, so this says nothing about text, and everything about time. Checked first: a
 // token's hidden state has the same bits in a step of 64 tokens and in steps of one.
 //   prefill  tokens/s of chunks of 256; GFLOP/s count products only, beside oneDNN's f32 and bf16 rates
@@ -16,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "base/heap.h"
 #include "kernels/bench.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
@@ -82,12 +84,12 @@ class RandomWeights {
   std::vector<uint16_t> ones_;
 };
 
-int Run(int threads, bool nano) {
+int Run(int threads, bool nano, Activations activations) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const ModelConfig config = Shape(nano);
   const RandomWeights random(config);
   const auto backend = MakeCpuBackend(threads);
-  const auto kernels = MakeCpuLayerKernels(threads);
+  const auto kernels = MakeCpuLayerKernels(threads, activations);
   PageStore store(backend.get(), int64_t{2} << 30);
   const auto model = Transformer::Create(config, random.weights, kernels.get()).value();
   ModelEngine::Options options;
@@ -160,5 +162,8 @@ int Run(int threads, bool nano) {
 }  // namespace eduba
 
 int main(int argc, char** argv) {
-  return eduba::Run(argc > 1 ? std::atoi(argv[1]) : 2, argc > 2 && std::string(argv[2]) == "nano");
+  eduba::KeepFreedMemory();  // As the program does.
+  return eduba::Run(
+      argc > 1 ? std::atoi(argv[1]) : 2, argc > 2 && std::string(argv[2]) == "nano",
+      argc > 3 && std::string(argv[3]) == "bf16" ? eduba::Activations::kBf16 : eduba::Activations::kF32);
 }

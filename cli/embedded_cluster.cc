@@ -29,6 +29,7 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Start(const Op
     worker.version = options.version;
     if (!options.devices.empty()) worker.backend = options.devices[i];
     worker.model = options.model;
+    worker.activations = options.activations;
     worker.hub = &cluster->hub_;
     EDUBA_ASSIGN_OR_RETURN(auto started, Worker::Start(worker));
     cluster->workers_.push_back(std::move(started));

@@ -25,7 +25,8 @@ class EmbeddedCluster {
     std::vector<std::string> devices;  // Of each worker (worker.h, backend). Empty: all on the CPU.
     std::string data_dir;              // Of the coordinator. Empty: nothing is kept.
     std::string version;
-    std::string model;  // A model's folder, for every worker. Empty: none.
+    std::string model;                            // A model's folder, for every worker. Empty: none.
+    Activations activations = Activations::kF32;  // Of the model.
   };
 
   // Returns when everything listens; the group forms after that.

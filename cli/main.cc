@@ -12,6 +12,7 @@
 #include "CLI/Formatter.hpp"
 #include "absl/status/status.h"
 #include "absl/strings/str_replace.h"
+#include "base/heap.h"
 #include "cli/command.h"
 
 namespace eduba {
@@ -72,6 +73,7 @@ int Main(int argc, char** argv) {
 }  // namespace eduba
 
 int main(int argc, char** argv) {
+  eduba::KeepFreedMemory();
   // gRPC's own log would come before our one line. Here, and so in child processes, before gRPC reads it; who
   // sets it himself keeps it.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);

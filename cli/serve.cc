@@ -57,10 +57,24 @@ struct UpOptions {
   std::string device = "cpu";
   std::string data_dir;
   std::string model;
+  std::string activations = "f32";
 };
 
 constexpr char kModelHelp[] =
     "Folder with a model (config.json, *.safetensors, tokenizer): token ids in, text and scores out [none]";
+
+void AddActivationsOption(CLI::App& command, std::string& activations) {
+  command
+      .add_option("--activations", activations,
+                  "What bf16 weights are multiplied with: f32, or rounded to bf16, as PyTorch does with such "
+                  "models: faster prompts where the CPU has AVX512_BF16. The same for all workers")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+}
+
+Activations ParseActivations(const std::string& name) {
+  return name == "bf16" ? Activations::kBf16 : Activations::kF32;
+}
 
 void AddUpOptions(CLI::App& command, UpOptions& options) {
   command.add_option("--workers", options.workers, "Workers")
@@ -78,6 +92,7 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
   AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
+  AddActivationsOption(command, options.activations);
 }
 
 absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::string>& devices) {
@@ -89,6 +104,7 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   cluster_options.data_dir = options.data_dir;
   cluster_options.version = EDUBA_VERSION;
   cluster_options.model = options.model;
+  cluster_options.activations = ParseActivations(options.activations);
   EDUBA_ASSIGN_OR_RETURN(const auto cluster, EmbeddedCluster::Start(cluster_options));
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(cluster->address()));
   if (complete) {
@@ -131,7 +147,10 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
                                                  devices[i],
                                                  "--transport",
                                                  transport};
-    if (!options.model.empty()) worker_arguments.insert(worker_arguments.end(), {"--model", options.model});
+    if (!options.model.empty()) {
+      worker_arguments.insert(worker_arguments.end(),
+                              {"--model", options.model, "--activations", options.activations});
+    }
     EDUBA_ASSIGN_OR_RETURN(auto worker, ChildProcess::Start(absl::StrCat("worker ", i), worker_arguments));
     children.push_back(std::move(worker));
   }
@@ -248,6 +267,7 @@ struct WorkerOptions {
   std::string transport;  // Empty: nccl for a GPU, gloo otherwise.
   int threads = UsableCores();
   std::string model;
+  std::string activations = "f32";
 };
 
 void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
@@ -271,6 +291,7 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
+  AddActivationsOption(command, options.activations);
 }
 
 absl::Status RunWorker(const WorkerOptions& options) {
@@ -290,6 +311,7 @@ absl::Status RunWorker(const WorkerOptions& options) {
   worker_options.threads = options.threads;
   worker_options.version = EDUBA_VERSION;
   worker_options.model = options.model;
+  worker_options.activations = ParseActivations(options.activations);
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
   PrintReady(worker->address());
   // A worker that is refused for good ends by itself; the signal brings that to where we wait.

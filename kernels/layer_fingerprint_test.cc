@@ -28,7 +28,13 @@ TEST(LayerFingerprint, TellsKernelsApartExactlyWhereTheirArithmeticDiffers) {
     const auto [it, fresh] = by_fma.emplace(CpuTargetHasFma(target), print);
     EXPECT_EQ(it->second, print) << target;
   }
+  const uint64_t rounded = LayerFingerprint(*MakeCpuLayerKernels(1, Activations::kBf16)).value();
+  if (CpuTargetHasFma(CpuTargets().front())) {  // With the chip's dot products or without.
+    const auto kernels = MakeCpuLayerKernelsForTest(1, CpuTargets().front(), Activations::kBf16);
+    EXPECT_EQ(LayerFingerprint(*kernels).value(), rounded);
+  }
   for (const auto& [fma, print] : by_fma) {
+    EXPECT_NE(print, rounded);
     EXPECT_NE(print, LayerFingerprint(*MakeReferenceLayerKernels()).value());
     EXPECT_NE(print, by_fma[!fma]);
   }

@@ -38,9 +38,17 @@ class PackedMatrix {
   const int64_t bytes_;
 };
 
-// y = x W^T + bias. Weights count as their exact values, x is f32 and not rounded, sums are f32:
+// What a product with bf16 weights makes of the activations; with other weights they are always f32.
+enum class Activations : uint8_t {
+  kF32,   // Takes them as they are.
+  kBf16,  // Rounds them to bf16 (to nearest, ties to even), for the dot products that some chips have.
+};
+
+// y = x W^T + bias. Weights count as their exact values, x is f32 and rounded only where Activations says so,
+// sums are f32:
 //   y[n] = (s_0 + s_1 + ...) + bias[n],  s_b = fused multiply-adds over inputs [256 b, 256 b + 256) in order,
-//   from 0
+//   from 0; with rounded activations the second of each pair of inputs comes before the first, and subnormal
+//   numbers count as zeros, because VDPBF16PS computes so
 // so a row's bits depend on nothing but the row: not on `rows`, threads, or the width of vectors
 // (docs/adr/0006-matmul.md). Targets without fused multiply-add give other bits.
 struct MatmulArgs {

@@ -297,10 +297,13 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
   plan.value_limit = 1.001 * PowerOfTwo(ValueFractionBits()) + 1;
   for (size_t i = 0; i < selected_.size(); ++i) {
     plan.targets.push_back({selected_[i], maxima_[i * (1 + value_dim)], static_cast<int64_t>(i)});
-    for (int c = 0; c < value_dim; ++c) {
-      plan.units.push_back(PowerOfTwo(ValueFractionBits() - MaximumExponent(i, c)));
-    }
   }
+  plan.units.resize(selected_.size() * value_dim);
+  pool_.ParallelFor(static_cast<int64_t>(selected_.size()), [&](int64_t i, int) {
+    for (int c = 0; c < value_dim; ++c) {
+      plan.units[i * value_dim + c] = PowerOfTwo(ValueFractionBits() - MaximumExponent(i, c));
+    }
+  });
   maximum_sums_.assign(selected_.size() * words_per_target(), 0);
   EDUBA_RETURN_IF_ERROR(SumPages(plan, maximum_sums_.data()));
   EDUBA_RETURN_IF_ERROR(CheckCancelled());

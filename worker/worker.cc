@@ -60,8 +60,9 @@ absl::Status CheckTransport(const Worker::Options& options) {
 }
 
 // For a backend that MakeBackend knows.
-std::unique_ptr<LayerKernels> MakeLayerKernels(const std::string& backend, int threads) {
-  return backend == "reference" ? MakeReferenceLayerKernels() : MakeCpuLayerKernels(threads);
+std::unique_ptr<LayerKernels> MakeLayerKernels(const Worker::Options& options) {
+  return options.backend == "reference" ? MakeReferenceLayerKernels(options.activations)
+                                        : MakeCpuLayerKernels(options.threads, options.activations);
 }
 
 std::string RandomName() {
@@ -163,7 +164,7 @@ absl::Status Worker::Init() {
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
   if (!options_.model.empty()) {
-    std::unique_ptr<LayerKernels> kernels = MakeLayerKernels(options_.backend, options_.threads);
+    std::unique_ptr<LayerKernels> kernels = MakeLayerKernels(options_);
     EDUBA_ASSIGN_OR_RETURN(const uint64_t layers, LayerFingerprint(*kernels));
     fingerprint_ ^= layers;
     EDUBA_ASSIGN_OR_RETURN(model_, ServedModel::Load(options_.model, std::move(kernels)));

@@ -48,15 +48,21 @@ int64_t TargetId(const std::string& name) {
 
 class CpuLayerKernels final : public LayerKernels {
  public:
-  CpuLayerKernels(int threads, const std::string& target)
+  CpuLayerKernels(int threads, const std::string& target, Activations activations, bool dot_products)
       : target_(target),
+        activations_(activations),
         multiply_(MultiplyPanelFor(TargetId(target))),
+        multiply_pairs_(dot_products && MultiplyPanelByDotProducts() != nullptr ? MultiplyPanelByDotProducts()
+                                                                                : multiply_),
+        round_(RoundToPairsFor(TargetId(target))),
         normalise_(NormaliseFor(TargetId(target))),
         rotate_(RotateFor(TargetId(target))),
         activation_(ActivationFor(TargetId(target))),
         pool_(threads) {}
 
-  std::string name() const override { return absl::StrCat("cpu/", target_); }
+  std::string name() const override {
+    return absl::StrCat("cpu/", target_, activations_ == Activations::kBf16 ? "/bf16" : "");
+  }
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(absl::Span<const MatrixView> parts) override {
     EDUBA_CHECK(!parts.empty());
@@ -86,7 +92,15 @@ class CpuLayerKernels final : public LayerKernels {
     const auto& weights = static_cast<const CpuMatrix&>(*args.weights);
     const int64_t row_blocks = (args.rows + kRowBlock - 1) / kRowBlock;
     if (row_blocks == 0 || weights.panels() == 0) return;
-    const float* copy = args.rows >= kCopyRows ? Copy(args, weights.inputs()) : nullptr;
+    Rows x;
+    x.floats = args.x;
+    x.row = weights.inputs();
+    x.block = kMatmulBlock;
+    if (weights.dtype() == DType::kBf16 && activations_ == Activations::kBf16) {
+      Round(args, weights.inputs(), x);
+    } else if (args.rows >= kCopyRows) {
+      Copy(args, weights.inputs(), x);
+    }
 
     // Few tasks cost few wake-ups; some more than threads even out their speeds.
     const int64_t work = args.rows * weights.inputs() * weights.outputs();
@@ -101,7 +115,7 @@ class CpuLayerKernels final : public LayerKernels {
       const int64_t rows = std::min(kRowBlock, args.rows - row);
       for (int64_t panel = weights.panels() * group / groups; panel < weights.panels() * (group + 1) / groups;
            ++panel) {
-        MultiplyOne(args, weights, copy, panel, row, rows);
+        MultiplyOne(args, weights, x, panel, row, rows);
       }
     };
     if (wanted == 1) {
@@ -156,40 +170,70 @@ class CpuLayerKernels final : public LayerKernels {
   }
 
  private:
-  // [inputs / kMatmulBlock, rows, kMatmulBlockPitch], or nullptr: without memory the rows are read in place.
-  const float* Copy(const MatmulArgs& args, int64_t inputs) {
+  // The activations of one product as PanelCall wants them.
+  struct Rows {
+    const float* floats = nullptr;
+    const Bf16Pair* pairs = nullptr;
+    int64_t row = 0;
+    int64_t block = 0;
+  };
+
+  // copy_block(row, first input, inputs, to) for all blocks of all rows.
+  template <class CopyBlock>
+  void ForBlocks(int64_t rows, int64_t inputs, int64_t pitch, const CopyBlock& copy_block) {
     const int64_t blocks = (inputs + kMatmulBlock - 1) / kMatmulBlock;
-    auto* copy = static_cast<float*>(
-        copies_.Reserve(blocks * args.rows * kMatmulBlockPitch * static_cast<int64_t>(sizeof(float))));
-    if (copy == nullptr) return nullptr;
-    ForRows(args.rows, inputs, [&](int64_t begin, int64_t end) {
+    ForRows(rows, inputs, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t at = block * kMatmulBlock;
-          std::copy_n(args.x + row * inputs + at, std::min<int64_t>(kMatmulBlock, inputs - at),
-                      copy + (block * args.rows + row) * kMatmulBlockPitch);
+          copy_block(row * inputs + at, std::min<int64_t>(kMatmulBlock, inputs - at),
+                     (block * rows + row) * pitch);
         }
       }
     });
-    return copy;
   }
 
-  void MultiplyOne(const MatmulArgs& args, const CpuMatrix& weights, const float* copy, int64_t panel,
+  // To [inputs / kMatmulBlock, rows, kMatmulBlockPitch]. Without memory the rows are read in place.
+  void Copy(const MatmulArgs& args, int64_t inputs, Rows& x) {
+    const int64_t blocks = (inputs + kMatmulBlock - 1) / kMatmulBlock;
+    auto* copy = static_cast<float*>(
+        copies_.Reserve(blocks * args.rows * kMatmulBlockPitch * static_cast<int64_t>(sizeof(float))));
+    if (copy == nullptr) return;
+    ForBlocks(args.rows, inputs, kMatmulBlockPitch,
+              [&](int64_t from, int64_t count, int64_t to) { std::copy_n(args.x + from, count, copy + to); });
+    x.floats = copy;
+    x.row = kMatmulBlockPitch;
+    x.block = args.rows * kMatmulBlockPitch;
+  }
+
+  // Likewise, rounded.
+  void Round(const MatmulArgs& args, int64_t inputs, Rows& x) {
+    constexpr int64_t kPitch = kMatmulBlockPitch / 2;
+    const int64_t blocks = (inputs + kMatmulBlock - 1) / kMatmulBlock;
+    pairs_.resize(std::max<int64_t>(1, blocks * args.rows * kPitch));
+    ForBlocks(args.rows, inputs, kPitch, [&](int64_t from, int64_t count, int64_t to) {
+      round_(args.x + from, count, pairs_.data() + to);
+    });
+    x.pairs = pairs_.data();
+    x.row = kPitch;
+    x.block = args.rows * kPitch;
+  }
+
+  void MultiplyOne(const MatmulArgs& args, const CpuMatrix& weights, const Rows& x, int64_t panel,
                    int64_t row, int64_t rows) const {
     PanelCall call;
     call.dtype = weights.dtype();
     call.panel = weights.panel(panel);
     call.inputs = weights.inputs();
     call.rows = rows;
-    if (copy != nullptr) {
-      call.x = copy + row * kMatmulBlockPitch;
-      call.x_row = kMatmulBlockPitch;
-      call.x_block = args.rows * kMatmulBlockPitch;
+    if (x.pairs != nullptr) {
+      call.x_pairs = x.pairs + row * x.row;
     } else {
-      call.x = args.x + row * weights.inputs();
-      call.x_row = weights.inputs();
-      call.x_block = kMatmulBlock;
+      call.x = x.floats + row * x.row;
     }
+    call.x_row = x.row;
+    call.x_block = x.block;
+    const MultiplyPanelFunction multiply = x.pairs != nullptr ? multiply_pairs_ : multiply_;
     const int64_t output = panel * kPanelOutputs;
     const int64_t left = weights.outputs() - output;
     float* y = args.y + row * weights.outputs() + output;
@@ -197,7 +241,7 @@ class CpuLayerKernels final : public LayerKernels {
       call.bias = args.bias == nullptr ? nullptr : args.bias + output;
       call.y = y;
       call.y_row = weights.outputs();
-      multiply_(call);
+      multiply(call);
       return;
     }
     // The last panel is wider than what is left of `y`.
@@ -209,7 +253,7 @@ class CpuLayerKernels final : public LayerKernels {
     float results[kRowBlock * kPanelOutputs];
     call.y = results;
     call.y_row = kPanelOutputs;
-    multiply_(call);
+    multiply(call);
     for (int64_t r = 0; r < rows; ++r)
       std::copy_n(results + r * kPanelOutputs, left, y + r * weights.outputs());
   }
@@ -225,23 +269,29 @@ class CpuLayerKernels final : public LayerKernels {
   }
 
   const std::string target_;
+  const Activations activations_;
   const MultiplyPanelFunction multiply_;
+  const MultiplyPanelFunction multiply_pairs_;
+  const RoundToPairsFunction round_;
   const NormaliseFunction normalise_;
   const RotateFunction rotate_;
   const ActivationFunctions activation_;
   ThreadPool pool_;
   ScratchMemory copies_;
+  std::vector<Bf16Pair> pairs_;
 };
 
 }  // namespace
 
-std::unique_ptr<LayerKernels> MakeCpuLayerKernels(int threads) {
-  return MakeCpuLayerKernelsForTest(threads, CpuTargets().front());
+std::unique_ptr<LayerKernels> MakeCpuLayerKernels(int threads, Activations activations) {
+  EDUBA_CHECK(threads >= 1);
+  return std::make_unique<CpuLayerKernels>(threads, CpuTargets().front(), activations, true);
 }
 
-std::unique_ptr<LayerKernels> MakeCpuLayerKernelsForTest(int threads, const std::string& target) {
+std::unique_ptr<LayerKernels> MakeCpuLayerKernelsForTest(int threads, const std::string& target,
+                                                         Activations activations) {
   EDUBA_CHECK(threads >= 1);
-  return std::make_unique<CpuLayerKernels>(threads, target);
+  return std::make_unique<CpuLayerKernels>(threads, target, activations, false);
 }
 
 }  // namespace eduba

@@ -9,10 +9,12 @@
 namespace eduba {
 
 // SIMD kernels for this machine, on `threads` threads (at least 1) that live as long as the object.
-std::unique_ptr<LayerKernels> MakeCpuLayerKernels(int threads);
+std::unique_ptr<LayerKernels> MakeCpuLayerKernels(int threads, Activations activations = Activations::kF32);
 
-// For tests: with one of CpuTargets() (cpu_backend.h) instead of the best.
-std::unique_ptr<LayerKernels> MakeCpuLayerKernelsForTest(int threads, const std::string& target);
+// For tests: with one of CpuTargets() (cpu_backend.h) instead of the best, and without the dot products that
+// this machine may have.
+std::unique_ptr<LayerKernels> MakeCpuLayerKernelsForTest(int threads, const std::string& target,
+                                                         Activations activations = Activations::kF32);
 
 }  // namespace eduba
 

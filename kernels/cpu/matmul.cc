@@ -1,8 +1,12 @@
 #include "kernels/cpu/matmul.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
+#include <type_traits>
 #include <utility>
+
+#include "kernels/cpu/flushed_subnormals.h"
 
 // SSSE3 machines without SSE4 are served by the baseline.
 #define HWY_DISABLED_TARGETS HWY_SSSE3
@@ -25,9 +29,11 @@ constexpr int kMaxTile = kLanes >= 16 ? 12 : 6;
 // Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
 constexpr int kPrefetchBytes = 4096;
 
-// Loads of kStep inputs' weights: of outputs [first, first + lanes) for each.
+// Loads of kStep inputs' weights: of outputs [first, first + lanes) for each; and X, of which one holds
+// kXStep inputs of a row.
 struct F32 {
   using T = float;
+  using X = float;
   static constexpr int kStep = 1;
   static HWY_INLINE void Load(const T* HWY_RESTRICT at, int first, VF* HWY_RESTRICT w) {
     w[0] = hn::LoadU(DF(), at + first);
@@ -35,6 +41,7 @@ struct F32 {
 };
 struct F16 {
   using T = hwy::float16_t;
+  using X = float;
   static constexpr int kStep = 1;
   static HWY_INLINE void Load(const T* HWY_RESTRICT at, int first, VF* HWY_RESTRICT w) {
     const hn::Rebind<hwy::float16_t, DF> dh;
@@ -43,6 +50,7 @@ struct F16 {
 };
 struct Bf16 {
   using T = uint16_t;
+  using X = float;
   static constexpr int kStep = 2;
   static HWY_INLINE void Load(const T* HWY_RESTRICT at, int first, VF* HWY_RESTRICT w) {
     const hn::RebindToUnsigned<DF> du;
@@ -52,13 +60,18 @@ struct Bf16 {
   }
 };
 
+struct Bf16Pairs : Bf16 {
+  using X = Bf16Pair;
+};
+
 // Adds what `inputs` inputs from `weights` on contribute to kRows rows and kVectors vectors of outputs from
 // `first`; the first block begins the sums instead.
 template <class Type, int kRows, int kVectors>
 HWY_INLINE void Tile(const typename Type::T* HWY_RESTRICT weights, int first, int inputs, bool prefetch,
-                     const float* HWY_RESTRICT x, int64_t x_row, bool begin, float* HWY_RESTRICT y,
+                     const typename Type::X* HWY_RESTRICT x, int64_t x_row, bool begin, float* HWY_RESTRICT y,
                      int64_t y_row) {
   const DF d;
+  constexpr bool kPairs = std::is_same_v<typename Type::X, Bf16Pair>;
   VF sum[kRows][kVectors];
   HWY_UNROLL(kMaxTile)
   for (auto& row : sum) {
@@ -66,8 +79,9 @@ HWY_INLINE void Tile(const typename Type::T* HWY_RESTRICT weights, int first, in
     for (auto& vector : row) vector = hn::Zero(d);
   }
   const typename Type::T* HWY_RESTRICT at = weights;
+  const int whole = kPairs ? (inputs + 1) / 2 * 2 : inputs;  // Pairs are filled up with zeros.
   int i = 0;
-  for (; i + Type::kStep <= inputs; i += Type::kStep, at += kPanelOutputs * Type::kStep) {
+  for (; i + Type::kStep <= whole; i += Type::kStep, at += kPanelOutputs * Type::kStep) {
     if (prefetch) {
       const char* line = reinterpret_cast<const char*>(at) + kPrefetchBytes;
       HWY_UNROLL(2)
@@ -77,6 +91,19 @@ HWY_INLINE void Tile(const typename Type::T* HWY_RESTRICT weights, int first, in
     VF w[kVectors][Type::kStep];
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) Type::Load(at, first + v * kLanes, w[v]);
+    if constexpr (kPairs) {
+      HWY_UNROLL(2)
+      for (int s = 1; s >= 0; --s) {
+        HWY_UNROLL(kMaxTile)
+        for (int r = 0; r < kRows; ++r) {
+          const Bf16Pair pair = x[r * x_row + i / 2];
+          const VF value = hn::Set(d, std::bit_cast<float>(s == 0 ? pair << 16 : pair & 0xffff0000U));
+          HWY_UNROLL(4)
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(value, w[v][s], sum[r][v]);
+        }
+      }
+      continue;
+    }
     HWY_UNROLL(2)
     for (int s = 0; s < Type::kStep; ++s) {
       HWY_UNROLL(kMaxTile)
@@ -87,7 +114,7 @@ HWY_INLINE void Tile(const typename Type::T* HWY_RESTRICT weights, int first, in
       }
     }
   }
-  if (Type::kStep > 1 && i < inputs) {  // The odd last input.
+  if (!kPairs && Type::kStep > 1 && i < inputs) {  // The odd last input.
     VF w[kVectors][Type::kStep];
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) Type::Load(at, first + v * kLanes, w[v]);
@@ -111,8 +138,8 @@ HWY_INLINE void Tile(const typename Type::T* HWY_RESTRICT weights, int first, in
 // All outputs of the panel. Few rows take more vectors at once, so that there are chains enough to hide the
 // latency of the sums.
 template <class Type, int kRows>
-void TileRows(const void* weights, int inputs, bool prefetch, const float* x, int64_t x_row, bool begin,
-              float* y, int64_t y_row) {
+void TileRows(const void* weights, int inputs, bool prefetch, const typename Type::X* x, int64_t x_row,
+              bool begin, float* y, int64_t y_row) {
   constexpr int kPanelVectors = kPanelOutputs / kLanes;
   constexpr int kVectors = kPanelVectors >= 4 && kRows * 4 <= 2 * kMaxTile ? 4 : 2;
   static_assert(kPanelVectors % kVectors == 0);
@@ -123,15 +150,16 @@ void TileRows(const void* weights, int inputs, bool prefetch, const float* x, in
   }
 }
 
-using TileFunction = void (*)(const void*, int, bool, const float*, int64_t, bool, float*, int64_t);
+template <class X>
+using TileFunction = void (*)(const void*, int, bool, const X*, int64_t, bool, float*, int64_t);
 template <class Type, int... kCounts>
-TileFunction TileFor(int64_t rows, std::integer_sequence<int, kCounts...> /*counts*/) {
-  static constexpr TileFunction kTable[] = {TileRows<Type, kCounts + 1>...};
+TileFunction<typename Type::X> TileFor(int64_t rows, std::integer_sequence<int, kCounts...> /*counts*/) {
+  static constexpr TileFunction<typename Type::X> kTable[] = {TileRows<Type, kCounts + 1>...};
   return kTable[rows - 1];
 }
 
 template <class Type>
-void MultiplyPanelTyped(const PanelCall& call) {
+void MultiplyPanelTyped(const PanelCall& call, const typename Type::X* x) {
   const int64_t tiles = (call.rows + kMaxTile - 1) / kMaxTile;
   const auto* weights = static_cast<const typename Type::T*>(call.panel);
   for (int64_t at = 0, block = 0; at < call.inputs; at += kMatmulBlock, ++block) {
@@ -140,7 +168,7 @@ void MultiplyPanelTyped(const PanelCall& call) {
       const int64_t row = call.rows * t / tiles;
       const int64_t count = call.rows * (t + 1) / tiles - row;
       TileFor<Type>(count, std::make_integer_sequence<int, kMaxTile>())(
-          weights + at * kPanelOutputs, inputs, t == 0, call.x + row * call.x_row + block * call.x_block,
+          weights + at * kPanelOutputs, inputs, t == 0, x + row * call.x_row + block * call.x_block,
           call.x_row, at == 0, call.y + row * call.y_row, call.y_row);
     }
   }
@@ -157,17 +185,45 @@ void MultiplyPanelTyped(const PanelCall& call) {
 }
 
 void MultiplyPanel(const PanelCall& call) {
+  if (call.x_pairs != nullptr) {
+    const FlushedSubnormals flushed;
+    return MultiplyPanelTyped<Bf16Pairs>(call, call.x_pairs);
+  }
   switch (call.dtype) {
     case DType::kF32:
-      return MultiplyPanelTyped<F32>(call);
+      return MultiplyPanelTyped<F32>(call, call.x);
     case DType::kBf16:
-      return MultiplyPanelTyped<Bf16>(call);
+      return MultiplyPanelTyped<Bf16>(call, call.x);
     case DType::kF16:
-      return MultiplyPanelTyped<F16>(call);
+      return MultiplyPanelTyped<F16>(call, call.x);
+  }
+}
+
+void RoundToPairs(const float* from, int64_t count, Bf16Pair* to) {
+  const hn::RebindToUnsigned<DF> du;
+  const auto round = [&](auto bits) {
+    const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+    const auto nearest = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff)));
+    const auto is_nan = hn::RebindMask(du, hn::IsNaN(hn::BitCast(DF(), bits)));
+    return hn::IfThenElse(is_nan, hn::Or(bits, hn::Set(du, 0x400000)), nearest);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    auto first = hn::Undefined(du);
+    auto second = hn::Undefined(du);
+    hn::LoadInterleaved2(du, reinterpret_cast<const uint32_t*>(from + i), first, second);
+    const auto pair =
+        hn::Or(hn::ShiftRight<16>(round(first)), hn::And(round(second), hn::Set(du, 0xffff0000U)));
+    hn::StoreU(pair, du, to + i / 2);
+  }
+  for (; i < count; i += 2) {
+    const Bf16Pair second = i + 1 < count ? Bf16FromF32(from[i + 1]) : 0;
+    to[i / 2] = Bf16FromF32(from[i]) | second << 16;
   }
 }
 
 MultiplyPanelFunction Function() { return MultiplyPanel; }
+RoundToPairsFunction RoundFunction() { return RoundToPairs; }
 
 }  // namespace
 }  // namespace eduba::HWY_NAMESPACE
@@ -178,6 +234,7 @@ namespace eduba {
 namespace {
 
 HWY_EXPORT(Function);
+HWY_EXPORT(RoundFunction);
 
 // Rows [first, first + count) of a part, into outputs from `slot` on.
 template <class T>
@@ -197,6 +254,13 @@ void PackRows(const MatrixView& part, int64_t first, int64_t count, int slot, bo
 MultiplyPanelFunction MultiplyPanelFor(int64_t target) {
   hwy::GetChosenTarget().Update(target);
   const MultiplyPanelFunction function = HWY_DYNAMIC_DISPATCH(Function)();
+  hwy::GetChosenTarget().DeInit();
+  return function;
+}
+
+RoundToPairsFunction RoundToPairsFor(int64_t target) {
+  hwy::GetChosenTarget().Update(target);
+  const RoundToPairsFunction function = HWY_DYNAMIC_DISPATCH(RoundFunction)();
   hwy::GetChosenTarget().DeInit();
   return function;
 }

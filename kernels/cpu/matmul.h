@@ -25,15 +25,21 @@ inline int64_t PanelBytes(DType dtype, int64_t inputs) {
   return padded * kPanelOutputs * static_cast<int64_t>(DTypeBytes(dtype));
 }
 
+// Activations as the kernel takes them where they are rounded (kernels/matmul.h): two inputs a word, the
+// first in the lower half.
+using Bf16Pair = uint32_t;
+
 // Some rows against one panel.
 struct PanelCall {
   DType dtype = DType::kF32;
   const void* panel = nullptr;
   int64_t inputs = 0;
   int64_t rows = 0;
-  // Row r of block b of the inputs begins at x + r * x_row + b * x_block.
+  // Row r of block b of the inputs begins at x + r * x_row + b * x_block; x is floats or, for bf16 panels,
+  // pairs, whichever is there.
   const float* x = nullptr;
-  int64_t x_row = 0;
+  const Bf16Pair* x_pairs = nullptr;
+  int64_t x_row = 0;  // Floats or pairs, as x_block.
   int64_t x_block = 0;
   const float* bias = nullptr;  // [kPanelOutputs], or none
   float* y = nullptr;           // Row r's kPanelOutputs results at y + r * y_row.
@@ -43,6 +49,14 @@ struct PanelCall {
 using MultiplyPanelFunction = void (*)(const PanelCall& call);
 // For one of Highway's targets that this machine runs.
 MultiplyPanelFunction MultiplyPanelFor(int64_t target);
+
+// The same for calls with x_pairs, by AVX512_BF16's dot products, to the same bits; null where this machine
+// has none.
+MultiplyPanelFunction MultiplyPanelByDotProducts();
+
+// Rounds count floats to pairs, of which the last is filled up with a zero.
+using RoundToPairsFunction = void (*)(const float* from, int64_t count, Bf16Pair* to);
+RoundToPairsFunction RoundToPairsFor(int64_t target);
 
 // Writes panel `panel` of the matrix that `parts` make together.
 void PackPanel(const MatrixView* parts, int count, int64_t panel, void* to);

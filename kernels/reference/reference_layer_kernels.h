@@ -8,10 +8,10 @@
 namespace eduba {
 
 // One thread, double, plain loops; results are rounded once. The judge of all other layer kernels.
-std::unique_ptr<LayerKernels> MakeReferenceLayerKernels();
+std::unique_ptr<LayerKernels> MakeReferenceLayerKernels(Activations activations = Activations::kF32);
 
 // The operations, one file each. `weights` [outputs, inputs].
-void ReferenceMultiply(const MatmulArgs& args, const float* weights);
+void ReferenceMultiply(const MatmulArgs& args, const float* weights, Activations activations);
 void ReferenceNormalise(const NormArgs& args);
 void ReferenceRotate(const RopeArgs& args);
 void ReferenceActivate(const ActivationArgs& args);

@@ -4,10 +4,12 @@
 #include "kernels/layer_kernels.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <ostream>
 #include <random>
@@ -18,6 +20,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
+#include "kernels/cpu/matmul.h"
 #include "kernels/reference/reference_layer_kernels.h"
 
 namespace eduba {
@@ -28,6 +31,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 struct KernelsChoice {
   std::string name;
   std::function<std::unique_ptr<LayerKernels>(int threads)> make;
+  Activations activations = Activations::kF32;
 };
 
 std::ostream& operator<<(std::ostream& out, const KernelsChoice& choice) { return out << choice.name; }
@@ -37,7 +41,16 @@ std::vector<KernelsChoice> AllKernels() {
   for (const std::string& target : CpuTargets()) {
     all.push_back(
         {"cpu_" + target, [target](int threads) { return MakeCpuLayerKernelsForTest(threads, target); }});
+    all.push_back(
+        {"cpu_" + target + "_bf16",
+         [target](int threads) { return MakeCpuLayerKernelsForTest(threads, target, Activations::kBf16); },
+         Activations::kBf16});
   }
+  // With the dot products that this machine may have.
+  all.push_back({"cpu_bf16", [](int threads) { return MakeCpuLayerKernels(threads, Activations::kBf16); },
+                 Activations::kBf16});
+  all.push_back({"reference_bf16", [](int) { return MakeReferenceLayerKernels(Activations::kBf16); },
+                 Activations::kBf16});
   return all;
 }
 
@@ -50,7 +63,7 @@ INSTANTIATE_TEST_SUITE_P(All, LayerKernelsContract, testing::ValuesIn(AllKernels
                          [](const auto& info) { return info.param.name; });
 
 TEST(LayerKernels, AreTheTargetsOfTheAttentionKernels) {
-  EXPECT_EQ(AllKernels().size(), CpuTargets().size() + 1);
+  EXPECT_EQ(AllKernels().size(), 2 * CpuTargets().size() + 3);
   EXPECT_EQ(MakeCpuLayerKernels(1)->name(), "cpu/" + CpuTargets().front());
 }
 
@@ -156,7 +169,9 @@ TEST_P(LayerKernelsContract, ProductsMatchTheirDefinition) {
         double sum = p.bias ? bias[n] : 0;
         double size = std::abs(sum);
         for (int64_t k = 0; k < p.inputs; ++k) {
-          const double term = static_cast<double>(x[row * p.inputs + k]) *
+          const bool rounded = GetParam().activations == Activations::kBf16 && p.dtype == DType::kBf16;
+          const float value = x[row * p.inputs + k];
+          const double term = static_cast<double>(rounded ? F32FromBf16(Bf16FromF32(value)) : value) *
                               LoadElement(weights.data(), p.dtype, n * p.inputs + k);
           sum += term;
           size += std::abs(term);
@@ -171,7 +186,7 @@ TEST_P(LayerKernelsContract, ProductsMatchTheirDefinition) {
 TEST_P(LayerKernelsContract, AProductsRowIsTheSameInEveryBatchFrom1To512) {
   const auto one = Make(1);
   const auto three = Make(3);
-  const bool reference = GetParam().name == "reference";
+  const bool reference = GetParam().name.rfind("reference", 0) == 0;
   for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
     const Product p{7, dtype, {200, 100}, 520, reference ? 20 : 512, true};
     SCOPED_TRACE(p.ToString());
@@ -189,6 +204,39 @@ TEST_P(LayerKernelsContract, AProductsRowIsTheSameInEveryBatchFrom1To512) {
         const auto some = Multiply(*kernels, packed, x.data() + first * p.inputs, rows, bias.data());
         ASSERT_TRUE(SameBits(some.data(), all.data() + first * outputs, rows * outputs))
             << rows << " rows, " << (kernels == one.get() ? 1 : 3) << " threads";
+      }
+    }
+  }
+}
+
+// Any finite number there is, subnormal ones among them, whose sums overflow now and then.
+TEST(CpuLayerKernels, RoundedActivationsGiveTheBitsOfTheChipsDotProductsOnEveryTargetThatFuses) {
+  if (MultiplyPanelByDotProducts() == nullptr) GTEST_SKIP() << "this machine has no AVX512_BF16";
+  const auto chip = MakeCpuLayerKernels(2, Activations::kBf16);
+  for (const std::string& target : CpuTargets()) {
+    if (!CpuTargetHasFma(target)) continue;
+    const auto emulated = MakeCpuLayerKernelsForTest(2, target, Activations::kBf16);
+    for (uint64_t seed = 1; seed <= 100; ++seed) {
+      Product p = RandomProduct(seed);
+      p.dtype = DType::kBf16;
+      SCOPED_TRACE(absl::StrCat(target, " ", p.ToString()));
+      std::mt19937_64 random(seed);
+      const auto any = [&] {
+        const auto bits = static_cast<uint32_t>(random());
+        const float x = std::bit_cast<float>(bits);
+        return std::isfinite(x) ? x : std::bit_cast<float>(bits & 0x007fffffU);
+      };
+      std::vector<float> x(p.rows * p.inputs);
+      for (float& value : x) value = seed % 2 == 0 ? any() : std::ldexp(any(), -60);
+      std::vector<char> weights(p.all_outputs() * p.inputs * 2);
+      for (int64_t i = 0; i < p.all_outputs() * p.inputs; ++i)
+        StoreElement(weights.data(), DType::kBf16, i, std::ldexp(any(), -60));
+      const std::vector<float> bias = p.Bias();
+      const auto a = Multiply(*chip, *Pack(*chip, p, weights), x.data(), p.rows, bias.data());
+      const auto b = Multiply(*emulated, *Pack(*emulated, p, weights), x.data(), p.rows, bias.data());
+      for (size_t i = 0; i < a.size(); ++i) {
+        ASSERT_TRUE(SameBits(&a[i], &b[i], 1) || (std::isnan(a[i]) && std::isnan(b[i])))
+            << i << ": " << a[i] << " and " << b[i];
       }
     }
   }
@@ -434,13 +482,16 @@ std::vector<float> Everything(LayerKernels& kernels, uint64_t seed) {
 
 TEST(CpuLayerKernels, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
   for (const bool fma : {true, false}) {
-    std::vector<float> first;
+    std::map<Activations, std::vector<float>> first;
     for (const std::string& target : CpuTargets()) {
       if (CpuTargetHasFma(target) != fma) continue;
-      const std::vector<float> bits = Everything(*MakeCpuLayerKernelsForTest(1, target), 3);
-      if (first.empty()) first = bits;
-      ASSERT_EQ(first.size(), bits.size());
-      EXPECT_TRUE(SameBits(first.data(), bits.data(), bits.size())) << target;
+      for (const Activations activations : {Activations::kF32, Activations::kBf16}) {
+        std::vector<float>& wanted = first[activations];
+        const std::vector<float> bits = Everything(*MakeCpuLayerKernelsForTest(1, target, activations), 3);
+        if (wanted.empty()) wanted = bits;
+        ASSERT_EQ(wanted.size(), bits.size());
+        EXPECT_TRUE(SameBits(wanted.data(), bits.data(), bits.size())) << target;
+      }
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,12 +53,16 @@ struct Fixture {
   std::unique_ptr<ModelEngine> engine;
 
   explicit Fixture(const std::string& family, int threads = 2, bool reference = false)
-      : folder(std::string(EDUBA_GOLDEN_MODELS) + "/" + family) {
+      : Fixture(std::string(EDUBA_GOLDEN_MODELS) + "/" + family,
+                reference ? MakeReferenceBackend() : MakeCpuBackend(threads),
+                reference ? MakeReferenceLayerKernels() : MakeCpuLayerKernels(threads), std::nullopt) {}
+
+  Fixture(std::string model_folder, std::unique_ptr<Backend> some_backend,
+          std::unique_ptr<LayerKernels> some_kernels, std::optional<DType> kv_dtype)
+      : folder(std::move(model_folder)), backend(std::move(some_backend)), kernels(std::move(some_kernels)) {
     auto read = LoadModel(folder);
     EXPECT_TRUE(read.ok()) << read.status();
     loaded = std::move(read).value();
-    backend = reference ? MakeReferenceBackend() : MakeCpuBackend(threads);
-    kernels = reference ? MakeReferenceLayerKernels() : MakeCpuLayerKernels(threads);
     store = std::make_unique<PageStore>(backend.get(), kBytes);
     auto made = Transformer::Create(loaded.config, loaded.weights, kernels.get());
     EXPECT_TRUE(made.ok()) << made.status();
@@ -66,7 +71,7 @@ struct Fixture {
     options.backend = backend.get();
     options.store = store.get();
     options.model = model.get();
-    options.kv_dtype = model->weight_dtype();
+    options.kv_dtype = kv_dtype.value_or(model->weight_dtype());
     engine = std::make_unique<ModelEngine>(options);
   }
 
@@ -188,6 +193,77 @@ TEST_P(Golden, ChunksAndThreadsDoNotChangeABit) {
     EXPECT_TRUE(SameBits(one.Logits(a, ids, chunk), whole)) << "chunks of " << chunk;
     EXPECT_TRUE(SameBits(three.Logits(b, ids, chunk), whole)) << "chunks of " << chunk << ", 3 threads";
   }
+}
+
+// eduba-nano far beyond its window: token sinks, window and rolling positions, by the definition in
+// model/nano/nano_model.py.
+struct NanoErrors {
+  double hidden = 0;
+  double mean = 0;
+  double logits = 0;
+};
+
+NanoErrors ErrorsOfNano(DType kv_dtype, Activations activations) {
+  Fixture f(EDUBA_NANO_WEIGHTS, MakeCpuBackend(2), MakeCpuLayerKernels(2, activations), kv_dtype);
+  const std::string golden = std::string(EDUBA_GOLDEN_MODELS) + "/../nano/";
+  const auto ids = ReadNpy<int32_t>(golden + "ids.npy");
+  const auto positions = ReadNpy<int32_t>(golden + "positions.npy");
+  const auto top_ids = ReadNpy<int32_t>(golden + "top_ids.npy");
+  ContextOptions options;
+  options.policy = ContextPolicy::kStreaming;
+  options.positions = PositionMode::kRolling;
+  options.sink_tokens = 4;
+  options.window = 256;
+  Context context = f.Open(options);
+  const std::vector<int32_t> sinks(4, 0);
+  EXPECT_TRUE(f.engine->Append(context, sinks).ok());
+
+  const int64_t width = f.model->config().hidden_size;
+  std::vector<float> hidden;
+  for (size_t at = 0; at < ids.size(); at += 200) {
+    const auto some = absl::MakeConstSpan(ids).subspan(at, 200);
+    EXPECT_TRUE(f.engine->Step({Turn{&context, some, false}}).ok());
+    const auto rows = f.engine->hidden();
+    hidden.insert(hidden.end(), rows.begin(), rows.end());
+  }
+  std::vector<float> chosen;
+  for (const int32_t position : positions) {
+    chosen.insert(chosen.end(), hidden.begin() + position * width, hidden.begin() + (position + 1) * width);
+  }
+  std::vector<float> mean;
+  for (int64_t c = 0; c < width; ++c) {
+    double sum = 0;
+    for (size_t i = 0; i < ids.size(); ++i) sum += hidden[i * width + c];
+    mean.push_back(static_cast<float>(sum / static_cast<double>(ids.size())));
+  }
+  const std::vector<float> logits = f.engine->Logits(chosen);
+  const int64_t vocab = f.model->config().vocab_size;
+  const auto top = static_cast<int64_t>(top_ids.size() / positions.size());
+  std::vector<float> top_logits;
+  for (size_t i = 0; i < top_ids.size(); ++i)
+    top_logits.push_back(logits[static_cast<int64_t>(i) / top * vocab + top_ids[i]]);
+  return {Error(chosen.data(), ReadNpy<float>(golden + "hidden_f64.npy")),
+          Error(mean.data(), ReadNpy<float>(golden + "hidden_mean_f64.npy")),
+          Error(top_logits.data(), ReadNpy<float>(golden + "top_logits_f64.npy"))};
+}
+
+TEST(GoldenNano, EqualsItsDefinitionFarBeyondTheWindow) {
+  const NanoErrors errors = ErrorsOfNano(DType::kF32, Activations::kF32);
+  EXPECT_LE(errors.hidden, 1e-4);
+  EXPECT_LE(errors.mean, 1e-4);
+  EXPECT_LE(errors.logits, 1e-4);
+  std::printf("nano: hidden %.2g, mean %.2g, logits %.2g\n", errors.hidden, errors.mean, errors.logits);
+}
+
+// bf16 has 8 digits: what rounding keys and values, or activations too, may cost.
+TEST(GoldenNano, RoundsNoMoreThanAsked) {
+  const NanoErrors kept = ErrorsOfNano(DType::kBf16, Activations::kF32);
+  const NanoErrors rounded = ErrorsOfNano(DType::kBf16, Activations::kBf16);
+  std::printf("nano, logits: bf16 keys and values %.2g, bf16 activations %.2g\n", kept.logits,
+              rounded.logits);
+  EXPECT_LE(kept.logits, 0.01);
+  EXPECT_LE(rounded.logits, 0.03);
+  EXPECT_GT(rounded.logits, kept.logits);
 }
 
 }  // namespace
