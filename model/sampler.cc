@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -55,35 +56,51 @@ TokenChoice ChooseToken(absl::Span<const float> logits, const SamplingOptions& o
   if (options.temperature == 0) {
     return choice(static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
   }
-  // Likeliest first; of equals the smaller id.
   std::vector<int32_t> ids(logits.size());
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
+  // Of equals the smaller id.
   const auto likelier = [&](int32_t a, int32_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
   };
-  const bool cut = options.top_k > 0 && options.top_k < static_cast<int64_t>(ids.size());
-  if (cut) {
+  if (options.top_k > 0 && options.top_k < static_cast<int64_t>(ids.size())) {
     std::nth_element(ids.begin(), ids.begin() + options.top_k, ids.end(), likelier);
     ids.resize(options.top_k);
+    std::sort(ids.begin(), ids.end());
   }
-  std::sort(ids.begin(), ids.end(), likelier);
-
-  std::vector<double> weights;
-  double total = 0;
-  for (const int32_t id : ids) {
-    weights.push_back(PortableExp((static_cast<double>(logits[id]) - logits[ids[0]]) / options.temperature));
-    total += weights.back();
-  }
-  size_t kept = 0;
+  const double largest = logits[*std::min_element(ids.begin(), ids.end(), likelier)];
+  std::vector<double> weights;  // [ids]
   double mass = 0;
-  while (kept < ids.size() && (kept == 0 || mass < options.top_p * total)) mass += weights[kept++];
-
-  double left = Uniform(options.seed, position) * mass;
-  for (size_t i = 0; i < kept; ++i) {
-    left -= weights[i];
-    if (left < 0) return choice(ids[i]);
+  for (const int32_t id : ids) {
+    weights.push_back(PortableExp((logits[id] - largest) / options.temperature));
+    mass += weights.back();
   }
-  return choice(ids[kept - 1]);
+  if (options.top_p < 1) {
+    // The likeliest come off a heap, so that no time is spent on the order of the others.
+    const double wanted = options.top_p * mass;
+    std::vector<int32_t> heap(ids.size());  // Indices of ids.
+    for (size_t i = 0; i < heap.size(); ++i) heap[i] = static_cast<int32_t>(i);
+    const auto less = [&](int32_t a, int32_t b) { return likelier(ids[b], ids[a]); };
+    std::make_heap(heap.begin(), heap.end(), less);
+    std::vector<int32_t> kept;
+    std::vector<double> kept_weights;
+    mass = 0;
+    while (!heap.empty() && (kept.empty() || mass < wanted)) {
+      std::pop_heap(heap.begin(), heap.end(), less);
+      kept.push_back(ids[heap.back()]);
+      kept_weights.push_back(weights[heap.back()]);
+      mass += kept_weights.back();
+      heap.pop_back();
+    }
+    ids = std::move(kept);
+    weights = std::move(kept_weights);
+  }
+  double left = Uniform(options.seed, position) * mass;
+  size_t last = 0;  // That can be drawn: rounding may leave a little behind the last.
+  for (size_t i = 0; i < ids.size() && left >= 0; ++i) {
+    if (weights[i] > 0) last = i;
+    left -= weights[i];
+  }
+  return choice(ids[last]);
 }
 
 }  // namespace eduba
