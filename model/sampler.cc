@@ -6,18 +6,11 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/log_sum.h"
 #include "kernels/portable_exp.h"
 
 namespace eduba {
 namespace {
-
-// ln(sum exp(logits)), in double, ids in order.
-double LogSum(absl::Span<const float> logits) {
-  const double largest = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float logit : logits) sum += PortableExp(logit - largest);
-  return largest + std::log(sum);
-}
 
 // In [0, 1), a hash of its arguments (Steele et al., "Fast splittable pseudorandom number generators", 2014).
 double Uniform(uint64_t seed, int64_t position) {
@@ -48,7 +41,7 @@ absl::Status CheckSampling(const SamplingOptions& options) {
 }
 
 float LogProb(absl::Span<const float> logits, int32_t id) {
-  return static_cast<float>(logits[id] - LogSum(logits));
+  return static_cast<float>(logits[id] - LogSumExp(logits));
 }
 
 TokenChoice ChooseToken(absl::Span<const float> logits, const SamplingOptions& options, int64_t position) {

@@ -17,10 +17,14 @@ struct ActivationFunctions {
   void (*softcap)(const SoftcapArgs& args);
 };
 
+// kernels/log_sum.h, for x [count].
+using LogSumFunction = double (*)(const float* x, int64_t count);
+
 // For one of Highway's targets that this machine runs.
 NormaliseFunction NormaliseFor(int64_t target);
 RotateFunction RotateFor(int64_t target);
 ActivationFunctions ActivationFor(int64_t target);
+LogSumFunction LogSumFor(int64_t target);
 
 }  // namespace eduba
 
