@@ -1,6 +1,24 @@
 #include "base/parallel.h"
 
+#include <thread>
+
 namespace eduba {
+namespace {
+
+// Before a thread sleeps it looks around this often, giving its core to whoever wants it in between. A layer
+// of a model is a dozen short loops, one after another, and waking a thread takes as long as some of them.
+constexpr int kLooks = 100;
+
+template <class Ready>
+bool ComesSoon(const Ready& ready) {
+  for (int look = 0; look < kLooks; ++look) {
+    if (ready()) return true;
+    std::this_thread::yield();
+  }
+  return false;
+}
+
+}  // namespace
 
 ThreadPool::ThreadPool(int threads) {
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { Work(i); });
@@ -26,13 +44,15 @@ void ThreadPool::ParallelFor(int64_t count, const std::function<void(int64_t, in
     body_ = &body;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    running_ = static_cast<int>(workers_.size());
-    ++generation_;
+    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
   }
   start_.notify_all();
   Drain(0);
+  const auto all_done = [this] { return running_.load(std::memory_order_acquire) == 0; };
+  if (ComesSoon(all_done)) return;
   std::unique_lock<std::mutex> lock(mutex_);
-  done_.wait(lock, [this] { return running_ == 0; });
+  done_.wait(lock, all_done);
 }
 
 void ThreadPool::Drain(int thread) {
@@ -44,17 +64,19 @@ void ThreadPool::Drain(int thread) {
 
 void ThreadPool::Work(int thread) {
   uint64_t seen = 0;
+  const auto has_work = [&] { return generation_.load(std::memory_order_acquire) != seen; };
   for (;;) {
-    {
+    if (!ComesSoon(has_work)) {
       std::unique_lock<std::mutex> lock(mutex_);
-      start_.wait(lock, [&] { return stopping_ || generation_ != seen; });
+      start_.wait(lock, [&] { return stopping_ || has_work(); });
       if (stopping_) return;
-      seen = generation_;
     }
+    ++seen;  // Nobody begins a loop before all have ended the one before.
     Drain(thread);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (--running_ == 0) done_.notify_one();
+    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      // The lock is the caller's who looked and is about to sleep.
+      { const std::lock_guard<std::mutex> lock(mutex_); }
+      done_.notify_one();
     }
   }
 }

@@ -35,9 +35,9 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable start_;
   std::condition_variable done_;
-  uint64_t generation_ = 0;  // Guarded by mutex_; one more for every loop.
-  bool stopping_ = false;    // Guarded by mutex_.
-  int running_ = 0;          // Guarded by mutex_: workers that have not finished this generation.
+  std::atomic<uint64_t> generation_{0};  // One more for every loop. Written under mutex_.
+  bool stopping_ = false;                // Guarded by mutex_.
+  std::atomic<int> running_{0};          // Workers that have not finished this generation.
   const std::function<void(int64_t, int)>* body_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
