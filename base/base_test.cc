@@ -1,6 +1,8 @@
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "base/dtype.h"
@@ -70,6 +72,17 @@ TEST(ThreadPool, VisitsEveryIndexOnce) {
       for (const auto& visit : visits) EXPECT_EQ(visit.load(), 1);
     }
   }
+}
+
+// Threads that look for work before they sleep must neither miss a loop nor join in one twice.
+TEST(ThreadPool, RunsManyShortLoopsOneAfterAnotherWithAndWithoutPauses) {
+  ThreadPool pool(4);
+  std::vector<int64_t> plain(8, 0);  // Not atomic: a loop's end orders it before the next.
+  for (int loop = 0; loop < 3000; ++loop) {
+    pool.ParallelFor(8, [&](int64_t i, int) { plain[i] += loop; });
+    if (loop % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  for (const int64_t sum : plain) EXPECT_EQ(sum, 2999 * 3000 / 2);
 }
 
 }  // namespace
