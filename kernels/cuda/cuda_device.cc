@@ -141,6 +141,10 @@ class CudaDevice final : public Device {
   absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
     return Check(LaunchAttend(static_cast<cudaStream_t>(stream), element, args), "starting attention");
   }
+  absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) override {
+    return Check(LaunchAttendTensor(static_cast<cudaStream_t>(stream), element, args),
+                 "starting attention on tensor cores");
+  }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
     return Check(LaunchSum(static_cast<cudaStream_t>(stream), args), "starting the sum");
   }

@@ -1,29 +1,22 @@
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/gpu_block.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
-
-class GpuBlock {
- public:
-  EDUBA_DEVICE explicit GpuBlock(float4* shared) : shared_(reinterpret_cast<float*>(shared)) {}
-  EDUBA_DEVICE int64_t index() const { return blockIdx.x; }
-  EDUBA_DEVICE float* shared() const { return shared_; }
-  template <class Phase>
-  EDUBA_DEVICE void Threads(const Phase& phase) const {
-    phase(static_cast<int>(threadIdx.x));
-    __syncthreads();
-  }
-
- private:
-  float* const shared_;
-};
 
 // Two blocks of 256 threads on a multiprocessor at least, so that one loads while the other computes.
 template <class Type, int kTile>
 __global__ void __launch_bounds__(kAttendThreads, 2) AttendKernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ float4 shared[];
   AttendPage<Type, kTile>(GpuBlock(shared), args);
+}
+
+// S of a page is 128 registers of a thread: as many as there are.
+template <class Type>
+__global__ void __launch_bounds__(kTensorThreadsMax) TensorKernel(const __grid_constant__ AttendArgs args) {
+  __shared__ float4 shared[(sizeof(TensorShared) + sizeof(float4) - 1) / sizeof(float4)];
+  AttendPageTensor<Type>(GpuBlock(shared), args);
 }
 
 __global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__ SumArgs args) {
@@ -69,6 +62,14 @@ struct AttendLaunch {
 cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs& args) {
   if (args.blocks() == 0) return cudaSuccess;
   return ForAttend(element, args.tile, AttendLaunch{stream, args});
+}
+
+cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const AttendArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(args.blocks());
+  if (element == Element::kBf16) TensorKernel<Bf16><<<blocks, TensorThreads(args.tile), 0, stream>>>(args);
+  if (element == Element::kF16) TensorKernel<F16><<<blocks, TensorThreads(args.tile), 0, stream>>>(args);
+  return cudaGetLastError();
 }
 
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args) {

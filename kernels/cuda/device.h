@@ -9,6 +9,7 @@
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
+#include "kernels/cuda/page_tensor.h"
 
 namespace eduba::cuda {
 
@@ -54,6 +55,8 @@ class Device {
   // Queued; nothing where there is nothing to do. Bytes of shared memory that a block of Attend may have:
   virtual int64_t shared_bytes_max() const = 0;
   virtual absl::Status Attend(Stream stream, Element element, const AttendArgs& args) = 0;
+  // REQUIRES: elements of 16 bits, a tile that is a multiple of 16.
+  virtual absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) = 0;
   virtual absl::Status Sum(Stream stream, const SumArgs& args) = 0;
   virtual absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) = 0;
   virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;

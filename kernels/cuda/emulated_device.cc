@@ -10,27 +10,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
-
-class EmulatedBlock {
- public:
-  EmulatedBlock(int64_t index, int threads, void* shared)
-      : index_(index), threads_(threads), shared_(static_cast<float*>(shared)) {}
-  int64_t index() const { return index_; }
-  float* shared() const { return shared_; }
-  template <class Phase>
-  void Threads(const Phase& phase) const {
-    for (int t = 0; t < threads_; ++t) phase(t);
-  }
-
- private:
-  const int64_t index_;
-  const int threads_;
-  float* const shared_;
-};
 
 template <class Kernel>
 void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& kernel) {
@@ -112,6 +96,13 @@ class EmulatedDevice final : public Device {
     if (absl::Status status = Work(); !status.ok()) return status;
     EDUBA_CHECK(AttendSharedBytes(args) <= shared_bytes_max());
     ForAttend(element, args.tile, AttendLaunch{args});
+    return absl::OkStatus();
+  }
+  absl::Status AttendTensor(Stream /*stream*/, Element element, const AttendArgs& args) override {
+    if (absl::Status status = Work(); !status.ok()) return status;
+    RunBlocks(args.blocks(), TensorThreads(args.tile), sizeof(TensorShared), [&](const EmulatedBlock& block) {
+      element == Element::kBf16 ? AttendPageTensor<Bf16>(block, args) : AttendPageTensor<F16>(block, args);
+    });
     return absl::OkStatus();
   }
   absl::Status Sum(Stream /*stream*/, const SumArgs& args) override {
