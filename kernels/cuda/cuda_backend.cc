@@ -541,7 +541,7 @@ absl::StatusOr<CudaPrecision> ParseCudaPrecision(const std::string& name) {
   if (name == "exact") return CudaPrecision::kExact;
   if (name == "tensor") return CudaPrecision::kTensor;
   return absl::InvalidArgumentError(absl::StrCat(
-      "precision '", name, "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 1e-4)"));
+      "precision '", name, "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 3e-4)"));
 }
 
 absl::StatusOr<int> CudaDeviceIndex(const std::string& name) {

@@ -16,7 +16,7 @@
 //   m, p, l                          fp32, as ever, but for l's order: 4 lanes of keys, then a tree
 //   o = low(p) . v + high(p) . v     as s
 //
-// What a tensor core adds up it cuts off instead of rounding: the path's error, up to 1e-4, is that.
+// The error, up to 3e-4, is what the second term of a bf16 query leaves, and what a tensor core cuts off.
 //
 // A warp takes 16 query vectors, and a block up to 8 warps that share one read of keys and values. Whoever
 // else is in the tile, a vector's numbers go through the same products in the same order, as the whole page
@@ -40,15 +40,16 @@ namespace eduba::cuda {
 inline constexpr int kTensorWarpsMax = 8;
 inline constexpr int kTensorThreadsMax = kTensorWarpsMax * kWarpThreads;
 inline constexpr int kKeyTiles = kPageRows / kTileColumns;  // Of 8 keys.
-inline constexpr int kChannels = 128;  // Of values, multiplied in one pass over the page.
+// Channels multiplied in one pass over the page: with more, a thread had not registers enough.
+inline constexpr int kChannels = 64;
 inline constexpr int kChannelTiles = kChannels / kTileColumns;
-// What comes from memory at a time: 16 dimensions of all keys, or 32 rows of one pass's channels.
-inline constexpr int kSliceRows = 32;
-inline constexpr int kValueSlices = kPageRows / kSliceRows;
+// What comes from memory at a time, a slice: 16 dimensions of all keys, or 64 rows of one pass's channels.
+inline constexpr int kValueRows = 64;
+inline constexpr int kValueSlices = kPageRows / kValueRows;
 // Rows of values are an odd number of 16 bytes apart, so that 8 of them meet in no bank.
 inline constexpr int kValueRowBytes = kChannels * 2 + kLoadBytes;
-inline constexpr int kSliceBytes = kSliceRows * kValueRowBytes;
-static_assert(kSliceBytes >= kPageRows * kTileDepth * 2 && kSliceRows == kKeyBlockRows);
+inline constexpr int kSliceBytes = kValueRows * kValueRowBytes;
+static_assert(kSliceBytes >= kPageRows * kTileDepth * 2);
 inline constexpr int kSlots = 4;  // Slices in shared memory: one in use, three on their way.
 
 // Threads of a block for `tile` query vectors. REQUIRES: a multiple of 16.
@@ -208,18 +209,18 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
         char* const to = shared.slot[slice % kSlots];
         if (slice < key_slices) {
           for (int unit = t; unit < kPageRows * 2; unit += block.threads()) {
-            const int piece = unit / (2 * kSliceRows);
-            if (!is_needed(piece * kSliceRows, kSliceRows, block_begin, block_end)) continue;
-            const int row = piece * kSliceRows + unit % kSliceRows;
-            const int d = slice * kTileDepth + unit / kSliceRows % 2 * 8;
+            const int piece = unit / (2 * kKeyBlockRows);
+            if (!is_needed(piece * kKeyBlockRows, kKeyBlockRows, block_begin, block_end)) continue;
+            const int row = piece * kKeyBlockRows + unit % kKeyBlockRows;
+            const int d = slice * kTileDepth + unit / kKeyBlockRows % 2 * 8;
             block.CopyAsync(t, to + unit * kLoadBytes, data + layout.key(kv_head, row, d) * 2, true);
           }
         } else if (slice < slices) {
           const int pass = (slice - key_slices) / kValueSlices;
-          const int first = (slice - key_slices) % kValueSlices * kSliceRows;
+          const int first = (slice - key_slices) % kValueSlices * kValueRows;
           const int units = tiles_of(pass);
-          if (is_needed(first, kSliceRows, block_begin, block_end)) {
-            for (int i = t; i < kSliceRows * kChannelTiles; i += block.threads()) {
+          if (is_needed(first, kValueRows, block_begin, block_end)) {
+            for (int i = t; i < kValueRows * kChannelTiles; i += block.threads()) {
               const int row = i / kChannelTiles;
               const int unit = i % kChannelTiles;
               if (unit >= units) continue;
@@ -293,18 +294,18 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
       });
       const char* const keys = shared.slot[slice % kSlots];
       EDUBA_UNROLL
-      for (int piece = 0; piece < kPageRows / kSliceRows; ++piece) {
-        if (!is_needed(piece * kSliceRows, kSliceRows, begin, end)) continue;
+      for (int piece = 0; piece < kPageRows / kKeyBlockRows; ++piece) {
+        if (!is_needed(piece * kKeyBlockRows, kKeyBlockRows, begin, end)) continue;
         EDUBA_UNROLL
-        for (int i = 0; i < kSliceRows / kTileColumns; ++i) {
-          const int j = piece * (kSliceRows / kTileColumns) + i;
+        for (int i = 0; i < kKeyBlockRows / kTileColumns; ++i) {
+          const int j = piece * (kKeyBlockRows / kTileColumns) + i;
           // 8 keys of 8 dimensions are 128 consecutive bytes, in the order of lanes.
           warp.Lanes([&](int lane) {
             EDUBA_UNROLL
             for (int half = 0; half < 2; ++half) {
-              registers[first_thread + lane].b[0][half] =
-                  *reinterpret_cast<const uint32_t*>(keys + (piece * 2 + half) * (kSliceRows * kLoadBytes) +
-                                                     i * (kTileColumns * kLoadBytes) + lane * 4);
+              registers[first_thread + lane].b[0][half] = *reinterpret_cast<const uint32_t*>(
+                  keys + (piece * 2 + half) * (kKeyBlockRows * kLoadBytes) + i * (kTileColumns * kLoadBytes) +
+                  lane * 4);
             }
           });
           warp.template Multiply<Type>([&](int lane) {
@@ -391,8 +392,8 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
         const int begin = shared.warp_begin[warp.index()];
         const int end = shared.warp_end[warp.index()];
         EDUBA_UNROLL
-        for (int i = 0; i < kSliceRows / kTileDepth; ++i) {
-          const int step = part * (kSliceRows / kTileDepth) + i;
+        for (int i = 0; i < kValueRows / kTileDepth; ++i) {
+          const int step = part * (kValueRows / kTileDepth) + i;
           if (!is_needed(step * kTileDepth, kTileDepth, begin, end)) continue;
           const char* const values = shared.slot[slice % kSlots] + i * kTileDepth * kValueRowBytes;
           // Two tiles of 8 keys as c are one of 16 keys as a.
