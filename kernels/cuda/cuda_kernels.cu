@@ -24,6 +24,10 @@ __global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__
   SumPages(GpuBlock(shared), args);
 }
 
+__global__ void __launch_bounds__(kLoopThreads) LoopKernel(const __grid_constant__ LoopArgs args) {
+  MultiplyLoop<Bf16>(GpuBlock(nullptr), args);
+}
+
 __global__ void __launch_bounds__(kSumThreads) MagnitudeKernel(const __grid_constant__ MagnitudeArgs args) {
   RaiseMagnitudes(GpuBlock(nullptr), args);
 }
@@ -75,6 +79,11 @@ cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const Atten
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args) {
   if (args.blocks() == 0) return cudaSuccess;
   SumKernel<<<static_cast<unsigned>(args.blocks()), kSumThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchMultiplyLoop(cudaStream_t stream, const LoopArgs& args) {
+  LoopKernel<<<static_cast<unsigned>(args.blocks), kLoopThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

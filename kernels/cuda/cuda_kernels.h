@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
@@ -16,6 +17,7 @@ cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs&
 // REQUIRES: elements of 16 bits.
 cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const AttendArgs& args);
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args);
+cudaError_t LaunchMultiplyLoop(cudaStream_t stream, const LoopArgs& args);
 cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args);
 cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args);
 cudaError_t LaunchRead(cudaStream_t stream, Element element, const ReadArgs& args);

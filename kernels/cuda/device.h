@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
@@ -30,6 +31,8 @@ class Device {
   virtual const std::string& name() const = 0;
   // "cuda/sm_90": what decides about the bits that it computes.
   virtual const std::string& kind() const = 0;
+  // Whether a host plays it: nothing about its speed means anything then.
+  virtual bool is_played() const { return false; }
   // Not OK once it has failed.
   virtual absl::Status health() const = 0;
   virtual absl::Status Attach() = 0;
@@ -58,6 +61,7 @@ class Device {
   // REQUIRES: elements of 16 bits, a tile that is a multiple of 16.
   virtual absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) = 0;
   virtual absl::Status Sum(Stream stream, const SumArgs& args) = 0;
+  virtual absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) = 0;
   virtual absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) = 0;
   virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;
   virtual absl::Status Read(Stream stream, Element element, const ReadArgs& args) = 0;

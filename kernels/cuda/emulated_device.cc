@@ -49,6 +49,7 @@ class EmulatedDevice final : public Device {
     return calls_left_ > 0 ? absl::OkStatus()
                            : absl::UnavailableError("cuda:emulated: unspecified launch failure");
   }
+  bool is_played() const override { return true; }
   absl::Status Attach() override { return health(); }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
@@ -109,6 +110,12 @@ class EmulatedDevice final : public Device {
     if (absl::Status status = Work(); !status.ok()) return status;
     RunBlocks(args.blocks(), kSumThreads, sizeof(SumShared),
               [&](const EmulatedBlock& block) { SumPages(block, args); });
+    return absl::OkStatus();
+  }
+  absl::Status MultiplyLoop(Stream /*stream*/, const LoopArgs& args) override {
+    if (absl::Status status = Work(); !status.ok()) return status;
+    RunBlocks(args.blocks, kLoopThreads, 0,
+              [&](const EmulatedBlock& block) { cuda::MultiplyLoop<Bf16>(block, args); });
     return absl::OkStatus();
   }
   absl::Status Magnitudes(Stream /*stream*/, const MagnitudeArgs& args) override {

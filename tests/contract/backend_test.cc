@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -444,19 +445,22 @@ TEST(CudaBackend, StepsInPartsGiveTheSameBits) {
   if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
   CudaOptions little = SmallCuda(1);
   little.partial_bytes = int64_t{2} << 20;  // One page, or a few.
-  RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1)));
-  RankGroup parts = GroupOf(EmulatedCuda(little));
-  for (uint64_t seed = 7000; seed < 7060; ++seed) {
-    const ProblemSpec spec = RandomSpec(seed);
-    SCOPED_TRACE(spec.ToString());
-    const Problem problem(spec);
-    whole.Load(problem);
-    parts.Load(problem);
-    const auto a = whole.Attend(problem, {0});
-    const auto b = parts.Attend(problem, {0});
-    ASSERT_TRUE(a.ok() && b.ok()) << a.status() << b.status();
-    ASSERT_TRUE(*a == *b);
-    ASSERT_EQ(whole.words(), parts.words());
+  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+    little.precision = precision;
+    RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1, precision)));
+    RankGroup parts = GroupOf(EmulatedCuda(little));
+    for (uint64_t seed = 7000; seed < 7060; ++seed) {
+      const ProblemSpec spec = RandomSpec(seed);
+      SCOPED_TRACE(spec.ToString());
+      const Problem problem(spec);
+      whole.Load(problem);
+      parts.Load(problem);
+      const auto a = whole.Attend(problem, {0});
+      const auto b = parts.Attend(problem, {0});
+      ASSERT_TRUE(a.ok() && b.ok()) << a.status() << b.status();
+      ASSERT_TRUE(*a == *b);
+      ASSERT_EQ(whole.words(), parts.words());
+    }
   }
 }
 
@@ -484,27 +488,65 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
   spec.shape.query_heads = 2;
   spec.shape.head_dim = 16;
   spec.shape.value_dim = 16;
+  spec.shape.dtype = DType::kBf16;
   spec.sink_tokens = 4;
   spec.sink_logit = -30.0F;  // Some heads take the maximum path.
   const Problem problem(spec);
-  bool survived = false;
-  for (int calls = 0; !survived; ++calls) {
-    ASSERT_LT(calls, 200);
-    auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
-    cuda::Device& broken = *device;
-    CudaOptions options;
-    options.partial_bytes = int64_t{1} << 20;
-    RankGroup group = GroupOf(*MakeCudaBackendOn(std::move(device), options));
-    group.Load(problem);
-    cuda::BreakEmulatedDevice(broken, calls);
-    const auto answer = group.Attend(problem, {0});
-    survived = answer.ok();
-    if (!survived) {
-      EXPECT_FALSE(group.backend(0).health().ok());
-      EXPECT_EQ(answer.status().code(), absl::StatusCode::kUnavailable) << answer.status();
-      EXPECT_EQ(group.Attend(problem, {0}).status().code(), absl::StatusCode::kUnavailable);
+  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+    bool survived = false;
+    for (int calls = 0; !survived; ++calls) {
+      ASSERT_LT(calls, 200);
+      auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+      cuda::Device& broken = *device;
+      CudaOptions options;
+      options.partial_bytes = int64_t{1} << 20;
+      options.precision = precision;
+      RankGroup group = GroupOf(*MakeCudaBackendOn(std::move(device), options));
+      group.Load(problem);
+      cuda::BreakEmulatedDevice(broken, calls);
+      const auto answer = group.Attend(problem, {0});
+      survived = answer.ok();
+      if (!survived) {
+        EXPECT_FALSE(group.backend(0).health().ok());
+        EXPECT_EQ(answer.status().code(), absl::StatusCode::kUnavailable) << answer.status();
+        EXPECT_EQ(group.Attend(problem, {0}).status().code(), absl::StatusCode::kUnavailable);
+      }
     }
   }
+}
+
+// A page that is nowhere is an illegal address to the kernel: CUDA's error, not a test's. Runs in a process
+// of its own, whose device is lost. The exit code tells what went wrong.
+[[noreturn]] void LoseADevice() {
+  const auto backend = MakeCudaBackend(0, SmallCuda(1));
+  if (!backend.ok()) std::exit(1);
+  StepArgs args;
+  const float one = 1;
+  const PageRef pages[] = {{reinterpret_cast<const void*>(uintptr_t{1} << 40), 0}};
+  const PositionRange visible[] = {{0, 1}};
+  const int16_t exponents[] = {0};
+  args.rows = 1;
+  args.queries = &one;
+  args.pages = pages;
+  args.visible = visible;
+  args.exponents = exponents;
+  args.positions = 1;
+  const auto step = (*backend)->StartStep(args);
+  if (!step.ok()) std::exit(2);
+  absl::Status status = (*step)->Attend();
+  if (status.ok()) status = (*step)->SelectForMaximum().status();
+  if (status.ok()) status = (*step)->Maxima().status();
+  if (!absl::IsUnavailable(status)) std::exit(3);
+  if ((*backend)->health().ok()) std::exit(4);
+  if (!absl::IsUnavailable((*backend)->StartStep(args).status())) std::exit(5);
+  if (!absl::IsUnavailable((*backend)->AllocateSlab(4096).status())) std::exit(6);
+  std::exit(0);
+}
+
+TEST(CudaBackend, AnErrorOfCudaIsUnavailableFromThenOn) {
+  if (!CudaMissing().ok()) GTEST_SKIP() << "SKIPPED, NOT TESTED: cuda: " << CudaMissing();
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(LoseADevice(), testing::ExitedWithCode(0), "");
 }
 
 TEST(CudaBackend, NamesOfDevices) {
