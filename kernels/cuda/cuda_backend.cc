@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -229,13 +230,15 @@ class CudaStep final : public MergingStep {
                                           workspace_.words.device.data(), bytes));
     EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
 
-    std::memcpy(words, workspace_.words.host.data(), bytes);
-    bool fault = false;
-    for (int64_t i = 0; i < count; ++i, words += words_per_target()) {
-      const int64_t flag = words[layout_.value_dim + 1];
-      if (flag != 0) std::fill_n(words, layout_.value_dim + 1, 0);
-      fault |= flag >= kFaultFlag;
-    }
+    std::atomic<bool> fault = false;
+    ForWords(count, [&](int64_t i) {
+      const int64_t* const from = At<int64_t>(workspace_.words.host, 0) + i * words_per_target();
+      int64_t* const to = words + i * words_per_target();
+      std::copy_n(from, words_per_target(), to);
+      const int64_t flag = from[layout_.value_dim + 1];
+      if (flag != 0) std::fill_n(to, layout_.value_dim + 1, 0);
+      if (flag >= kFaultFlag) fault = true;
+    });
     return fault ? LookForFault() : absl::OkStatus();
   }
 
