@@ -28,6 +28,7 @@ struct KernelBenchFlags {
 
 struct AttendBenchFlags : KernelBenchFlags {
   std::string device = "cpu";
+  std::string precision = "exact";
 };
 
 void AddKernelBenchOptions(CLI::App& command, KernelBenchFlags& flags) {
@@ -70,26 +71,30 @@ void AddAttendBenchOptions(CLI::App& command, AttendBenchFlags& flags) {
   AddKernelBenchOptions(command, flags);
   AddDeviceOption(command, flags.device,
                   "What to measure; for a GPU, \"stream\" is a copy within its memory, read and written");
+  AddPrecisionOption(command, flags.precision);
 }
 
 absl::StatusOr<std::vector<AttendResult>> AttendResults(const AttendBenchFlags& flags) {
   ProgressReport report("bench attend");
   if (flags.device == "cpu") return RunAttendBench(OptionsOf(flags, report));
   EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(flags.device));
-  return RunCudaAttendBench(device, OptionsOf(flags, report));
+  EDUBA_ASSIGN_OR_RETURN(const CudaPrecision precision, ParseCudaPrecision(flags.precision));
+  return RunCudaAttendBench(device, precision, OptionsOf(flags, report));
 }
 
 absl::Status RunAttend(const AttendBenchFlags& flags) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<AttendResult> results, AttendResults(flags));
   Json list = Json::array();
-  std::vector<std::vector<std::string>> table = {{"backend", "head_dim", "queries/kv", "rows", "dtype", "ms",
-                                                  "GB/s", "stream GB/s", "share", "GFLOP/s", "of matmul"}};
+  std::vector<std::vector<std::string>> table = {{"backend", "head_dim", "queries/kv", "rows", "keys",
+                                                  "dtype", "ms", "GB/s", "stream GB/s", "share", "GFLOP/s",
+                                                  "of matmul"}};
   for (const AttendResult& r : results) {
     Json entry = {{"backend", r.backend},
                   {"threads", r.threads},
                   {"head_dim", r.head_dim},
                   {"queries_per_kv_head", r.queries_per_kv_head},
                   {"query_rows", r.query_rows},
+                  {"keys", r.keys},
                   {"dtype", DTypeName(r.dtype)},
                   {"bytes", r.bytes},
                   {"seconds", r.seconds},
@@ -108,9 +113,10 @@ absl::Status RunAttend(const AttendBenchFlags& flags) {
     }
     list.push_back(std::move(entry));
     table.push_back({r.backend, absl::StrCat(r.head_dim), absl::StrCat(r.queries_per_kv_head),
-                     absl::StrCat(r.query_rows), DTypeName(r.dtype), absl::StrFormat("%.3f", 1e3 * r.seconds),
-                     absl::StrFormat("%.2f", r.gb_per_s), absl::StrFormat("%.2f", r.stream_gb_per_s),
-                     absl::StrFormat("%.2f", r.share), batch ? absl::StrFormat("%.1f", r.gflops) : "",
+                     absl::StrCat(r.query_rows), absl::StrFormat("%.0f", r.keys), DTypeName(r.dtype),
+                     absl::StrFormat("%.3f", 1e3 * r.seconds), absl::StrFormat("%.2f", r.gb_per_s),
+                     absl::StrFormat("%.2f", r.stream_gb_per_s), absl::StrFormat("%.2f", r.share),
+                     batch ? absl::StrFormat("%.1f", r.gflops) : "",
                      batch ? absl::StrFormat("%.2f %s", r.matrix_share, r.matrix_dtype) : ""});
   }
   if (flags.json) {

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "CLI/Option.hpp"
+#include "CLI/Validators.hpp"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "cli/system.h"
@@ -13,6 +14,15 @@ namespace eduba {
 
 void AddDeviceOption(CLI::App& command, std::string& device, const std::string& description) {
   command.add_option("--device", device, description + ": cpu, cuda, or cuda:N")->capture_default_str();
+}
+
+void AddPrecisionOption(CLI::App& command, std::string& precision) {
+  command
+      .add_option("--precision", precision,
+                  "On GPUs: exact (a CPU's bits, errors to 3e-6), or tensor (tensor cores for bf16 and f16 "
+                  "sessions, errors to 3e-4); the same for all workers")
+      ->check(CLI::IsMember({"exact", "tensor"}))
+      ->capture_default_str();
 }
 
 absl::StatusOr<std::vector<std::string>> DevicesOfWorkers(const std::string& device, int workers) {

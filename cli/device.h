@@ -13,6 +13,9 @@ namespace eduba {
 // --device: cpu, cuda or cuda:N.
 void AddDeviceOption(CLI::App& command, std::string& device, const std::string& description);
 
+// --precision: exact or tensor.
+void AddPrecisionOption(CLI::App& command, std::string& precision);
+
 // The device of each of `workers` workers of this machine: "cuda" gives them its GPUs in turn.
 // INVALID_ARGUMENT for a device that is none, FAILED_PRECONDITION where CUDA or the GPU is missing.
 absl::StatusOr<std::vector<std::string>> DevicesOfWorkers(const std::string& device, int workers);

@@ -28,6 +28,7 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Start(const Op
     worker.threads = std::max(1, UsableCores() / options.workers);
     worker.version = options.version;
     if (!options.devices.empty()) worker.backend = options.devices[i];
+    worker.precision = options.precision;
     worker.model = options.model;
     worker.activations = options.activations;
     worker.hub = &cluster->hub_;

@@ -23,6 +23,7 @@ class EmbeddedCluster {
     int workers = 1;
     int64_t memory_bytes = 0;          // For pages, over all workers. REQUIRES: > 0.
     std::vector<std::string> devices;  // Of each worker (worker.h, backend). Empty: all on the CPU.
+    std::string precision = "exact";   // Of each worker (worker.h).
     std::string data_dir;              // Of the coordinator. Empty: nothing is kept.
     std::string version;
     std::string model;                            // A model's folder, for every worker. Empty: none.

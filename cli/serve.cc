@@ -55,6 +55,7 @@ struct UpOptions {
   std::string listen = "127.0.0.1:7070";
   int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
   std::string device = "cpu";
+  std::string precision = "exact";
   std::string data_dir;
   std::string model;
   std::string activations = "f32";
@@ -90,6 +91,7 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
       "Memory for keys and values, over all workers; 8GiB, 500MiB, ... [60 % of this machine's, or of "
       "what is free on its GPUs]");
   AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
+  AddPrecisionOption(command, options.precision);
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
   AddActivationsOption(command, options.activations);
@@ -101,6 +103,7 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   cluster_options.workers = options.workers;
   cluster_options.memory_bytes = options.memory_bytes;
   cluster_options.devices = devices;
+  cluster_options.precision = options.precision;
   cluster_options.data_dir = options.data_dir;
   cluster_options.version = EDUBA_VERSION;
   cluster_options.model = options.model;
@@ -145,6 +148,8 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
                                                  absl::StrCat(std::max(1, UsableCores() / options.workers)),
                                                  "--device",
                                                  devices[i],
+                                                 "--precision",
+                                                 options.precision,
                                                  "--transport",
                                                  transport};
     if (!options.model.empty()) {
@@ -264,6 +269,7 @@ struct WorkerOptions {
   std::string listen;
   int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
   std::string device = "cpu";
+  std::string precision = "exact";
   std::string transport;  // Empty: nccl for a GPU, gloo otherwise.
   int threads = UsableCores();
   std::string model;
@@ -282,6 +288,7 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       "Memory for keys and values: 8GiB, 500MiB, ... [60 % of this machine's, or of what is free on "
       "the GPU]");
   AddDeviceOption(command, options.device, "What it runs on");
+  AddPrecisionOption(command, options.precision);
   command
       .add_option(
           "--transport", options.transport,
@@ -299,6 +306,7 @@ absl::Status RunWorker(const WorkerOptions& options) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices, DevicesOfWorkers(options.device, 1));
   Worker::Options worker_options;
   worker_options.backend = devices.front();
+  worker_options.precision = options.precision;
   worker_options.transport = !options.transport.empty() ? options.transport
                              : EachHasItsGpu(devices)   ? "nccl"
                                                         : "gloo";

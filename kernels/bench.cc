@@ -233,6 +233,7 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
     r.kv_heads = kKvHeads;
     r.queries_per_kv_head = c.group;
     r.query_rows = c.rows;
+    r.keys = static_cast<double>(pages * kPageRows);
     r.bytes = memory.bytes();
     r.seconds = Median(attend);
     r.spread =

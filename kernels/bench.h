@@ -43,6 +43,7 @@ struct AttendResult {
   int kv_heads = 0;
   int queries_per_kv_head = 0;
   int query_rows = 0;
+  double keys = 0;  // That a row sees, on average.
   DType dtype = DType::kBf16;
   int64_t bytes = 0;   // Of keys and values, each counted once.
   double seconds = 0;  // Median of the rounds.

@@ -46,14 +46,19 @@ inline absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vect
   return step->Finish(outputs.data(), lse.data(), sink_mass.data());
 }
 
-// Pages full of one random page's numbers, and queries against them.
+// Pages full of one random page's numbers, and queries against them, which see all keys. With `is_causal`
+// they are at the last positions, and see what is before them; with a window, the last `window` of it.
 class AttendProblem {
  public:
   AttendProblem(Backend& backend, const AttentionShape& shape, int rows, int64_t pages, char* memory,
-                ThreadPool& pool)
+                ThreadPool& pool, bool is_causal = false, int64_t window = 0)
       : visible_(rows, {0, pages * kPageRows}),
         // The sink weighs about as much as all keys, so that the sums take the sink path.
         sink_logits_(shape.query_heads, std::log(static_cast<float>(pages * kPageRows))) {
+    for (int row = 0; is_causal && row < rows; ++row) {
+      visible_[row].end = pages * kPageRows - rows + row + 1;
+      if (window > 0) visible_[row].begin = std::max<int64_t>(0, visible_[row].end - window);
+    }
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     queries_.resize(static_cast<size_t>(rows) * shape.query_heads * shape.head_dim);
@@ -86,6 +91,12 @@ class AttendProblem {
     args_.positions = pages * kPageRows;
   }
   const StepArgs& args() const { return args_; }
+  // Pairs of a row and a key that it sees.
+  double pairs() const {
+    double count = 0;
+    for (const PositionRange& range : visible_) count += static_cast<double>(range.size());
+    return count;
+  }
 
  private:
   std::vector<float> queries_;

@@ -1,6 +1,7 @@
 #include "kernels/merging_step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -94,6 +95,16 @@ double PowerOfTwo(int power) { return std::bit_cast<double>(static_cast<uint64_t
 
 MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
     : args_(args), pool_(pool), visible_(ClipToSequence(args)), bytes_read_(CountBytes()) {}
+
+void MergingStep::ForWords(int64_t count, const std::function<void(int64_t)>& body) const {
+  // Waking a thread takes as long as going through about so many words.
+  constexpr int64_t kFewWords = 1 << 16;
+  if (count * words_per_target() <= kFewWords) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  } else {
+    pool_.ParallelFor(count, [&](int64_t i, int) { body(i); });
+  }
+}
 
 int MergingStep::Exponent(int64_t kv_head, int channel) const {
   return std::clamp<int>(args_.exponents[kv_head * args_.shape.value_dim + channel], kMinExponent,
@@ -229,21 +240,27 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
   EDUBA_RETURN_IF_ERROR(LoadSinks());
   paths_ = {};
   selected_.clear();
-  for (int64_t i = 0; i < row_heads(); ++i) {
-    const bool sees_keys = !visible_[i / args_.shape.query_heads].empty();
-    bool fits = false;
-    if (has_sink_sums_) {
+  const auto sees_keys = [&](int64_t row_head) {
+    return !visible_[row_head / args_.shape.query_heads].empty();
+  };
+  std::vector<char> fits(row_heads(), 0);
+  if (has_sink_sums_) {
+    std::atomic<bool> fault = false;
+    ForWords(row_heads(), [&](int64_t i) {
       const int64_t* words = &sink_sums_[i * words_per_target()];
       const int64_t total = words[args_.shape.value_dim];
       const int64_t flags = words[args_.shape.value_dim + 1];
-      fits = flags == 0 && total >= kSinkPathMin && total <= kSinkPathMax &&
-             (!sees_keys || IsPrecise(i, absl::MakeConstSpan(words, words_per_target())));
+      fits[i] = flags == 0 && total >= kSinkPathMin && total <= kSinkPathMax &&
+                (!sees_keys(i) || IsPrecise(i, absl::MakeConstSpan(words, words_per_target())));
       if (flags >= kFaultFlag) {
-        fault_somewhere_ = true;
-        fits = true;
+        fault = true;
+        fits[i] = 1;
       }
-    }
-    if (sees_keys && !fits) {
+    });
+    fault_somewhere_ |= fault;
+  }
+  for (int64_t i = 0; i < row_heads(); ++i) {
+    if (sees_keys(i) && fits[i] == 0) {
       selected_.push_back(i);
       ++paths_.maximum;
     } else {

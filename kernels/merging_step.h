@@ -4,6 +4,7 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -102,6 +103,10 @@ class MergingStep : public AttentionStep {
     return args_.cancelled != nullptr && args_.cancelled->load(std::memory_order_relaxed);
   }
   absl::Status CheckCancelled() const;
+
+  // body(i) for each i below `count`, on several threads where there are many words to go through: those of
+  // one row and head each.
+  void ForWords(int64_t count, const std::function<void(int64_t i)>& body) const;
 
   int64_t row_heads() const { return int64_t{args_.rows} * args_.shape.query_heads; }
   int64_t words_per_target() const { return args_.shape.value_dim + 2; }

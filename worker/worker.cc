@@ -35,10 +35,17 @@ constexpr absl::Duration kBackoffMax = absl::Seconds(2);
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Worker::Options& options) {
   if (options.make_backend) return options.make_backend();
+  EDUBA_ASSIGN_OR_RETURN(const CudaPrecision precision, ParseCudaPrecision(options.precision));
+  if (precision != CudaPrecision::kExact && !CudaDeviceIndex(options.backend).ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("precision ", options.precision,
+                                                   " is for GPUs, and this worker's ", "device is ",
+                                                   options.backend, "; use --device cuda:N"));
+  }
   if (options.backend == "cpu") return MakeCpuBackend(options.threads);
   if (options.backend == "reference") return MakeReferenceBackend();
   EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(options.backend));
   CudaOptions cuda;
+  cuda.precision = precision;
   cuda.page_bytes = options.memory_bytes;
   cuda.threads = options.threads;
   return MakeCudaBackend(device, cuda);

@@ -38,6 +38,8 @@ class Worker {
     // "cpu" (the best instruction set of this machine), "cuda:N" (a GPU), or "reference" (slow, to compare
     // with).
     std::string backend = "cpu";
+    // "exact", or on a GPU "tensor" (kernels/cuda/cuda_backend.h). A group's workers all have the same.
+    std::string precision = "exact";
     // How it meets workers that are other processes: "gloo", or "nccl", which only GPUs can.
     std::string transport = "gloo";
     std::string model;  // A folder as Hugging Face's; empty: this worker serves tensor sessions only.

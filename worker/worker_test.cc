@@ -352,6 +352,10 @@ TEST(WorkerOptions, AreChecked) {
   EXPECT_EQ(start([](Worker::Options& o) { o.backend = "gpu"; }).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.backend = "cuda:4711"; }).code(),
             absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(start([](Worker::Options& o) { o.precision = "roughly"; }).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(start([](Worker::Options& o) { o.precision = "tensor"; }).code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.transport = "smoke"; }).code(),
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(start([](Worker::Options& o) { o.transport = "nccl"; }).code(),

@@ -133,7 +133,8 @@ EDUBA_DEVICE float LogMagnitude(float m, float o) {
   return Add(m, Mul(static_cast<float>(k), 0.693147181F));
 }
 
-// How elements are stored; kElement bytes each. Low and High: of a 32-bit word that holds two.
+// How elements are stored; kElement bytes each. Low and High: of a 32-bit word that holds two; Pack rounds
+// two numbers into one, to nearest, ties to even.
 struct F32 {
   static constexpr int kElement = 4;
   using Stored = uint32_t;
@@ -141,13 +142,24 @@ struct F32 {
 };
 struct Bf16 {
   static constexpr int kElement = 2;
+  static constexpr bool kHasFloatRange = true;  // As wide as a float's.
   using Stored = uint16_t;
   static EDUBA_DEVICE float Low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
   static EDUBA_DEVICE float High(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000U); }
   static EDUBA_DEVICE float Value(uint16_t bits) { return Low(bits); }
+  static EDUBA_DEVICE uint32_t Pack(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return Bf16FromF32(low) | static_cast<uint32_t>(Bf16FromF32(high)) << 16;
+#endif
+  }
 };
 struct F16 {
   static constexpr int kElement = 2;
+  static constexpr bool kHasFloatRange = false;
   using Stored = uint16_t;
   static EDUBA_DEVICE float Value(uint16_t bits) {
 #ifdef __CUDA_ARCH__
@@ -158,6 +170,15 @@ struct F16 {
   }
   static EDUBA_DEVICE float Low(uint32_t pair) { return Value(static_cast<uint16_t>(pair & 0xffffU)); }
   static EDUBA_DEVICE float High(uint32_t pair) { return Value(static_cast<uint16_t>(pair >> 16)); }
+  static EDUBA_DEVICE uint32_t Pack(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return F16FromF32(low) | static_cast<uint32_t>(F16FromF32(high)) << 16;
+#endif
+  }
 };
 
 // 16 bytes, loaded at once.
@@ -222,6 +243,16 @@ EDUBA_DEVICE void LoadShared(const float* from, float (&to)[kCount]) {
   }
 #else
   for (int i = 0; i < kCount; ++i) to[i] = from[i];
+#endif
+}
+
+// Two neighbours. REQUIRES: aligned to both.
+EDUBA_DEVICE void StorePair(float* to, float x, float y) {
+#ifdef __CUDA_ARCH__
+  *reinterpret_cast<float2*>(to) = make_float2(x, y);
+#else
+  to[0] = x;
+  to[1] = y;
 #endif
 }
 

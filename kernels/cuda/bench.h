@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/bench.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device.h"
 
 namespace eduba {
@@ -13,13 +14,17 @@ namespace eduba {
 // One step of attention on cuda:`device` from StartStep to Finish, host and copies included, beside copies
 // within the device of as many bytes, between the rounds: stream_gb_per_s counts what a copy reads and
 // writes. head_dim 128, 8 KV heads, bf16: 1, 4 and 8 query heads per KV head with one query row over 8Ki,
-// 64Ki, 1Mi and 4Mi keys, as far as options.bytes goes; then 64 rows over 64Ki keys. Each shape is checked
-// against the reference first: INTERNAL when they differ. Other errors as MakeCudaBackend.
-absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBench(int device, const BenchOptions& options);
+// 64Ki, 1Mi and 4Mi keys, as far as options.bytes goes; then 64 rows over 64Ki keys, and the last 2048 rows
+// of a prefill of 32Ki, causal, without and with a window of 4096. Batches stand beside the device's rate of
+// bf16 products, in operations that the definition needs (the tensor path does twice as many). Each shape is
+// checked against the reference first: INTERNAL when they differ. Other errors as MakeCudaBackend.
+absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBench(int device, CudaPrecision precision,
+                                                             const BenchOptions& options);
 
 // The same over two views of any device: the backend's, and the copies'.
 absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<cuda::Device> device,
                                                                std::unique_ptr<cuda::Device> copies,
+                                                               CudaPrecision precision,
                                                                const BenchOptions& options);
 
 }  // namespace eduba

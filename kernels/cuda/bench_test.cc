@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/emulated_device.h"
+#include "kernels/cuda/matrix_rate.h"
 
 namespace eduba {
 namespace {
@@ -16,8 +17,8 @@ TEST(CudaAttendBench, MeasuresWhatFitsBesideCopies) {
   BenchOptions options;
   options.bytes = int64_t{8 << 10} * 8 * 256 * 2;  // 8Ki keys.
   options.rounds = 1;
-  const auto results =
-      RunCudaAttendBenchOn(cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory), options);
+  const auto results = RunCudaAttendBenchOn(
+      cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory), CudaPrecision::kExact, options);
   ASSERT_TRUE(results.ok()) << results.status();
   ASSERT_EQ(results->size(), 3U);
   for (const AttendResult& r : *results) {
@@ -28,17 +29,34 @@ TEST(CudaAttendBench, MeasuresWhatFitsBesideCopies) {
   }
 }
 
+TEST(CudaAttendBench, MeasuresTheTensorPathBesideProducts) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  const auto device = cuda::MakeEmulatedDevice(kMemory);
+  const auto rate = cuda::MatrixRate::Make(*device);
+  ASSERT_TRUE(rate.ok()) << rate.status();
+  EXPECT_EQ((*rate)->name(), "mma.sync");
+  EXPECT_GT(*(*rate)->Measure(), 0);
+  BenchOptions options;
+  options.bytes = int64_t{8 << 10} * 8 * 256 * 2;
+  options.rounds = 1;
+  const auto results = RunCudaAttendBenchOn(
+      cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory), CudaPrecision::kTensor, options);
+  ASSERT_TRUE(results.ok()) << results.status();
+  EXPECT_EQ(results->front().backend, "cuda:emulated/tensor");
+}
+
 TEST(CudaAttendBench, RefusesTooFewBytesAndAnAbsentDevice) {
   BenchOptions options;
   options.bytes = 4096;
   if (cuda::EmulatedDeviceRuns()) {
-    EXPECT_EQ(
-        RunCudaAttendBenchOn(cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory), options)
-            .status()
-            .code(),
-        absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(RunCudaAttendBenchOn(cuda::MakeEmulatedDevice(kMemory), cuda::MakeEmulatedDevice(kMemory),
+                                   CudaPrecision::kExact, options)
+                  .status()
+                  .code(),
+              absl::StatusCode::kInvalidArgument);
   }
-  EXPECT_EQ(RunCudaAttendBench(4711, options).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(RunCudaAttendBench(4711, CudaPrecision::kExact, options).status().code(),
+            absl::StatusCode::kFailedPrecondition);
 }
 
 }  // namespace

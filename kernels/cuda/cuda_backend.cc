@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -77,8 +78,9 @@ T* At(const Memory& memory, int64_t offset) {
 
 // What a step works with; one step at a time uses it.
 struct Workspace {
-  Workspace(Device& owner, int threads)
+  Workspace(Device& owner, CudaPrecision how, int threads)
       : device(owner),
+        precision(how),
         pool(threads),
         step(owner),
         sum(owner),
@@ -88,6 +90,7 @@ struct Workspace {
         partials(owner, Memory::Kind::kDevice) {}
 
   Device& device;
+  const CudaPrecision precision;
   ThreadPool pool;
   Stream stream = nullptr;       // Of the step.
   Stream sink_stream = nullptr;  // Reads sinks while the step's kernel runs.
@@ -104,6 +107,7 @@ class CudaStep final : public MergingStep {
   CudaStep(const StepArgs& args, Workspace& workspace)
       : MergingStep(args, workspace.pool),
         layout_(LayoutOf(args.shape)),
+        on_tensor_cores_(workspace.precision == CudaPrecision::kTensor && args.shape.dtype != DType::kF32),
         workspace_(workspace),
         device_(workspace.device),
         pages_(SeenPages()) {}
@@ -226,13 +230,15 @@ class CudaStep final : public MergingStep {
                                           workspace_.words.device.data(), bytes));
     EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
 
-    std::memcpy(words, workspace_.words.host.data(), bytes);
-    bool fault = false;
-    for (int64_t i = 0; i < count; ++i, words += words_per_target()) {
-      const int64_t flag = words[layout_.value_dim + 1];
-      if (flag != 0) std::fill_n(words, layout_.value_dim + 1, 0);
-      fault |= flag >= kFaultFlag;
-    }
+    std::atomic<bool> fault = false;
+    ForWords(count, [&](int64_t i) {
+      const int64_t* const from = At<int64_t>(workspace_.words.host, 0) + i * words_per_target();
+      int64_t* const to = words + i * words_per_target();
+      std::copy_n(from, words_per_target(), to);
+      const int64_t flag = from[layout_.value_dim + 1];
+      if (flag != 0) std::fill_n(to, layout_.value_dim + 1, 0);
+      if (flag >= kFaultFlag) fault = true;
+    });
     return fault ? LookForFault() : absl::OkStatus();
   }
 
@@ -244,6 +250,12 @@ class CudaStep final : public MergingStep {
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
   void ChooseTile() {
     const int64_t vectors = int64_t{args_.rows} * args_.shape.group();
+    if (on_tensor_cores_) {
+      tile_ = cuda::kTileRows;
+      while (tile_ < vectors && tile_ < cuda::kTensorWarpsMax * cuda::kTileRows) tile_ *= 2;
+      tiles_ = static_cast<int>((vectors + tile_ - 1) / tile_);
+      return;
+    }
     const int64_t most = std::min(kSharedBytesMax, device_.shared_bytes_max());
     const auto fits = [&](int tile) {
       return cuda::MakeAttendShared(tile, layout_.head_pitch, layout_.value_pitch).floats *
@@ -318,7 +330,8 @@ class CudaStep final : public MergingStep {
     args.o = o();
     args.maxima = At<uint32_t>(workspace_.state.device, kMaximaAt);
     args.fault = At<uint64_t>(workspace_.state.device, kFaultAt);
-    return device_.Attend(workspace_.stream, ElementOf(args_.shape), args);
+    return on_tensor_cores_ ? device_.AttendTensor(workspace_.stream, ElementOf(args_.shape), args)
+                            : device_.Attend(workspace_.stream, ElementOf(args_.shape), args);
   }
 
   // Partials of one part.
@@ -370,6 +383,7 @@ class CudaStep final : public MergingStep {
   }
 
   const PageLayout layout_;
+  const bool on_tensor_cores_;
   Workspace& workspace_;
   Device& device_;
   const std::vector<PageRef> pages_;  // Those that some row sees.
@@ -387,11 +401,11 @@ class CudaStep final : public MergingStep {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::unique_ptr<Device> device, int threads, int64_t pool_bytes)
+  CudaBackend(std::unique_ptr<Device> device, const CudaOptions& options, int64_t pool_bytes)
       : device_(std::move(device)),
         pool_(pool_bytes),
         pool_memory_(*device_, Memory::Kind::kDevice),
-        workspace_(*device_, threads) {}
+        workspace_(*device_, options.precision, options.threads) {}
 
   ~CudaBackend() override {
     device_->Attach().IgnoreError();
@@ -416,7 +430,9 @@ class CudaBackend final : public Backend {
     return absl::OkStatus();
   }
 
-  std::string name() const override { return device_->kind(); }
+  std::string name() const override {
+    return absl::StrCat(device_->kind(), workspace_.precision == CudaPrecision::kTensor ? "/tensor" : "");
+  }
   absl::Status health() const override { return device_->health(); }
 
   absl::StatusOr<void*> AllocateSlab(int64_t bytes) override {
@@ -524,6 +540,13 @@ class CudaBackend final : public Backend {
 
 }  // namespace
 
+absl::StatusOr<CudaPrecision> ParseCudaPrecision(const std::string& name) {
+  if (name == "exact") return CudaPrecision::kExact;
+  if (name == "tensor") return CudaPrecision::kTensor;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "precision '", name, "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 3e-4)"));
+}
+
 absl::StatusOr<int> CudaDeviceIndex(const std::string& name) {
   if (name == "cuda") return 0;
   int index = 0;
@@ -542,7 +565,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackendOn(std::unique_ptr<Devic
   EDUBA_CHECK(options.page_bytes >= 0 && options.partial_bytes > 0 && options.threads >= 1);
   // What the store's slabs may lose between each other, and the fingerprint's.
   const int64_t pool_bytes = options.page_bytes + options.page_bytes / 32 + (int64_t{32} << 20);
-  auto backend = std::make_unique<CudaBackend>(std::move(device), options.threads, pool_bytes);
+  auto backend = std::make_unique<CudaBackend>(std::move(device), options, pool_bytes);
   EDUBA_RETURN_IF_ERROR(backend->Init(options, pool_bytes));
   return backend;
 }

@@ -11,7 +11,19 @@
 
 namespace eduba {
 
+// How attention over keys and values of 16 bits is computed; over f32 it is always exact. All workers of a
+// group compute alike: their fingerprints tell. A row's bits depend on neither its batch nor its neighbours
+// either way.
+enum class CudaPrecision : uint8_t {
+  kExact,   // fp32, to the bits of a CPU: errors within 3e-6.
+  kTensor,  // On tensor cores, queries and weights in two 16-bit terms: errors within 3e-4
+            // (docs/numerics.md 2.1).
+};
+// "exact" and "tensor". INVALID_ARGUMENT for anything else.
+absl::StatusOr<CudaPrecision> ParseCudaPrecision(const std::string& name);
+
 struct CudaOptions {
+  CudaPrecision precision = CudaPrecision::kExact;
   // Device memory for pages, taken at the start; slabs are cut from it, and nothing is allocated for them
   // later.
   int64_t page_bytes = 0;

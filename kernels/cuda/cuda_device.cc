@@ -141,8 +141,15 @@ class CudaDevice final : public Device {
   absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
     return Check(LaunchAttend(static_cast<cudaStream_t>(stream), element, args), "starting attention");
   }
+  absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) override {
+    return Check(LaunchAttendTensor(static_cast<cudaStream_t>(stream), element, args),
+                 "starting attention on tensor cores");
+  }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
     return Check(LaunchSum(static_cast<cudaStream_t>(stream), args), "starting the sum");
+  }
+  absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) override {
+    return Check(LaunchMultiplyLoop(static_cast<cudaStream_t>(stream), args), "starting products");
   }
   absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) override {
     return Check(LaunchMagnitudes(static_cast<cudaStream_t>(stream), args), "starting the magnitudes");

@@ -1,23 +1,9 @@
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/gpu_block.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
-
-class GpuBlock {
- public:
-  EDUBA_DEVICE explicit GpuBlock(float4* shared) : shared_(reinterpret_cast<float*>(shared)) {}
-  EDUBA_DEVICE int64_t index() const { return blockIdx.x; }
-  EDUBA_DEVICE float* shared() const { return shared_; }
-  template <class Phase>
-  EDUBA_DEVICE void Threads(const Phase& phase) const {
-    phase(static_cast<int>(threadIdx.x));
-    __syncthreads();
-  }
-
- private:
-  float* const shared_;
-};
 
 // Two blocks of 256 threads on a multiprocessor at least, so that one loads while the other computes.
 template <class Type, int kTile>
@@ -26,9 +12,20 @@ __global__ void __launch_bounds__(kAttendThreads, 2) AttendKernel(const __grid_c
   AttendPage<Type, kTile>(GpuBlock(shared), args);
 }
 
+// S of a page is 128 registers of a thread: as many as there are.
+template <class Type>
+__global__ void __launch_bounds__(kTensorThreadsMax) TensorKernel(const __grid_constant__ AttendArgs args) {
+  __shared__ float4 shared[(sizeof(TensorShared) + sizeof(float4) - 1) / sizeof(float4)];
+  AttendPageTensor<Type>(GpuBlock(shared), args);
+}
+
 __global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__ SumArgs args) {
   __shared__ float4 shared[(sizeof(SumShared) + sizeof(float4) - 1) / sizeof(float4)];
   SumPages(GpuBlock(shared), args);
+}
+
+__global__ void __launch_bounds__(kLoopThreads) LoopKernel(const __grid_constant__ LoopArgs args) {
+  MultiplyLoop<Bf16>(GpuBlock(nullptr), args);
 }
 
 __global__ void __launch_bounds__(kSumThreads) MagnitudeKernel(const __grid_constant__ MagnitudeArgs args) {
@@ -71,9 +68,22 @@ cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs&
   return ForAttend(element, args.tile, AttendLaunch{stream, args});
 }
 
+cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const AttendArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(args.blocks());
+  if (element == Element::kBf16) TensorKernel<Bf16><<<blocks, TensorThreads(args.tile), 0, stream>>>(args);
+  if (element == Element::kF16) TensorKernel<F16><<<blocks, TensorThreads(args.tile), 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args) {
   if (args.blocks() == 0) return cudaSuccess;
   SumKernel<<<static_cast<unsigned>(args.blocks()), kSumThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchMultiplyLoop(cudaStream_t stream, const LoopArgs& args) {
+  LoopKernel<<<static_cast<unsigned>(args.blocks), kLoopThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

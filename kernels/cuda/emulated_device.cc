@@ -10,27 +10,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
-
-class EmulatedBlock {
- public:
-  EmulatedBlock(int64_t index, int threads, void* shared)
-      : index_(index), threads_(threads), shared_(static_cast<float*>(shared)) {}
-  int64_t index() const { return index_; }
-  float* shared() const { return shared_; }
-  template <class Phase>
-  void Threads(const Phase& phase) const {
-    for (int t = 0; t < threads_; ++t) phase(t);
-  }
-
- private:
-  const int64_t index_;
-  const int threads_;
-  float* const shared_;
-};
 
 template <class Kernel>
 void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& kernel) {
@@ -65,6 +49,7 @@ class EmulatedDevice final : public Device {
     return calls_left_ > 0 ? absl::OkStatus()
                            : absl::UnavailableError("cuda:emulated: unspecified launch failure");
   }
+  bool is_played() const override { return true; }
   absl::Status Attach() override { return health(); }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
@@ -114,10 +99,23 @@ class EmulatedDevice final : public Device {
     ForAttend(element, args.tile, AttendLaunch{args});
     return absl::OkStatus();
   }
+  absl::Status AttendTensor(Stream /*stream*/, Element element, const AttendArgs& args) override {
+    if (absl::Status status = Work(); !status.ok()) return status;
+    RunBlocks(args.blocks(), TensorThreads(args.tile), sizeof(TensorShared), [&](const EmulatedBlock& block) {
+      element == Element::kBf16 ? AttendPageTensor<Bf16>(block, args) : AttendPageTensor<F16>(block, args);
+    });
+    return absl::OkStatus();
+  }
   absl::Status Sum(Stream /*stream*/, const SumArgs& args) override {
     if (absl::Status status = Work(); !status.ok()) return status;
     RunBlocks(args.blocks(), kSumThreads, sizeof(SumShared),
               [&](const EmulatedBlock& block) { SumPages(block, args); });
+    return absl::OkStatus();
+  }
+  absl::Status MultiplyLoop(Stream /*stream*/, const LoopArgs& args) override {
+    if (absl::Status status = Work(); !status.ok()) return status;
+    RunBlocks(args.blocks, kLoopThreads, 0,
+              [&](const EmulatedBlock& block) { cuda::MultiplyLoop<Bf16>(block, args); });
     return absl::OkStatus();
   }
   absl::Status Magnitudes(Stream /*stream*/, const MagnitudeArgs& args) override {

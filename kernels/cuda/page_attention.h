@@ -43,7 +43,7 @@ struct AttendArgs {
   int rows;
   int query_heads;
   int group;
-  int tile;   // Query vectors of a block: 1, 2, 4 or 8.
+  int tile;   // Query vectors of a block: 1, 2, 4 or 8; of page_tensor.h, up to 8 times 16.
   int tiles;  // ceil(rows * group / tile)
   int64_t pages;
   const float* queries;          // [rows, query_heads, head_dim]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one: build, contract tests, compute-sanitizer, workers that share the GPU and are
-# killed, benchmarks. Writes one report to benchmarks/results/. Ends with 1 when anything failed, 2 where there is no GPU.
+# killed, benchmarks. Writes one report to benchmarks/results/. Ends with 1 when anything failed; with 2 where there is no GPU, after it has said
+# of every step that it was skipped.
 #   tests/gpu/run.sh           all of it
 #   tests/gpu/run.sh --quick   without compute-sanitizer
 set -uo pipefail
@@ -11,22 +12,24 @@ case ${1:-} in
   "") ;;
   --quick) quick=yes ;;
   *)
-    sed -n '2,5p' "$0" | sed 's/^# \?//' >&2
+    sed -n '2,6p' "$0" | sed 's/^# \?//' >&2
     exit 2
     ;;
 esac
-command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || {
-  echo "gpu/run: no GPU on this machine (nvidia-smi lists none); nothing was tested" >&2
-  exit 2
-}
+gpu=yes
+command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || gpu=no
 
 build=build/release
 eduba=$build/eduba
 rank=$build/bin/communicator_rank
 scratch=$(mktemp -d)
-mkdir -p benchmarks/results
-report=benchmarks/results/gpu-$(date -u +%Y%m%d-%H%M%S).md
+report=$scratch/report
+if [[ $gpu == yes ]]; then
+  mkdir -p benchmarks/results
+  report=benchmarks/results/gpu-$(date -u +%Y%m%d-%H%M%S).md
+fi
 failed=0
+skipped=0
 started=()
 
 cleanup() {
@@ -41,6 +44,10 @@ step() {
   local name=$1
   shift
   local log=$scratch/log began=$SECONDS
+  if [[ $gpu == no ]]; then
+    skip "$name" "no GPU on this machine"
+    return
+  fi
   printf '== %s\n' "$name"
   if "$@" >"$log" 2>&1; then
     printf '\n## %s: passed (%d s)\n' "$name" $((SECONDS - began)) >>"$report"
@@ -51,6 +58,12 @@ step() {
     tail -n 40 "$log" >&2
   fi
   { printf '```\n'; tail -n "${lines:-25}" "$log"; printf '```\n'; } >>"$report"
+}
+
+# skip NAME WHY: says that a step was not run, here and in the report.
+skip() {
+  printf 'SKIPPED, NOT TESTED: %s: %s\n' "$1" "$2" | tee -a "$report"
+  skipped=$((skipped + 1))
 }
 
 # Several ranks on one GPU: another host for each, as NCCL believes, and sockets between them. Functional only: they take turns.
@@ -186,15 +199,32 @@ build_all() {
 
 # Not a test may be skipped here for want of a GPU.
 contract() {
-  "$build/bin/backend_test" --gtest_filter='*/cuda:CudaBackend.*' | tee "$scratch/contract" || return 1
+  "$build/bin/backend_test" --gtest_filter='*/cuda:*/cuda_tensor:CudaBackend.*' | tee "$scratch/contract" || return 1
   ! grep -q 'SKIPPED, NOT TESTED: cuda' "$scratch/contract"
 }
+
+# bench_attend PRECISION OPTION...: with as many keys as the device holds, up to 4 Mi (16 GiB).
+bench_attend() {
+  local precision=$1 free
+  shift
+  free=$(nvidia-smi --query-gpu=memory.free --format=csv,noheader,nounits | head -n 1)
+  "$eduba" bench attend --device cuda:0 --precision "$precision" --bytes "$((free > 20480 ? 16384 : free / 2))MiB" "$@"
+}
+
+# What the kernels are bound by, for whoever finds a figure missed.
+profile() {
+  ncu --set full --kernel-name "regex:$2" --launch-count 4 \
+    "$eduba" bench attend --device cuda:0 --precision "$1" --bytes 1GiB --rounds 1
+}
+
+# Ends with 3 where there is nothing to compare with.
+torch_beside() { python3 benchmarks/sdpa_gpu.py; }
 
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/bin/backend_test" --gtest_filter="$2"; }
 
 {
   printf '# Eduba on a GPU\n\n%s, commit %s\n\n```\n' "$(date -u +'%Y-%m-%d %H:%M UTC')" "$(git rev-parse HEAD)"
-  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+  [[ $gpu == no ]] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
   printf '```\n'
 } >"$report"
 
@@ -208,8 +238,12 @@ step "contract of the cuda backend" contract
 step "contract of the transports" "$build/bin/communicator_contract_test"
 step "nccl's own tests" "$build/bin/nccl_communicator_test"
 if [[ $quick == no ]]; then
-  step "memcheck" sanitizer memcheck '*RandomProblems*/cuda'
-  step "racecheck" sanitizer racecheck '*ThreadsDoNotChange*/cuda'
+  for path in cuda cuda_tensor; do
+    step "memcheck of $path" sanitizer memcheck "*RandomProblems*/$path"
+    step "racecheck of $path" sanitizer racecheck "*ThreadsDoNotChange*/$path"
+  done
+else
+  skip "memcheck and racecheck" "--quick"
 fi
 step "an answer of the CPU" cpu_answer
 step "2 ranks over NCCL, one killed" nccl_group 2
@@ -220,12 +254,33 @@ for transport in gloo nccl; do
   done
 done
 unset "${!NCCL_@}"
-lines=60 step "bench attend" "$eduba" bench attend --device cuda:0
-step "bench merge" "$eduba" bench merge
-lines=400 step "bench attend, as JSON" "$eduba" bench attend --device cuda:0 --json
+for precision in exact tensor; do
+  lines=60 step "bench attend, $precision" bench_attend "$precision"
+  lines=600 step "bench attend, $precision, as JSON" bench_attend "$precision" --json
+done
+if [[ $gpu == yes ]] && ! python3 -c 'import torch' 2>/dev/null; then
+  skip "PyTorch's attention beside it" "python3 has no torch (pip install torch)"
+else
+  step "PyTorch's attention beside it" torch_beside
+fi
+if [[ $gpu == yes ]] && ! command -v ncu >/dev/null; then
+  skip "profiles" "ncu is not installed (it comes with the CUDA toolkit)"
+else
+  lines=200 step "profile of the decode kernel" profile exact AttendKernel
+  lines=200 step "profile of the tensor kernel" profile tensor TensorKernel
+fi
+# The real payloads; NCCL where every rank can have a GPU of its own.
+gpus=1
+[[ $gpu == no ]] || gpus=$(nvidia-smi -L | grep -c GPU)
+step "bench merge, $((gpus > 1 ? gpus : 2)) ranks" "$eduba" bench merge --ranks "$((gpus > 1 ? gpus : 2))"
+((gpus > 1)) || skip "NCCL's latency" "one GPU: ranks that share it take turns, which is no latency"
 
+if [[ $gpu == no ]]; then
+  echo "gpu/run: no GPU on this machine (nvidia-smi lists none): $skipped steps SKIPPED, NOT TESTED; nothing was tested" >&2
+  exit 2
+fi
 printf '\n%d steps failed.\n' "$failed" >>"$report"
-skipped=$(grep -c 'SKIPPED, NOT TESTED' "$report")
-printf '%d lines say "SKIPPED, NOT TESTED".\n' "$skipped" >>"$report"
-echo "gpu/run: $failed steps failed; report: $report"
+lines_skipped=$(grep -c 'SKIPPED, NOT TESTED' "$report")
+printf '%d steps were skipped; %d lines say "SKIPPED, NOT TESTED".\n' "$skipped" "$lines_skipped" >>"$report"
+echo "gpu/run: $failed steps failed, $skipped were skipped; report: $report"
 ((failed == 0))

@@ -1,0 +1,478 @@
+#ifndef EDUBA_KERNELS_CUDA_PAGE_TENSOR_H_
+#define EDUBA_KERNELS_CUDA_PAGE_TENSOR_H_
+
+#include <cstdint>
+
+#include "base/pages.h"
+#include "kernels/cuda/arithmetic.h"
+#include "kernels/cuda/fragments.h"
+#include "kernels/cuda/page_attention.h"
+#include "kernels/cuda/page_layout.h"
+
+// One KV head of one page against a tile of query vectors on tensor cores: docs/numerics.md section 2.1. For
+// keys and values of 16 bits. The partials are those of page_attention.h, and so is all that follows.
+//
+//   s = low(q) . k + high(q) . k     two 16-bit terms hold 2^-17 of a float (f16: 2^-22); products are exact
+//   m, p, l                          fp32, as ever, but for l's order: 4 lanes of keys, then a tree
+//   o = low(p) . v + high(p) . v     as s
+//
+// The error, up to 3e-4, is what the second term of a bf16 query leaves, and what a tensor core cuts off.
+//
+// A warp takes 16 query vectors, and a block up to 8 warps that share one read of keys and values. Whoever
+// else is in the tile, a vector's numbers go through the same products in the same order, as the whole page
+// is one fixed sequence: 16 dimensions at a time for all its keys, then 16 keys at a time for all channels.
+// Keys that no vector of a warp sees are left out: they would add zeros.
+//
+// Beyond what page_attention.h asks of a Block, and all of it so that a host can play it (emulated_block.h):
+//   Registers<T> r(block)          r[thread] stays with its thread from phase to phase
+//   Warps(f)                       f(warp) for each warp, without a barrier; a warp has
+//     Lanes(f)                       f(lane) for each lane
+//     Multiply<Type>(operands)       operands(lane) is the lane's part of one product (fragments.h)
+//     LoadTransposed(row_of, to)     four matrices of 8 x 8 16-bit elements from shared memory, transposed;
+//                                    row_of(lane) is where row lane % 8 of matrix lane / 8 lies, to(lane)
+//                                    gets column lane / 4, rows 2 (lane % 4) and the next, of each
+//     QuadMax(of), QuadSum(of)       of(lane) is a float&; each gets the result over its 4 neighbours
+//   CopyAsync(t, shared, global, is_copied)   16 bytes, or zeros; done when
+//   WaitForCopies<n>(t)            returned: all groups of the thread but the n last
+//   CommitCopies(t)                ends a group
+namespace eduba::cuda {
+
+inline constexpr int kTensorWarpsMax = 8;
+inline constexpr int kTensorThreadsMax = kTensorWarpsMax * kWarpThreads;
+inline constexpr int kKeyTiles = kPageRows / kTileColumns;  // Of 8 keys.
+// Channels multiplied in one pass over the page: with more, a thread had not registers enough.
+inline constexpr int kChannels = 64;
+inline constexpr int kChannelTiles = kChannels / kTileColumns;
+// What comes from memory at a time, a slice: 16 dimensions of all keys, or 64 rows of one pass's channels.
+inline constexpr int kValueRows = 64;
+inline constexpr int kValueSlices = kPageRows / kValueRows;
+// Rows of values are an odd number of 16 bytes apart, so that 8 of them meet in no bank.
+inline constexpr int kValueRowBytes = kChannels * 2 + kLoadBytes;
+inline constexpr int kSliceBytes = kValueRows * kValueRowBytes;
+static_assert(kSliceBytes >= kPageRows * kTileDepth * 2);
+inline constexpr int kSlots = 4;  // Slices in shared memory: one in use, three on their way.
+
+// Threads of a block for `tile` query vectors. REQUIRES: a multiple of 16.
+constexpr int TensorThreads(int tile) { return tile / kTileRows * kWarpThreads; }
+
+struct TensorShared {
+  alignas(16) char slot[kSlots][kSliceBytes];
+  int begin[kTensorWarpsMax * kTileRows];  // Visible rows of the page, for each vector.
+  int end[kTensorWarpsMax * kTileRows];
+  int warp_begin[kTensorWarpsMax];  // Rows that the warp's vectors see lie in here.
+  int warp_end[kTensorWarpsMax];
+  bool seen[kPageRows];  // Rows that some vector of the tile sees.
+};
+
+// Of a thread. Its two rows are vectors lane / 4 and lane / 4 + 8 of its warp.
+struct TensorRegisters {
+  float s[kKeyTiles][4];  // Dot products; from then on weights.
+  float o[kChannelTiles][4];
+  uint32_t high[4];  // The two terms of a query, then of weights.
+  uint32_t low[4];
+  uint32_t b[2][2];
+  float stretch[2];  // A power of two that brings the query into the type's range, and back.
+  float shrink[2];
+  float m[2];
+  float l[2];
+  float bad[2];  // 1: something was not finite.
+};
+
+// Element `d` of a query, or 0 behind its end.
+EDUBA_DEVICE float QueryElement(const float* query, int d, int head_dim) {
+  return query != nullptr && d < head_dim ? query[d] : 0;
+}
+
+// Two neighbours of a fragment in two terms.
+template <class Type>
+EDUBA_DEVICE void Split(float x, float y, uint32_t& high, uint32_t& low) {
+  high = Type::Pack(x, y);
+  low = Type::Pack(Sub(x, Type::Low(high)), Sub(y, Type::High(high)));
+}
+
+// 16 dimensions of a thread's two queries.
+template <class Type>
+EDUBA_DEVICE void SplitQuery(const float* const (&query)[2], int first, int head_dim, int lane,
+                             TensorRegisters& r) {
+  EDUBA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int row = i % 2;
+    const int d = first + i / 2 * 8 + lane % 4 * 2;
+    float x = QueryElement(query[row], d, head_dim);
+    float y = QueryElement(query[row], d + 1, head_dim);
+    if constexpr (!Type::kHasFloatRange) {
+      x = Mul(x, r.stretch[row]);
+      y = Mul(y, r.stretch[row]);
+    }
+    Split<Type>(x, y, r.high[i], r.low[i]);
+  }
+}
+
+// 2^k that brings `largest` to [2^14, 2^15), below f16's end; what is 2^39 times smaller is still exact
+// enough.
+EDUBA_DEVICE int StretchOf(float largest) {
+  if (!(largest > 0)) return 0;
+  const int k = 14 + 127 - static_cast<int>(std::bit_cast<uint32_t>(largest) >> 23 & 0xff);
+  return k < -113 ? -113 : k > 110 ? 110 : k;
+}
+EDUBA_DEVICE float FloatPowerOfTwo(int k) {
+  return std::bit_cast<float>(static_cast<uint32_t>(k + 127) << 23);
+}
+
+template <class Type, class Block>
+EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
+  static_assert(Type::kElement == 2);
+  const PageLayout& layout = args.layout;
+  auto& shared = *reinterpret_cast<TensorShared*>(block.shared());
+  typename Block::template Registers<TensorRegisters> registers(block);
+
+  const int tile = static_cast<int>(block.index() % args.tiles);
+  const int kv_head = static_cast<int>(block.index() / args.tiles % layout.kv_heads);
+  const int64_t slot = block.index() / args.tiles / layout.kv_heads;
+  const PageEntry page = args.page[slot];
+  const int64_t row_heads = int64_t{args.rows} * args.query_heads;
+  const int first_vector = tile * args.tile;
+  const int left = args.rows * args.group - first_vector;
+  const int vectors = left < args.tile ? left : args.tile;
+  const int warps = args.tile / kTileRows;
+  const auto row_of = [&](int v) { return (first_vector + v) / args.group; };
+  const auto row_head_of = [&](int v) {
+    return int64_t{row_of(v)} * args.query_heads + kv_head * args.group + (first_vector + v) % args.group;
+  };
+  const bool capped = args.softcap > 0;
+
+  block.Threads([&](int t) {
+    if (t >= args.tile) return;
+    shared.begin[t] = shared.end[t] = 0;
+    if (t >= vectors) return;
+    const PositionRange range = args.visible[row_of(t)];
+    const int64_t from = range.begin - page.index * kPageRows;
+    const int64_t to = range.end - page.index * kPageRows;
+    const int64_t first = from < 0 ? 0 : from;
+    const int64_t last = to > kPageRows ? int64_t{kPageRows} : to;
+    if (first < last) {
+      shared.begin[t] = static_cast<int>(first);
+      shared.end[t] = static_cast<int>(last);
+    }
+  });
+  block.Threads([&](int t) {
+    for (int row = t; row < kPageRows; row += block.threads()) {
+      bool is_seen = false;
+      for (int v = 0; v < vectors && !is_seen; ++v) is_seen = row >= shared.begin[v] && row < shared.end[v];
+      shared.seen[row] = is_seen;
+    }
+    if (t >= warps) return;
+    int begin = kPageRows;
+    int end = 0;
+    for (int v = t * kTileRows; v < (t + 1) * kTileRows; ++v) {
+      if (shared.begin[v] >= shared.end[v]) continue;
+      begin = shared.begin[v] < begin ? shared.begin[v] : begin;
+      end = shared.end[v] > end ? shared.end[v] : end;
+    }
+    shared.warp_begin[t] = begin;
+    shared.warp_end[t] = end;
+  });
+  int block_begin = kPageRows;
+  int block_end = 0;
+  for (int w = 0; w < warps; ++w) {
+    block_begin = shared.warp_begin[w] < block_begin ? shared.warp_begin[w] : block_begin;
+    block_end = shared.warp_end[w] > block_end ? shared.warp_end[w] : block_end;
+  }
+  if (block_begin >= block_end) {
+    block.Threads([&](int t) {
+      if (t >= vectors) return;
+      args.m[slot * row_heads + row_head_of(t)] = -Infinity();
+      args.l[slot * row_heads + row_head_of(t)] = 0;
+    });
+    return;
+  }
+
+  const char* const data = static_cast<const char*>(page.data);
+  const int key_slices = layout.head_pitch / kTileDepth;
+  const int passes = (layout.value_pitch + kChannels - 1) / kChannels;
+  const int slices = key_slices + passes * kValueSlices;
+  // Tiles of 8 channels, and units of 16 bytes.
+  const auto tiles_of = [&](int pass) {
+    const int tiles = (layout.value_pitch - pass * kChannels) / kTileColumns;
+    return tiles < kChannelTiles ? tiles : kChannelTiles;
+  };
+  const auto is_needed = [](int from, int rows, int begin, int end) {
+    return from < end && from + rows > begin;
+  };
+  // Starts the copies of a slice. Keys come in pieces of 32 rows that are as far apart as in the page; those
+  // of a piece that nobody sees are not there, those of one that somebody sees may be anything. A row of
+  // values that nobody sees counts as zeros, which its weight is as well.
+  const auto start = [&](int slice) {
+    block.Warps([&](const auto& warp) {
+      warp.Lanes([&](int lane) {
+        const int t = warp.index() * kWarpThreads + lane;
+        char* const to = shared.slot[slice % kSlots];
+        if (slice < key_slices) {
+          for (int unit = t; unit < kPageRows * 2; unit += block.threads()) {
+            const int piece = unit / (2 * kKeyBlockRows);
+            if (!is_needed(piece * kKeyBlockRows, kKeyBlockRows, block_begin, block_end)) continue;
+            const int row = piece * kKeyBlockRows + unit % kKeyBlockRows;
+            const int d = slice * kTileDepth + unit / kKeyBlockRows % 2 * 8;
+            block.CopyAsync(t, to + unit * kLoadBytes, data + layout.key(kv_head, row, d) * 2, true);
+          }
+        } else if (slice < slices) {
+          const int pass = (slice - key_slices) / kValueSlices;
+          const int first = (slice - key_slices) % kValueSlices * kValueRows;
+          const int units = tiles_of(pass);
+          if (is_needed(first, kValueRows, block_begin, block_end)) {
+            for (int i = t; i < kValueRows * kChannelTiles; i += block.threads()) {
+              const int row = i / kChannelTiles;
+              const int unit = i % kChannelTiles;
+              if (unit >= units) continue;
+              const int channel = pass * kChannels + unit * kTileColumns;
+              block.CopyAsync(t, to + row * kValueRowBytes + unit * kLoadBytes,
+                              data + layout.value(kv_head, first + row, channel) * 2,
+                              shared.seen[first + row]);
+            }
+          }
+        }
+        block.CommitCopies(t);
+      });
+    });
+  };
+  // Waits for a slice, and lets the next ones come: into the slot of the one before, which all have used.
+  const auto next = [&](int slice) {
+    block.Threads([&](int t) { block.template WaitForCopies<kSlots - 2>(t); });
+    start(slice + kSlots - 1);
+  };
+  for (int slice = 0; slice < kSlots - 1; ++slice) start(slice);
+
+  const auto query_of = [&](int warp, int lane, const float*(&query)[2]) {
+    for (int i = 0; i < 2; ++i) {
+      const int v = warp * kTileRows + lane / 4 + 8 * i;
+      query[i] = v < vectors ? args.queries + row_head_of(v) * layout.head_dim : nullptr;
+    }
+  };
+  block.Warps([&](const auto& warp) {
+    warp.Lanes([&](int lane) {
+      TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
+      EDUBA_UNROLL
+      for (int j = 0; j < kKeyTiles; ++j) r.s[j][0] = r.s[j][1] = r.s[j][2] = r.s[j][3] = 0;
+      if constexpr (!Type::kHasFloatRange) {
+        const float* query[2];
+        query_of(warp.index(), lane, query);
+        for (int i = 0; i < 2; ++i) {
+          r.m[i] = 0;
+          for (int d = lane % 4; d < layout.head_dim; d += 4) {
+            const float x = QueryElement(query[i], d, layout.head_dim);
+            const float size = x < 0 ? -x : x;
+            r.m[i] = size > r.m[i] ? size : r.m[i];
+          }
+        }
+      }
+    });
+    if constexpr (!Type::kHasFloatRange) {
+      EDUBA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        warp.QuadMax([&](int lane) -> float& { return registers[warp.index() * kWarpThreads + lane].m[i]; });
+        warp.Lanes([&](int lane) {
+          TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
+          const int k = StretchOf(r.m[i]);
+          r.stretch[i] = FloatPowerOfTwo(k);
+          r.shrink[i] = FloatPowerOfTwo(-k);
+        });
+      }
+    }
+  });
+
+  for (int slice = 0; slice < key_slices; ++slice) {
+    next(slice);
+    block.Warps([&](const auto& warp) {
+      const int first_thread = warp.index() * kWarpThreads;
+      const int begin = shared.warp_begin[warp.index()];
+      const int end = shared.warp_end[warp.index()];
+      if (begin >= end) return;
+      warp.Lanes([&](int lane) {
+        const float* query[2];
+        query_of(warp.index(), lane, query);
+        SplitQuery<Type>(query, slice * kTileDepth, layout.head_dim, lane, registers[first_thread + lane]);
+      });
+      const char* const keys = shared.slot[slice % kSlots];
+      EDUBA_UNROLL
+      for (int piece = 0; piece < kPageRows / kKeyBlockRows; ++piece) {
+        if (!is_needed(piece * kKeyBlockRows, kKeyBlockRows, begin, end)) continue;
+        EDUBA_UNROLL
+        for (int i = 0; i < kKeyBlockRows / kTileColumns; ++i) {
+          const int j = piece * (kKeyBlockRows / kTileColumns) + i;
+          // 8 keys of 8 dimensions are 128 consecutive bytes, in the order of lanes.
+          warp.Lanes([&](int lane) {
+            EDUBA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              registers[first_thread + lane].b[0][half] = *reinterpret_cast<const uint32_t*>(
+                  keys + (piece * 2 + half) * (kKeyBlockRows * kLoadBytes) + i * (kTileColumns * kLoadBytes) +
+                  lane * 4);
+            }
+          });
+          warp.template Multiply<Type>([&](int lane) {
+            TensorRegisters& r = registers[first_thread + lane];
+            return MatrixOperands{r.s[j], r.low, r.b[0]};
+          });
+          warp.template Multiply<Type>([&](int lane) {
+            TensorRegisters& r = registers[first_thread + lane];
+            return MatrixOperands{r.s[j], r.high, r.b[0]};
+          });
+        }
+      }
+    });
+  }
+
+  // Of the page, so of every warp by itself.
+  block.Warps([&](const auto& warp) {
+    const int first_thread = warp.index() * kWarpThreads;
+    const auto registers_of = [&](int lane) -> TensorRegisters& { return registers[first_thread + lane]; };
+    const auto vector_of = [&](int lane, int i) { return warp.index() * kTileRows + lane / 4 + 8 * i; };
+    warp.Lanes([&](int lane) {
+      TensorRegisters& r = registers_of(lane);
+      EDUBA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int begin = shared.begin[vector_of(lane, i)];
+        const int end = shared.end[vector_of(lane, i)];
+        r.m[i] = -Infinity();
+        r.bad[i] = 0;
+        EDUBA_UNROLL
+        for (int j = 0; j < kKeyTiles; ++j) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const int key = j * kTileColumns + lane % 4 * 2 + e;
+            if (key < begin || key >= end) continue;
+            float dot = r.s[j][2 * i + e];
+            if constexpr (!Type::kHasFloatRange) dot = Mul(dot, r.shrink[i]);
+            // Capped logits as they are, others before the scale, which is fused with the difference below.
+            r.s[j][2 * i + e] = capped ? Capped(dot, args.scale, args.softcap) : dot;
+            const float x = capped ? r.s[j][2 * i + e] : Mul(dot, args.scale);
+            if (!IsFinite(x)) r.bad[i] = 1;
+            r.m[i] = x > r.m[i] ? x : r.m[i];
+          }
+        }
+      }
+    });
+    EDUBA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
+      warp.Lanes([&](int lane) {
+        TensorRegisters& r = registers_of(lane);
+        const int begin = shared.begin[vector_of(lane, i)];
+        const int end = shared.end[vector_of(lane, i)];
+        r.l[i] = 0;
+        EDUBA_UNROLL
+        for (int j = 0; j < kKeyTiles; ++j) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const int key = j * kTileColumns + lane % 4 * 2 + e;
+            float& s = r.s[j][2 * i + e];
+            s = key < begin || key >= end ? 0 : Exp(capped ? Sub(s, r.m[i]) : Fma(s, args.scale, -r.m[i]));
+            r.l[i] = Add(r.l[i], s);
+          }
+        }
+      });
+      warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
+    }
+  });
+
+  for (int pass = 0; pass < passes; ++pass) {
+    const int tiles = tiles_of(pass);
+    block.Warps([&](const auto& warp) {
+      warp.Lanes([&](int lane) {
+        TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
+        EDUBA_UNROLL
+        for (int n = 0; n < kChannelTiles; ++n) r.o[n][0] = r.o[n][1] = r.o[n][2] = r.o[n][3] = 0;
+      });
+    });
+    EDUBA_UNROLL
+    for (int part = 0; part < kValueSlices; ++part) {
+      const int slice = key_slices + pass * kValueSlices + part;
+      next(slice);
+      block.Warps([&](const auto& warp) {
+        const int first_thread = warp.index() * kWarpThreads;
+        const int begin = shared.warp_begin[warp.index()];
+        const int end = shared.warp_end[warp.index()];
+        EDUBA_UNROLL
+        for (int i = 0; i < kValueRows / kTileDepth; ++i) {
+          const int step = part * (kValueRows / kTileDepth) + i;
+          if (!is_needed(step * kTileDepth, kTileDepth, begin, end)) continue;
+          const char* const values = shared.slot[slice % kSlots] + i * kTileDepth * kValueRowBytes;
+          // Two tiles of 8 keys as c are one of 16 keys as a.
+          warp.Lanes([&](int lane) {
+            TensorRegisters& r = registers[first_thread + lane];
+            EDUBA_UNROLL
+            for (int j = 0; j < 4; ++j) {
+              const float(&p)[4] = r.s[2 * step + j / 2];
+              Split<Type>(p[j % 2 * 2], p[j % 2 * 2 + 1], r.high[j], r.low[j]);
+            }
+          });
+          EDUBA_UNROLL
+          for (int n = 0; n < kChannelTiles; n += 2) {
+            if (n >= tiles) continue;
+            warp.LoadTransposed(
+                [&](int lane) { return values + lane % 16 * kValueRowBytes + (n + lane / 16) * kLoadBytes; },
+                [&](int lane) -> uint32_t(&)[2][2] { return registers[first_thread + lane].b; });
+            EDUBA_UNROLL
+            for (int k = 0; k < 2; ++k) {
+              warp.template Multiply<Type>([&](int lane) {
+                TensorRegisters& r = registers[first_thread + lane];
+                return MatrixOperands{r.o[n + k], r.low, r.b[k]};
+              });
+              warp.template Multiply<Type>([&](int lane) {
+                TensorRegisters& r = registers[first_thread + lane];
+                return MatrixOperands{r.o[n + k], r.high, r.b[k]};
+              });
+            }
+          }
+        }
+      });
+    }
+    block.Warps([&](const auto& warp) {
+      warp.Lanes([&](int lane) {
+        TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
+        EDUBA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
+          if (shared.begin[v] >= shared.end[v]) continue;
+          float* const to = args.o + (slot * row_heads + row_head_of(v)) * layout.value_pitch +
+                            pass * kChannels + lane % 4 * 2;
+          EDUBA_UNROLL
+          for (int n = 0; n < kChannelTiles; ++n) {
+            if (n >= tiles) continue;
+            const float x = r.o[n][2 * i];
+            const float y = r.o[n][2 * i + 1];
+            if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
+            StorePair(to + n * kTileColumns, x, y);
+          }
+        }
+      });
+    });
+  }
+
+  block.Warps([&](const auto& warp) {
+    EDUBA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      warp.QuadMax([&](int lane) -> float& { return registers[warp.index() * kWarpThreads + lane].bad[i]; });
+      warp.Lanes([&](int lane) {
+        const TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
+        const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
+        if (lane % 4 != 0 || v >= vectors) return;
+        const int64_t row_head = row_head_of(v);
+        float largest = -Infinity();
+        float sum = 0;
+        if (shared.begin[v] < shared.end[v]) {
+          const bool good = r.bad[i] == 0 && IsFinite(r.l[i]);
+          largest = good ? r.m[i] : Infinity();
+          sum = good ? r.l[i] : 0;
+          AtomicMax(&args.maxima[row_head], OrderOf(largest));
+          if (!good) AtomicMax(args.fault, FaultKey(page.index, row_head));
+        }
+        args.m[slot * row_heads + row_head] = largest;
+        args.l[slot * row_heads + row_head] = sum;
+      });
+    }
+  });
+}
+
+}  // namespace eduba::cuda
+
+#endif  // EDUBA_KERNELS_CUDA_PAGE_TENSOR_H_
