@@ -146,7 +146,9 @@ ModelAnswers AskAll(Client& client, const std::string& session, const ModelProbl
   if (vectors.ok()) answers.vectors = *vectors;
   const auto summary = Generate(client, session, problem.generate, &answers);
   EXPECT_TRUE(summary.ok()) << summary.status();
-  if (summary.ok()) EXPECT_EQ(summary->tokens() * 4, static_cast<int64_t>(answers.ids.size()));
+  if (summary.ok()) {
+    EXPECT_EQ(summary->tokens() * 4, static_cast<int64_t>(answers.ids.size()));
+  }
   const auto behind = client.Score(session, problem.question);
   EXPECT_TRUE(behind.ok()) << behind.status();
   if (behind.ok()) answers.scores_behind = *behind;

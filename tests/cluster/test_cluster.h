@@ -22,7 +22,7 @@ class TestCluster {
     int workers = 1;
     std::string transport = "local";
     int64_t memory_bytes = int64_t{64} << 20;  // Of each worker.
-    std::string model;                         // A folder; empty: none.
+    std::string model = {};                    // A folder; empty: none.
   };
 
   // Returns when the group is active; ends the test program when that fails.
