@@ -22,6 +22,7 @@
 #include "cli/device.h"
 #include "cli/embedded_cluster.h"
 #include "cli/flags.h"
+#include "cli/output.h"
 #include "cli/signals.h"
 #include "cli/system.h"
 #include "cli/wait_for_group.h"
@@ -37,8 +38,19 @@ constexpr absl::Duration kDrainGrace = absl::Seconds(10);
 // For one part to listen.
 constexpr absl::Duration kStartTimeout = absl::Seconds(60);
 
-// Who reads it may wait for this line: it comes when calls can come.
-void PrintReady(const std::string& address) { std::cout << "ready: " << address << std::endl; }
+// Who reads it may wait for this line, the only one on stdout: it comes when calls can come.
+void PrintReady(const std::string& address, bool json) {
+  if (json) {
+    PrintJsonLine({{"event", "ready"}, {"address", address}});
+  } else {
+    std::cout << "ready: " << address << std::endl;
+  }
+}
+
+void AddReadyJsonFlag(CLI::App& command, bool& json) {
+  command.add_flag("--json", json,
+                   R"(Say {"event":"ready","address":"HOST:PORT"} instead of ready: HOST:PORT)");
+}
 
 // Takes signals until one asks the program to end.
 void WaitForEnd() {
@@ -57,6 +69,7 @@ struct UpOptions {
   std::string device = "cpu";
   std::string data_dir;
   std::string model;
+  bool json = false;
 };
 
 constexpr char kModelHelp[] =
@@ -78,6 +91,7 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
   AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
+  AddReadyJsonFlag(command, options.json);
 }
 
 absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::string>& devices) {
@@ -92,7 +106,7 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   EDUBA_ASSIGN_OR_RETURN(const auto cluster, EmbeddedCluster::Start(cluster_options));
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(cluster->address()));
   if (complete) {
-    PrintReady(cluster->address());
+    PrintReady(cluster->address(), options.json);
     WaitForEnd();
   }
   cluster->Shutdown(kDrainGrace);
@@ -160,7 +174,7 @@ absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::
   EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, devices, children));
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(address));
   if (!complete) return absl::OkStatus();
-  PrintReady(address);
+  PrintReady(address, options.json);
   std::set<pid_t> reported;
   while (ReportEnded(children, reported, address)) {
     if (AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
@@ -207,6 +221,7 @@ struct CoordinatorOptions {
   int group_size = 0;
   std::string transport = "gloo";
   std::string data_dir;
+  bool json = false;
 };
 
 void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
@@ -221,6 +236,7 @@ void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
       ->check(CLI::IsMember({"gloo", "nccl"}))
       ->capture_default_str();
   command.add_option("--data-dir", options.data_dir, "Folder for sessions' records [kept in memory]");
+  AddReadyJsonFlag(command, options.json);
 }
 
 absl::Status RunCoordinator(const CoordinatorOptions& options) {
@@ -232,7 +248,7 @@ absl::Status RunCoordinator(const CoordinatorOptions& options) {
   coordinator_options.transport = options.transport;
   coordinator_options.version = EDUBA_VERSION;
   EDUBA_ASSIGN_OR_RETURN(const auto coordinator, Coordinator::Start(coordinator_options));
-  PrintReady(coordinator->address());
+  PrintReady(coordinator->address(), options.json);
   WaitForEnd();
   coordinator->Shutdown(kDrainGrace);
   return absl::OkStatus();
@@ -248,6 +264,7 @@ struct WorkerOptions {
   std::string transport;  // Empty: nccl for a GPU, gloo otherwise.
   int threads = UsableCores();
   std::string model;
+  bool json = false;
 };
 
 void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
@@ -271,6 +288,7 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
+  AddReadyJsonFlag(command, options.json);
 }
 
 absl::Status RunWorker(const WorkerOptions& options) {
@@ -291,7 +309,7 @@ absl::Status RunWorker(const WorkerOptions& options) {
   worker_options.version = EDUBA_VERSION;
   worker_options.model = options.model;
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
-  PrintReady(worker->address());
+  PrintReady(worker->address(), options.json);
   // A worker that is refused for good ends by itself; the signal brings that to where we wait.
   absl::Status ended;
   std::thread waiter([&] {
