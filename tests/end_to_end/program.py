@@ -96,6 +96,7 @@ def to_bf16(array):
     return rounded.astype(np.uint32).view(np.float32)
 
 
+NUMPY = {"f32": np.float32, "f16": np.float16}
 ROUND = {"f32": lambda a: a.astype(np.float32), "bf16": to_bf16,
          "f16": lambda a: a.astype(np.float16).astype(np.float32)}
 
