@@ -53,10 +53,21 @@ void AddReadyJsonFlag(CLI::App& command, bool& json) {
 }
 
 // Takes signals until one asks the program to end.
-void WaitForEnd() {
+void WaitForSignalToEnd() {
   while (!AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
   }
-  LogInfo("asked to end: no new calls; those under way may finish");
+}
+
+void LogEnd() { LogInfo("asked to end: no new calls; those under way may finish"); }
+
+// A part of `eduba up --processes` is run with it: its failure is told to the parent, which has one line for
+// all of them, and being asked to end is no news.
+void AddChildFlag(CLI::App& command, bool& child) { command.add_flag("--child", child)->group(""); }
+
+absl::Status TellParent(const absl::Status& status) {
+  if (status.ok()) return status;
+  std::cout << "failed: " << status.message() << std::endl;
+  return AlreadyTold(status);
 }
 
 // --- up ---
@@ -107,7 +118,8 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(cluster->address()));
   if (complete) {
     PrintReady(cluster->address(), options.json);
-    WaitForEnd();
+    WaitForSignalToEnd();
+    LogEnd();
   }
   cluster->Shutdown(kDrainGrace);
   return absl::OkStatus();
@@ -121,9 +133,9 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
                                           Children& children) {
   EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(options.listen));
   const std::string transport = EachHasItsGpu(devices) ? "nccl" : "gloo";
-  std::vector<std::string> arguments = {
-      "coordinator", "--listen", options.listen, "--group-size", absl::StrCat(options.workers),
-      "--transport", transport};
+  std::vector<std::string> arguments = {"coordinator",  "--child",      "--listen",
+                                        options.listen, "--group-size", absl::StrCat(options.workers),
+                                        "--transport",  transport};
   if (!options.data_dir.empty()) {
     arguments.insert(arguments.end(), {"--data-dir", options.data_dir});
   }
@@ -132,19 +144,14 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
   EDUBA_ASSIGN_OR_RETURN(const std::string address,
                          children.front()->WaitUntilReady(absl::Now() + kStartTimeout));
   for (int i = 0; i < options.workers; ++i) {
-    std::vector<std::string> worker_arguments = {"worker",
-                                                 "--coordinator",
-                                                 address,
-                                                 "--listen",
-                                                 absl::StrCat(host_and_port.first, ":0"),
-                                                 "--memory-bytes",
-                                                 absl::StrCat(options.memory_bytes / options.workers),
-                                                 "--threads",
-                                                 absl::StrCat(std::max(1, UsableCores() / options.workers)),
-                                                 "--device",
-                                                 devices[i],
-                                                 "--transport",
-                                                 transport};
+    std::vector<std::string> worker_arguments = {
+        "worker",         "--child",
+        "--coordinator",  address,
+        "--listen",       absl::StrCat(host_and_port.first, ":0"),
+        "--memory-bytes", absl::StrCat(options.memory_bytes / options.workers),
+        "--threads",      absl::StrCat(std::max(1, UsableCores() / options.workers)),
+        "--device",       devices[i],
+        "--transport",    transport};
     if (!options.model.empty()) worker_arguments.insert(worker_arguments.end(), {"--model", options.model});
     EDUBA_ASSIGN_OR_RETURN(auto worker, ChildProcess::Start(absl::StrCat("worker ", i), worker_arguments));
     children.push_back(std::move(worker));
@@ -172,13 +179,19 @@ bool ReportEnded(Children& children, std::set<pid_t>& reported, const std::strin
 absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::string>& devices,
                                Children& children) {
   EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, devices, children));
-  EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(address));
-  if (!complete) return absl::OkStatus();
+  const absl::StatusOr<bool> complete = WaitForGroup(address);
+  if (!complete.ok()) {
+    for (const auto& child : children) {
+      if (!child->Running()) return absl::UnavailableError(child->WhyEnded());
+    }
+    return complete.status();
+  }
+  if (!*complete) return absl::OkStatus();
   PrintReady(address, options.json);
   std::set<pid_t> reported;
   while (ReportEnded(children, reported, address)) {
     if (AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
-      LogInfo("asked to end: no new calls; those under way may finish");
+      LogEnd();
       return absl::OkStatus();
     }
   }
@@ -222,6 +235,7 @@ struct CoordinatorOptions {
   std::string transport = "gloo";
   std::string data_dir;
   bool json = false;
+  bool child = false;
 };
 
 void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
@@ -237,10 +251,10 @@ void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
       ->capture_default_str();
   command.add_option("--data-dir", options.data_dir, "Folder for sessions' records [kept in memory]");
   AddReadyJsonFlag(command, options.json);
+  AddChildFlag(command, options.child);
 }
 
-absl::Status RunCoordinator(const CoordinatorOptions& options) {
-  HoldSignals();
+absl::Status Coordinate(const CoordinatorOptions& options) {
   Coordinator::Options coordinator_options;
   coordinator_options.listen = options.listen;
   coordinator_options.group_size = options.group_size;
@@ -249,9 +263,16 @@ absl::Status RunCoordinator(const CoordinatorOptions& options) {
   coordinator_options.version = EDUBA_VERSION;
   EDUBA_ASSIGN_OR_RETURN(const auto coordinator, Coordinator::Start(coordinator_options));
   PrintReady(coordinator->address(), options.json);
-  WaitForEnd();
+  WaitForSignalToEnd();
+  if (!options.child) LogEnd();
   coordinator->Shutdown(kDrainGrace);
   return absl::OkStatus();
+}
+
+absl::Status RunCoordinator(const CoordinatorOptions& options) {
+  HoldSignals();
+  const absl::Status status = Coordinate(options);
+  return options.child ? TellParent(status) : status;
 }
 
 // --- worker ---
@@ -265,6 +286,7 @@ struct WorkerOptions {
   int threads = UsableCores();
   std::string model;
   bool json = false;
+  bool child = false;
 };
 
 void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
@@ -289,10 +311,10 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       ->capture_default_str();
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
   AddReadyJsonFlag(command, options.json);
+  AddChildFlag(command, options.child);
 }
 
-absl::Status RunWorker(const WorkerOptions& options) {
-  HoldSignals();
+absl::Status Work(const WorkerOptions& options) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices, DevicesOfWorkers(options.device, 1));
   Worker::Options worker_options;
   worker_options.backend = devices.front();
@@ -316,10 +338,17 @@ absl::Status RunWorker(const WorkerOptions& options) {
     ended = worker->Wait();
     kill(getpid(), SIGTERM);
   });
-  WaitForEnd();
+  WaitForSignalToEnd();
+  if (!options.child) LogEnd();
   worker->Shutdown(kDrainGrace);
   waiter.join();
   return ended;
+}
+
+absl::Status RunWorker(const WorkerOptions& options) {
+  HoldSignals();
+  const absl::Status status = Work(options);
+  return options.child ? TellParent(status) : status;
 }
 
 }  // namespace

@@ -110,13 +110,23 @@ class Usage(unittest.TestCase):
             self.assertEqual(findings["server"]["state"], "ok")
             self.assertIn("CUDA", findings["cuda"]["text"])  # Built or not, here or not: it says which.
 
-    def test_a_port_that_is_taken_is_said_so(self):
-        with program.Server() as server:
-            for extra in ([], ["--processes"]):
-                result = program.eduba("up", "--listen", server.address, *extra)
-                self.assertEqual(result.returncode, 1, extra)
-                self.assertEqual(result.stdout, "")
-                self.assertIn(server.address, result.stderr)
+    def test_what_keeps_it_from_starting_is_one_line_with_processes_too(self):
+        with tempfile.TemporaryDirectory() as folder:
+            locked, file, model = (pathlib.Path(folder) / name for name in ("data", "file", "model"))
+            file.write_bytes(b"")
+            model.mkdir()
+            with program.Server("--workers", 1, "--data-dir", locked) as server:
+                for arguments, naming in ((["--data-dir", locked], "another coordinator uses it"),
+                                          (["--data-dir", file], f"data folder {file} cannot be created"),
+                                          (["--listen", server.address], "the port is taken"),
+                                          (["--model", model], f"{model}/config.json")):
+                    for extra in ([], ["--processes"]):
+                        with self.subTest(naming, extra=extra):
+                            listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
+                            result = program.eduba("up", "--workers", 1, "--memory-bytes", "8MiB", *listen, *extra, *arguments)
+                            self.assertEqual((result.returncode, result.stdout), (1, ""), result)
+                            self.assertRegex(result.stderr, r"\Aeduba: up: [^\n]+\n\Z")
+                            self.assertIn(naming, result.stderr)
 
 
 class Life(unittest.TestCase):
