@@ -1,6 +1,7 @@
 // eduba up, coordinator, worker.
 
 #include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <iostream>
 #include <memory>
@@ -52,13 +53,17 @@ void AddReadyJsonFlag(CLI::App& command, bool& json) {
                    R"(Say {"event":"ready","address":"HOST:PORT"} instead of ready: HOST:PORT)");
 }
 
+// To be called when the program has been asked to end and begins to drain.
+void BeginEnd(bool log) {
+  if (log) LogInfo("asked to end: no new calls; those under way may finish (asked again, it ends at once)");
+  ReleaseSignals();
+}
+
 // Takes signals until one asks the program to end.
 void WaitForSignalToEnd() {
   while (!AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
   }
 }
-
-void LogEnd() { LogInfo("asked to end: no new calls; those under way may finish"); }
 
 // A part of `eduba up --processes` is run with it: its failure is told to the parent, which has one line for
 // all of them, and being asked to end is no news.
@@ -119,7 +124,7 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   if (complete) {
     PrintReady(cluster->address(), options.json);
     WaitForSignalToEnd();
-    LogEnd();
+    BeginEnd(/*log=*/true);
   }
   cluster->Shutdown(kDrainGrace);
   return absl::OkStatus();
@@ -191,7 +196,7 @@ absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::
   std::set<pid_t> reported;
   while (ReportEnded(children, reported, address)) {
     if (AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
-      LogEnd();
+      BeginEnd(/*log=*/true);
       return absl::OkStatus();
     }
   }
@@ -264,7 +269,7 @@ absl::Status Coordinate(const CoordinatorOptions& options) {
   EDUBA_ASSIGN_OR_RETURN(const auto coordinator, Coordinator::Start(coordinator_options));
   PrintReady(coordinator->address(), options.json);
   WaitForSignalToEnd();
-  if (!options.child) LogEnd();
+  BeginEnd(!options.child);
   coordinator->Shutdown(kDrainGrace);
   return absl::OkStatus();
 }
@@ -332,15 +337,20 @@ absl::Status Work(const WorkerOptions& options) {
   worker_options.model = options.model;
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
   PrintReady(worker->address(), options.json);
-  // A worker that is refused for good ends by itself; the signal brings that to where we wait.
+  // A worker that is refused for good ends by itself; the signal, which asks for nothing, brings that to
+  // where we wait.
   absl::Status ended;
+  std::atomic<bool> by_itself = false;
   std::thread waiter([&] {
     ended = worker->Wait();
-    kill(getpid(), SIGTERM);
+    by_itself = true;
+    kill(getpid(), SIGCHLD);
   });
-  WaitForSignalToEnd();
-  if (!options.child) LogEnd();
-  worker->Shutdown(kDrainGrace);
+  while (!by_itself && !AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
+  }
+  BeginEnd(!by_itself && !options.child);
+  // The coordinator of a child has ended before it: what uploads still bring can never be committed.
+  worker->Shutdown(options.child ? absl::ZeroDuration() : kDrainGrace);
   waiter.join();
   return ended;
 }

@@ -18,13 +18,6 @@ import program
 SHAPE = ["--query-heads", 2, "--kv-heads", 1, "--head-dim", 16]
 
 
-def alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 class Usage(unittest.TestCase):
     def explain(self, *command):
         """Visits the command and all below it; returns those that do something, and are not only a group of others."""
@@ -146,10 +139,6 @@ class Life(unittest.TestCase):
         return program.eduba("session", "attend", "s", "--queries", self.dir / "q.npy", "--out", self.dir / "o.npy",
                              "--timeout", 20, server=server.address)
 
-    def children(self, server):
-        return sorted(int(p) for p in subprocess.run(["ps", "-o", "pid=", "--ppid", str(server.process.pid)],
-                                                     capture_output=True, text=True, check=True).stdout.split())
-
     def test_sessions_can_be_listed_shown_and_deleted(self):
         with program.Server() as server:
             self.assertEqual(server.report("session", "list"), [])
@@ -205,7 +194,7 @@ class Life(unittest.TestCase):
         with program.Server("--processes", "--workers", 2) as server:
             self.fill(server)
             self.assertEqual(self.attend(server).returncode, 0)
-            victim = self.children(server)[-1]
+            victim = program.children(server.process.pid)[-1]
             os.kill(victim, signal.SIGKILL)
             result = self.attend(server)
             self.assertEqual(result.returncode, 1)
@@ -231,20 +220,20 @@ class Life(unittest.TestCase):
 
     def test_its_processes_end_with_it_however_it_ends(self):
         server = program.Server("--processes", "--workers", 2)
-        children = self.children(server)
+        children = program.children(server.process.pid)
         self.assertEqual(len(children), 3)
         server.process.kill()
         server.process.wait()
         server.process.stdout.close()
-        program.wait_until(lambda: not any(map(alive, children)), "children end after SIGKILL of their parent")
+        program.wait_until(lambda: not any(map(program.alive, children)), "children end after SIGKILL of their parent")
         server.log.close()
 
     def test_a_dead_coordinator_ends_everything(self):
         server = program.Server("--processes", "--workers", 1)
-        children = self.children(server)
+        children = program.children(server.process.pid)
         os.kill(children[0], signal.SIGKILL)
         self.assertEqual(server.process.wait(30), 1)
-        self.assertFalse(any(map(alive, children)))
+        self.assertFalse(any(map(program.alive, children)))
         self.assertIn("the coordinator (process", server.messages())
         server.process.stdout.close()
         server.log.close()
