@@ -220,8 +220,9 @@ grpc::Status EdubaService::AppendTokensEncoded(grpc::ServerContext* context,
       state.AppendTokens(id, session, at, ids, now);
     };
     v1::AppendTokensReceipt receipt;
-    if (const absl::Status status = Ask(runtime_, context, event, &receipt); !status.ok())
+    if (const absl::Status status = Ask(runtime_, context, event, &receipt); !status.ok()) {
       return ToGrpc(status);
+    }
     if (first) response->set_at(receipt.at());
     response->set_count(response->count() + receipt.count());
     response->set_length(receipt.length());

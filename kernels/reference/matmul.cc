@@ -10,8 +10,9 @@ void ReferenceMultiply(const MatmulArgs& args, const float* weights) {
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t n = 0; n < outputs; ++n) {
       double sum = args.bias == nullptr ? 0 : args.bias[n];
-      for (int64_t k = 0; k < inputs; ++k)
+      for (int64_t k = 0; k < inputs; ++k) {
         sum += static_cast<double>(args.x[row * inputs + k]) * weights[n * inputs + k];
+      }
       args.y[row * outputs + n] = static_cast<float>(sum);
     }
   }
