@@ -136,6 +136,7 @@ int Run(int threads, bool nano) {
   for (const int contexts : {1, 8}) {
     std::vector<Context> forks(contexts, context);
     std::vector<Turn> turns;
+    turns.reserve(contexts);
     for (int c = 0; c < contexts; ++c) {
       turns.push_back({&forks[c], absl::MakeConstSpan(ids).subspan(c, 1), true});
     }
