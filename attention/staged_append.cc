@@ -260,7 +260,8 @@ absl::Status StagedAppend::NonFinite(const char* array, int layer, int64_t first
                                                    DTypeName(shape.dtype), "; use another dtype or scale"));
   }
   return absl::InvalidArgumentError(
-      absl::StrCat(place, ": found ", std::isnan(given) ? "NaN" : "Inf", ", wanted finite numbers"));
+      absl::StrCat(place, ": found ", std::isnan(given) ? "NaN" : "Inf",
+                   ", wanted finite numbers; nothing was stored, replace it and append again"));
 }
 
 absl::Status StagedAppend::Write(int layer, const Extent& extent, int64_t first, int64_t count,

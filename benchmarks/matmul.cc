@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -31,7 +32,8 @@ double MedianSeconds(const std::function<void()>& body) {
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     total += seconds.back();
   }
-  std::nth_element(seconds.begin(), seconds.begin() + static_cast<long>(seconds.size() / 2), seconds.end());
+  std::nth_element(seconds.begin(), seconds.begin() + static_cast<int64_t>(seconds.size() / 2),
+                   seconds.end());
   return seconds[seconds.size() / 2];
 }
 
@@ -119,8 +121,9 @@ int Run(int threads, int64_t outputs, int64_t inputs) {
       std::printf("%-15s rows %3lld  %8.3f ms  read %5.1f GB/s = %.2f of stream  %6.1f GFLOP/s", name,
                   static_cast<long long>(rows), 1e3 * seconds, 1e-9 * bytes / seconds,
                   1e-9 * bytes / seconds / stream->gb_per_s, gflops / seconds);
-      if (onednn > 0)
+      if (onednn > 0) {
         std::printf("  oneDNN %6.1f (weights in cache), ratio %.2f", gflops / onednn, onednn / seconds);
+      }
       std::printf("\n");
     }
   }

@@ -138,8 +138,10 @@ int Run(int threads, bool nano, Activations activations) {
   for (const int contexts : {1, 8}) {
     std::vector<Context> forks(contexts, context);
     std::vector<Turn> turns;
-    for (int c = 0; c < contexts; ++c)
+    turns.reserve(contexts);
+    for (int c = 0; c < contexts; ++c) {
       turns.push_back({&forks[c], absl::MakeConstSpan(ids).subspan(c, 1), true});
+    }
     std::vector<float> logits(contexts * config.vocab_size);
     std::vector<double> times;
     for (int i = 0; i < (nano ? 200 : 24); ++i) {

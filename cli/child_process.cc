@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -20,7 +21,11 @@ namespace eduba {
 namespace {
 
 constexpr absl::Duration kJoinPoll = absl::Milliseconds(20);
-constexpr size_t kReadyLineBytesMax = 4096;
+// From closing its stdout to its end.
+constexpr absl::Duration kEndTimeout = absl::Seconds(5);
+constexpr size_t kSaidBytesMax = 65536;
+constexpr char kReady[] = "ready: ";
+constexpr char kFailed[] = "failed: ";
 
 // In the child, after fork: only calls that are safe between fork and exec.
 [[noreturn]] void RunProgram(pid_t parent, int stdout_fd, char* const* arguments) {
@@ -70,30 +75,31 @@ ChildProcess::~ChildProcess() {
   close(stdout_fd_);
 }
 
+bool ChildProcess::ReadSome() {
+  char buffer[256];
+  ssize_t bytes = 0;
+  do {
+    bytes = read(stdout_fd_, buffer, sizeof(buffer));
+  } while (bytes < 0 && errno == EINTR);
+  if (bytes <= 0 || said_.size() > kSaidBytesMax) return false;
+  said_.append(buffer, bytes);
+  return true;
+}
+
 absl::StatusOr<std::string> ChildProcess::WaitUntilReady(absl::Time deadline) {
-  std::string text;
-  while (!absl::StrContains(text, '\n')) {
+  while (!absl::StrContains(said_, '\n')) {
     const absl::Duration left = deadline - absl::Now();
     if (left <= absl::ZeroDuration()) {
       return absl::DeadlineExceededError(absl::StrCat(name_, " did not get ready in time"));
     }
     pollfd ready = {stdout_fd_, POLLIN, 0};
     const int polled = poll(&ready, 1, static_cast<int>(absl::ToInt64Milliseconds(left)) + 1);
-    if (polled <= 0) continue;
-    char buffer[256];
-    const ssize_t bytes = read(stdout_fd_, buffer, sizeof(buffer));
-    if (bytes <= 0 || text.size() > kReadyLineBytesMax) {
-      return absl::UnavailableError(
-          absl::StrCat(name_, " ended before it was ready; its own message is above"));
-    }
-    text.append(buffer, bytes);
+    if (polled > 0 && !ReadSome()) break;
   }
-  const std::string line = text.substr(0, text.find('\n'));
-  const std::string announcement = "ready: ";
-  if (!absl::StartsWith(line, announcement)) {
-    return absl::InternalError(absl::StrCat(name_, " said '", line, "' instead of its address"));
-  }
-  return line.substr(announcement.size());
+  const std::string line = said_.substr(0, said_.find('\n'));
+  if (absl::StartsWith(line, kReady)) return line.substr(std::strlen(kReady));
+  Join(absl::Now() + kEndTimeout);
+  return absl::UnavailableError(WhyEnded());
 }
 
 bool ChildProcess::Running() {
@@ -122,10 +128,20 @@ void ChildProcess::Join(absl::Time deadline) {
 
 void ChildProcess::Ended(int wait_status) {
   running_ = false;
-  failed_ = !WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0;
   how_ = WIFEXITED(wait_status)
              ? absl::StrCat("exit code ", WEXITSTATUS(wait_status))
              : absl::StrCat("signal ", WTERMSIG(wait_status), " (", strsignal(WTERMSIG(wait_status)), ")");
+  while (ReadSome()) {
+  }
+  const size_t at = absl::StartsWith(said_, kFailed) ? 0 : said_.find(absl::StrCat("\n", kFailed));
+  if (at == std::string::npos) return;
+  message_ = said_.substr(said_.find(kFailed, at) + std::strlen(kFailed));
+  absl::StripTrailingAsciiWhitespace(&message_);
+  absl::StrAppend(&how_, ": ", message_);
+}
+
+std::string ChildProcess::WhyEnded() const {
+  return message_.empty() ? absl::StrCat(name_, " ended: ", how_) : absl::StrCat(name_, ": ", message_);
 }
 
 }  // namespace eduba

@@ -13,7 +13,7 @@
 namespace eduba {
 
 // Another run of this program. It gets SIGTERM when its parent ends, however that ends. Its stderr is ours;
-// its stdout comes to us.
+// its stdout comes to us: "ready: ADDRESS" when it serves, and "failed: MESSAGE" when it fails (--child).
 class ChildProcess {
  public:
   // `arguments` without the program's name. REQUIRES: this process has one thread (between fork and exec
@@ -29,14 +29,16 @@ class ChildProcess {
   const std::string& name() const { return name_; }
   pid_t pid() const { return pid_; }
 
-  // The address of its first line, "ready: ADDRESS". UNAVAILABLE when it ended before, DEADLINE_EXCEEDED when
-  // the line did not come in time.
+  // The address of its first line, "ready: ADDRESS". UNAVAILABLE when it ended before (with what WhyEnded
+  // says), DEADLINE_EXCEEDED when the line did not come in time.
   absl::StatusOr<std::string> WaitUntilReady(absl::Time deadline);
 
-  // False once it has ended; then how() says how: "exit code 1", "signal 9 (Killed)".
+  // False once it has ended; then how() says how: "exit code 1", "signal 9 (Killed)", with its own message
+  // behind it when it left one: "exit code 1: cannot listen on ...".
   bool Running();
   const std::string& how() const { return how_; }
-  bool failed() const { return failed_; }
+  // "worker 2: cannot listen on ...", or "worker 2 ended: signal 9 (Killed)". REQUIRES: it has ended.
+  std::string WhyEnded() const;
 
   void Terminate();  // SIGTERM; returns at once.
   // Waits for its end; kills it at `deadline`.
@@ -44,14 +46,17 @@ class ChildProcess {
 
  private:
   ChildProcess(std::string name, pid_t pid, int stdout_fd);
+  // False when there is nothing more.
+  bool ReadSome();
   void Ended(int wait_status);
 
   const std::string name_;
   const pid_t pid_;
   int stdout_fd_;
+  std::string said_;  // On stdout, so far.
   bool running_ = true;
-  bool failed_ = false;
   std::string how_;
+  std::string message_;  // Behind "failed: ".
 };
 
 }  // namespace eduba

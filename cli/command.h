@@ -16,6 +16,10 @@ namespace eduba {
 // "eduba: <command>: <message>", and exit code 1; messages say what was found, what is wanted and what to do.
 using Command = std::function<absl::Status()>;
 
+// An error that the command has told itself, to whom it concerns: main prints nothing.
+absl::Status AlreadyTold(absl::Status error);
+bool IsAlreadyTold(const absl::Status& error);
+
 // Adds subcommand `name`, whose options live in an Options that `add_options` fills in and `run` gets.
 template <typename Options>
 void AddCommand(CLI::App& parent, const std::string& name, const std::string& description, Command& chosen,

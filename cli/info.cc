@@ -134,8 +134,9 @@ std::vector<Finding> ExamineServer(const ServerFlags& flags) {
 std::vector<Finding> ExamineGpus() {
   std::vector<Finding> findings;
   const auto machine = cuda::DescribeCuda();
-  if (!machine.ok())
+  if (!machine.ok()) {
     return {{"cuda", "ok", absl::StrCat("not used: ", std::string(machine.status().message()))}};
+  }
   findings.push_back({"cuda", "ok",
                       absl::StrCat("the driver serves CUDA ", machine->driver,
                                    ", this program was built with ", machine->runtime)});

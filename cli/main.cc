@@ -65,7 +65,7 @@ int Main(int argc, char** argv) {
   }
   const absl::Status status = chosen();
   if (status.ok()) return 0;
-  PrintError(ChosenPath(app), std::string(status.message()));
+  if (!IsAlreadyTold(status)) PrintError(ChosenPath(app), std::string(status.message()));
   return kFailed;
 }
 

@@ -71,8 +71,9 @@ template <typename T>
 void TakeNumbers(const std::string& bytes, std::vector<T>* numbers) {
   const size_t before = numbers->size();
   numbers->resize(before + bytes.size() / sizeof(T));
-  if (!bytes.empty())
+  if (!bytes.empty()) {
     std::memcpy(numbers->data() + before, bytes.data(), bytes.size() / sizeof(T) * sizeof(T));
+  }
 }
 
 absl::Status RunGenerate(const GenerateFlags& flags) {

@@ -32,12 +32,17 @@ double SecondsLeft(int64_t done, int64_t total, double rate) {
   return rate > 0 ? static_cast<double>(total - done) / rate : 0;
 }
 
+// Names and notes come from users: what is no UTF-8 is replaced rather than thrown at. A negative `indent`
+// keeps it in one line.
+void Print(const Json& json, int indent) {
+  std::cout << json.dump(indent, ' ', false, Json::error_handler_t::replace) << std::endl;
+}
+
 }  // namespace
 
-void PrintJson(const Json& json) {
-  // Names and notes come from users: what is no UTF-8 is replaced rather than thrown at.
-  std::cout << json.dump(2, ' ', false, Json::error_handler_t::replace) << std::endl;
-}
+void PrintJson(const Json& json) { Print(json, 2); }
+
+void PrintJsonLine(const Json& json) { Print(json, -1); }
 
 void PrintTable(const std::vector<std::vector<std::string>>& rows) {
   std::vector<size_t> widths;

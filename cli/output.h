@@ -15,6 +15,8 @@ using Json = nlohmann::ordered_json;
 
 // To stdout, indented, with a newline.
 void PrintJson(const Json& json);
+// The same in one line, for who reads a line at a time.
+void PrintJsonLine(const Json& json);
 
 // To stdout: the first row is the heading; columns are as wide as their widest cell. Columns whose cells all
 // start with a digit or a sign are set to the right.

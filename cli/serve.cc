@@ -1,6 +1,7 @@
 // eduba up, coordinator, worker.
 
 #include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <iostream>
 #include <memory>
@@ -22,6 +23,7 @@
 #include "cli/device.h"
 #include "cli/embedded_cluster.h"
 #include "cli/flags.h"
+#include "cli/output.h"
 #include "cli/signals.h"
 #include "cli/system.h"
 #include "cli/wait_for_group.h"
@@ -37,14 +39,40 @@ constexpr absl::Duration kDrainGrace = absl::Seconds(10);
 // For one part to listen.
 constexpr absl::Duration kStartTimeout = absl::Seconds(60);
 
-// Who reads it may wait for this line: it comes when calls can come.
-void PrintReady(const std::string& address) { std::cout << "ready: " << address << std::endl; }
+// Who reads it may wait for this line, the only one on stdout: it comes when calls can come.
+void PrintReady(const std::string& address, bool json) {
+  if (json) {
+    PrintJsonLine({{"event", "ready"}, {"address", address}});
+  } else {
+    std::cout << "ready: " << address << std::endl;
+  }
+}
+
+void AddReadyJsonFlag(CLI::App& command, bool& json) {
+  command.add_flag("--json", json,
+                   R"(Say {"event":"ready","address":"HOST:PORT"} instead of ready: HOST:PORT)");
+}
+
+// To be called when the program has been asked to end and begins to drain.
+void BeginEnd(bool log) {
+  if (log) LogInfo("asked to end: no new calls; those under way may finish (asked again, it ends at once)");
+  ReleaseSignals();
+}
 
 // Takes signals until one asks the program to end.
-void WaitForEnd() {
+void WaitForSignalToEnd() {
   while (!AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
   }
-  LogInfo("asked to end: no new calls; those under way may finish");
+}
+
+// A part of `eduba up --processes` is run with it: its failure is told to the parent, which has one line for
+// all of them, and being asked to end is no news.
+void AddChildFlag(CLI::App& command, bool& child) { command.add_flag("--child", child)->group(""); }
+
+absl::Status TellParent(const absl::Status& status) {
+  if (status.ok()) return status;
+  std::cout << "failed: " << status.message() << std::endl;
+  return AlreadyTold(status);
 }
 
 // --- up ---
@@ -59,6 +87,7 @@ struct UpOptions {
   std::string data_dir;
   std::string model;
   std::string activations = "f32";
+  bool json = false;
 };
 
 constexpr char kModelHelp[] =
@@ -95,6 +124,7 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
   AddActivationsOption(command, options.activations);
+  AddReadyJsonFlag(command, options.json);
 }
 
 absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::string>& devices) {
@@ -111,8 +141,9 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   EDUBA_ASSIGN_OR_RETURN(const auto cluster, EmbeddedCluster::Start(cluster_options));
   EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(cluster->address()));
   if (complete) {
-    PrintReady(cluster->address());
-    WaitForEnd();
+    PrintReady(cluster->address(), options.json);
+    WaitForSignalToEnd();
+    BeginEnd(/*log=*/true);
   }
   cluster->Shutdown(kDrainGrace);
   return absl::OkStatus();
@@ -126,9 +157,9 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
                                           Children& children) {
   EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(options.listen));
   const std::string transport = EachHasItsGpu(devices) ? "nccl" : "gloo";
-  std::vector<std::string> arguments = {
-      "coordinator", "--listen", options.listen, "--group-size", absl::StrCat(options.workers),
-      "--transport", transport};
+  std::vector<std::string> arguments = {"coordinator",  "--child",      "--listen",
+                                        options.listen, "--group-size", absl::StrCat(options.workers),
+                                        "--transport",  transport};
   if (!options.data_dir.empty()) {
     arguments.insert(arguments.end(), {"--data-dir", options.data_dir});
   }
@@ -137,21 +168,15 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
   EDUBA_ASSIGN_OR_RETURN(const std::string address,
                          children.front()->WaitUntilReady(absl::Now() + kStartTimeout));
   for (int i = 0; i < options.workers; ++i) {
-    std::vector<std::string> worker_arguments = {"worker",
-                                                 "--coordinator",
-                                                 address,
-                                                 "--listen",
-                                                 absl::StrCat(host_and_port.first, ":0"),
-                                                 "--memory-bytes",
-                                                 absl::StrCat(options.memory_bytes / options.workers),
-                                                 "--threads",
-                                                 absl::StrCat(std::max(1, UsableCores() / options.workers)),
-                                                 "--device",
-                                                 devices[i],
-                                                 "--precision",
-                                                 options.precision,
-                                                 "--transport",
-                                                 transport};
+    std::vector<std::string> worker_arguments = {
+        "worker",         "--child",
+        "--coordinator",  address,
+        "--listen",       absl::StrCat(host_and_port.first, ":0"),
+        "--memory-bytes", absl::StrCat(options.memory_bytes / options.workers),
+        "--threads",      absl::StrCat(std::max(1, UsableCores() / options.workers)),
+        "--device",       devices[i],
+        "--precision",    options.precision,
+        "--transport",    transport};
     if (!options.model.empty()) {
       worker_arguments.insert(worker_arguments.end(),
                               {"--model", options.model, "--activations", options.activations});
@@ -182,13 +207,19 @@ bool ReportEnded(Children& children, std::set<pid_t>& reported, const std::strin
 absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::string>& devices,
                                Children& children) {
   EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, devices, children));
-  EDUBA_ASSIGN_OR_RETURN(const bool complete, WaitForGroup(address));
-  if (!complete) return absl::OkStatus();
-  PrintReady(address);
+  const absl::StatusOr<bool> complete = WaitForGroup(address);
+  if (!complete.ok()) {
+    for (const auto& child : children) {
+      if (!child->Running()) return absl::UnavailableError(child->WhyEnded());
+    }
+    return complete.status();
+  }
+  if (!*complete) return absl::OkStatus();
+  PrintReady(address, options.json);
   std::set<pid_t> reported;
   while (ReportEnded(children, reported, address)) {
     if (AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
-      LogInfo("asked to end: no new calls; those under way may finish");
+      BeginEnd(/*log=*/true);
       return absl::OkStatus();
     }
   }
@@ -231,6 +262,8 @@ struct CoordinatorOptions {
   int group_size = 0;
   std::string transport = "gloo";
   std::string data_dir;
+  bool json = false;
+  bool child = false;
 };
 
 void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
@@ -245,10 +278,11 @@ void AddCoordinatorOptions(CLI::App& command, CoordinatorOptions& options) {
       ->check(CLI::IsMember({"gloo", "nccl"}))
       ->capture_default_str();
   command.add_option("--data-dir", options.data_dir, "Folder for sessions' records [kept in memory]");
+  AddReadyJsonFlag(command, options.json);
+  AddChildFlag(command, options.child);
 }
 
-absl::Status RunCoordinator(const CoordinatorOptions& options) {
-  HoldSignals();
+absl::Status Coordinate(const CoordinatorOptions& options) {
   Coordinator::Options coordinator_options;
   coordinator_options.listen = options.listen;
   coordinator_options.group_size = options.group_size;
@@ -256,10 +290,17 @@ absl::Status RunCoordinator(const CoordinatorOptions& options) {
   coordinator_options.transport = options.transport;
   coordinator_options.version = EDUBA_VERSION;
   EDUBA_ASSIGN_OR_RETURN(const auto coordinator, Coordinator::Start(coordinator_options));
-  PrintReady(coordinator->address());
-  WaitForEnd();
+  PrintReady(coordinator->address(), options.json);
+  WaitForSignalToEnd();
+  BeginEnd(!options.child);
   coordinator->Shutdown(kDrainGrace);
   return absl::OkStatus();
+}
+
+absl::Status RunCoordinator(const CoordinatorOptions& options) {
+  HoldSignals();
+  const absl::Status status = Coordinate(options);
+  return options.child ? TellParent(status) : status;
 }
 
 // --- worker ---
@@ -274,6 +315,8 @@ struct WorkerOptions {
   int threads = UsableCores();
   std::string model;
   std::string activations = "f32";
+  bool json = false;
+  bool child = false;
 };
 
 void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
@@ -299,10 +342,11 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       ->capture_default_str();
   command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
   AddActivationsOption(command, options.activations);
+  AddReadyJsonFlag(command, options.json);
+  AddChildFlag(command, options.child);
 }
 
-absl::Status RunWorker(const WorkerOptions& options) {
-  HoldSignals();
+absl::Status Work(const WorkerOptions& options) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices, DevicesOfWorkers(options.device, 1));
   Worker::Options worker_options;
   worker_options.backend = devices.front();
@@ -321,17 +365,29 @@ absl::Status RunWorker(const WorkerOptions& options) {
   worker_options.model = options.model;
   worker_options.activations = ParseActivations(options.activations);
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
-  PrintReady(worker->address());
-  // A worker that is refused for good ends by itself; the signal brings that to where we wait.
+  PrintReady(worker->address(), options.json);
+  // A worker that is refused for good ends by itself; the signal, which asks for nothing, brings that to
+  // where we wait.
   absl::Status ended;
+  std::atomic<bool> by_itself = false;
   std::thread waiter([&] {
     ended = worker->Wait();
-    kill(getpid(), SIGTERM);
+    by_itself = true;
+    kill(getpid(), SIGCHLD);
   });
-  WaitForEnd();
-  worker->Shutdown(kDrainGrace);
+  while (!by_itself && !AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
+  }
+  BeginEnd(!by_itself && !options.child);
+  // The coordinator of a child has ended before it: what uploads still bring can never be committed.
+  worker->Shutdown(options.child ? absl::ZeroDuration() : kDrainGrace);
   waiter.join();
   return ended;
+}
+
+absl::Status RunWorker(const WorkerOptions& options) {
+  HoldSignals();
+  const absl::Status status = Work(options);
+  return options.child ? TellParent(status) : status;
 }
 
 }  // namespace

@@ -25,6 +25,14 @@ void HoldSignals() {
   EDUBA_CHECK_EQ(pthread_sigmask(SIG_BLOCK, &set, nullptr), 0);
 }
 
+void ReleaseSignals() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGTERM);
+  sigaddset(&set, SIGINT);
+  EDUBA_CHECK_EQ(pthread_sigmask(SIG_UNBLOCK, &set, nullptr), 0);
+}
+
 int WaitForSignal(absl::Duration timeout) {
   const sigset_t set = HeldSignals();
   const timespec limit = absl::ToTimespec(timeout);

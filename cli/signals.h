@@ -14,6 +14,9 @@ void HoldSignals();
 // The next held signal, or 0 when none came within `timeout` (absl::InfiniteDuration() waits for one).
 int WaitForSignal(absl::Duration timeout);
 
+// From here on SIGTERM and SIGINT end the process at once: for who asks again while it drains.
+void ReleaseSignals();
+
 // SIGTERM or SIGINT: the program should drain and end.
 inline bool AsksToEnd(int signal) { return signal == SIGTERM || signal == SIGINT; }
 

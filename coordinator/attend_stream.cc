@@ -36,9 +36,9 @@ absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpe
     const int64_t row = static_cast<int64_t>(i) / (int64_t{spec.query_heads()} * spec.head_dim());
     const int64_t head = static_cast<int64_t>(i) / spec.head_dim() % spec.query_heads();
     const bool nan = (bits_at(i) & 0x007fffff) != 0;
-    return absl::InvalidArgumentError(absl::StrCat("query row ", first_row + row, ", head ", head, ", index ",
-                                                   static_cast<int64_t>(i) % spec.head_dim(), " is ",
-                                                   nan ? "NaN" : "Inf", ", wanted finite numbers"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "query row ", first_row + row, ", head ", head, ", index ", static_cast<int64_t>(i) % spec.head_dim(),
+        " is ", nan ? "NaN" : "Inf", ", wanted finite numbers; replace it and ask again"));
   }
 }
 
@@ -68,8 +68,9 @@ void AttendStream::OnReadDone(bool ok) {
         id, [](ClusterState& state, RequestId request, int64_t now) { state.FinishRows(request, now); });
     return;
   }
-  if (!incoming_.has_rows())
+  if (!incoming_.has_rows()) {
     return Fail(absl::InvalidArgumentError("every message after the first must be `rows`"));
+  }
   v1::AttendRequest::Rows& rows = *incoming_.mutable_rows();
   const absl::Status finite = CheckFiniteQueries(rows.queries(), *spec, received_rows_);
   if (!finite.ok()) return Fail(finite);

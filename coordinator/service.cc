@@ -55,6 +55,44 @@ EdubaService::EdubaService(Runtime* runtime) : runtime_(runtime) {
           [](EdubaService* self, grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
              v1::AppendReceipt* response) { return self->AppendEncoded(context, reader, response); },
           this));
+  MarkMethodStreamed(
+      MethodIndex("eduba.v1.Eduba.AppendTokens"),
+      new grpc::internal::ClientStreamingHandler<EdubaService, grpc::ByteBuffer, v1::AppendTokensReceipt>(
+          [](EdubaService* self, grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
+             v1::AppendTokensReceipt* response) {
+            return self->AppendTokensEncoded(context, reader, response);
+          },
+          this));
+  DecodeUnary("CreateSession", &EdubaService::CreateSession);
+  DecodeUnary("GetSession", &EdubaService::GetSession);
+  DecodeUnary("ListSessions", &EdubaService::ListSessions);
+  DecodeUnary("DeleteSession", &EdubaService::DeleteSession);
+  DecodeUnary("ForkSession", &EdubaService::ForkSession);
+  DecodeUnary("PlanAppend", &EdubaService::PlanAppend);
+  DecodeUnary("CommitAppend", &EdubaService::CommitAppend);
+  DecodeUnary("AbortAppend", &EdubaService::AbortAppend);
+  DecodeUnary("GetModel", &EdubaService::GetModel);
+  DecodeUnary("Score", &EdubaService::Score);
+  DecodeUnary("ListWorkers", &EdubaService::ListWorkers);
+  MarkMethodStreamed(
+      MethodIndex("eduba.v1.Eduba.Generate"),
+      DecodingServerStreaming<v1::GenerateRequest, v1::GenerateResponse>(
+          [this](auto* context, auto* request, auto* out) { return GenerateInto(context, request, out); }));
+  MarkMethodStreamed(
+      MethodIndex("eduba.v1.Eduba.Embed"),
+      DecodingServerStreaming<v1::EmbedRequest, v1::EmbedResponse>(
+          [this](auto* context, auto* request, auto* out) { return EmbedInto(context, request, out); }));
+}
+
+template <typename Request, typename Response>
+void EdubaService::DecodeUnary(const std::string& method,
+                               grpc::Status (EdubaService::*call)(grpc::ServerContext*, const Request*,
+                                                                  Response*)) {
+  MarkMethodStreamed(
+      MethodIndex("eduba.v1.Eduba." + method),
+      DecodingUnary<Request, Response>([this, call](auto* context, auto* request, auto* response) {
+        return (this->*call)(context, request, response);
+      }));
 }
 
 grpc::Status EdubaService::CreateSession(grpc::ServerContext* context,
@@ -156,14 +194,17 @@ grpc::Status EdubaService::GetModel(grpc::ServerContext* context, const v1::GetM
   return ToGrpc(Ask(runtime_, context, event, response));
 }
 
-grpc::Status EdubaService::AppendTokens(grpc::ServerContext* context,
-                                        grpc::ServerReader<v1::AppendTokensRequest>* reader,
-                                        v1::AppendTokensReceipt* response) {
+grpc::Status EdubaService::AppendTokensEncoded(grpc::ServerContext* context,
+                                               grpc::ServerReader<grpc::ByteBuffer>* reader,
+                                               v1::AppendTokensReceipt* response) {
+  grpc::ByteBuffer bytes;
   v1::AppendTokensRequest request;
   std::string session;
   std::optional<int64_t> at;
   bool first = true;
-  while (reader->Read(&request)) {
+  while (reader->Read(&bytes)) {
+    const absl::Status decoded = Decode(&bytes, &request);
+    if (!decoded.ok()) return ToGrpc(decoded);
     if (first) session = request.session();
     if (first && request.has_at()) at = request.at();
     if (!first && (!request.session().empty() || request.has_at())) {
@@ -179,8 +220,9 @@ grpc::Status EdubaService::AppendTokens(grpc::ServerContext* context,
       state.AppendTokens(id, session, at, ids, now);
     };
     v1::AppendTokensReceipt receipt;
-    if (const absl::Status status = Ask(runtime_, context, event, &receipt); !status.ok())
+    if (const absl::Status status = Ask(runtime_, context, event, &receipt); !status.ok()) {
       return ToGrpc(status);
+    }
     if (first) response->set_at(receipt.at());
     response->set_count(response->count() + receipt.count());
     response->set_length(receipt.length());
@@ -193,8 +235,8 @@ grpc::Status EdubaService::AppendTokens(grpc::ServerContext* context,
   return grpc::Status::OK;
 }
 
-grpc::Status EdubaService::Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
-                                    grpc::ServerWriter<v1::GenerateResponse>* writer) {
+grpc::Status EdubaService::GenerateInto(grpc::ServerContext* context, const v1::GenerateRequest* request,
+                                        Writer<v1::GenerateResponse>* writer) {
   const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
     state.Generate(id, *request, now);
   };
@@ -220,8 +262,8 @@ grpc::Status EdubaService::Score(grpc::ServerContext* context, const v1::ScoreRe
   return ToGrpc(Ask(runtime_, context, event, response));
 }
 
-grpc::Status EdubaService::Embed(grpc::ServerContext* context, const v1::EmbedRequest* request,
-                                 grpc::ServerWriter<v1::EmbedResponse>* writer) {
+grpc::Status EdubaService::EmbedInto(grpc::ServerContext* context, const v1::EmbedRequest* request,
+                                     Writer<v1::EmbedResponse>* writer) {
   const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
     state.Embed(id, *request, now);
   };

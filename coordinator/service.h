@@ -1,6 +1,8 @@
 #ifndef EDUBA_COORDINATOR_SERVICE_H_
 #define EDUBA_COORDINATOR_SERVICE_H_
 
+#include <string>
+
 #include "coordinator/runtime.h"
 #include "eduba/v1/eduba.grpc.pb.h"
 #include "eduba/v1/group.grpc.pb.h"
@@ -11,7 +13,7 @@ namespace eduba {
 
 // The doors of the coordinator: convert, hand to the runtime, wait, convert back. Streams that go both ways
 // are callbacks (AttendStream, JoinStream), because only those can end a stream whose other side is silent.
-// Clients' streams arrive encoded (rpc/raw.h).
+// What clients send arrives encoded (rpc/raw.h).
 
 class EdubaService final : public v1::Eduba::WithRawCallbackMethod_Attend<v1::Eduba::Service> {
  public:
@@ -35,22 +37,29 @@ class EdubaService final : public v1::Eduba::WithRawCallbackMethod_Attend<v1::Ed
       grpc::CallbackServerContext* context) override;
   grpc::Status GetModel(grpc::ServerContext* context, const v1::GetModelRequest* request,
                         v1::Model* response) override;
-  grpc::Status AppendTokens(grpc::ServerContext* context, grpc::ServerReader<v1::AppendTokensRequest>* reader,
-                            v1::AppendTokensReceipt* response) override;
-  grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
-                        grpc::ServerWriter<v1::GenerateResponse>* writer) override;
   grpc::Status Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
                      v1::ScoreResponse* response) override;
-  grpc::Status Embed(grpc::ServerContext* context, const v1::EmbedRequest* request,
-                     grpc::ServerWriter<v1::EmbedResponse>* writer) override;
   grpc::Status ForkSession(grpc::ServerContext* context, const v1::ForkSessionRequest* request,
                            v1::Session* response) override;
   grpc::Status ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest* request,
                            v1::ListWorkersResponse* response) override;
 
  private:
+  template <typename T>
+  using Writer = grpc::internal::WriterInterface<T>;
+
+  // Lets `method` of one message come here decoded.
+  template <typename Request, typename Response>
+  void DecodeUnary(const std::string& method,
+                   grpc::Status (EdubaService::*call)(grpc::ServerContext*, const Request*, Response*));
   grpc::Status AppendEncoded(grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
                              v1::AppendReceipt* response);
+  grpc::Status AppendTokensEncoded(grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
+                                   v1::AppendTokensReceipt* response);
+  grpc::Status GenerateInto(grpc::ServerContext* context, const v1::GenerateRequest* request,
+                            Writer<v1::GenerateResponse>* writer);
+  grpc::Status EmbedInto(grpc::ServerContext* context, const v1::EmbedRequest* request,
+                         Writer<v1::EmbedResponse>* writer);
 
   Runtime* const runtime_;
 };

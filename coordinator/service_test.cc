@@ -356,8 +356,9 @@ TEST_F(ServiceTest, ThinAppendsReachTheOwnersAndQueriesComeBackInOrder) {
   const auto result = Attend("a", 10000, 333);
   ASSERT_TRUE(result.ok()) << result.status();
   ASSERT_EQ(result->outputs.size(), 40000);
-  for (size_t i = 0; i < result->outputs.size(); ++i)
+  for (size_t i = 0; i < result->outputs.size(); ++i) {
     ASSERT_EQ(result->outputs[i], 2.0f * static_cast<float>(i)) << i;
+  }
   for (const float lse : result->lse) ASSERT_EQ(lse, 999);
   EXPECT_EQ(result->summary.rows(), 10000);
   EXPECT_EQ(result->summary.workers(), 2);
@@ -377,8 +378,9 @@ TEST_F(ServiceTest, ConcurrentCallsGetTheirOwnRows) {
       const auto result = Attend("a", rows, 50);
       ASSERT_TRUE(result.ok()) << result.status();
       ASSERT_EQ(result->outputs.size(), static_cast<size_t>(rows) * 4);
-      for (size_t i = 0; i < result->outputs.size(); ++i)
+      for (size_t i = 0; i < result->outputs.size(); ++i) {
         ASSERT_EQ(result->outputs[i], 2.0f * static_cast<float>(i));
+      }
       ++good;
     });
   }

@@ -219,11 +219,12 @@ void ClusterState::FinishComparison(AppendEntry* append, int64_t now_ms) {
   Digest stored;
   for (size_t i = first; i < last; ++i) stored += session->record.appends[i].digest;
   if (!(stored == append->digest)) {
-    return Undo(
-        append->id,
-        absl::AlreadyExistsError(absl::StrCat("append to session '", session->record.name, "': positions ",
-                                              Range(at, count), " are already stored with other content")),
-        now_ms);
+    return Undo(append->id,
+                absl::AlreadyExistsError(absl::StrCat("append to session '", session->record.name,
+                                                      "': positions ", Range(at, count),
+                                                      " are already stored with other content: append at ",
+                                                      session->record.length(), ", or delete the session")),
+                now_ms);
   }
   ReplyReceipt(append, session);
   Undo(append->id, absl::OkStatus(), now_ms);

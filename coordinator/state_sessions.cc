@@ -20,7 +20,8 @@ absl::StatusOr<ClusterState::SessionEntry*> ClusterState::FindSession(const std:
   EDUBA_RETURN_IF_ERROR(ValidateSessionName(name));
   const auto it = sessions_.find(name);
   if (it == sessions_.end()) {
-    return absl::NotFoundError(absl::StrCat("there is no session '", name, "'"));
+    return absl::NotFoundError(absl::StrCat(
+        "there is no session '", name, "': create it first, or ask for one that the list of sessions has"));
   }
   switch (it->second.phase) {
     case SessionPhase::kReady:

@@ -10,8 +10,9 @@
 
 namespace eduba {
 
-// A file that appears at `path` whole or not at all: written beside it under a temporary name, synced, then
-// renamed. Destroyed before Commit(), it leaves nothing behind and an older file at `path` as it was.
+// A file that appears at `path` whole or not at all: written without a name (where the file system cannot,
+// beside `path` under a temporary one), synced, then moved there. Destroyed before Commit(), or in a program
+// that is killed, it leaves nothing behind and an older file at `path` as it was.
 class AtomicFile {
  public:
   // kNotFound: the folder does not exist. kFailedPrecondition: `path` exists and is no regular file (a rename
@@ -28,11 +29,12 @@ class AtomicFile {
   absl::Status Commit();
 
  private:
-  AtomicFile(std::string path, std::string temporary, int fd);
+  AtomicFile(std::string path, std::string temporary, int fd, bool named);
 
   std::string path_;
   std::string temporary_;
   int fd_;
+  bool named_;  // There is a file `temporary_`.
 };
 
 }  // namespace eduba

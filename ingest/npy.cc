@@ -223,7 +223,9 @@ absl::StatusOr<NpyHeader> ParseUnnamed(absl::Span<const uint8_t> start, int64_t 
     return absl::InvalidArgumentError(absl::StrCat("found .npy version ", version, ", wanted 1, 2 or 3"));
   }
   const size_t length_bytes = version == 1 ? 2 : 4;
-  if (start.size() < fixed + length_bytes) return absl::InvalidArgumentError("truncated inside its header");
+  if (start.size() < fixed + length_bytes) {
+    return absl::InvalidArgumentError("truncated inside its header; write the file again");
+  }
   int64_t length = 0;
   for (size_t i = 0; i < length_bytes; ++i) length |= int64_t{start[fixed + i]} << (8 * i);
   const int64_t data_offset = static_cast<int64_t>(fixed + length_bytes) + length;
@@ -233,7 +235,8 @@ absl::StatusOr<NpyHeader> ParseUnnamed(absl::Span<const uint8_t> start, int64_t 
   }
   if (data_offset > static_cast<int64_t>(start.size())) {
     return absl::InvalidArgumentError(absl::StrCat("truncated inside its header: found ", file_bytes,
-                                                   " bytes, wanted ", data_offset, " or more"));
+                                                   " bytes, wanted ", data_offset,
+                                                   " or more; write the file again"));
   }
   HeaderParser parser(start.subspan(fixed + length_bytes, static_cast<size_t>(length)));
   EDUBA_ASSIGN_OR_RETURN(RawHeader raw, parser.Parse());

@@ -72,8 +72,9 @@ absl::Status CheckAgainstReference(Backend& backend, const AttentionShape& shape
   const auto reference = MakeReferenceBackend();
   const Buffer memory(kPages * backend.PageBytes(shape));
   const Buffer reference_memory(kPages * reference->PageBytes(shape));
-  if (memory.data() == nullptr || reference_memory.data() == nullptr)
+  if (memory.data() == nullptr || reference_memory.data() == nullptr) {
     return absl::ResourceExhaustedError("no memory");
+  }
   const AttendProblem problem(backend, shape, rows, kPages, memory.data(), pool);
   const AttendProblem reference_problem(*reference, shape, rows, kPages, reference_memory.data(), pool);
   std::vector<float> outputs;
@@ -106,8 +107,9 @@ class Matmul {
     a_ = memory(in, engine_);
     b_ = memory(desc.weights_desc(), engine_);
     c_ = memory(out, engine_);
-    for (const memory& m : {a_, b_, c_})
+    for (const memory& m : {a_, b_, c_}) {
       std::fill_n(static_cast<char*>(m.get_data_handle()), m.get_desc().get_size(), 0);
+    }
     matmul_ = dnnl::matmul(desc);
   }
   double Gflops() {
@@ -144,8 +146,9 @@ constexpr int64_t kBatchBytes = int64_t{64} << 20;
 absl::StatusOr<StreamResult> RunStreamBench(const BenchOptions& options) {
   ThreadPool pool(Threads(options));
   const Buffer buffer(options.bytes);
-  if (buffer.data() == nullptr)
+  if (buffer.data() == nullptr) {
     return absl::ResourceExhaustedError(absl::StrCat("no memory for ", options.bytes, " bytes"));
+  }
   pool.ParallelFor((options.bytes + (1 << 20) - 1) >> 20, [&](int64_t i, int) {
     std::fill_n(buffer.data() + (i << 20), std::min<int64_t>(1 << 20, options.bytes - (i << 20)),
                 static_cast<char>(i));
@@ -193,8 +196,9 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
     const int64_t wanted = batch ? std::min(options.bytes, kBatchBytes) : options.bytes;
     const int64_t pages = std::max<int64_t>(1, wanted / backend->PageBytes(shape));
     const Buffer memory(pages * backend->PageBytes(shape));
-    if (memory.data() == nullptr)
+    if (memory.data() == nullptr) {
       return absl::ResourceExhaustedError(absl::StrCat("no memory for ", wanted, " bytes"));
+    }
     const AttendProblem problem(*backend, shape, c.rows, pages, memory.data(), pool);
     std::unique_ptr<Matmul> f32;
     std::unique_ptr<Matmul> bf16;
@@ -241,8 +245,9 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
         r.seconds;
     const double gigabytes = 1e-9 * static_cast<double>(r.bytes);
     r.gb_per_s = gigabytes / r.seconds;
-    for (const auto& seconds : stream)
+    for (const auto& seconds : stream) {
       r.stream_gb_per_s = std::max(r.stream_gb_per_s, gigabytes / Median(seconds));
+    }
     r.share = r.gb_per_s / r.stream_gb_per_s;
     if (batch) {
       const double operations = 2.0 * c.rows * shape.query_heads * static_cast<double>(pages * kPageRows) *

@@ -92,8 +92,9 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   for (int64_t i = 0; i < problem.positions * key_row; ++i) {
     StoreElement(keys.data(), shape.dtype, i, problem.key_size * numbers.Next());
   }
-  for (int64_t i = 0; i < problem.positions * value_row; ++i)
+  for (int64_t i = 0; i < problem.positions * value_row; ++i) {
     StoreElement(values.data(), shape.dtype, i, numbers.Next());
+  }
   std::vector<float> queries(kRows * static_cast<size_t>(shape.query_heads) * shape.head_dim);
   for (float& x : queries) x = numbers.Next();
 
@@ -113,8 +114,9 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   }
 
   std::vector<PositionRange> visible;
-  for (int row = 0; row < kRows; ++row)
+  for (int row = 0; row < kRows; ++row) {
     visible.push_back({problem.sink_tokens + row * 17, problem.positions - row});
+  }
   const std::vector<int32_t> visible_sinks(kRows, problem.sink_tokens);
   const std::vector<float> sink_logits(problem.learned_sinks ? shape.query_heads : 0, 0.5F);
   const std::vector<int16_t> exponents(value_row, 0);

@@ -70,8 +70,9 @@ absl::Status ValidateStep(const StepArgs& args) {
                                                    " entries for ", shape.query_heads, " query heads"));
   }
   for (const float logit : args.sink_logits) {
-    if (!std::isfinite(logit))
+    if (!std::isfinite(logit)) {
       return absl::InvalidArgumentError(absl::StrCat("sink logit ", logit, " is not finite"));
+    }
   }
   if (args.exponents.size() != static_cast<size_t>(shape.kv_heads) * shape.value_dim) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -44,8 +44,9 @@ absl::StatusOr<std::vector<float>> Pooler::Finish() const {
                                                         "), but ", seen_[i], " of its positions came by"));
     }
     const double divisor = pool_ == Pool::kMean ? static_cast<double>(range.size()) : 1;
-    for (int64_t c = 0; c < dim_; ++c)
+    for (int64_t c = 0; c < dim_; ++c) {
       pooled[i * dim_ + c] = static_cast<float>(sums_[i * dim_ + c] / divisor);
+    }
   }
   return pooled;
 }

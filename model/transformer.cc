@@ -23,8 +23,9 @@ MatrixView All(const WeightView& weight) { return Rows(weight, 0, weight.shape[0
 
 // Appends `count` elements from `first` on, or zeros where the weight is absent.
 void AppendFloats(const WeightView& view, int64_t first, int64_t count, std::vector<float>& floats) {
-  for (int64_t i = first; i < first + count; ++i)
+  for (int64_t i = first; i < first + count; ++i) {
     floats.push_back(view.present() ? LoadElement(view.data, view.dtype, i) : 0);
+  }
 }
 std::vector<float> Floats(const WeightView& view) {
   std::vector<float> floats;
@@ -49,8 +50,9 @@ std::vector<QkvPart> QkvParts(const ModelConfig& config, const LayerWeights& lay
     return parts;
   }
   for (int64_t which = 0; which < 3; ++which) {
-    for (int64_t head = 0; head < config.query_heads; ++head)
+    for (int64_t head = 0; head < config.query_heads; ++head) {
       parts.push_back({&layer.fused_qkv, (head * 3 + which) * dim, dim});
+    }
   }
   return parts;
 }
@@ -181,8 +183,9 @@ std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const
 int64_t Transformer::weight_bytes() const {
   int64_t bytes = head_.weights->bytes();
   for (const Layer& layer : layers_) {
-    for (const Linear* linear : {&layer.qkv, &layer.attention_map, &layer.up, &layer.down})
+    for (const Linear* linear : {&layer.qkv, &layer.attention_map, &layer.up, &layer.down}) {
       bytes += linear->weights->bytes();
+    }
   }
   return bytes;
 }
@@ -196,15 +199,17 @@ absl::Status Transformer::Embed(absl::Span<const int32_t> ids, float* hidden) co
   }
   const int64_t dim = config_.hidden_size;
   for (const int32_t id : ids) {
-    for (int64_t c = 0; c < dim; ++c)
+    for (int64_t c = 0; c < dim; ++c) {
       *hidden++ = LoadElement(embeddings_.data, embeddings_.dtype, id * dim + c) * embedding_scale_;
+    }
   }
   return absl::OkStatus();
 }
 
 absl::Status Transformer::Forward(const RowPositions& at, LayerAttention& attention, float* hidden) {
-  for (size_t layer = 0; layer < layers_.size(); ++layer)
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
     EDUBA_RETURN_IF_ERROR(ForwardLayer(static_cast<int>(layer), at, attention, hidden));
+  }
   FinalNorm(static_cast<int64_t>(at.positions.size()), hidden);
   return absl::OkStatus();
 }
@@ -276,8 +281,9 @@ void Transformer::FinalNorm(int64_t rows, float* hidden) {
 
 void Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
   kernels_->Multiply({head_.weights.get(), rows, hidden, nullptr, logits});
-  if (config_.logit_softcap > 0)
+  if (config_.logit_softcap > 0) {
     kernels_->Softcap({rows * config_.vocab_size, logits, config_.logit_softcap});
+  }
 }
 
 void Transformer::Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y) {

@@ -17,6 +17,12 @@ absl::Status Decode(grpc::ByteBuffer* bytes, google::protobuf::MessageLite* mess
       ": it was damaged, cut or made from another proto file; nothing of it or after it was used"));
 }
 
+absl::Status DecodeOnly(bool read, grpc::ByteBuffer* bytes, google::protobuf::MessageLite* message) {
+  if (read) return Decode(bytes, message);
+  return absl::InvalidArgumentError(
+      absl::StrCat("the call has no message, wanted one ", message->GetTypeName()));
+}
+
 grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message) {
   grpc::ByteBuffer bytes;
   bool own = false;

@@ -131,8 +131,9 @@ class Heart {
       if (!goes_on_()) return;
       v1::WorkerMessage message;
       message.mutable_heartbeat()->set_memory_used_bytes(store.used_bytes());
-      for (const uint64_t append : engine.TakeTouchedAppends())
+      for (const uint64_t append : engine.TakeTouchedAppends()) {
         message.mutable_heartbeat()->add_appends(append);
+      }
       const bool sent = uplink.Send(message);
       lock.lock();
       if (!sent) return;

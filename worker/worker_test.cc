@@ -182,8 +182,9 @@ class WorkerTest : public ::testing::Test {
     std::vector<grpc::Slice> slices;
     EXPECT_TRUE(response.Dump(&slices).ok());
     std::string bytes;
-    for (const grpc::Slice& slice : slices)
+    for (const grpc::Slice& slice : slices) {
       bytes.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
+    }
     return bytes == "\x08\x01";  // HealthCheckResponse{status: SERVING}
   }
 

@@ -70,8 +70,9 @@ class FakeRank {
       result.set_message(std::string(failure.mapped().message()));
       return result;
     }
-    if (command.has_attend() && overflowing.has_value() && Overflows(command.attend(), &result))
+    if (command.has_attend() && overflowing.has_value() && Overflows(command.attend(), &result)) {
       return result;
+    }
     switch (command.kind_case()) {
       case v1::Command::kOpenSession:
         if (!sessions_.emplace(command.open_session().session_id(), command.open_session().spec()).second) {
@@ -121,8 +122,9 @@ class FakeRank {
       case v1::Command::kCancelJob:
         break;
       case v1::Command::kForkSession:
-        if (sessions_.count(command.fork_session().session_id()) == 0)
+        if (sessions_.count(command.fork_session().session_id()) == 0) {
           complaints.push_back("no session to fork");
+        }
         sessions_[command.fork_session().fork_id()] = sessions_[command.fork_session().session_id()];
         break;
       case v1::Command::KIND_NOT_SET:

@@ -95,8 +95,9 @@ class CpuStep final : public MergingStep {
     });
     maxima_.assign(maxima.begin(), maxima.begin() + row_heads());
     for (int thread = 1; thread < threads; ++thread) {
-      for (int64_t i = 0; i < row_heads(); ++i)
+      for (int64_t i = 0; i < row_heads(); ++i) {
         maxima_[i] = std::max(maxima_[i], maxima[thread * row_heads() + i]);
+      }
     }
     return CheckCancelled();
   }

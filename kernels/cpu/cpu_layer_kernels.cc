@@ -254,8 +254,9 @@ class CpuLayerKernels final : public LayerKernels {
     call.y = results;
     call.y_row = kPanelOutputs;
     multiply(call);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
       std::copy_n(results + r * kPanelOutputs, left, y + r * weights.outputs());
+    }
   }
 
   // body(begin, end) over all rows, in as many pieces as are worth it.

@@ -29,8 +29,9 @@ void* AllocateHuge(int64_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(memory);
   const auto begin = static_cast<uintptr_t>(RoundUp(static_cast<int64_t>(address), alignment));
   if (begin > address) munmap(memory, begin - address);
-  if (address + mapped > begin + bytes)
+  if (address + mapped > begin + bytes) {
     munmap(reinterpret_cast<void*>(begin + bytes), address + mapped - begin - bytes);
+  }
   void* aligned = reinterpret_cast<void*>(begin);
   if (alignment == kHugePage) madvise(aligned, bytes, MADV_HUGEPAGE);  // A wish: without it all still works.
   return aligned;

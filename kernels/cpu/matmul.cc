@@ -85,8 +85,9 @@ HWY_INLINE void Tile(const typename Type::T* HWY_RESTRICT weights, int first, in
     if (prefetch) {
       const char* line = reinterpret_cast<const char*>(at) + kPrefetchBytes;
       HWY_UNROLL(2)
-      for (int byte = 0; byte < kPanelOutputs * Type::kStep * static_cast<int>(sizeof(*at)); byte += 64)
+      for (int byte = 0; byte < kPanelOutputs * Type::kStep * static_cast<int>(sizeof(*at)); byte += 64) {
         hwy::Prefetch(line + byte);
+      }
     }
     VF w[kVectors][Type::kStep];
     HWY_UNROLL(4)
@@ -179,8 +180,9 @@ void MultiplyPanelTyped(const PanelCall& call, const typename Type::X* x) {
   const DF d;
   for (int64_t r = 0; r < call.rows; ++r) {
     float* to = call.y + r * call.y_row;
-    for (int n = 0; n < kPanelOutputs; n += kLanes)
+    for (int n = 0; n < kPanelOutputs; n += kLanes) {
       hn::StoreU(hn::Add(hn::LoadU(d, to + n), hn::LoadU(d, call.bias + n)), d, to + n);
+    }
   }
 }
 

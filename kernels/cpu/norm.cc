@@ -77,8 +77,9 @@ void NormaliseVector(const NormArgs& args, const float* x, float* y) {
     hn::StoreU(value, d, to);
   };
   int i = 0;
-  for (; i + kLanes <= dim; i += kLanes)
+  for (; i + kLanes <= dim; i += kLanes) {
     one(x + i, args.weight + i, args.bias == nullptr ? nullptr : args.bias + i, y + i);
+  }
   if (i < dim) {
     float from[kLanes] = {};
     float weight[kLanes] = {};

@@ -217,8 +217,9 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
   HWY_UNROLL(kMaxTile)
   for (int q = 0; q < kQueries; ++q) {
     HWY_UNROLL(8)
-    for (int v = 0; v < 2 * kPairs; ++v)
+    for (int v = 0; v < 2 * kPairs; ++v) {
       sum[q][v] = fresh ? hn::Zero(d) : hn::LoadU(d, sums + q * pitch + v * kN);
+    }
   }
   for (int row = begin; row < end; ++row) {
     const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
@@ -326,8 +327,10 @@ bool Softmax(float* HWY_RESTRICT scores, int begin, int end, int tile_begin, int
   }
   const float largest = hn::GetLane(hn::MaxOfLanes(d, high));
   const float smallest = hn::GetLane(hn::MinOfLanes(d, low));
-  if (!(largest <= std::numeric_limits<float>::max()) || !(smallest >= std::numeric_limits<float>::lowest()))
+  if (!(largest <= std::numeric_limits<float>::max()) ||
+      !(smallest >= std::numeric_limits<float>::lowest())) {
     return false;
+  }
 
   const VF minus_largest = hn::Set(d, -largest);
   VF sum[kVectors];

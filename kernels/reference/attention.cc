@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 
 namespace eduba {
 
 DenseResult ReferenceAttention(const DenseAttention& a) {
   const size_t row_heads = static_cast<size_t>(a.rows) * a.query_heads;
-  const auto positions = static_cast<long>(a.keys.size() / (static_cast<size_t>(a.kv_heads) * a.head_dim));
+  const auto positions = static_cast<int64_t>(a.keys.size() / (static_cast<size_t>(a.kv_heads) * a.head_dim));
   const double infinity = std::numeric_limits<double>::infinity();
   DenseResult result{std::vector<double>(row_heads * a.value_dim), std::vector<double>(row_heads, -infinity),
                      std::vector<double>(row_heads)};
@@ -21,7 +22,7 @@ DenseResult ReferenceAttention(const DenseAttention& a) {
       const int kv_head = head / (a.query_heads / a.kv_heads);
 
       double largest = a.sink_logits.empty() ? -infinity : a.sink_logits[head];
-      for (long j = 0; j < positions; ++j) {
+      for (int64_t j = 0; j < positions; ++j) {
         if (!a.sees(row, j)) continue;
         double dot = 0;
         for (int d = 0; d < a.head_dim; ++d) {
@@ -36,7 +37,7 @@ DenseResult ReferenceAttention(const DenseAttention& a) {
       double sinks = a.sink_logits.empty() ? 0 : std::exp(a.sink_logits[head] - largest);
       double total = sinks;
       std::vector<double> sum(a.value_dim);
-      for (long j = 0; j < positions; ++j) {
+      for (int64_t j = 0; j < positions; ++j) {
         if (!a.sees(row, j)) continue;
         const double weight = std::exp(logits[j] - largest);
         total += weight;

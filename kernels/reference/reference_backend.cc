@@ -129,8 +129,9 @@ class ReferenceStep final : public MergingStep {
 
   float LocalMaximum(int64_t row_head) const {
     double largest = -kInfinity;
-    for (size_t page = 0; page < args_.pages.size(); ++page)
+    for (size_t page = 0; page < args_.pages.size(); ++page) {
       largest = std::max(largest, PartialOf(page, row_head).m);
+    }
     return static_cast<float>(largest);
   }
 
@@ -185,8 +186,9 @@ class ReferenceBackend final : public Backend {
 
   absl::StatusOr<void*> AllocateSlab(int64_t bytes) override {
     void* slab = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (slab == nullptr)
+    if (slab == nullptr) {
       return absl::ResourceExhaustedError(absl::StrCat("no memory for a slab of ", bytes, " bytes"));
+    }
     std::memset(slab, 0, bytes);
     return slab;
   }

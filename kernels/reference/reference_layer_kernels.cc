@@ -37,8 +37,9 @@ class ReferenceLayerKernels final : public LayerKernels {
     int64_t outputs = 0;
     for (const MatrixView& part : parts) {
       EDUBA_CHECK_EQ(part.inputs, parts[0].inputs);
-      for (int64_t i = 0; i < part.outputs * part.inputs; ++i)
+      for (int64_t i = 0; i < part.outputs * part.inputs; ++i) {
         weights.push_back(LoadElement(part.data, part.dtype, i));
+      }
       outputs += part.outputs;
     }
     return std::make_unique<ReferenceMatrix>(outputs, parts[0].inputs, parts[0].dtype, std::move(weights));

@@ -174,7 +174,7 @@ DenseResult Problem::Oracle() const {
   dense.values = values;
   dense.sink_logits = sink_logits;
   dense.sink_tokens = spec.sink_tokens;
-  dense.sees = [this](int row, long position) { return Sees(row, position); };
+  dense.sees = [this](int row, int64_t position) { return Sees(row, position); };
   return ReferenceAttention(dense);
 }
 

@@ -106,8 +106,9 @@ struct Product {
   std::vector<char> Weights() const {
     const std::vector<float> numbers = Numbers(all_outputs() * inputs, seed + 2);
     std::vector<char> bytes(numbers.size() * DTypeBytes(dtype));
-    for (size_t i = 0; i < numbers.size(); ++i)
+    for (size_t i = 0; i < numbers.size(); ++i) {
       StoreElement(bytes.data(), dtype, static_cast<int64_t>(i), numbers[i]);
+    }
     return bytes;
   }
 };
@@ -121,8 +122,9 @@ Product RandomProduct(uint64_t seed) {
   Product p;
   p.seed = seed;
   p.dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
-  for (int parts = pick(1, 1, 2, 3); parts > 0; --parts)
+  for (int parts = pick(1, 1, 2, 3); parts > 0; --parts) {
     p.outputs.push_back(pick(1, 3, 16, 31, 32, 33, 64, 97, 128));
+  }
   p.inputs = pick(1, 2, 17, 64, 127, 255, 256, 257, 512, 769);
   p.rows = pick(1, 1, 2, 3, 6, 7, 8, 11, 12, 13, 25, 96, 97);
   p.bias = pick(false, true);
@@ -258,8 +260,9 @@ struct Vectors {
         stride(int64_t{head_count} * dimension + gap),
         data(row_count * stride, kNaN) {
     const std::vector<float> numbers = Numbers(row_count * head_count * dimension, seed, size);
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < rows; ++row) {
       std::copy_n(&numbers[row * heads * dim], int64_t{heads} * dim, &data[row * stride]);
+    }
   }
   std::string ToString() const {
     return absl::StrCat("{rows=", rows, " heads=", heads, " dim=", dim, " stride=", stride, "}");
@@ -299,10 +302,11 @@ TEST_P(LayerKernelsContract, NormsMatchTheirDefinition) {
     judge->Normalise(args);
     args.y = y.data();
     kernels->Normalise(args);
-    for (size_t i = 0; i < y.size(); ++i)
+    for (size_t i = 0; i < y.size(); ++i) {
       ASSERT_NEAR(y[i], wanted[i],
                   2e-6 * (1 + std::abs(wanted[i])) * (1 + std::abs(weight[i % x.stride % x.dim])))
           << i;
+    }
 
     // In place.
     Vectors same = x;
@@ -310,8 +314,9 @@ TEST_P(LayerKernelsContract, NormsMatchTheirDefinition) {
     kernels->Normalise(args);
     for (int64_t row = 0; row < x.rows; ++row) {
       ASSERT_TRUE(SameBits(&same.data[row * x.stride], &y[row * x.stride], int64_t{x.heads} * x.dim));
-      for (int64_t i = int64_t{x.heads} * x.dim; i < x.stride; ++i)
+      for (int64_t i = int64_t{x.heads} * x.dim; i < x.stride; ++i) {
         ASSERT_TRUE(std::isnan(same.data[row * x.stride + i]));
+      }
     }
   }
 }
@@ -388,8 +393,9 @@ TEST_P(LayerKernelsContract, RotationsMatchTheirDefinition) {
     Vectors same = x;
     args.x = args.y = same.data.data();
     kernels->Rotate(args);
-    for (int64_t row = 0; row < x.rows; ++row)
+    for (int64_t row = 0; row < x.rows; ++row) {
       ASSERT_TRUE(SameBits(&same.data[row * x.stride], &y[row * x.stride], int64_t{x.heads} * x.dim));
+    }
   }
 }
 

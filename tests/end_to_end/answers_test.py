@@ -65,10 +65,10 @@ class Answers(unittest.TestCase):
             server.run("session", "append", name, "--keys", self.path(k), "--values", self.path(v), "--at", first, *extra)
         return None
 
-    def ask(self, server, name, question, queries="q.npy", suffix="x"):
+    def ask(self, server, name, question, queries="q.npy", positions="p.npy", suffix="x"):
         """The three answers' files as bytes, and the report."""
         out, lse, mass = (self.path(f"{kind}-{suffix}.npy") for kind in ("o", "l", "m"))
-        arguments = [self.path(a) if a.endswith(".npy") else a for a in QUESTIONS[question]]
+        arguments = [self.path(positions) if a == "p.npy" else a for a in QUESTIONS[question]]
         report = server.report("session", "attend", name, "--queries", self.path(queries), "--out", out, "--lse", lse,
                                "--sink-mass", mass, *arguments)
         return tuple(pathlib.Path(p).read_bytes() for p in (out, lse, mass)), report
@@ -107,11 +107,12 @@ class Answers(unittest.TestCase):
         create = ["--sink-logit", ",".join(map(str, sink_logits)), "--softcap", 20, "--scale", 0.2]
         with program.Server("--workers", 2) as server:
             self.fill(server, "s", create=create)
-            _, report = self.ask(server, "s", "causal")
-            self.expect_right("f32", "causal", sink_logits, 20.0, 0.2)
-            # Sinks of every strength: both paths are taken.
-            self.assertGreater(report["path"]["sink"], 0)
-            self.assertGreater(report["path"]["max"], 0)
+            for question in QUESTIONS:
+                _, report = self.ask(server, "s", question)
+                self.expect_right("f32", question, sink_logits, 20.0, 0.2)
+                # Sinks of every strength: both paths are taken.
+                self.assertGreater(report["path"]["sink"], 0)
+                self.assertGreater(report["path"]["max"], 0)
 
     def test_answers_do_not_depend_on_how_they_are_computed(self):
         create = ["--dtype", "bf16", "--sink-logit", "2"]
@@ -180,17 +181,63 @@ class Answers(unittest.TestCase):
                                                   ("c", "kh.npy", "vh32.npy"))]
             self.assertEqual(len(set(digests)), 1)
 
-    def test_a_sequence_shorter_than_its_sinks_is_all_sinks(self):
-        np.save(self.dir / "ks.npy", self.keys[:3])
-        np.save(self.dir / "vs.npy", self.values[:3])
-        with program.Server("--workers", 2) as server:
-            self.fill(server, "s", keys="ks.npy", values="vs.npy")
-            self.ask(server, "s", "all")
+    def check_shape(self, server, random, tokens, heads, kv_heads, head_dim, value_dim, *, sinks=0, window=100, softcap=0.0,
+                    sink_logits=None, dtype="f32", files="f32", thin=False):
+        """A session of that shape from files of the type `files`, asked everything and held to the oracle."""
+        name = f"{tokens}-{heads}-{kv_heads}-{head_dim}-{value_dim}-{dtype}-{files}"
+        keys = random.standard_normal((tokens, kv_heads, head_dim)).astype(program.NUMPY[files])
+        values = random.standard_normal((tokens, kv_heads, value_dim)).astype(program.NUMPY[files])
+        queries = 2 * random.standard_normal((9, heads, head_dim), dtype=np.float32)
+        positions = random.integers(0, tokens, 9)
+        positions[:3] = [0, tokens - 1, min(tokens - 1, sinks)]
+        for file, array in (("kx", keys), ("vx", values), ("qx", queries), ("px", positions)):
+            np.save(self.dir / f"{file}.npy", array)
+        learned = ["--sink-logit", ",".join(map(str, sink_logits))] if sink_logits else []
+        server.run("session", "create", name, "--query-heads", heads, "--kv-heads", kv_heads, "--head-dim", head_dim,
+                   "--value-dim", value_dim, "--sink-tokens", sinks, "--window", window, "--softcap", softcap, "--dtype", dtype,
+                   "--stripe-pages", 1, *learned)
+        server.run("session", "append", name, "--keys", self.path("kx.npy"), "--values", self.path("vx.npy"),
+                   *(["--thin"] if thin else []))
+        stored = [program.ROUND[dtype](array.astype(np.float32)) for array in (keys, values)]
+        for question, arguments in QUESTIONS.items():
+            self.ask(server, name, question, queries="qx.npy", positions="px.npy")
+            limits = positions if "--positions" in arguments else np.full(9, tokens - 1)
+            seen = program.visible(tokens, limits, "window" if "window" in arguments else "global", sinks, window)
+            want = program.oracle(*stored, queries, seen, head_dim ** -0.5, min(sinks, tokens), sink_logits, softcap)
             outputs, lse, mass = self.load()
-            want = program.oracle(self.keys[:3], self.values[:3], self.queries, np.ones((ROWS, 3), bool),
-                                  HEAD_DIM ** -0.5, 3)
-            self.assertLess(program.relative_error(outputs, want[0]), ERROR_MAX)
-            self.assertTrue((mass == 1).all())
+            self.assertEqual(outputs.shape, (9, heads, value_dim))
+            self.assertLess(program.relative_error(outputs, want[0]), ERROR_MAX, question)
+            self.assertLess(np.abs(lse - want[1]).max(), 2e-5, question)
+            self.assertLess(np.abs(mass - want[2]).max(), 1e-5, question)
+            if tokens <= sinks:
+                self.assertTrue((mass == 1).all())
+        server.run("session", "delete", name)
+
+    def test_answers_are_right_for_every_shape(self):
+        random = np.random.default_rng(77)
+        # tokens, query heads, kv heads, head_dim, value_dim
+        shapes = [
+            # Values wider and narrower than keys, down to one number; heads alone and in groups.
+            ((1000, 6, 3, 24, 80), {"sinks": 4}),
+            ((1000, 5, 5, 33, 1), {"sinks": 1, "window": 1}),
+            ((700, 7, 1, 1, 300), {"window": 257}),
+            # Half precision files into every type.
+            ((600, 4, 2, 40, 24), {"files": "f16", "sinks": 7}),
+            ((600, 4, 2, 40, 24), {"files": "f16", "dtype": "f16", "sinks": 7}),
+            ((600, 4, 2, 40, 24), {"files": "f16", "dtype": "bf16", "thin": True}),
+            # Fewer tokens than sinks, as many, one more; learned sinks and a softcap among them.
+            ((3, 4, 2, 64, 24), {"sinks": 5}),
+            ((3, 4, 2, 32, 48), {"sinks": 5, "softcap": 3.0, "sink_logits": [1.5, -2, 0, 30], "dtype": "bf16"}),
+            ((300, 4, 2, 32, 16), {"sinks": 400, "window": 3, "files": "f16"}),
+            ((5, 4, 2, 32, 16), {"sinks": 5, "window": 2}),
+            ((6, 4, 2, 32, 16), {"sinks": 5, "window": 2}),
+            ((1, 2, 1, 8, 8), {"window": 1}),
+            ((900, 2, 1, 16, 20), {"sinks": 300, "softcap": 5.0, "sink_logits": [-40, 40]}),
+        ]
+        with program.Server("--workers", 3) as server:
+            for shape, how in shapes:
+                with self.subTest(shape=shape, **how):
+                    self.check_shape(server, random, *shape, **how)
 
 
 if __name__ == "__main__":

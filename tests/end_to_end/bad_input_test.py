@@ -164,7 +164,7 @@ class BadInput(unittest.TestCase):
         self.assertEqual(again["digest"], self.receipt["digest"])
         self.assertEqual(self.state(), self.before)
         self.save("other.npy", self.broken(self.keys, 7.5))
-        self.expect_refused(*self.append(keys="other.npy", at=0), naming=["other content"])
+        self.expect_refused(*self.append(keys="other.npy", at=0), naming=["other content", f"append at {TOKENS}"])
         self.expect_refused(*self.append(at=TOKENS - 10), naming=[TOKENS - 10])
 
     def test_more_than_there_is_memory_for(self):

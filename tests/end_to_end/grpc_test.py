@@ -145,6 +145,21 @@ class Wire(unittest.TestCase):
                         "is not a whole")
         self.eduba.AbortAppend(pb.AbortAppendRequest(append_id=planned.append_id), timeout=30)
 
+    def test_a_broken_message_is_refused_by_name_whatever_the_method(self):
+        identity = lambda data: data
+        for method in pb.DESCRIPTOR.services_by_name["Eduba"].methods:
+            kind = ("stream_" if method.client_streaming else "unary_") + ("stream" if method.server_streaming else "unary")
+            stub = getattr(self.channel, kind)(f"/eduba.v1.Eduba/{method.name}", request_serializer=identity,
+                                               response_deserializer=identity)
+
+            def call():
+                broken = b"\xff\xff\xff\xff"
+                answer = stub(iter([broken]) if method.client_streaming else broken, timeout=30)
+                return list(answer) if method.server_streaming else answer
+            with self.subTest(method.name):
+                self.expect(grpc.StatusCode.INVALID_ARGUMENT, call,
+                            f"a message of 4 bytes is not a whole {method.input_type.full_name}: ")
+
     def test_an_overflowing_query_fails_alone_and_names_its_own_row(self):
         """Rows of calls that come together share steps; what overflows in one is no business of the others."""
         bad = np.concatenate([self.queries, np.full_like(self.queries, 3e38)])

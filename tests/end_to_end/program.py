@@ -89,6 +89,19 @@ def wait_until(condition, what, timeout_s=30):
         time.sleep(0.02)
 
 
+def alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(pid):
+    """Of a process, in the order in which they were started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return sorted(map(int, found.stdout.split()))
+
+
 def to_bf16(array):
     """float32 rounded to bf16 (nearest even), as float32."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
@@ -96,6 +109,7 @@ def to_bf16(array):
     return rounded.astype(np.uint32).view(np.float32)
 
 
+NUMPY = {"f32": np.float32, "f16": np.float16}
 ROUND = {"f32": lambda a: a.astype(np.float32), "bf16": to_bf16,
          "f16": lambda a: a.astype(np.float16).astype(np.float32)}
 

@@ -15,25 +15,56 @@ import numpy as np
 
 import program
 
-COMMANDS = ["", "up", "coordinator", "worker", "workers", "doctor", "version", "session", "session create", "session append",
-            "session attend", "session show", "session list", "session delete", "atlas", "atlas load", "atlas annotate", "bench",
-            "bench stream", "bench attend", "bench merge", "bench append"]
 SHAPE = ["--query-heads", 2, "--kv-heads", 1, "--head-dim", 16]
 
 
-def alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 class Usage(unittest.TestCase):
-    def test_every_command_explains_itself(self):
-        for command in COMMANDS:
-            result = program.eduba(*command.split(), "--help")
-            self.assertEqual((result.returncode, result.stderr), (0, ""), command)
-            self.assertIn(f"Usage: {' '.join(['eduba', *command.split()])}", result.stdout)
+    def explain(self, *command):
+        """Visits the command and all below it; returns those that do something, and are not only a group of others."""
+        result = program.eduba(*command, "--help")
+        self.assertEqual((result.returncode, result.stderr), (0, ""), command)
+        self.assertIn(f"Usage: {' '.join(['eduba', *command])}", result.stdout)
+        below = re.findall(r"^  (\w+) ", result.stdout.partition("\nSubcommands:\n")[2], re.M)
+        if not below:
+            self.assertIn("\n  --json ", result.stdout, f"{command} has no --json")
+            return [" ".join(command)]
+        return [leaf for name in below for leaf in self.explain(*command, name)]
+
+    def test_every_command_explains_itself_and_takes_json(self):
+        commands = self.explain()
+        self.assertLessEqual({"up", "coordinator", "worker", "workers", "doctor", "version", "session create", "session append",
+                              "session attend", "session show", "session list", "session delete", "session fork", "atlas load",
+                              "atlas annotate", "bench stream", "bench attend", "bench merge", "bench append", "generate",
+                              "score", "embed", "model show"}, set(commands))
+
+    def test_servers_say_in_json_too_that_they_are_ready_and_nothing_else(self):
+        def start(*arguments):
+            process = subprocess.Popen([program.EDUBA, *arguments, "--listen", "127.0.0.1:0", "--json"], text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.addCleanup(process.stdout.close)
+            self.addCleanup(process.kill)
+            ready = json.loads(process.stdout.readline())
+            self.assertEqual(set(ready), {"event", "address"})
+            self.assertEqual(ready["event"], "ready")
+            self.assertRegex(ready["address"], r"\A127\.0\.0\.1:[1-9]\d*\Z")
+            return process, ready["address"]
+        memory = ["--memory-bytes", "8MiB"]
+        coordinator, address = start("coordinator", "--group-size", "1")
+        worker, _ = start("worker", "--coordinator", address, *memory)
+        started = [worker, coordinator, start("up", *memory)[0], start("up", "--processes", "--workers", "1", *memory)[0]]
+        for process in started:
+            process.terminate()
+            self.assertEqual(process.wait(30), 0)
+            self.assertEqual(process.stdout.read(), "")
+
+    def test_errors_are_one_line_on_stderr_with_json_too(self):
+        for line, code in (("up --workers 0", 2), ("up --listen nonsense", 1), ("coordinator --group-size 1 --listen nonsense", 1),
+                           ("worker --coordinator nonsense --listen 127.0.0.1:0", 1), ("session list --server nonsense", 1),
+                           ("session show", 2)):
+            with self.subTest(line):
+                result = program.eduba(*line.split(), "--json")
+                self.assertEqual((result.returncode, result.stdout), (code, ""), result)
+                self.assertRegex(result.stderr, r"\Aeduba: [^\n]+\n\Z")
 
     def test_bad_usage_is_exit_code_2_and_one_line(self):
         create = "session create x --query-heads 1 --kv-heads 1 --head-dim 4"
@@ -72,13 +103,23 @@ class Usage(unittest.TestCase):
             self.assertEqual(findings["server"]["state"], "ok")
             self.assertIn("CUDA", findings["cuda"]["text"])  # Built or not, here or not: it says which.
 
-    def test_a_port_that_is_taken_is_said_so(self):
-        with program.Server() as server:
-            for extra in ([], ["--processes"]):
-                result = program.eduba("up", "--listen", server.address, *extra)
-                self.assertEqual(result.returncode, 1, extra)
-                self.assertEqual(result.stdout, "")
-                self.assertIn(server.address, result.stderr)
+    def test_what_keeps_it_from_starting_is_one_line_with_processes_too(self):
+        with tempfile.TemporaryDirectory() as folder:
+            locked, file, model = (pathlib.Path(folder) / name for name in ("data", "file", "model"))
+            file.write_bytes(b"")
+            model.mkdir()
+            with program.Server("--workers", 1, "--data-dir", locked) as server:
+                for arguments, naming in ((["--data-dir", locked], "another coordinator uses it"),
+                                          (["--data-dir", file], f"data folder {file} cannot be created"),
+                                          (["--listen", server.address], "the port is taken"),
+                                          (["--model", model], f"{model}/config.json")):
+                    for extra in ([], ["--processes"]):
+                        with self.subTest(naming, extra=extra):
+                            listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
+                            result = program.eduba("up", "--workers", 1, "--memory-bytes", "8MiB", *listen, *extra, *arguments)
+                            self.assertEqual((result.returncode, result.stdout), (1, ""), result)
+                            self.assertRegex(result.stderr, r"\Aeduba: up: [^\n]+\n\Z")
+                            self.assertIn(naming, result.stderr)
 
 
 class Life(unittest.TestCase):
@@ -98,21 +139,18 @@ class Life(unittest.TestCase):
         return program.eduba("session", "attend", "s", "--queries", self.dir / "q.npy", "--out", self.dir / "o.npy",
                              "--timeout", 20, server=server.address)
 
-    def children(self, server):
-        return sorted(int(p) for p in subprocess.run(["ps", "-o", "pid=", "--ppid", str(server.process.pid)],
-                                                     capture_output=True, text=True, check=True).stdout.split())
-
     def test_sessions_can_be_listed_shown_and_deleted(self):
         with program.Server() as server:
             self.assertEqual(server.report("session", "list"), [])
             self.fill(server)
-            server.run("session", "create", "another", *SHAPE, "--sink-logit", "-2.5", "--dtype", "bf16")
+            created = server.report("session", "create", "another", *SHAPE, "--sink-logit", "-2.5", "--dtype", "bf16")
+            self.assertEqual(created, server.report("session", "show", "another"))
             self.assertEqual([s["name"] for s in server.report("session", "list")], ["another", "s"])
             shown = server.report("session", "show", "s")
             self.assertEqual((shown["length"], shown["bytes"], shown["scale"]), (5000, 5000 * 2 * 16 * 4, 0.25))
             self.assertEqual(server.report("session", "show", "another")["sink_logits"], [-2.5, -2.5])
             self.assertIn("5000 positions", server.run("session", "show", "s"))
-            server.run("session", "delete", "s")
+            self.assertEqual(server.report("session", "delete", "s"), {"deleted": "s"})
             self.assertEqual([s["name"] for s in server.report("session", "list")], ["another"])
             program.wait_until(lambda: all(w["memory_used_bytes"] == 0 for w in server.report("workers")["workers"]),
                                "the deleted session's memory is free")
@@ -156,7 +194,7 @@ class Life(unittest.TestCase):
         with program.Server("--processes", "--workers", 2) as server:
             self.fill(server)
             self.assertEqual(self.attend(server).returncode, 0)
-            victim = self.children(server)[-1]
+            victim = program.children(server.process.pid)[-1]
             os.kill(victim, signal.SIGKILL)
             result = self.attend(server)
             self.assertEqual(result.returncode, 1)
@@ -182,20 +220,20 @@ class Life(unittest.TestCase):
 
     def test_its_processes_end_with_it_however_it_ends(self):
         server = program.Server("--processes", "--workers", 2)
-        children = self.children(server)
+        children = program.children(server.process.pid)
         self.assertEqual(len(children), 3)
         server.process.kill()
         server.process.wait()
         server.process.stdout.close()
-        program.wait_until(lambda: not any(map(alive, children)), "children end after SIGKILL of their parent")
+        program.wait_until(lambda: not any(map(program.alive, children)), "children end after SIGKILL of their parent")
         server.log.close()
 
     def test_a_dead_coordinator_ends_everything(self):
         server = program.Server("--processes", "--workers", 1)
-        children = self.children(server)
+        children = program.children(server.process.pid)
         os.kill(children[0], signal.SIGKILL)
         self.assertEqual(server.process.wait(30), 1)
-        self.assertFalse(any(map(alive, children)))
+        self.assertFalse(any(map(program.alive, children)))
         self.assertIn("the coordinator (process", server.messages())
         server.process.stdout.close()
         server.log.close()

@@ -122,8 +122,9 @@ class WorkerKill : public ::testing::Test {
     while (true) {
       const auto workers = client_->ListWorkers();
       EXPECT_TRUE(workers.ok()) << workers.status();
-      if (!workers.ok() || (workers->state() == "active" && workers->epoch() > epoch))
+      if (!workers.ok() || (workers->state() == "active" && workers->epoch() > epoch)) {
         return workers->epoch();
+      }
       absl::SleepFor(absl::Milliseconds(20));
     }
   }
@@ -188,8 +189,9 @@ TEST_F(WorkerKill, ASigkillDuringQueriesGivesErrorsInTimeAndANewWorkerServesAgai
 
     AskWhileHurt(*session, call, *wanted, count, [&] { workers_[victim]->Send(SIGKILL); });
     EXPECT_EQ(workers_[victim]->AwaitEnd(), 128 + SIGKILL);
-    for (int i = 0; i < kWorkers; ++i)
+    for (int i = 0; i < kWorkers; ++i) {
       EXPECT_TRUE(i == victim || workers_[i]->Runs()) << "worker " << i << " went down too";
+    }
     EXPECT_TRUE(coordinator_->Runs());
 
     workers_[victim] = StartWorker(address_);
@@ -233,8 +235,9 @@ TEST_F(WorkerKill, ASigkillDuringAppendsStoresAllOrNothing) {
     int64_t at = 0;
     // Small appends until one fails.
     while (status.ok() && at < problem.content.length) {
-      if (at >= 20 + 10 * round && !killer.joinable())
+      if (at >= 20 + 10 * round && !killer.joinable()) {
         killer = std::thread([&] { workers_[round]->Send(SIGKILL); });
+      }
       status = Append(*client_, *session, problem.content, at, 1, round % 2 == 0, true).status();
       if (status.ok()) ++at;
     }

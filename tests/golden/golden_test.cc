@@ -27,8 +27,9 @@ constexpr int64_t kBytes = int64_t{64} << 20;
 
 std::vector<std::string> Families() {
   std::vector<std::string> families;
-  for (const auto& entry : std::filesystem::directory_iterator(EDUBA_GOLDEN_MODELS))
+  for (const auto& entry : std::filesystem::directory_iterator(EDUBA_GOLDEN_MODELS)) {
     families.push_back(entry.path().filename().string());
+  }
   std::sort(families.begin(), families.end());
   return families;
 }
@@ -116,8 +117,9 @@ INSTANTIATE_TEST_SUITE_P(Families, Golden, testing::ValuesIn(Families()),
 
 TEST(Golden, EveryFamilyIsHere) {
   const std::vector<std::string> families = Families();
-  for (const char* family : {"gemma2", "gemma3", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
+  for (const char* family : {"gemma2", "gemma3", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}) {
     EXPECT_NE(std::find(families.begin(), families.end(), family), families.end()) << family;
+  }
 }
 
 TEST_P(Golden, LogitsOfThePromptEqualTransformers) {
