@@ -647,7 +647,7 @@ TEST_P(BackendContract, AHugeValueThatHardlyCountsCostsNoPrecision) {
 }
 
 TEST_P(BackendContract, ErrorIsNeverAbovePlainFloatAttentionForExtremeLogits) {
-  if (GetParam().is_tensor) return;  // What it promises is for moderate logits.
+  if (GetParam().is_tensor) GTEST_SKIP() << "tensor cores promise nothing for extreme logits";
   constexpr int kSeeds = 8;
   RankGroup group = Group(GetParam(), 1);
   for (const int head_dim : {16, 64, 128, 256}) {

@@ -211,10 +211,10 @@ bench_attend() {
   "$eduba" bench attend --device cuda:0 --precision "$precision" --bytes "$((free > 20480 ? 16384 : free / 2))MiB" "$@"
 }
 
-# What the kernels are bound by, for whoever finds a figure missed.
+# What the kernels are bound by, for whoever finds a figure missed: every launch of a short run, in a file beside the report.
 profile() {
-  ncu --set full --kernel-name "regex:$2" --launch-count 4 \
-    "$eduba" bench attend --device cuda:0 --precision "$1" --bytes 1GiB --rounds 1
+  ncu --set full --kernel-name "regex:$2" "$eduba" bench attend --device cuda:0 --precision "$1" --bytes 1GiB --rounds 1 |
+    tee "${report%.md}-$2.txt"
 }
 
 # Ends with 3 where there is nothing to compare with.
@@ -266,8 +266,8 @@ fi
 if [[ $gpu == yes ]] && ! command -v ncu >/dev/null; then
   skip "profiles" "ncu is not installed (it comes with the CUDA toolkit)"
 else
-  lines=200 step "profile of the decode kernel" profile exact AttendKernel
-  lines=200 step "profile of the tensor kernel" profile tensor TensorKernel
+  step "profile of the exact kernel" profile exact AttendKernel
+  step "profile of the tensor kernel" profile tensor TensorKernel
 fi
 # The real payloads; NCCL where every rank can have a GPU of its own.
 gpus=1
