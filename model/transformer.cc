@@ -91,6 +91,7 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConf
     }
   }
   model->final_norm_ = {Floats(weights.final_norm.weight), Floats(weights.final_norm.bias)};
+  model->hidden_exponents_ = model->HiddenExponents();
   EDUBA_ASSIGN_OR_RETURN(model->head_.weights, kernels->Pack({All(weights.head)}));
   return model;
 }
@@ -178,6 +179,18 @@ std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const
   return exponents;
 }
 
+std::vector<int16_t> Transformer::HiddenExponents() const {
+  const double longest = std::sqrt(static_cast<double>(config_.hidden_size));
+  const double offset = config_.norm_plus_one ? 1 : 0;
+  std::vector<int16_t> exponents;
+  for (int64_t c = 0; c < config_.hidden_size; ++c) {
+    const double bias = final_norm_.bias.empty() ? 0 : final_norm_.bias[c];
+    const double bound = 1.01 * (longest * std::abs(offset + final_norm_.weight[c]) + std::abs(bias));
+    exponents.push_back(bound > 0 ? static_cast<int16_t>(std::ilogb(bound) + 1) : int16_t{0});
+  }
+  return exponents;
+}
+
 int64_t Transformer::weight_bytes() const {
   int64_t bytes = head_.weights->bytes();
   for (const Layer& layer : layers_) {
@@ -203,14 +216,18 @@ absl::Status Transformer::Embed(absl::Span<const int32_t> ids, float* hidden) co
 }
 
 absl::Status Transformer::Forward(const RowPositions& at, LayerAttention& attention, float* hidden) {
-  for (size_t layer = 0; layer < layers_.size(); ++layer)
-    EDUBA_RETURN_IF_ERROR(ForwardLayer(static_cast<int>(layer), at, attention, hidden));
-  FinalNorm(static_cast<int64_t>(at.positions.size()), hidden);
-  return absl::OkStatus();
+  const auto rows = static_cast<int64_t>(at.positions.size());
+  for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
+    EDUBA_ASSIGN_OR_RETURN(const LayerRows call, BeforeAttention(layer, at, hidden));
+    attended_.resize(rows * config_.query_heads * config_.head_dim);
+    EDUBA_RETURN_IF_ERROR(Annotate(attention.Attend(call, attended_.data()), absl::StrCat("layer ", layer)));
+    AfterAttention(layer, rows, attended_.data(), hidden);
+  }
+  return FinalNorm(rows, hidden);
 }
 
-absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerAttention& attention,
-                                       float* hidden) {
+absl::StatusOr<LayerRows> Transformer::BeforeAttention(int index, const RowPositions& at,
+                                                       const float* hidden) {
   PrepareAngles(at);
   const Layer& layer = layers_[index];
   const auto rows = static_cast<int64_t>(at.positions.size());
@@ -245,9 +262,14 @@ absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerA
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", index, ": a query, key or value is not finite; are the weights whole?"));
   }
-  attended_.resize(rows * config_.query_heads * dim);
-  EDUBA_RETURN_IF_ERROR(Annotate(attention.Attend(call, attended_.data()), absl::StrCat("layer ", index)));
-  Multiply(layer.attention_map, rows, attended_.data(), mapped_);
+  return call;
+}
+
+void Transformer::AfterAttention(int index, int64_t rows, const float* attended, float* hidden) {
+  const Layer& layer = layers_[index];
+  const int64_t width = config_.hidden_size;
+  normed_.resize(rows * width);
+  Multiply(layer.attention_map, rows, attended, mapped_);
   if (config_.post_norms) {
     Normalise(layer.attention_out, config_.norm, rows, mapped_.data(), mapped_.data());
   }
@@ -267,11 +289,13 @@ absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerA
   Multiply(layer.down, rows, activated_.data(), mapped_);
   if (config_.post_norms) Normalise(layer.mlp_out, config_.norm, rows, mapped_.data(), mapped_.data());
   Add(mapped_, rows * width, hidden);
-  return absl::OkStatus();
 }
 
-void Transformer::FinalNorm(int64_t rows, float* hidden) {
+absl::Status Transformer::FinalNorm(int64_t rows, float* hidden) {
   Normalise(final_norm_, config_.norm, rows, hidden, hidden);
+  if (AllFinite(absl::MakeConstSpan(hidden, rows * config_.hidden_size))) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      "behind the last layer: a hidden state is not finite; are the weights whole?");
 }
 
 void Transformer::Logits(const float* hidden, int64_t rows, float* logits) {

@@ -46,14 +46,21 @@ class Transformer {
   //   |v[c]| <= sqrt(hidden_size) |W[c, :] * norm weight| + |W[c, :] norm bias + b[c]|.
   // A function of the weights alone: values can be merged (docs/numerics.md) without agreeing on anything.
   absl::Span<const int16_t> value_exponents(int layer) const { return layers_[layer].value_exponents; }
+  // [hidden_size]: |h[c]| <= 2^e[c] for what Forward makes of any input, as above from the final norm:
+  //   |h[c]| <= sqrt(hidden_size) |norm weight[c]| + |norm bias[c]|.
+  const std::vector<int16_t>& hidden_exponents() const { return hidden_exponents_; }
 
   // hidden [ids, hidden_size] from token ids. INVALID_ARGUMENT names the first id outside the vocabulary.
   absl::Status Embed(absl::Span<const int32_t> ids, float* hidden) const;
   // Rows through all layers and the final norm, in place: transformers' last_hidden_state.
   absl::Status Forward(const RowPositions& at, LayerAttention& attention, float* hidden);
-  // Through one layer; for callers that take a long prompt layer by layer.
-  absl::Status ForwardLayer(int layer, const RowPositions& at, LayerAttention& attention, float* hidden);
-  void FinalNorm(int64_t rows, float* hidden);
+  // Its parts, for callers that take a long prompt layer by layer. What attention gets, in memory that the
+  // next call uses again; INVALID_ARGUMENT where it is not finite.
+  absl::StatusOr<LayerRows> BeforeAttention(int layer, const RowPositions& at, const float* hidden);
+  // The rest of the layer: attended [rows, query_heads, head_dim] for the `hidden` that was given before.
+  void AfterAttention(int layer, int64_t rows, const float* attended, float* hidden);
+  // INVALID_ARGUMENT where the result is not finite.
+  absl::Status FinalNorm(int64_t rows, float* hidden);
   // logits [rows, vocab_size] of rows that Forward made.
   void Logits(const float* hidden, int64_t rows, float* logits);
 
@@ -85,6 +92,7 @@ class Transformer {
   Transformer(const ModelConfig& config, const ModelWeights& weights, LayerKernels* kernels);
   absl::Status PackLayer(const LayerWeights& from, Layer& to);
   std::vector<int16_t> ValueExponents(const LayerWeights& from) const;
+  std::vector<int16_t> HiddenExponents() const;
   void Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y);
   void Normalise(const Norm& norm, NormKind kind, int64_t rows, const float* x, float* y);
   void NormaliseHeads(const Norm& norm, int64_t rows, int heads, float* x, int64_t stride);
@@ -99,6 +107,7 @@ class Transformer {
   DType weight_dtype_ = DType::kBf16;
   std::vector<Layer> layers_;
   Norm final_norm_;
+  std::vector<int16_t> hidden_exponents_;
   Linear head_;
 
   // Of the step under way.
