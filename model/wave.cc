@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "absl/status/statusor.h"
@@ -48,7 +49,9 @@ Wave::Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows)
   for (size_t layer = 0; layer < rows_.views.size(); ++layer) {
     layer_pages_.push_back(PagesFor(plan_, rows_.views[layer], rows_.keeping[layer], pages_.share()));
   }
-  for (int64_t position = own_.begin; position < own_.end; ++position) positions_.push_back(position);
+  std::vector<int64_t> positions(own_.size());
+  std::iota(positions.begin(), positions.end(), own_.begin);
+  angles_ = options_.model->Angles({positions, rows_.sink_positions});
   hidden_.resize(own_.size() * width_);
   queries_.resize(own_.size() * query_row_);
   if (!rows_.sink_positions.empty()) sink_queries_.resize(queries_.size());
@@ -162,12 +165,8 @@ absl::Status Wave::Project() {
     EDUBA_RETURN_IF_ERROR(Note(options_.model->Embed(ids, Hidden(chunk.begin))));
     if (!status_.ok()) return absl::OkStatus();
   }
-  RowPositions at;
-  at.positions = absl::MakeConstSpan(positions_).subspan(first, chunk.size());
-  if (!rows_.sink_positions.empty()) {
-    at.sink_positions = absl::MakeConstSpan(rows_.sink_positions).subspan(first, chunk.size());
-  }
-  const absl::StatusOr<LayerRows> made = options_.model->BeforeAttention(layer_, at, Hidden(chunk.begin));
+  const absl::StatusOr<LayerRows> made =
+      options_.model->BeforeAttention(layer_, angles_, first, chunk.size(), Hidden(chunk.begin));
   EDUBA_RETURN_IF_ERROR(Note(made.status()));
   if (!made.ok()) return absl::OkStatus();
   std::copy_n(made->queries, chunk.size() * query_row_, &queries_[first * query_row_]);

@@ -112,7 +112,7 @@ class Wave {
   Rows rows_;
   std::vector<WavePages> layer_pages_;  // [layers]
   KvPages::SparePages spare_;
-  std::vector<int64_t> positions_;             // Of this rank's rows.
+  RowAngles angles_;                           // Of this rank's rows.
   std::vector<float> hidden_;                  // [own rows, hidden_size]
   std::vector<float> queries_, sink_queries_;  // [own rows, query_heads, head_dim] of the layer
   std::vector<float> attended_;
