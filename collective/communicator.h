@@ -12,9 +12,9 @@ namespace eduba {
 // The ranks of one epoch. One-shot: after any error the group is dead, and every later call returns ABORTED
 // with the first error's text until a new group is formed at a new epoch.
 //
-// All ranks make the same calls in the same order with the same counts; the ordered command stream sees to
-// it. Calls come from one thread at a time; Abort may come from any thread. Each call returns when the result
-// is in `data`, or an error:
+// All ranks make the same calls in the same order with the same counts (SendReceive: sizes agree pair by
+// pair); the ordered command stream sees to it. Calls come from one thread at a time; Abort may come from any
+// thread. Each call returns when the result is in `data`, or an error:
 //   DEADLINE_EXCEEDED  a rank did not arrive by `deadline`
 //   UNAVAILABLE        a rank that this call needs is gone, or its connection broke
 //   ABORTED            Abort was called, or an earlier call failed
@@ -39,6 +39,12 @@ class Communicator {
   virtual absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) = 0;
   // data[i] becomes the largest data[i] of all ranks. REQUIRES: no NaN.
   virtual absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) = 0;
+  // One message from each rank to one other, all at the same time: `send` goes to rank `to`, and `receive` is
+  // filled by rank `from`, whose `send` is as long. -1: nobody, and an empty span. All ranks call it, those
+  // without a message too.
+  // REQUIRES: neither is this rank, and the two spans do not overlap.
+  virtual absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                                   absl::Time deadline) = 0;
   // Returns once every rank has called it.
   virtual absl::Status Barrier(absl::Time deadline) = 0;
 

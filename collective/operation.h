@@ -9,7 +9,7 @@
 namespace eduba {
 
 // The calls of a Communicator, as the transports compare them between ranks.
-enum class Operation : uint8_t { kBarrier = 1, kSumI64 = 2, kMaxF32 = 3 };
+enum class Operation : uint8_t { kBarrier = 1, kSumI64 = 2, kMaxF32 = 3, kSendReceive = 4 };
 
 // "sum of 130 words", for errors.
 inline std::string DescribeCall(Operation operation, int64_t count) {
@@ -20,6 +20,8 @@ inline std::string DescribeCall(Operation operation, int64_t count) {
       return absl::StrCat("sum of ", count, " words");
     case Operation::kMaxF32:
       return absl::StrCat("maximum of ", count, " floats");
+    case Operation::kSendReceive:
+      return "send and receive";
   }
   return absl::StrCat("unknown operation ", static_cast<int>(operation));
 }

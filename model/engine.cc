@@ -1,17 +1,17 @@
 #include "model/engine.h"
 
 #include <algorithm>
+#include <optional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "model/log_probs.h"
 
 namespace eduba {
 namespace {
-
-// Rows whose logits are held at once.
-constexpr int64_t kLogitRows = 32;
 
 bool IsWindowed(ContextPolicy policy) { return policy != ContextPolicy::kModel; }
 
@@ -26,6 +26,14 @@ int64_t SinkPosition(const ContextOptions& options, int64_t position) {
       return std::min(position, options.clamp);
   }
   return position;
+}
+
+LayerKeeping Keeping(const LayerView& append, const LayerView& ask) {
+  LayerKeeping keeping;
+  keeping.sink_tokens = std::max(append.sink_tokens, ask.sink_tokens);
+  keeping.window = std::max(append.window, ask.window);
+  keeping.owned = append.policy != Policy::kWindow || ask.policy != Policy::kWindow;
+  return keeping;
 }
 
 }  // namespace
@@ -65,6 +73,7 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t s
   shape.softcap = config.attention_softcap;
   std::vector<LayerView> append_views;
   std::vector<LayerView> ask_views;
+  std::vector<LayerKeeping> keeping;
   std::vector<LayerPages> pages;
   for (const LayerConfig& layer : config.layers) {
     const LayerView own = layer.window > 0 ? LayerView{Policy::kWindow, 0, layer.window}
@@ -77,10 +86,12 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t s
     const bool windowed =
         append_views.back().policy == Policy::kWindow || ask_views.back().policy == Policy::kWindow;
     pages.push_back({!windowed, options.sink_tokens});
+    keeping.push_back(Keeping(append_views.back(), ask_views.back()));
   }
   Context context(options, KvPages(options_.backend, options_.store, shape, Share(stripe_pages), pages));
   context.append_views_ = std::move(append_views);
   context.ask_views_ = std::move(ask_views);
+  context.keeping_ = std::move(keeping);
   return context;
 }
 
@@ -96,8 +107,7 @@ absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Ti
   }
   if (options_.communicator == nullptr) return room;
   // Memory is the one thing that ranks differ in.
-  int64_t ranks_without = room.ok() ? 0 : 1;
-  EDUBA_RETURN_IF_ERROR(options_.communicator->SumI64(absl::MakeSpan(&ranks_without, 1), deadline));
+  EDUBA_ASSIGN_OR_RETURN(const int64_t ranks_without, CountNo(room.ok(), deadline));
   if (!room.ok() || ranks_without == 0) return room;
   return absl::ResourceExhaustedError(
       absl::StrCat(ranks_without, " other workers of the group have no pages left for this step"));
@@ -172,18 +182,86 @@ absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time 
     context.length_ += static_cast<int64_t>(turn.ids.size());
     const float* last = &hidden_[(row - 1) * config.hidden_size];
     context.last_.assign(last, last + config.hidden_size);
-    for (size_t layer = 0; layer < config.layers.size(); ++layer) {
-      // What no later row sees; or no later window, and others own it.
-      const LayerView& append = context.append_views_[layer];
-      const LayerView& ask = context.ask_views_[layer];
-      const bool windowed = append.policy == Policy::kWindow && ask.policy == Policy::kWindow;
-      if (append.policy != Policy::kWindow && ask.policy != Policy::kWindow) continue;
-      const int64_t window = std::max(append.window, ask.window);
-      const int64_t sinks = std::max(append.sink_tokens, ask.sink_tokens);
-      context.pages_.Drop(static_cast<int>(layer), {sinks, context.length_ - window + 1}, !windowed);
-    }
+    DropUnseen(context);
   }
   return absl::OkStatus();
+}
+
+void ModelEngine::DropUnseen(Context& context) const {
+  for (size_t layer = 0; layer < context.keeping_.size(); ++layer) {
+    // What no later row sees; or no later window, and others own it.
+    const LayerKeeping& keeping = context.keeping_[layer];
+    if (keeping.window == 0) continue;
+    context.pages_.Drop(static_cast<int>(layer), {keeping.sink_tokens, context.length_ - keeping.window + 1},
+                        keeping.owned);
+  }
+}
+
+std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<const int32_t> ids, bool asks,
+                                             bool log_probs, const Pooler* pooler) const {
+  if (options_.communicator == nullptr) return nullptr;
+  const int64_t begin = context.length_;
+  const int64_t end = begin + std::min(static_cast<int64_t>(ids.size()), kMaxPositions - begin);
+  const std::optional<WavePlan> plan =
+      PlanWave({begin, end}, options_.communicator->size(), context.pages_.share().stripe_pages);
+  if (!plan) return nullptr;
+  Wave::Rows rows;
+  const auto taken = ids.first(plan->positions.size());
+  rows.ids.assign(taken.begin(), taken.end());
+  rows.views = asks ? context.ask_views_ : context.append_views_;
+  rows.keeping = context.keeping_;
+  bool differ = false;
+  const PositionRange& own = plan->slices[options_.communicator->rank()];
+  for (int64_t position = own.begin; position < own.end; ++position) {
+    rows.sink_positions.push_back(SinkPosition(context.options_, position));
+    differ |= rows.sink_positions.back() != position;
+  }
+  if (!differ) rows.sink_positions.clear();
+  rows.before = context.last_;
+  rows.log_probs = log_probs;
+  if (pooler != nullptr) rows.part = pooler->Part(plan->positions);
+  return std::make_unique<Wave>(
+      Wave::Options{options_.backend, options_.model, options_.communicator, options_.chunk_rows}, *plan,
+      context.pages_.Fork(), std::move(rows));
+}
+
+void ModelEngine::FinishWave(Wave& wave, Context& context, Pooler* pooler) const {
+  EDUBA_CHECK(wave.done() && wave.status().ok());
+  EDUBA_CHECK_EQ(context.length_, wave.plan().positions.begin);
+  context.pages_ = wave.TakePages();
+  context.length_ = wave.plan().positions.end;
+  context.last_ = wave.last();
+  DropUnseen(context);
+  if (pooler != nullptr) pooler->AddPart(*wave.part());
+}
+
+absl::StatusOr<int64_t> ModelEngine::CountNo(bool yes, absl::Time deadline) const {
+  int64_t no = yes ? 0 : 1;
+  EDUBA_RETURN_IF_ERROR(options_.communicator->SumI64(absl::MakeSpan(&no, 1), deadline));
+  return no;
+}
+
+absl::StatusOr<bool> ModelEngine::AppendWave(Context& context, absl::Span<const int32_t> ids,
+                                             const ContextAppendOptions& options,
+                                             std::vector<float>& log_probs, int64_t& in_chunks_until) {
+  const std::unique_ptr<Wave> wave = StartWave(context, ids, options.asks, options.log_probs, options.pooler);
+  if (wave == nullptr) {
+    in_chunks_until = context.length_ + static_cast<int64_t>(ids.size());
+    return false;
+  }
+  EDUBA_ASSIGN_OR_RETURN(const int64_t without_room,
+                         CountNo(wave->Reserve().ok(), absl::Now() + options_.collective_timeout));
+  while (without_room == 0 && !wave->done()) {
+    if (absl::Now() >= options.deadline) return absl::DeadlineExceededError("the deadline is over");
+    EDUBA_RETURN_IF_ERROR(wave->Run(wave->units_of_a_chunk(), absl::Now() + options_.collective_timeout));
+  }
+  if (without_room > 0 || !wave->status().ok()) {
+    in_chunks_until = wave->plan().positions.end;
+    return false;
+  }
+  FinishWave(*wave, context, options.pooler);
+  log_probs.insert(log_probs.end(), wave->log_probs().begin(), wave->log_probs().end());
+  return true;
 }
 
 absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::Span<const int32_t> ids,
@@ -197,14 +275,25 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
   std::vector<float> log_probs;
   std::vector<float> before;  // The hidden states that predict a chunk's tokens.
   const auto count = static_cast<int64_t>(ids.size());
-  for (int64_t at = 0; at < count; at += options_.chunk_rows) {
+  const int64_t begin = context.length_;
+  int64_t in_chunks_until = begin;
+  while (context.length_ - begin < count) {
+    const int64_t at = context.length_ - begin;
+    absl::Status status;
+    if (context.length_ >= in_chunks_until) {
+      const absl::StatusOr<bool> waved =
+          AppendWave(context, ids.subspan(at), options, log_probs, in_chunks_until);
+      if (waved.ok() && *waved) continue;
+      status = waved.status();
+    }
     const int64_t rows = std::min(options_.chunk_rows, count - at);
     const absl::Span<const int32_t> chunk = ids.subspan(at, rows);
     if (options.log_probs) before = context.last_;
     const int64_t first = context.length_;
-    absl::Status status = absl::Now() < options.deadline
-                              ? Step({Turn{&context, chunk, options.asks}})
-                              : absl::DeadlineExceededError("the deadline is over");
+    if (status.ok()) {
+      status = absl::Now() < options.deadline ? Step({Turn{&context, chunk, options.asks}})
+                                              : absl::DeadlineExceededError("the deadline is over");
+    }
     if (!status.ok()) {
       return Annotate(status,
                       absl::StrCat("append of ", count, " tokens, ", at, " of which are in the context (",
@@ -213,7 +302,7 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
     if (options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
     if (!options.log_probs) continue;
     before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
-    const std::vector<float> some = LogProbs(before, chunk);
+    const std::vector<float> some = eduba::LogProbs(*options_.model, before, chunk);
     log_probs.insert(log_probs.end(), some.begin(), some.end());
   }
   return log_probs;
@@ -262,7 +351,7 @@ absl::StatusOr<std::vector<float>> ModelEngine::Score(const Context& context, ab
 absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, absl::Span<const int32_t> ids,
                                                       std::vector<PositionRange> ranges, Pool pool) {
   EDUBA_ASSIGN_OR_RETURN(Pooler pooler,
-                         Pooler::Create(std::move(ranges), pool, options_.model->config().hidden_size));
+                         Pooler::Create(std::move(ranges), pool, options_.model->hidden_exponents()));
   Context fork = context.Fork();
   ContextAppendOptions options;
   options.asks = true;
@@ -281,23 +370,6 @@ std::vector<float> ModelEngine::Logits(absl::Span<const float> hidden) const {
   std::vector<float> logits(rows * options_.model->config().vocab_size);
   options_.model->Logits(hidden.data(), rows, logits.data());
   return logits;
-}
-
-std::vector<float> ModelEngine::LogProbs(absl::Span<const float> hidden,
-                                         absl::Span<const int32_t> ids) const {
-  const int64_t width = options_.model->config().hidden_size;
-  const int64_t vocab = options_.model->config().vocab_size;
-  const auto rows = static_cast<int64_t>(ids.size());
-  EDUBA_CHECK_EQ(static_cast<int64_t>(hidden.size()), rows * width);
-  std::vector<float> log_probs;
-  for (int64_t row = 0; row < rows; row += kLogitRows) {
-    const int64_t some = std::min(kLogitRows, rows - row);
-    const std::vector<float> logits = Logits(hidden.subspan(row * width, some * width));
-    for (int64_t i = 0; i < some; ++i) {
-      log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), ids[row + i]));
-    }
-  }
-  return log_probs;
 }
 
 }  // namespace eduba

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -17,6 +18,8 @@
 #include "model/pooler.h"
 #include "model/sampler.h"
 #include "model/transformer.h"
+#include "model/wave.h"
+#include "model/wave_plan.h"
 
 namespace eduba {
 
@@ -70,6 +73,7 @@ class Context {
   ContextOptions options_;
   KvPages pages_;
   std::vector<LayerView> append_views_, ask_views_;  // [layers]
+  std::vector<LayerKeeping> keeping_;                // [layers]: what the views need behind an append.
   int64_t length_ = 0;
   std::vector<float> last_;  // [hidden_size]: of the last token, empty at the beginning.
 };
@@ -105,10 +109,11 @@ struct Generation {
 };
 
 // A worker's model: contexts, and what is asked of them. On the ranks of a group every rank makes the same
-// calls in the same order and gets the same answers; each computes all rows, and keeps its own pages of the
-// layers that see all keys (docs/adr/0007-model-sessions.md, "replicated rows"). An answer depends on the
-// context's tokens and options and on the question, not on chunks, batches, forks, threads or ranks, bit for
-// bit. One call at a time.
+// calls in the same order and gets the same answers. Each keeps its own pages of the layers that see all
+// keys. In a step it computes all rows; a long append is taken in waves, in which each rank computes the rows
+// of its own pages (docs/adr/0007-model-sessions.md, "replicated rows" and "striped rows"). An answer depends
+// on the context's tokens and options and on the question, not on chunks, batches, forks, threads or ranks,
+// bit for bit. One call at a time.
 class ModelEngine {
  public:
   struct Options {
@@ -148,8 +153,18 @@ class ModelEngine {
   // `deadline` is for the collectives.
   absl::Status StepPrepared(absl::Span<const Turn> turns, absl::Time deadline);
 
-  // Chunk by chunk. An error leaves the context with the chunks that were done before; the message says how
-  // long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else nothing.
+  // A part of an append that the ranks share out; null where it is too short for that. `ids` go on behind the
+  // context, as a Turn's do, and are taken from their beginning as far as the wave's plan says. `pooler` (or
+  // null) takes the states with FinishWave; nothing else of the context changes before.
+  std::unique_ptr<Wave> StartWave(const Context& context, absl::Span<const int32_t> ids, bool asks,
+                                  bool log_probs, const Pooler* pooler) const;
+  // The wave's rows are in the context now. REQUIRES: the wave is done and its status is OK; the context is
+  // as it was at the start.
+  void FinishWave(Wave& wave, Context& context, Pooler* pooler) const;
+
+  // Wave by wave and chunk by chunk. A wave that fails is read again in chunks. An error leaves the context
+  // with the chunks that were done before; the message says how long it is. Also DEADLINE_EXCEEDED. Returns
+  // log-probs [ids] where they were wanted, else nothing.
   absl::StatusOr<std::vector<float>> Append(Context& context, absl::Span<const int32_t> ids,
                                             const ContextAppendOptions& options = {});
 
@@ -171,10 +186,6 @@ class ModelEngine {
   // [rows, vocab_size] from hidden states [rows, hidden_size]: those of several contexts read the weights
   // once.
   std::vector<float> Logits(absl::Span<const float> hidden) const;
-  // ln of the probabilities of tokens `ids`, each given everything before it: hidden [ids, hidden_size] are
-  // the hidden states of the tokens before them.
-  std::vector<float> LogProbs(absl::Span<const float> hidden, absl::Span<const int32_t> ids) const;
-
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
   absl::Span<const float> hidden() const { return hidden_; }
   // Of the last step: the token sinks' share of each head's weights, averaged over its rows. [layers,
@@ -185,6 +196,15 @@ class ModelEngine {
 
  private:
   PageShare Share(int64_t stripe_pages) const;
+  // Gives back what no row behind the context sees.
+  void DropUnseen(Context& context) const;
+  // Whether the next rows of `ids` are in the context now, as a wave; or are to be read in chunks up to
+  // `*in_chunks_until`.
+  absl::StatusOr<bool> AppendWave(Context& context, absl::Span<const int32_t> ids,
+                                  const ContextAppendOptions& options, std::vector<float>& log_probs,
+                                  int64_t& in_chunks_until);
+  // How many ranks say no; the same on all.
+  absl::StatusOr<int64_t> CountNo(bool yes, absl::Time deadline) const;
   // Whether all ranks have room for the turns: the same on all ranks.
   absl::Status ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const;
   // Everything of a prepared step that may fail.

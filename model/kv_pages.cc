@@ -17,55 +17,106 @@ KvPages::KvPages(Backend* backend, PageStore* store, const AttentionShape& shape
 
 absl::Status KvPages::Reserve(int64_t begin, int64_t end) {
   EDUBA_CHECK(begin <= end);
+  if (begin == end) return absl::OkStatus();
+  std::vector<std::vector<int64_t>> pages(layers_.size());
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    for (int64_t page = PageCount(begin); page < PageCount(end); ++page) {
+      if (Keeps(layers_[layer], page)) pages[layer].push_back(page);
+    }
+  }
+  return Reserve(begin, pages, 0).status();
+}
+
+absl::StatusOr<KvPages::SparePages> KvPages::Reserve(int64_t begin,
+                                                     absl::Span<const std::vector<int64_t>> pages,
+                                                     int64_t spare) {
   // Per layer: the last page again, where a fork holds it too, and the pages behind it.
   const auto shared_tail = [&](const Table& table) {
-    if (begin % kPageRows == 0 || begin == end || !Keeps(table, PageOf(begin))) return false;
+    if (begin % kPageRows == 0 || !Keeps(table, PageOf(begin))) return false;
     EDUBA_CHECK_EQ(table.refs.back().index, PageOf(begin));
     return table.pages.back().use_count() > 1;
   };
-  int64_t wanted = 0;
-  for (const Table& table : layers_) {
-    wanted += shared_tail(table) ? 1 : 0;
-    for (int64_t page = PageCount(begin); page < PageCount(end); ++page) wanted += Keeps(table, page) ? 1 : 0;
+  int64_t wanted = spare;
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    wanted += (shared_tail(layers_[layer]) ? 1 : 0) + static_cast<int64_t>(pages[layer].size());
   }
-  if (wanted == 0) return absl::OkStatus();
-  EDUBA_ASSIGN_OR_RETURN(std::vector<Page> fresh, store_->Reserve(backend_->PageBytes(shape_), wanted));
-  auto take = fresh.begin();
-  for (Table& table : layers_) {
+  SparePages fresh;
+  if (wanted == 0) return fresh;
+  EDUBA_ASSIGN_OR_RETURN(std::vector<Page> taken, store_->Reserve(backend_->PageBytes(shape_), wanted));
+  for (Page& page : taken) fresh.push_back(std::make_shared<Page>(std::move(page)));
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    Table& table = layers_[layer];
     if (shared_tail(table)) {
-      EDUBA_RETURN_IF_ERROR(backend_->CopyPage(shape_, table.refs.back().data, take->data()));
-      table.refs.back().data = take->data();
-      table.pages.back() = std::make_shared<Page>(std::move(*take++));
+      EDUBA_RETURN_IF_ERROR(backend_->CopyPage(shape_, table.refs.back().data, fresh.back()->data()));
+      table.refs.back().data = fresh.back()->data();
+      table.pages.back() = std::move(fresh.back());
+      fresh.pop_back();
     }
-    for (int64_t page = PageCount(begin); page < PageCount(end); ++page) {
-      if (!Keeps(table, page)) continue;
-      table.refs.push_back({take->data(), page});
-      table.pages.push_back(std::make_shared<Page>(std::move(*take++)));
-    }
+    Lend(static_cast<int>(layer), pages[layer], fresh);
   }
-  return absl::OkStatus();
+  EDUBA_CHECK_EQ(static_cast<int64_t>(fresh.size()), spare);
+  return fresh;
 }
 
-absl::Status KvPages::Write(int layer, int64_t first, int64_t rows, const float* keys, const float* values) {
-  const int64_t key_row = int64_t{shape_.kv_heads} * shape_.head_dim;
-  const int64_t value_row = int64_t{shape_.kv_heads} * shape_.value_dim;
+void KvPages::Lend(int layer, absl::Span<const int64_t> indices, SparePages& spare) {
+  Table& table = layers_[layer];
+  const auto before = [](const PageRef& page, int64_t index) { return page.index < index; };
+  for (const int64_t index : indices) {
+    const auto ref = std::lower_bound(table.refs.begin(), table.refs.end(), index, before);
+    EDUBA_CHECK(ref == table.refs.end() || ref->index != index);
+    EDUBA_CHECK(!spare.empty());
+    const auto page = table.pages.begin() + (ref - table.refs.begin());
+    table.refs.insert(ref, {spare.back()->data(), index});
+    table.pages.insert(page, std::move(spare.back()));
+    spare.pop_back();
+  }
+}
+
+void KvPages::TakeBack(int layer, absl::Span<const int64_t> indices, SparePages& spare) {
+  Table& table = layers_[layer];
+  size_t kept = 0;
+  for (size_t i = 0; i < table.refs.size(); ++i) {
+    if (std::binary_search(indices.begin(), indices.end(), table.refs[i].index)) {
+      EDUBA_CHECK_EQ(table.pages[i].use_count(), 1);
+      spare.push_back(std::move(table.pages[i]));
+      continue;
+    }
+    if (kept != i) {
+      table.refs[kept] = table.refs[i];
+      table.pages[kept] = std::move(table.pages[i]);
+    }
+    ++kept;
+  }
+  table.refs.resize(kept);
+  table.pages.resize(kept);
+}
+
+int64_t KvPages::key_bytes() const {
+  return int64_t{shape_.kv_heads} * shape_.head_dim * static_cast<int64_t>(DTypeBytes(shape_.dtype));
+}
+
+int64_t KvPages::value_bytes() const {
+  return int64_t{shape_.kv_heads} * shape_.value_dim * static_cast<int64_t>(DTypeBytes(shape_.dtype));
+}
+
+StoredRows KvPages::Round(int64_t rows, const float* keys, const float* values) const {
   const auto element = static_cast<int64_t>(DTypeBytes(shape_.dtype));
-  const auto round = [&](const float* from, int64_t count) {
-    std::vector<char> stored(count * element);
-    ConvertElements(from, DType::kF32, stored.data(), shape_.dtype, count);
-    return stored;
-  };
-  const std::vector<char> stored_keys = round(keys, rows * key_row);
-  const std::vector<char> stored_values = round(values, rows * value_row);
-  for (int64_t position = first; position < first + rows;) {
-    const int64_t count = std::min(PageBegin(PageOf(position) + 1), first + rows) - position;
+  StoredRows stored{rows, std::vector<char>(rows * key_bytes()), std::vector<char>(rows * value_bytes())};
+  ConvertElements(keys, DType::kF32, stored.keys.data(), shape_.dtype, rows * key_bytes() / element);
+  ConvertElements(values, DType::kF32, stored.values.data(), shape_.dtype, rows * value_bytes() / element);
+  return stored;
+}
+
+absl::Status KvPages::Write(int layer, int64_t first, const StoredRows& rows) {
+  for (int64_t position = first; position < first + rows.rows;) {
+    const int64_t count = std::min(PageBegin(PageOf(position) + 1), first + rows.rows) - position;
     const absl::Span<const PageRef> page = Pages(layer, {position, position + 1});
     EDUBA_CHECK_EQ(page.size(), Keeps(layers_[layer], PageOf(position)) ? 1U : 0U);
     if (!page.empty()) {
-      EDUBA_RETURN_IF_ERROR(backend_->WriteRows(
-          shape_, const_cast<void*>(page[0].data), static_cast<int>(position % kPageRows),
-          static_cast<int>(count), stored_keys.data() + (position - first) * key_row * element,
-          stored_values.data() + (position - first) * value_row * element));
+      EDUBA_RETURN_IF_ERROR(
+          backend_->WriteRows(shape_, const_cast<void*>(page[0].data), static_cast<int>(position % kPageRows),
+                              static_cast<int>(count), rows.keys.data() + (position - first) * key_bytes(),
+                              rows.values.data() + (position - first) * value_bytes()));
     }
     position += count;
   }

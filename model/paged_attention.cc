@@ -23,9 +23,18 @@ absl::Status PagedAttention::Attend(const LayerRows& rows, float* outputs) {
   const int64_t key_row = int64_t{shape.kv_heads} * shape.head_dim;
   int64_t step_row = 0;
   for (const ContextRows& context : contexts_) {
-    EDUBA_RETURN_IF_ERROR(context.pages->Write(rows.layer, context.first, context.rows,
-                                               rows.keys + step_row * key_row,
-                                               rows.values + step_row * key_row));
+    EDUBA_RETURN_IF_ERROR(
+        context.pages->Write(rows.layer, context.first,
+                             context.pages->Round(context.rows, rows.keys + step_row * key_row,
+                                                  rows.values + step_row * key_row)));
+    step_row += context.rows;
+  }
+  return AttendWritten(rows, outputs);
+}
+
+absl::Status PagedAttention::AttendWritten(const LayerRows& rows, float* outputs) {
+  int64_t step_row = 0;
+  for (const ContextRows& context : contexts_) {
     for (int64_t row = 0; row < context.rows;) {
       const int64_t end = std::min(context.rows, PositionsFor(context.first + row) - context.first);
       EDUBA_RETURN_IF_ERROR(AttendPart(rows, context, row, end - row, step_row + row, outputs));

@@ -49,6 +49,8 @@ class PagedAttention final : public LayerAttention {
         deadline_(deadline) {}
 
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
+  // Of rows whose keys and values are in the pages already, and `rows.keys` and `rows.values` null.
+  absl::Status AttendWritten(const LayerRows& rows, float* outputs);
 
   // Sums over rows of [layers, query_heads]: the token sinks' share of the weights.
   const std::vector<double>& sink_mass() const { return sink_mass_; }

@@ -89,10 +89,11 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConf
     layer.rope = static_cast<int>(known - ropes.begin());
     if (known == ropes.end()) {
       ropes.push_back(rope);
-      model->ropes_.push_back({InverseFrequencies(rope), {}, {}, {}, {}});
+      model->ropes_.push_back(InverseFrequencies(rope));
     }
   }
   model->final_norm_ = {Floats(weights.final_norm.weight), Floats(weights.final_norm.bias)};
+  model->hidden_exponents_ = model->HiddenExponents();
   EDUBA_ASSIGN_OR_RETURN(model->head_.weights, kernels->Pack({All(weights.head)}));
   return model;
 }
@@ -180,6 +181,18 @@ std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const
   return exponents;
 }
 
+std::vector<int16_t> Transformer::HiddenExponents() const {
+  const double longest = std::sqrt(static_cast<double>(config_.hidden_size));
+  const double offset = config_.norm_plus_one ? 1 : 0;
+  std::vector<int16_t> exponents;
+  for (int64_t c = 0; c < config_.hidden_size; ++c) {
+    const double bias = final_norm_.bias.empty() ? 0 : final_norm_.bias[c];
+    const double bound = 1.01 * (longest * std::abs(offset + final_norm_.weight[c]) + std::abs(bias));
+    exponents.push_back(bound > 0 ? static_cast<int16_t>(std::ilogb(bound) + 1) : int16_t{0});
+  }
+  return exponents;
+}
+
 int64_t Transformer::weight_bytes() const {
   int64_t bytes = head_.weights->bytes();
   for (const Layer& layer : layers_) {
@@ -207,18 +220,20 @@ absl::Status Transformer::Embed(absl::Span<const int32_t> ids, float* hidden) co
 }
 
 absl::Status Transformer::Forward(const RowPositions& at, LayerAttention& attention, float* hidden) {
-  for (size_t layer = 0; layer < layers_.size(); ++layer) {
-    EDUBA_RETURN_IF_ERROR(ForwardLayer(static_cast<int>(layer), at, attention, hidden));
+  const auto rows = static_cast<int64_t>(at.positions.size());
+  const RowAngles angles = Angles(at);
+  for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
+    EDUBA_ASSIGN_OR_RETURN(const LayerRows call, BeforeAttention(layer, angles, 0, rows, hidden));
+    attended_.resize(rows * config_.query_heads * config_.head_dim);
+    EDUBA_RETURN_IF_ERROR(Annotate(attention.Attend(call, attended_.data()), absl::StrCat("layer ", layer)));
+    AfterAttention(layer, rows, attended_.data(), hidden);
   }
-  FinalNorm(static_cast<int64_t>(at.positions.size()), hidden);
-  return absl::OkStatus();
+  return FinalNorm(rows, hidden);
 }
 
-absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerAttention& attention,
-                                       float* hidden) {
-  PrepareAngles(at);
+absl::StatusOr<LayerRows> Transformer::BeforeAttention(int index, const RowAngles& angles, int64_t first,
+                                                       int64_t rows, const float* hidden) {
   const Layer& layer = layers_[index];
-  const auto rows = static_cast<int64_t>(at.positions.size());
   const int64_t dim = config_.head_dim;
   const int64_t width = config_.hidden_size;
   const int64_t stride = (config_.query_heads + 2 * int64_t{config_.kv_heads}) * dim;
@@ -232,12 +247,16 @@ absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerA
     NormaliseHeads(layer.q_norm, rows, config_.query_heads, qkv_.data(), stride);
     NormaliseHeads(layer.k_norm, rows, config_.kv_heads, keys, stride);
   }
-  const Angles& angles = ropes_[layer.rope];
-  Rotate(angles, false, rows, config_.query_heads, qkv_.data(), stride, queries_);
-  Rotate(angles, false, rows, config_.kv_heads, keys, stride, keys_);
+  const RowAngles::Kind& turn = angles.kinds[layer.rope];
+  const int64_t angle = first * static_cast<int64_t>(ropes_[layer.rope].size());
+  const float* const cosines = turn.cosines.data() + angle;
+  const float* const sines = turn.sines.data() + angle;
+  Rotate(layer.rope, cosines, sines, rows, config_.query_heads, qkv_.data(), stride, queries_);
+  Rotate(layer.rope, cosines, sines, rows, config_.kv_heads, keys, stride, keys_);
   LayerRows call{index, rows, queries_.data(), queries_.data(), keys_.data(), nullptr};
-  if (!at.sink_positions.empty()) {
-    Rotate(angles, true, rows, config_.query_heads, qkv_.data(), stride, sink_queries_);
+  if (!turn.sink_cosines.empty()) {
+    Rotate(layer.rope, turn.sink_cosines.data() + angle, turn.sink_sines.data() + angle, rows,
+           config_.query_heads, qkv_.data(), stride, sink_queries_);
     call.sink_queries = sink_queries_.data();
   }
   values_.resize(rows * config_.kv_heads * dim);
@@ -250,9 +269,14 @@ absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerA
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", index, ": a query, key or value is not finite; are the weights whole?"));
   }
-  attended_.resize(rows * config_.query_heads * dim);
-  EDUBA_RETURN_IF_ERROR(Annotate(attention.Attend(call, attended_.data()), absl::StrCat("layer ", index)));
-  Multiply(layer.attention_map, rows, attended_.data(), mapped_);
+  return call;
+}
+
+void Transformer::AfterAttention(int index, int64_t rows, const float* attended, float* hidden) {
+  const Layer& layer = layers_[index];
+  const int64_t width = config_.hidden_size;
+  normed_.resize(rows * width);
+  Multiply(layer.attention_map, rows, attended, mapped_);
   if (config_.post_norms) {
     Normalise(layer.attention_out, config_.norm, rows, mapped_.data(), mapped_.data());
   }
@@ -272,11 +296,13 @@ absl::Status Transformer::ForwardLayer(int index, const RowPositions& at, LayerA
   Multiply(layer.down, rows, activated_.data(), mapped_);
   if (config_.post_norms) Normalise(layer.mlp_out, config_.norm, rows, mapped_.data(), mapped_.data());
   Add(mapped_, rows * width, hidden);
-  return absl::OkStatus();
 }
 
-void Transformer::FinalNorm(int64_t rows, float* hidden) {
+absl::Status Transformer::FinalNorm(int64_t rows, float* hidden) {
   Normalise(final_norm_, config_.norm, rows, hidden, hidden);
+  if (AllFinite(absl::MakeConstSpan(hidden, rows * config_.hidden_size))) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      "behind the last layer: a hidden state is not finite; are the weights whole?");
 }
 
 void Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
@@ -320,36 +346,32 @@ void Transformer::NormaliseHeads(const Norm& norm, int64_t rows, int heads, floa
   kernels_->Normalise(args);
 }
 
-void Transformer::PrepareAngles(const RowPositions& at) {
-  // The layers of one step ask for the same positions.
-  const auto same = [](absl::Span<const int64_t> a, const std::vector<int64_t>& b) {
-    return a == absl::MakeConstSpan(b);
-  };
-  if (same(at.positions, angle_positions_) && same(at.sink_positions, angle_sink_positions_)) return;
-  angle_positions_.assign(at.positions.begin(), at.positions.end());
-  angle_sink_positions_.assign(at.sink_positions.begin(), at.sink_positions.end());
-  for (Angles& angles : ropes_) {
+RowAngles Transformer::Angles(const RowPositions& at) const {
+  RowAngles angles;
+  for (const std::vector<double>& frequencies : ropes_) {
+    RowAngles::Kind& kind = angles.kinds.emplace_back();
     const auto fill = [&](absl::Span<const int64_t> positions, std::vector<float>& cosines,
                           std::vector<float>& sines) {
-      cosines.resize(positions.size() * angles.frequencies.size());
+      cosines.resize(positions.size() * frequencies.size());
       sines.resize(cosines.size());
-      RopeAngles(angles.frequencies, positions, cosines.data(), sines.data());
+      RopeAngles(frequencies, positions, cosines.data(), sines.data());
     };
-    fill(at.positions, angles.cosines, angles.sines);
-    fill(at.sink_positions, angles.sink_cosines, angles.sink_sines);
+    fill(at.positions, kind.cosines, kind.sines);
+    fill(at.sink_positions, kind.sink_cosines, kind.sink_sines);
   }
+  return angles;
 }
 
-void Transformer::Rotate(const Angles& angles, bool for_sinks, int64_t rows, int heads, const float* x,
-                         int64_t stride, std::vector<float>& y) {
+void Transformer::Rotate(int rope, const float* cosines, const float* sines, int64_t rows, int heads,
+                         const float* x, int64_t stride, std::vector<float>& y) {
   y.resize(rows * heads * config_.head_dim);
   RopeArgs args;
   args.rows = rows;
   args.heads = heads;
   args.dim = config_.head_dim;
-  args.rotary_dim = static_cast<int>(2 * angles.frequencies.size());
-  args.cosines = for_sinks ? angles.sink_cosines.data() : angles.cosines.data();
-  args.sines = for_sinks ? angles.sink_sines.data() : angles.sines.data();
+  args.rotary_dim = static_cast<int>(2 * ropes_[rope].size());
+  args.cosines = cosines;
+  args.sines = sines;
   args.x = x;
   args.x_stride = stride;
   args.y = y.data();

@@ -24,6 +24,15 @@ struct RowPositions {
   absl::Span<const int64_t> sink_positions;
 };
 
+// By how much to turn the queries and keys of some rows, for each kind of rotary embedding that a model has.
+struct RowAngles {
+  struct Kind {
+    std::vector<float> cosines, sines;            // [rows, frequencies]
+    std::vector<float> sink_cosines, sink_sines;  // The same at sink_positions; empty without.
+  };
+  std::vector<Kind> kinds;
+};
+
 // The forward pass of one model, for rows of any number of sequences: a pure function of its weights, the
 // rows and what LayerAttention answers. A row's bits do not depend on the other rows of its step
 // (docs/adr/0007). One call at a time.
@@ -46,14 +55,24 @@ class Transformer {
   //   |v[c]| <= sqrt(hidden_size) |W[c, :] * norm weight| + |W[c, :] norm bias + b[c]|.
   // A function of the weights alone: values can be merged (docs/numerics.md) without agreeing on anything.
   absl::Span<const int16_t> value_exponents(int layer) const { return layers_[layer].value_exponents; }
+  // [hidden_size]: |h[c]| <= 2^e[c] for what Forward makes of any input, as above from the final norm:
+  //   |h[c]| <= sqrt(hidden_size) |norm weight[c]| + |norm bias[c]|.
+  const std::vector<int16_t>& hidden_exponents() const { return hidden_exponents_; }
 
   // hidden [ids, hidden_size] from token ids. INVALID_ARGUMENT names the first id outside the vocabulary.
   absl::Status Embed(absl::Span<const int32_t> ids, float* hidden) const;
   // Rows through all layers and the final norm, in place: transformers' last_hidden_state.
   absl::Status Forward(const RowPositions& at, LayerAttention& attention, float* hidden);
-  // Through one layer; for callers that take a long prompt layer by layer.
-  absl::Status ForwardLayer(int layer, const RowPositions& at, LayerAttention& attention, float* hidden);
-  void FinalNorm(int64_t rows, float* hidden);
+  // Its parts, for callers that take a long prompt layer by layer.
+  RowAngles Angles(const RowPositions& at) const;
+  // What attention gets of `rows` rows, whose angles are those of `angles` from the row `first` on; in memory
+  // that the next call uses again. INVALID_ARGUMENT where it is not finite.
+  absl::StatusOr<LayerRows> BeforeAttention(int layer, const RowAngles& angles, int64_t first, int64_t rows,
+                                            const float* hidden);
+  // The rest of the layer: attended [rows, query_heads, head_dim] for the `hidden` that was given before.
+  void AfterAttention(int layer, int64_t rows, const float* attended, float* hidden);
+  // INVALID_ARGUMENT where the result is not finite.
+  absl::Status FinalNorm(int64_t rows, float* hidden);
   // logits [rows, vocab_size] of rows that Forward made.
   void Logits(const float* hidden, int64_t rows, float* logits);
 
@@ -75,22 +94,16 @@ class Transformer {
     std::vector<int16_t> value_exponents;
     int rope = 0;  // Index into ropes_.
   };
-  // Angles of one step's rows for one kind of rotary embedding.
-  struct Angles {
-    std::vector<double> frequencies;
-    std::vector<float> cosines, sines;            // [rows, frequencies]
-    std::vector<float> sink_cosines, sink_sines;  // The same at sink_positions.
-  };
-
   Transformer(const ModelConfig& config, const ModelWeights& weights, LayerKernels* kernels);
   absl::Status PackLayer(const LayerWeights& from, Layer& to);
   std::vector<int16_t> ValueExponents(const LayerWeights& from) const;
+  std::vector<int16_t> HiddenExponents() const;
   void Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y);
   void Normalise(const Norm& norm, NormKind kind, int64_t rows, const float* x, float* y);
   void NormaliseHeads(const Norm& norm, int64_t rows, int heads, float* x, int64_t stride);
-  void PrepareAngles(const RowPositions& at);
-  void Rotate(const Angles& angles, bool for_sinks, int64_t rows, int heads, const float* x, int64_t stride,
-              std::vector<float>& y);
+  // cosines and sines [rows, frequencies]
+  void Rotate(int rope, const float* cosines, const float* sines, int64_t rows, int heads, const float* x,
+              int64_t stride, std::vector<float>& y);
 
   const ModelConfig config_;
   const WeightView embeddings_;
@@ -99,11 +112,12 @@ class Transformer {
   DType weight_dtype_ = DType::kBf16;
   std::vector<Layer> layers_;
   Norm final_norm_;
+  std::vector<int16_t> hidden_exponents_;
   Linear head_;
 
+  std::vector<std::vector<double>> ropes_;  // Frequencies of each kind of rotary embedding.
+
   // Of the step under way.
-  std::vector<Angles> ropes_;
-  std::vector<int64_t> angle_positions_, angle_sink_positions_;
   std::vector<float> normed_, qkv_, queries_, sink_queries_, keys_, values_, attended_, mapped_, up_,
       activated_;
 };

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
+#include "model/log_probs.h"
 #include "rpc/limits.h"
 
 namespace eduba {
@@ -204,7 +205,7 @@ absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) 
   EDUBA_ASSIGN_OR_RETURN(
       job.pooler,
       Pooler::Create(std::move(ranges), request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean,
-                     options_.model->info().hidden_size()));
+                     options_.model->transformer().hidden_exponents()));
   EDUBA_ASSIGN_OR_RETURN(job.fork, engine_.Open(session->context.options(), session->stripe_pages));
   job.kind = Kind::kEmbed;
   job.session_id = request.session_id();
@@ -261,6 +262,29 @@ void ModelSessions::ChooseTokens(const std::vector<Job*>& jobs) {
   }
 }
 
+bool ModelSessions::GoesByWave(Job& job, bool& room) {
+  if (job.kind == Kind::kGenerate) return false;
+  room = true;
+  if (job.wave == nullptr) {
+    if (job.done < job.in_chunks_until) return false;
+    job.wave = engine_.StartWave(*job.context, absl::MakeConstSpan(job.ids).subspan(job.done),
+                                 job.kind == Kind::kScore, job.kind == Kind::kScore,
+                                 job.pooler ? &*job.pooler : nullptr);
+    if (job.wave == nullptr) {
+      job.in_chunks_until = static_cast<int64_t>(job.ids.size());
+      return false;
+    }
+    room = job.wave->Reserve().ok();
+  }
+  room = room && job.wave->status().ok();
+  return true;
+}
+
+void ModelSessions::GiveUpWave(Job& job) {
+  job.in_chunks_until = job.done + job.wave->plan().positions.size();
+  job.wave.reset();
+}
+
 Turn ModelSessions::MakeTurn(Job& job) {
   Turn turn;
   turn.context = job.context;
@@ -276,8 +300,10 @@ Turn ModelSessions::MakeTurn(Job& job) {
 }
 
 absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time deadline,
-                                                    std::vector<Job*>& jobs, std::vector<Turn>& turns) {
-  std::vector<int64_t> words(1 + turns.size(), 0);
+                                                    std::vector<Job*>& jobs, std::vector<Turn>& turns,
+                                                    Job*& waver, bool room) {
+  std::vector<int64_t> words(1 + turns.size() + (waver != nullptr ? 1 : 0), 0);
+  if (waver != nullptr && !room) words.back() = 1;
   std::vector<absl::Status> prepared;
   if (options_.group->rank() == 0) words[0] = static_cast<int64_t>(newest);
   for (size_t i = 0; i < turns.size(); ++i) {
@@ -285,14 +311,28 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
     if (!prepared.back().ok()) words[1 + i] = 1;
   }
   EDUBA_RETURN_IF_ERROR(options_.group->SumI64(absl::MakeSpan(words), deadline));
+  // No memory, or numbers that are not finite: chunks need less of the one, and say where the other is.
+  bool waves = waver != nullptr && words.back() != 0;  // Whether any had memory that a turn may have missed.
+  if (waves) GiveUpWave(*std::exchange(waver, nullptr));
+  if (std::any_of(words.begin() + 1, words.begin() + 1 + static_cast<int64_t>(turns.size()),
+                  [](int64_t ranks) { return ranks > 0; })) {
+    for (auto& [ordinal, job] : jobs_) {
+      if (job.wave == nullptr) continue;
+      GiveUpWave(job);
+      waves = true;
+      waver = nullptr;
+    }
+  }
   for (size_t i = turns.size(); i-- > 0;) {
     if (words[1 + i] == 0) continue;
     engine_.Unprepare(*turns[i].context);
-    const absl::Status status = !prepared[i].ok()
-                                    ? prepared[i]
-                                    : absl::ResourceExhaustedError(absl::StrCat(
-                                          "no memory for the next tokens on ", words[1 + i], " other ranks"));
-    Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
+    if (!waves) {
+      const absl::Status status =
+          !prepared[i].ok() ? prepared[i]
+                            : absl::ResourceExhaustedError(absl::StrCat("no memory for the next tokens on ",
+                                                                        words[1 + i], " other ranks"));
+      Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
+    }
     jobs.erase(jobs.begin() + static_cast<int64_t>(i));
     turns.erase(turns.begin() + static_cast<int64_t>(i));
   }
@@ -302,15 +342,20 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
 absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
   std::vector<Job*> jobs = NextJobs();
   ChooseTokens(jobs);
-  std::vector<Turn> turns;
   absl::Duration patience;
-  for (Job* job : jobs) {
-    turns.push_back(MakeTurn(*job));
-    patience = std::max(patience, job->patience);
+  for (const Job* job : jobs) patience = std::max(patience, job->patience);
+  Job* waver = nullptr;
+  bool room = false;
+  if (GoesByWave(*jobs.back(), room)) {  // Who reads comes last.
+    waver = jobs.back();
+    jobs.pop_back();
   }
+  std::vector<Turn> turns;
+  for (Job* job : jobs) turns.push_back(MakeTurn(*job));
   const absl::Time deadline = absl::Now() + patience;
-  EDUBA_ASSIGN_OR_RETURN(const uint64_t agreed, AgreeOnStep(newest, deadline, jobs, turns));
+  EDUBA_ASSIGN_OR_RETURN(const uint64_t agreed, AgreeOnStep(newest, deadline, jobs, turns, waver, room));
   EDUBA_RETURN_IF_ERROR(RunStep(deadline, jobs, turns));
+  if (waver != nullptr) EDUBA_RETURN_IF_ERROR(RunWave(deadline, *waver));
   return agreed;
 }
 
@@ -346,26 +391,53 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
   return absl::OkStatus();
 }
 
+absl::Status ModelSessions::RunWave(absl::Time deadline, Job& job) {
+  EDUBA_RETURN_IF_ERROR(job.wave->Run(job.wave->units_of_a_chunk(), deadline));
+  if (!job.wave->done()) {
+    v1::ModelProgress alive;
+    alive.set_ordinal(job.ordinal);
+    SendProgress(std::move(alive));
+    return absl::OkStatus();
+  }
+  // One that failed ends ahead of the next step.
+  if (!job.wave->status().ok()) return absl::OkStatus();
+  engine_.FinishWave(*job.wave, *job.context, job.pooler ? &*job.pooler : nullptr);
+  const std::vector<float>& log_probs = job.wave->log_probs();
+  job.log_probs.insert(job.log_probs.end(), log_probs.begin(), log_probs.end());
+  const int64_t count = job.wave->plan().positions.size();
+  job.wave.reset();
+  AdvanceReading(job, count);
+  return absl::OkStatus();
+}
+
 void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
   const int64_t width = options_.model->info().hidden_size();
   const auto rows = static_cast<int64_t>(turn.ids.size());
-  v1::ModelProgress progress;
-  progress.set_ordinal(job.ordinal);
-  if (job.kind == Kind::kGenerate) return AdvanceGeneration(job, progress);
-  if (job.kind == Kind::kAppend) {
-    std::vector<int32_t>& ids = sessions_.at(job.session_id).ids;
-    ids.insert(ids.end(), turn.ids.begin(), turn.ids.end());
+  if (job.kind == Kind::kGenerate) {
+    v1::ModelProgress progress;
+    progress.set_ordinal(job.ordinal);
+    return AdvanceGeneration(job, progress);
   }
   if (job.kind == Kind::kScore) {
     job.before.insert(job.before.end(), hidden, hidden + (rows - 1) * width);
-    const std::vector<float> some = engine_.LogProbs(job.before, turn.ids);
+    const std::vector<float> some = LogProbs(options_.model->transformer(), job.before, turn.ids);
     job.log_probs.insert(job.log_probs.end(), some.begin(), some.end());
   }
   if (job.kind == Kind::kEmbed) job.pooler->Add(job.done, rows, hidden);
-  job.done += rows;
+  AdvanceReading(job, rows);
+}
+
+void ModelSessions::AdvanceReading(Job& job, int64_t count) {
+  if (job.kind == Kind::kAppend) {
+    std::vector<int32_t>& ids = sessions_.at(job.session_id).ids;
+    ids.insert(ids.end(), job.ids.begin() + job.done, job.ids.begin() + job.done + count);
+  }
+  job.done += count;
   if (job.done == static_cast<int64_t>(job.ids.size())) {
     return Finish(job, absl::OkStatus(), v1::FINISH_REASON_UNSPECIFIED, false);
   }
+  v1::ModelProgress progress;
+  progress.set_ordinal(job.ordinal);
   SendProgress(std::move(progress));
 }
 

@@ -20,6 +20,7 @@
 #include "model/engine.h"
 #include "model/pooler.h"
 #include "model/sampler.h"
+#include "model/wave.h"
 #include "worker/served_model.h"
 
 namespace eduba {
@@ -82,6 +83,8 @@ class ModelSessions {
     Context* context = nullptr;    // The fork or the session's.
     std::vector<int32_t> ids;      // To be read; kGenerate: generated so far.
     int64_t done = 0;              // Tokens that are in the context now.
+    std::unique_ptr<Wave> wave;    // Of the ids behind `done`, under way over some steps.
+    int64_t in_chunks_until = 0;   // In `done`: a wave that failed goes in chunks.
     std::vector<float> before;     // kScore: the hidden state ahead of the chunk under way.
     std::vector<float> log_probs;  // kScore
     std::optional<Pooler> pooler;  // kEmbed
@@ -102,11 +105,22 @@ class ModelSessions {
   std::vector<Job*> NextJobs();
   // The next token of every job that generates.
   void ChooseTokens(const std::vector<Job*>& jobs);
+  // Whether the job, which reads, goes on by a wave, under way or begun here; else by a chunk. `room`:
+  // whether this rank can go on with it.
+  bool GoesByWave(Job& job, bool& room);
   Turn MakeTurn(Job& job);
-  // Takes memory for the turns; those that some rank has none for lose their jobs. Returns rank 0's `newest`.
+  // Its ids are to be read in chunks.
+  void GiveUpWave(Job& job);
+  // Takes memory for the turns. `waver`, which may be null, loses its wave and becomes null where some rank
+  // has no `room` for it. Turns that some rank has no memory for leave the step: for this time if waves had
+  // it, which are given up then; else their jobs end. Returns rank 0's `newest`.
   absl::StatusOr<uint64_t> AgreeOnStep(uint64_t newest, absl::Time deadline, std::vector<Job*>& jobs,
-                                       std::vector<Turn>& turns);
+                                       std::vector<Turn>& turns, Job*& waver, bool room);
   absl::Status RunStep(absl::Time deadline, const std::vector<Job*>& jobs, const std::vector<Turn>& turns);
+  // As much of the job's wave as a chunk costs.
+  absl::Status RunWave(absl::Time deadline, Job& job);
+  // `count` more of the job's ids are in its context.
+  void AdvanceReading(Job& job, int64_t count);
   // The job's turn has been read; `hidden` [turn's ids, hidden_size].
   void Advance(Job& job, const Turn& turn, const float* hidden);
   void AdvanceGeneration(Job& job, v1::ModelProgress& progress);

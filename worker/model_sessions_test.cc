@@ -1,12 +1,16 @@
-// The steps of jobs on one rank. (Ranks beside each other: tests/cluster/model_cluster_test.cc.)
+// The steps of jobs on one rank, and of those that ranks share out on two. (Whole clusters:
+// tests/cluster/model_cluster_test.cc.)
 #include "worker/model_sessions.h"
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -44,13 +48,15 @@ std::string ModelFolder() {
   return folder.string();
 }
 
-class ModelSessionsTest : public ::testing::Test {
- protected:
-  ModelSessionsTest()
+// One rank's sessions, and what they say.
+class Rank {
+ public:
+  Rank(LocalHub& hub, const std::string& folder, int rank, int ranks,
+       int64_t memory_bytes = int64_t{64} << 20)
       : backend_(MakeCpuBackend(1)),
-        store_(backend_.get(), int64_t{64} << 20),
-        model_(ServedModel::Load(ModelFolder(), MakeCpuLayerKernels(1)).value()),
-        group_(hub_.Join(1, 1, 0, 1, absl::Now() + absl::Seconds(30)).value()) {
+        store_(backend_.get(), memory_bytes),
+        model_(ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()),
+        group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()) {
     ModelSessions::Options options;
     options.backend = backend_.get();
     options.store = &store_;
@@ -64,11 +70,13 @@ class ModelSessionsTest : public ::testing::Test {
     Open(2);
   }
 
-  void Open(uint64_t id) {
+  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1) {
     v1::SessionSpec spec;
-    spec.set_stripe_pages(1);
+    spec.set_stripe_pages(stripe_pages);
     spec.mutable_model()->set_model_hash(model_->info().hash());
     spec.mutable_model()->set_sink_tokens(4);
+    if (window > 0) spec.mutable_model()->set_policy(v1::MODEL_POLICY_STREAMING);
+    spec.mutable_model()->set_window(window);
     EXPECT_TRUE(sessions_->Open(id, spec).ok());
   }
   v1::Command NewCommand() {
@@ -97,12 +105,13 @@ class ModelSessionsTest : public ::testing::Test {
   void RunAll() {
     while (sessions_->busy()) ASSERT_TRUE(sessions_->Step(ordinal_).ok());
   }
-  const v1::CommandResult& ResultOf(uint64_t ordinal) {
+  // An empty one if there is none, which may be `wanted`.
+  const v1::CommandResult& ResultOf(uint64_t ordinal, bool wanted = true) {
     for (const v1::WorkerMessage& message : said_) {
       if (message.result().ordinal() == ordinal) return message.result();
     }
     static const v1::CommandResult none;
-    ADD_FAILURE() << "no result of " << ordinal;
+    if (wanted) ADD_FAILURE() << "no result of " << ordinal;
     return none;
   }
   int64_t TokensOf(uint64_t ordinal) {
@@ -123,11 +132,18 @@ class ModelSessionsTest : public ::testing::Test {
   std::unique_ptr<Backend> backend_;
   PageStore store_;
   std::unique_ptr<ServedModel> model_;
-  LocalHub hub_;
   std::unique_ptr<Communicator> group_;
   std::vector<v1::WorkerMessage> said_;
   std::unique_ptr<ModelSessions> sessions_;
   uint64_t ordinal_ = 0;
+};
+
+struct Hub {
+  LocalHub hub;
+};
+class ModelSessionsTest : private Hub, public Rank, public ::testing::Test {
+ protected:
+  ModelSessionsTest() : Rank(hub, ModelFolder(), 0, 1) {}
 };
 
 TEST_F(ModelSessionsTest, AGenerationWaitsForNoMoreThanOneChunkOfAPrompt) {
@@ -206,6 +222,97 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   sessions_->Close(1);
   EXPECT_EQ(ResultOf(append).code(), static_cast<int>(absl::StatusCode::kNotFound));
   EXPECT_EQ(store_.used_bytes(), 0);
+}
+
+// Runs body(rank) as each of two ranks, which make the same calls.
+void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
+  const std::string folder = ModelFolder();
+  LocalHub hub;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 2; ++i) {
+    threads.emplace_back([&, i] {
+      Rank rank(hub, folder, i, 2, memory_bytes);
+      body(rank);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
+  OnTwoRanks([](Rank& rank) {
+    rank.Append(1, {1, 2, 3});
+    rank.RunAll();
+    const uint64_t prompt = rank.Append(2, std::vector<int32_t>(2000, 7));
+    const uint64_t generation = rank.Generate(1, 30);
+    int64_t steps = 0;
+    while (rank.ResultOf(prompt, false).ordinal() == 0) {
+      ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
+      ++steps;
+      EXPECT_EQ(rank.TokensOf(generation), rank.group_->rank() == 0 ? std::min<int64_t>(steps, 30) : 0);
+    }
+    EXPECT_EQ(rank.ResultOf(prompt).model().done(), 2000);
+    // A step is never more than a chunk's work, and this was not done by the chunk.
+    EXPECT_GT(steps, 20);
+    EXPECT_NE(steps, 40);
+    rank.RunAll();
+  });
+}
+
+TEST(ModelSessionsOfTwo, AJobThatIsCancelledInMidWaveLeavesTheSessionAsItWas) {
+  OnTwoRanks([](Rank& rank) {
+    rank.Append(1, std::vector<int32_t>(300, 5));
+    rank.RunAll();
+    const int64_t used = rank.store_.used_bytes();
+    for (int steps = 1; steps <= 4; ++steps) {
+      const uint64_t append = rank.Append(1, std::vector<int32_t>(700, 7));
+      for (int i = 0; i < steps; ++i) ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
+      EXPECT_GT(rank.store_.used_bytes(), used);
+      rank.sessions_->Cancel(append);
+      EXPECT_TRUE(rank.ResultOf(append).model().cancelled());
+      EXPECT_EQ(rank.ResultOf(append).model().done(), 0);
+      EXPECT_EQ(rank.ResultOf(append).model().length(), 300);
+      EXPECT_EQ(rank.store_.used_bytes(), used);
+    }
+    const uint64_t append = rank.Append(1, std::vector<int32_t>(700, 7));
+    rank.sessions_->Step(rank.ordinal_).IgnoreError();
+    rank.sessions_->Close(1);
+    EXPECT_EQ(rank.ResultOf(append).code(), static_cast<int>(absl::StatusCode::kNotFound));
+    EXPECT_EQ(rank.store_.used_bytes(), 0);
+  });
+}
+
+TEST(ModelSessionsOfTwo, AJobWhoseArithmeticLeavesTheFiniteNumbersSaysHowFarItCame) {
+  OnTwoRanks([](Rank& rank) {
+    std::vector<int32_t> ids(800, 7);
+    ids[520] = kPoison;
+    const uint64_t append = rank.Append(1, ids);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(append).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+    // Two pages as a wave; of the next one, the third rank-wise, nothing.
+    EXPECT_EQ(rank.ResultOf(append).model().done(), 512);
+    EXPECT_EQ(rank.ResultOf(append).model().length(), 512);
+  });
+}
+
+TEST(ModelSessionsOfTwo, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
+  const auto run = [](Rank& rank, int64_t* used_in_wave) {
+    rank.Open(3, /*window=*/20, /*stripe_pages=*/8);
+    rank.Append(1, std::vector<int32_t>(250, 5));
+    rank.RunAll();
+    const uint64_t prompt = rank.Append(3, std::vector<int32_t>(5000, 7));
+    ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
+    if (rank.group_->rank() == 1 && used_in_wave != nullptr) *used_in_wave = rank.store_.used_bytes();
+    // Rank 1 has nothing left in the second run, and needs a page in each layer soon.
+    const uint64_t generation = rank.Generate(1, 30);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(generation).code(), 0) << rank.ResultOf(generation).message();
+    EXPECT_EQ(rank.ResultOf(generation).model().done(), 30);
+    EXPECT_EQ(rank.ResultOf(prompt).code(), 0) << rank.ResultOf(prompt).message();
+    EXPECT_EQ(rank.ResultOf(prompt).model().done(), 5000);
+  };
+  int64_t used_in_wave = 0;
+  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_wave); });
+  OnTwoRanks([&](Rank& rank) { run(rank, nullptr); }, used_in_wave);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
@@ -12,6 +13,7 @@
 #include "collective/gloo/mesh.h"
 #include "collective/operation.h"
 #include "collective/reduce.h"
+#include "collective/transfer.h"
 
 namespace eduba {
 namespace {
@@ -43,6 +45,11 @@ class GlooCommunicator final : public Communicator {
   }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
     return Once([&] { return AllReduce(Operation::kMaxF32, data, MaxInto, deadline); });
+  }
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    const Transfer own = MakeTransfer(rank(), size(), send, to, receive, from);
+    return Once([&] { return Deliver(own, send, receive, deadline); });
   }
   absl::Status Barrier(absl::Time deadline) override {
     return Once([&] { return AllReduce(Operation::kBarrier, absl::Span<int64_t>(), AddInto, deadline); });
@@ -78,8 +85,10 @@ class GlooCommunicator final : public Communicator {
   template <typename T, typename Combine>
   absl::Status Direct(const GlooMesh::Call& call, absl::Span<T> data, Combine combine, absl::Time deadline) {
     return mesh_->Exchange(
-        call, [&](int /*peer*/) { return Bytes(data); },
-        [&](int /*peer*/, const std::byte* payload) { combine(data, Elements<T>(payload, data.size())); },
+        call, {}, [&](int /*peer*/) { return Bytes(data); },
+        [&](int /*peer*/, const std::byte* payload, const GlooMesh::Notes& /*notes*/) {
+          combine(data, Elements<T>(payload, data.size()));
+        },
         deadline);
   }
 
@@ -92,16 +101,52 @@ class GlooCommunicator final : public Communicator {
     const auto slice = [&](int owner) { return data.subspan(std::min(owner * each, data.size()), each); };
     const absl::Span<T> mine = slice(rank());
     EDUBA_RETURN_IF_ERROR(mesh_->Exchange(
-        call, [&](int peer) { return Bytes(slice(peer)); },
-        [&](int /*peer*/, const std::byte* payload) { combine(mine, Elements<T>(payload, mine.size())); },
+        call, {}, [&](int peer) { return Bytes(slice(peer)); },
+        [&](int /*peer*/, const std::byte* payload, const GlooMesh::Notes& /*notes*/) {
+          combine(mine, Elements<T>(payload, mine.size()));
+        },
         deadline));
     return mesh_->Exchange(
-        call, [&](int /*peer*/) { return Bytes(mine); },
-        [&](int peer, const std::byte* payload) {
+        call, {}, [&](int /*peer*/) { return Bytes(mine); },
+        [&](int peer, const std::byte* payload, const GlooMesh::Notes& /*notes*/) {
           const absl::Span<T> theirs = slice(peer);
           if (!theirs.empty()) std::memcpy(theirs.data(), payload, theirs.size() * sizeof(T));
         },
         deadline);
+  }
+
+  // A frame of the message at a time, as long as any rank has one left; the others' frames are empty. What
+  // every rank sends and receives goes with its frames, so all see a difference behind the first exchange.
+  absl::Status Deliver(const Transfer& own, absl::Span<const char> send, absl::Span<char> receive,
+                       absl::Time deadline) {
+    std::vector<Transfer> transfers(size());
+    transfers[rank()] = own;
+    const int64_t frame = mesh_->capacity();
+    int64_t longest = own.send_bytes;
+    for (int64_t at = 0; at == 0 || at < longest; at += frame) {
+      const auto part = [&](auto bytes) {
+        return bytes.subspan(std::min<size_t>(at, bytes.size()), static_cast<size_t>(frame));
+      };
+      EDUBA_RETURN_IF_ERROR(mesh_->Exchange(
+          {Operation::kSendReceive, 0}, {own.to, own.send_bytes, own.from, own.receive_bytes},
+          [&](int peer) { return peer == own.to ? Bytes(part(send)) : absl::Span<const std::byte>(); },
+          [&](int peer, const std::byte* payload, const GlooMesh::Notes& notes) {
+            transfers[peer] = {notes[0], notes[1], notes[2], notes[3]};
+            longest = std::max(longest, notes[1]);
+            if (peer == own.from && notes[0] == rank() && notes[1] == own.receive_bytes) {
+              const absl::Span<char> to = part(receive);
+              if (!to.empty()) std::memcpy(to.data(), payload, to.size());
+            }
+          },
+          deadline));
+      if (at > 0) continue;
+      const absl::Status agreed = CheckTransfers(transfers);
+      if (!agreed.ok()) {
+        mesh_->Fail(agreed);
+        return agreed;
+      }
+    }
+    return absl::OkStatus();
   }
 
   const std::unique_ptr<GlooMesh> mesh_;

@@ -32,7 +32,7 @@ constexpr int64_t kAlignment = 64;
 // step's whole payload fits one frame in a small group, and a large group still needs no more memory.
 constexpr int64_t kFrameBudget = int64_t{1} << 20;
 // Changes with the frame's layout, so that builds that would misread each other say so.
-constexpr uint64_t kFormat = 0xEDBA'0001;
+constexpr uint64_t kFormat = 0xEDBA'0002;
 // Gloo's own timeouts must never come first: they close sockets inside the waiting call. The watcher keeps
 // the deadline.
 constexpr std::chrono::milliseconds kNever = std::chrono::hours(24 * 365);
@@ -42,9 +42,14 @@ struct WireHeader {
   uint64_t sequence;
   int64_t operation;
   int64_t count;
-  int64_t unused[4];
+  GlooMesh::Notes notes;
 };
 static_assert(sizeof(WireHeader) == kAlignment);
+
+// Whether two ranks are in the same call.
+bool Agree(const WireHeader& a, const WireHeader& b) {
+  return a.format == b.format && a.sequence == b.sequence && a.operation == b.operation && a.count == b.count;
+}
 
 int64_t Capacity(int size) {
   const int64_t share = kFrameBudget / std::max(1, size - 1);
@@ -208,27 +213,27 @@ bool GlooMesh::WaitReceived(int peer) {
   }
 }
 
-absl::Status GlooMesh::Exchange(const Call& call, const Outgoing& outgoing, const Incoming& incoming,
-                                absl::Time deadline) {
+absl::Status GlooMesh::Exchange(const Call& call, const Notes& notes, const Outgoing& outgoing,
+                                const Incoming& incoming, absl::Time deadline) {
   EDUBA_RETURN_IF_ERROR(Begin(deadline));
   int waiting_for = -1;
   absl::Status outcome;
   try {
-    outcome = RunExchange(next_sequence_++, call, outgoing, incoming, waiting_for);
+    outcome = RunExchange(next_sequence_++, call, notes, outgoing, incoming, waiting_for);
   } catch (const std::exception& e) {
     outcome = absl::UnavailableError(e.what());
   }
   return End(outcome, absl::StrCat("waiting for rank ", waiting_for), deadline);
 }
 
-absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Outgoing& outgoing,
-                                   const Incoming& incoming, int& waiting_for) {
+absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Notes& notes,
+                                   const Outgoing& outgoing, const Incoming& incoming, int& waiting_for) {
   if (!announce_error_.empty()) return absl::UnavailableError(announce_error_);
   const WireHeader mine = {.format = kFormat,
                            .sequence = sequence,
                            .operation = static_cast<int64_t>(call.operation),
                            .count = call.count,
-                           .unused = {}};
+                           .notes = notes};
 
   // 1. Send. Each rank starts with its own neighbour, so that no rank is everybody's first.
   for (int i = 1; i < size_; ++i) {
@@ -249,7 +254,7 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
     const std::byte* const frame = peers_[peer].frames.get() + ReceiveOffset(sequence);
     WireHeader theirs;
     std::memcpy(&theirs, frame, sizeof(theirs));
-    if (std::memcmp(&theirs, &mine, sizeof(mine)) != 0) {
+    if (!Agree(theirs, mine)) {
       const std::string their_call =
           theirs.format == kFormat ? DescribeCall(static_cast<Operation>(theirs.operation), theirs.count)
                                    : "speaks another version of this transport";
@@ -258,7 +263,7 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Ou
                                                     " ", their_call, " (exchange ", sequence, ")"));
       break;
     }
-    incoming(peer, frame + kAlignment);
+    incoming(peer, frame + kAlignment, theirs.notes);
     // The frame is free again, for the exchange after the next. A peer may have left after its last call;
     // this one need not fail for it.
     try {

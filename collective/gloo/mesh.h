@@ -1,6 +1,7 @@
 #ifndef EDUBA_COLLECTIVE_GLOO_MESH_H_
 #define EDUBA_COLLECTIVE_GLOO_MESH_H_
 
+#include <array>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -47,11 +48,13 @@ class GlooMesh {
     Operation operation = Operation::kBarrier;
     int64_t count = 0;  // In elements.
   };
+  // Numbers that go with every frame of a rank, for its peers to read; they need not agree.
+  using Notes = std::array<int64_t, 4>;
   // The bytes that `peer` gets; at most capacity().
   using Outgoing = std::function<absl::Span<const std::byte>(int peer)>;
   // Called once for each peer, with the frame's whole payload (capacity() bytes, aligned to 64), of which as
   // many are set as the peer sent; that the calls agree tells how many.
-  using Incoming = std::function<void(int peer, const std::byte* payload)>;
+  using Incoming = std::function<void(int peer, const std::byte* payload, const Notes& notes)>;
 
   static absl::StatusOr<std::unique_ptr<GlooMesh>> Connect(int rank, int size, Rendezvous& rendezvous,
                                                            const GlooOptions& options, absl::Time deadline);
@@ -65,8 +68,8 @@ class GlooMesh {
 
   // Sends one frame to every peer and takes one from each. Errors as in Communicator; the first one ends the
   // mesh.
-  absl::Status Exchange(const Call& call, const Outgoing& outgoing, const Incoming& incoming,
-                        absl::Time deadline);
+  absl::Status Exchange(const Call& call, const Notes& notes, const Outgoing& outgoing,
+                        const Incoming& incoming, absl::Time deadline);
 
   // From any thread: an Exchange under way returns `status`, unless an earlier failure is being reported
   // already.
@@ -95,7 +98,7 @@ class GlooMesh {
   // Waits for the frame to be sent, or for the next one to be received. False: Fail was called.
   bool WaitSent(int peer);
   bool WaitReceived(int peer);
-  absl::Status RunExchange(uint64_t sequence, const Call& call, const Outgoing& outgoing,
+  absl::Status RunExchange(uint64_t sequence, const Call& call, const Notes& notes, const Outgoing& outgoing,
                            const Incoming& incoming, int& waiting_for);
   absl::Status Begin(absl::Time deadline);
   absl::Status End(const absl::Status& outcome, const std::string& waiting_for, absl::Time deadline);

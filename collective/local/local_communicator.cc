@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "collective/local/local_group.h"
+#include "collective/transfer.h"
 
 namespace eduba {
 namespace {
@@ -20,10 +21,19 @@ class LocalCommunicator final : public Communicator {
   const char* transport() const override { return "local"; }
 
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
-    return Run({Operation::kSumI64, data.data(), static_cast<int64_t>(data.size())}, deadline);
+    return Run({Operation::kSumI64, data.data(), static_cast<int64_t>(data.size()), {}, nullptr}, deadline);
   }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
-    return Run({Operation::kMaxF32, data.data(), static_cast<int64_t>(data.size())}, deadline);
+    return Run({Operation::kMaxF32, data.data(), static_cast<int64_t>(data.size()), {}, nullptr}, deadline);
+  }
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    LocalCall call;
+    call.operation = Operation::kSendReceive;
+    call.data = receive.data();
+    call.transfer = MakeTransfer(rank_, size(), send, to, receive, from);
+    call.send = send.data();
+    return Run(call, deadline);
   }
   absl::Status Barrier(absl::Time deadline) override { return Run({}, deadline); }
 

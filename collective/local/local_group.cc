@@ -1,6 +1,7 @@
 #include "collective/local/local_group.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -78,7 +79,10 @@ void LocalGroup::Leave(int rank, const std::string& reason, const std::string& o
 
 void LocalGroup::OpenWork() {
   // An empty payload is one slice of nothing, so that every round ends the same way.
-  slices_ = std::max<int64_t>(1, (ranks_[0].call.count + kSliceElements - 1) / kSliceElements);
+  const LocalCall& call = ranks_[0].call;
+  slices_ = call.operation == Operation::kSendReceive
+                ? size_
+                : std::max<int64_t>(1, (call.count + kSliceElements - 1) / kSliceElements);
   next_slice_ = finished_slices_ = 0;
   open_ = true;
   if (slices_ > 1) changed_.notify_all();
@@ -102,6 +106,7 @@ void LocalGroup::TakeSlices(std::unique_lock<std::mutex>& lock) {
 
 void LocalGroup::ReduceSlice(int64_t slice) const {
   const LocalCall& first = ranks_[0].call;
+  if (first.operation == Operation::kSendReceive) return DeliverTo(slice);
   const int64_t begin = slice * kSliceElements;
   const int64_t count = std::min(kSliceElements, first.count - begin);
   const auto reduce = [&]<typename T>(T /*element*/, auto combine) {
@@ -116,6 +121,12 @@ void LocalGroup::ReduceSlice(int64_t slice) const {
   if (first.operation == Operation::kMaxF32) reduce(float{}, MaxInto);
 }
 
+void LocalGroup::DeliverTo(int64_t rank) const {
+  const LocalCall& call = ranks_[rank].call;
+  if (call.transfer.receive_bytes == 0) return;
+  std::memcpy(call.data, ranks_[call.transfer.from].call.send, call.transfer.receive_bytes);
+}
+
 absl::Status LocalGroup::Differences() const {
   const LocalCall& first = ranks_[0].call;
   for (int r = 1; r < size_; ++r) {
@@ -125,7 +136,10 @@ absl::Status LocalGroup::Differences() const {
         absl::StrCat("the ranks made different calls: rank 0 ", DescribeCall(first.operation, first.count),
                      ", rank ", r, " ", DescribeCall(other.operation, other.count), " (call ", round_, ")"));
   }
-  return absl::OkStatus();
+  if (first.operation != Operation::kSendReceive) return absl::OkStatus();
+  std::vector<Transfer> transfers;
+  for (const Rank& rank : ranks_) transfers.push_back(rank.call.transfer);
+  return CheckTransfers(transfers);
 }
 
 std::string LocalGroup::Missing() const {

@@ -10,14 +10,18 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "collective/operation.h"
+#include "collective/transfer.h"
 
 namespace eduba {
 
-// One call as one rank makes it. `data` is `count` int64 (kSumI64) or float (kMaxF32), or nothing (kBarrier).
+// One call as one rank makes it. `data` is `count` int64 (kSumI64) or float (kMaxF32), nothing (kBarrier), or
+// where the bytes of `transfer` go (kSendReceive).
 struct LocalCall {
   Operation operation = Operation::kBarrier;
   void* data = nullptr;
   int64_t count = 0;
+  Transfer transfer;  // kSendReceive, as the next.
+  const void* send = nullptr;
 };
 
 // What the ranks of one local group share. A call is a round: every rank enters with a view of its data; the
@@ -55,6 +59,8 @@ class LocalGroup {
   void OpenWork();
   void TakeSlices(std::unique_lock<std::mutex>& lock);
   void ReduceSlice(int64_t slice) const;
+  // kSendReceive: its slices are the ranks.
+  void DeliverTo(int64_t rank) const;
   absl::Status Differences() const;
   std::string Missing() const;
   absl::Status ErrorFor(int rank, absl::Time deadline) const;

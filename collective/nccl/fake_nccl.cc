@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -27,20 +28,26 @@ struct Round {
   Bytes sum;
 };
 
+// Sender, receiver, and the how many'th between the two.
+using Message = std::tuple<int, int, int64_t>;
+
 struct Group {
   std::mutex mutex;
   int size = 0;
   int joined = 0;
   int left = 0;
   std::map<int64_t, Round> rounds;
+  std::map<Message, Bytes> messages;  // Sent, not yet received.
 };
 
 // A communicator as NCCL has it; outlives the pointer in what is queued on streams.
 struct Member {
   std::shared_ptr<Group> group;
   std::mutex mutex;
-  std::function<void()> to_queue;  // An all-reduce that is "in progress".
+  std::function<void()> to_queue;  // A call that is "in progress".
   int64_t next_round = 0;
+  int rank = 0;
+  std::map<int, int64_t> sent, received;  // Messages, by peer.
   std::atomic<bool> aborted{false};
 };
 
@@ -155,7 +162,7 @@ int GetUniqueId(NcclUniqueId* id) {
   return kNcclSuccess;
 }
 
-int InitRank(NcclComm* comm, int ranks, NcclUniqueId id, int /*rank*/, NcclConfig* config) {
+int InitRank(NcclComm* comm, int ranks, NcclUniqueId id, int rank, NcclConfig* config) {
   EDUBA_CHECK(config->magic == 0xcafebeef && config->blocking == 0);
   const std::scoped_lock lock(groups_mutex);
   auto& known = Groups()[std::string(id.internal, sizeof(id.internal))];
@@ -163,6 +170,7 @@ int InitRank(NcclComm* comm, int ranks, NcclUniqueId id, int /*rank*/, NcclConfi
   if (group == nullptr) known = group = std::make_shared<Group>();
   *comm = new ncclComm{std::make_shared<Member>()};
   (*comm)->member->group = group;
+  (*comm)->member->rank = rank;
   const std::scoped_lock group_lock(group->mutex);
   group->size = ranks;
   ++group->joined;
@@ -212,6 +220,69 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
   return kNcclInProgress;
 }
 
+// What the calling thread has put into its group so far.
+struct OpenGroup {
+  NcclComm comm = nullptr;
+  FakeStream* stream = nullptr;
+  std::vector<std::function<bool()>> parts;
+};
+thread_local std::unique_ptr<OpenGroup> open_group;
+
+int GroupStart() {
+  EDUBA_CHECK(open_group == nullptr);
+  open_group = std::make_unique<OpenGroup>();
+  return kNcclSuccess;
+}
+
+int Send(const void* data, size_t count, int type, int peer, NcclComm comm, void* stream) {
+  EDUBA_CHECK(open_group != nullptr && type == kNcclInt8);
+  const std::shared_ptr<Member> member = comm->member;
+  const Message message = {member->rank, peer, member->sent[peer]++};
+  open_group->comm = comm;
+  open_group->stream = static_cast<FakeStream*>(stream);
+  open_group->parts.push_back([=] {
+    const char* const bytes = static_cast<const char*>(data);
+    const std::scoped_lock lock(member->group->mutex);
+    member->group->messages[message] = Bytes(bytes, bytes + count);
+    return true;
+  });
+  return kNcclInProgress;
+}
+
+int Receive(void* data, size_t count, int type, int peer, NcclComm comm, void* stream) {
+  EDUBA_CHECK(open_group != nullptr && type == kNcclInt8);
+  const std::shared_ptr<Member> member = comm->member;
+  const Message message = {peer, member->rank, member->received[peer]++};
+  open_group->comm = comm;
+  open_group->stream = static_cast<FakeStream*>(stream);
+  open_group->parts.push_back([=] {
+    const std::scoped_lock lock(member->group->mutex);
+    const auto found = member->group->messages.find(message);
+    if (found == member->group->messages.end()) return false;
+    EDUBA_CHECK_EQ(found->second.size(), count);  // Undefined in NCCL.
+    std::memcpy(data, found->second.data(), count);
+    member->group->messages.erase(found);
+    return true;
+  });
+  return kNcclInProgress;
+}
+
+int GroupEnd() {
+  EDUBA_CHECK(open_group != nullptr);
+  const std::unique_ptr<OpenGroup> group = std::move(open_group);
+  if (group->parts.empty()) return kNcclSuccess;
+  const std::shared_ptr<Member> member = group->comm->member;
+  const auto work = [member, parts = group->parts]() mutable {
+    if (member->aborted) return true;
+    std::erase_if(parts, [](const std::function<bool()>& part) { return part(); });
+    return parts.empty();
+  };
+  const std::scoped_lock lock(member->mutex);
+  EDUBA_CHECK(member->to_queue == nullptr);
+  member->to_queue = [work, stream = group->stream] { stream->Push(work); };
+  return kNcclInProgress;
+}
+
 int Finalize(NcclComm /*comm*/) { return kNcclInProgress; }
 
 int Abort(NcclComm comm) {
@@ -249,8 +320,8 @@ FakeNccl& TheFakeNccl() {
 }
 
 const NcclApi& FakeNcclApi() {
-  static const NcclApi api = {GetVersion,    GetErrorString, GetUniqueId, InitRank,
-                              GetAsyncError, Finalize,       Abort,       AllReduce};
+  static const NcclApi api = {GetVersion, GetErrorString, GetUniqueId, InitRank, GetAsyncError, Finalize,
+                              Abort,      AllReduce,      GroupStart,  GroupEnd, Send,          Receive};
   return api;
 }
 

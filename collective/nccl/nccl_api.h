@@ -26,7 +26,7 @@ enum NcclResult : int {
   kNcclRemoteError = 6,
   kNcclInProgress = 7,
 };
-enum NcclType : int { kNcclInt32 = 2, kNcclInt64 = 4 };
+enum NcclType : int { kNcclInt8 = 0, kNcclInt32 = 2, kNcclInt64 = 4 };
 enum NcclOperation : int { kNcclSum = 0, kNcclMax = 2 };
 
 struct NcclConfig {
@@ -49,6 +49,10 @@ struct NcclApi {
   int (*comm_abort)(NcclComm comm) = nullptr;
   int (*all_reduce)(const void* send, void* receive, size_t count, int type, int operation, NcclComm comm,
                     void* stream) = nullptr;
+  int (*group_start)() = nullptr;
+  int (*group_end)() = nullptr;
+  int (*send)(const void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;
+  int (*receive)(void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;
 };
 
 // libnccl.so.2 of this machine, opened at the first call and never closed. FAILED_PRECONDITION where it is

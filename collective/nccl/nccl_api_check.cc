@@ -12,7 +12,7 @@ static_assert(sizeof(NcclUniqueId) == sizeof(ncclUniqueId) && alignof(NcclUnique
 static_assert(std::is_same_v<NcclComm, ncclComm_t>);
 static_assert(kNcclSuccess == int{ncclSuccess} && kNcclRemoteError == int{ncclRemoteError} &&
               kNcclInProgress == int{ncclInProgress});
-static_assert(kNcclInt32 == int{ncclInt32} && kNcclInt64 == int{ncclInt64});
+static_assert(kNcclInt8 == int{ncclInt8} && kNcclInt32 == int{ncclInt32} && kNcclInt64 == int{ncclInt64});
 static_assert(kNcclSum == int{ncclSum} && kNcclMax == int{ncclMax});
 static_assert(offsetof(NcclConfig, size) == offsetof(ncclConfig_t, size) &&
               offsetof(NcclConfig, magic) == offsetof(ncclConfig_t, magic) &&
@@ -27,6 +27,12 @@ static_assert(std::is_same_v<decltype(ncclCommInitRankConfig),
                              ncclResult_t(ncclComm_t*, int, ncclUniqueId, int, ncclConfig_t*)>);
 static_assert(std::is_same_v<decltype(ncclAllReduce), ncclResult_t(const void*, void*, size_t, ncclDataType_t,
                                                                    ncclRedOp_t, ncclComm_t, cudaStream_t)>);
+static_assert(std::is_same_v<decltype(ncclSend), ncclResult_t(const void*, size_t, ncclDataType_t, int,
+                                                              ncclComm_t, cudaStream_t)>);
+static_assert(std::is_same_v<decltype(ncclRecv),
+                             ncclResult_t(void*, size_t, ncclDataType_t, int, ncclComm_t, cudaStream_t)>);
+static_assert(std::is_same_v<decltype(ncclGroupStart), ncclResult_t()>);
+static_assert(std::is_same_v<decltype(ncclGroupEnd), ncclResult_t()>);
 static_assert(std::is_same_v<decltype(ncclGetUniqueId), ncclResult_t(ncclUniqueId*)>);
 static_assert(std::is_same_v<decltype(ncclCommGetAsyncError), ncclResult_t(ncclComm_t, ncclResult_t*)>);
 static_assert(std::is_same_v<decltype(ncclCommFinalize), ncclResult_t(ncclComm_t)>);

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
@@ -17,6 +18,7 @@
 #include "collective/nccl/nccl_link.h"
 #include "collective/operation.h"
 #include "collective/reduce.h"
+#include "collective/transfer.h"
 
 namespace eduba {
 namespace {
@@ -115,6 +117,11 @@ class NcclCommunicator final : public Communicator {
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
     return Once([&] { return Reduce<Max>(Operation::kMaxF32, data, deadline); });
   }
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    const Transfer own = MakeTransfer(rank_, size_, send, to, receive, from);
+    return Once([&] { return Deliver(own, send, receive, deadline); });
+  }
   absl::Status Barrier(absl::Time deadline) override {
     return Once([&] { return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline); });
   }
@@ -175,6 +182,45 @@ class NcclCommunicator final : public Communicator {
     return absl::OkStatus();
   }
 
+  // First every rank learns what all send and receive: a sum in which each has its own place. Then the bytes
+  // go, in pieces.
+  absl::Status Deliver(const Transfer& own, absl::Span<const char> send, absl::Span<char> receive,
+                       absl::Time deadline) {
+    constexpr int64_t kWords = 4;
+    std::vector<int64_t> table(kWords * size_);
+    int64_t* const mine = &table[kWords * rank_];
+    mine[0] = own.to;
+    mine[1] = own.send_bytes;
+    mine[2] = own.from;
+    mine[3] = own.receive_bytes;
+    EDUBA_RETURN_IF_ERROR(Reduce<Sum>(Operation::kSendReceive, absl::MakeSpan(table), deadline));
+    std::vector<Transfer> transfers;
+    for (int64_t rank = 0; rank < size_; ++rank) {
+      const int64_t* const words = &table[kWords * rank];
+      transfers.push_back({words[0], words[1], words[2], words[3]});
+    }
+    EDUBA_RETURN_IF_ERROR(CheckTransfers(transfers));
+    const int64_t longest = std::max(own.send_bytes, own.receive_bytes);
+    if (longest > 0) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
+    // One half of the buffers is for what goes, the other for what comes.
+    constexpr int64_t kHalf = kPieceBytes / 2;
+    char* const device_in = static_cast<char*>(piece_.device) + kHalf;
+    char* const host_in = static_cast<char*>(piece_.host) + kHalf;
+    for (int64_t at = 0; at < longest; at += kHalf) {
+      const int64_t out = std::clamp<int64_t>(own.send_bytes - at, 0, kHalf);
+      const int64_t in = std::clamp<int64_t>(own.receive_bytes - at, 0, kHalf);
+      if (out > 0) {
+        std::memcpy(piece_.host, send.data() + at, out);
+        EDUBA_RETURN_IF_ERROR(stream_->CopyIn(piece_.device, piece_.host, out));
+      }
+      EDUBA_RETURN_IF_ERROR(link_.SendReceive(piece_.device, out, own.to, device_in, in, own.from, deadline));
+      if (in > 0) EDUBA_RETURN_IF_ERROR(stream_->CopyOut(host_in, device_in, in));
+      EDUBA_RETURN_IF_ERROR(WaitForStream(DescribeCall(Operation::kSendReceive, 0), deadline));
+      if (in > 0) std::memcpy(receive.data() + at, host_in, in);
+    }
+    return absl::OkStatus();
+  }
+
   // Reduces `count` elements of the buffers over the ranks; the first `bytes` go in and come back.
   template <typename Kind>
   absl::Status Exchange(Buffers& buffers, int64_t bytes, int64_t count, const std::string& what,
@@ -183,10 +229,14 @@ class NcclCommunicator final : public Communicator {
     // Returns when NCCL has put it into the stream, so the copy back is queued behind it.
     EDUBA_RETURN_IF_ERROR(link_.AllReduce(buffers.device, count, Kind::kType, Kind::kOperation, deadline));
     EDUBA_RETURN_IF_ERROR(stream_->CopyOut(buffers.host, buffers.device, bytes));
+    return WaitForStream(what, deadline);
+  }
+
+  absl::Status WaitForStream(const std::string& what, absl::Time deadline) {
     EDUBA_RETURN_IF_ERROR(stream_->Mark());
     const absl::Time spin_until = absl::Now() + kSpin;
     while (true) {
-      // In this order: an aborted all-reduce reaches the mark too, without a result, but an abort begins only
+      // In this order: aborted work reaches the mark too, without a result, but an abort begins only
       // after its reason can be seen here.
       EDUBA_ASSIGN_OR_RETURN(const bool reached, stream_->Reached());
       EDUBA_RETURN_IF_ERROR(link_.failure());

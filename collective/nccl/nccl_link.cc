@@ -59,6 +59,25 @@ absl::Status NcclLink::AllReduce(void* data, size_t count, NcclType type, NcclOp
   return WaitWhileInProgress(result, "all-reduce", deadline);
 }
 
+absl::Status NcclLink::SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
+                                   int64_t receive_bytes, int64_t from, absl::Time deadline) {
+  const int result = Ask([&](NcclComm comm) {
+    // One group: neither waits for the other. A group that has begun has to end.
+    const auto failed = [](int code) { return code != kNcclSuccess && code != kNcclInProgress; };
+    int code = api_.group_start();
+    if (failed(code)) return code;
+    if (send_bytes > 0) {
+      code = api_.send(send, send_bytes, kNcclInt8, static_cast<int>(to), comm, stream_.handle());
+    }
+    if (receive_bytes > 0 && !failed(code)) {
+      code = api_.receive(receive, receive_bytes, kNcclInt8, static_cast<int>(from), comm, stream_.handle());
+    }
+    const int ended = api_.group_end();
+    return failed(code) ? code : ended;
+  });
+  return WaitWhileInProgress(result, "send and receive", deadline);
+}
+
 int NcclLink::Ask(const std::function<int(NcclComm)>& call) {
   const std::scoped_lock lock(nccl_mutex_);
   return comm_ == nullptr ? int{kNcclRemoteError} : call(comm_);

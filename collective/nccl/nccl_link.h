@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -37,6 +38,11 @@ class NcclLink {
   // Queues an all-reduce in place; returns when NCCL has queued it. The calling thread is attached.
   absl::Status AllReduce(void* data, size_t count, NcclType type, NcclOperation operation,
                          absl::Time deadline);
+
+  // Queues `send_bytes` of `send` for rank `to` and `receive_bytes` from rank `from`, which does its part
+  // with as many; 0: not. Otherwise as AllReduce.
+  absl::Status SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
+                           int64_t receive_bytes, int64_t from, absl::Time deadline);
 
   // A call is under way: errors are asked for more often, and one that NCCL reports waits a moment for the
   // call, which may have all it needs already.

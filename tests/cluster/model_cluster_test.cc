@@ -209,6 +209,61 @@ TEST(ModelCluster, AnyWorkersChunksNeighboursForksAndTransportGiveTheSameBytes) 
   }
 }
 
+// Appends and questions of many stripes, read in waves: windows need halos from the worker before, layers
+// without one the sums of all. One session generates all the while.
+TEST(ModelCluster, LongPromptsAreSharedOutToTheBytesOfOneWorker) {
+  struct Case {
+    const char* model;
+    v1::ModelPolicy policy;
+    v1::PositionMode positions;
+    int64_t window;
+  };
+  const Case cases[] = {{"gemma3", v1::MODEL_POLICY_MODEL, v1::POSITION_MODE_ABSOLUTE, 0},
+                        {"gemma3", v1::MODEL_POLICY_STAR, v1::POSITION_MODE_ABSOLUTE, 300},
+                        {"llama", v1::MODEL_POLICY_STREAMING, v1::POSITION_MODE_ROLLING, 400},
+                        {"llama", v1::MODEL_POLICY_MODEL, v1::POSITION_MODE_ABSOLUTE, 0}};
+  for (const Case& c : cases) {
+    Random random(static_cast<uint64_t>(c.window) + 1);
+    const std::vector<int32_t> ids = RandomIds(random, 3000);
+    ModelProblem problem;
+    problem.question = RandomIds(random, 900);
+    problem.ranges = {5, 6, 100, 1300, 2000, 3000};
+    problem.generate.set_max_tokens(6);
+    v1::SessionSpec spec = ModelSession();
+    spec.mutable_model()->set_policy(c.policy);
+    spec.mutable_model()->set_positions(c.positions);
+    spec.mutable_model()->set_window(c.window);
+    spec.mutable_model()->set_sink_tokens(4);
+    const auto ask = [&](int workers, const std::string& transport, size_t piece) {
+      TestCluster cluster(ClusterOf(workers, c.model, transport));
+      Client& client = cluster.client();
+      EXPECT_TRUE(client.CreateSession("s", spec).ok());
+      EXPECT_TRUE(client.CreateSession("beside", ModelSession()).ok());
+      EXPECT_TRUE(client.AppendTokens("beside", {1, 2, 3}, {}).ok());
+      std::atomic<bool> over{false};
+      ModelAnswers beside;
+      std::thread generation([&] {
+        v1::GenerateRequest request;
+        request.set_max_tokens(1);
+        while (!over) EXPECT_TRUE(Generate(client, "beside", request, &beside).ok());
+      });
+      for (size_t at = 0; at < ids.size(); at += piece) {
+        const auto receipt = client.AppendTokens("s", absl::MakeConstSpan(ids).subspan(at, piece), {});
+        EXPECT_TRUE(receipt.ok()) << receipt.status();
+      }
+      ModelAnswers answers = AskAll(client, "s", problem);
+      over = true;
+      generation.join();
+      EXPECT_FALSE(beside.ids.empty());
+      return answers;
+    };
+    const ModelAnswers wanted = ask(1, "local", ids.size());
+    EXPECT_TRUE(ask(2, "local", ids.size()) == wanted) << c.model << " " << c.policy;
+    EXPECT_TRUE(ask(3, "gloo", 1100) == wanted) << c.model << " " << c.policy;
+    EXPECT_TRUE(ask(4, "local", 2999) == wanted) << c.model << " " << c.policy;
+  }
+}
+
 TEST(ModelCluster, GenerationGoesOnBehindADeadlineAsIfThereHadBeenNone) {
   TestCluster cluster(ClusterOf(2, "llama"));
   Client& client = cluster.client();

@@ -142,6 +142,32 @@ absl::Status MaxAndCheck(Communicator& c, int64_t count, int64_t call, absl::Tim
   return status;
 }
 
+// Who a rank sends to (-1: nobody) in a call, and how many bytes. Everybody knows it of everybody.
+using Route = std::function<std::pair<int, int64_t>(int rank)>;
+
+absl::Status SendAndCheck(Communicator& c, const Route& route, int64_t call, absl::Time deadline) {
+  const auto byte = [call](int sender, int64_t i) { return static_cast<char>(Word(sender, call, i)); };
+  const auto [to, count] = route(c.rank());
+  std::vector<char> send(count);
+  for (int64_t i = 0; i < count; ++i) send[i] = byte(c.rank(), i);
+  int from = -1;
+  for (int rank = 0; rank < c.size(); ++rank) from = route(rank).first == c.rank() ? rank : from;
+  std::vector<char> receive(from < 0 ? 0 : route(from).second);
+  absl::Status status = c.SendReceive(send, to, absl::MakeSpan(receive), from, deadline);
+  if (!status.ok()) return status;
+  for (size_t i = 0; i < receive.size(); ++i) {
+    if (receive[i] == byte(from, static_cast<int64_t>(i))) continue;
+    return absl::DataLossError(absl::StrCat("call ", call, ", byte ", i, " of ", receive.size(),
+                                            " from rank ", from, " to rank ", c.rank(), " is wrong"));
+  }
+  return status;
+}
+
+// To the rank `shift` further on.
+Route Ring(int ranks, int shift, int64_t count) {
+  return [=](int rank) { return std::pair((rank + shift) % ranks, count); };
+}
+
 constexpr int kMostRanks = 8;  // Of a group below.
 
 class CommunicatorContract : public testing::TestWithParam<Transport> {
@@ -238,6 +264,60 @@ TEST_P(CommunicatorContract, ABarrierHoldsEveryRankUntilTheLast) {
   });
 }
 
+// Every rank to every other one, each message of another size; the largest are cut by every transport.
+TEST_P(CommunicatorContract, MessagesGoRoundTheRanksInEveryDistance) {
+  for (const int ranks : {1, 2, 3, 4, 5}) {
+    const Group group = Form(ranks);
+    OnThreads(ranks, [&](int rank) {
+      int64_t call = 0;
+      for (const int64_t count : {0, 1, 1009, 9'000'001}) {
+        for (int shift = 1; shift < ranks; ++shift) {
+          const Route route = [=](int from) {
+            return std::pair((from + shift) % ranks, count == 0 ? 0 : count + 4096 * from);
+          };
+          EXPECT_EQ(SendAndCheck(*group[rank], route, ++call, Far()), absl::OkStatus())
+              << ranks << " ranks, " << count << " bytes, shift " << shift;
+        }
+      }
+    });
+  }
+}
+
+TEST_P(CommunicatorContract, AMessageNeedsNoneTheOtherWay) {
+  const Group group = Form(4);
+  OnThreads(4, [&](int rank) {
+    int64_t call = 0;
+    const auto nobody = std::pair(-1, int64_t{0});
+    // One to one; along a chain; to the one that sends to a third; nobody at all.
+    for (const int64_t count : {int64_t{1}, int64_t{2'000'003}}) {
+      for (const Route& route :
+           {Route([&](int from) { return from == 2 ? std::pair(0, count) : nobody; }),
+            Route([&](int from) { return from < 3 ? std::pair(from + 1, count + from) : nobody; }),
+            Route([&](int from) { return from % 2 == 1 ? std::pair((from + 2) % 4, count) : nobody; }),
+            Route([&](int /*from*/) { return nobody; })}) {
+        EXPECT_EQ(SendAndCheck(*group[rank], route, ++call, Far()), absl::OkStatus()) << "call " << call;
+      }
+    }
+  });
+}
+
+TEST_P(CommunicatorContract, AMessageWhoseRankLeavesOrDoesNotComeIsAnError) {
+  Group group = Form(3);
+  OnThreads(3, [&](int rank) {
+    EXPECT_EQ(SendAndCheck(*group[rank], Ring(3, 1, 5'000), 1, Far()), absl::OkStatus());
+    if (rank == 1) {
+      group[1].reset();
+      return;
+    }
+    const absl::Status status = SendAndCheck(*group[rank], Ring(3, 1, 5'000), 2, Far());
+    EXPECT_EQ(status.code(), kUnavailable) << status;
+  });
+  group = Form(2);
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(100);
+  EXPECT_EQ(SendAndCheck(*group[0], Ring(2, 1, 5'000), 1, deadline).code(), kDeadlineExceeded);
+  EXPECT_EQ(SendAndCheck(*group[0], Ring(2, 1, 5'000), 2, Far()).code(), kAborted);
+}
+
 TEST_P(CommunicatorContract, KeepsManyMixedCallsInOrder) {
   const uint32_t seed = 20240607;
   const int ranks = 3;
@@ -245,10 +325,11 @@ TEST_P(CommunicatorContract, KeepsManyMixedCallsInOrder) {
   OnThreads(ranks, [&](int rank) {
     std::mt19937 random(seed);  // The same sequence on every rank.
     for (int call = 0; call < 300; ++call) {
-      const int kind = static_cast<int>(random() % 3);
+      const int kind = static_cast<int>(random() % 4);
       const int64_t count = random() % 8 == 0 ? random() % 20'000 : random() % 200;
       const absl::Status status = kind == 0   ? SumAndCheck(*group[rank], count, call, Far())
                                   : kind == 1 ? MaxAndCheck(*group[rank], count, call, Far())
+                                  : kind == 2 ? SendAndCheck(*group[rank], Ring(ranks, 2, count), call, Far())
                                               : group[rank]->Barrier(Far());
       ASSERT_TRUE(status.ok()) << status << " (seed=" << seed << " call=" << call << " kind=" << kind
                                << " count=" << count;
@@ -343,6 +424,8 @@ TEST_P(CommunicatorContract, LeavingRightAfterTheLastCallSpoilsItForNobody) {
   }
 }
 
+absl::Status SendNothing(Communicator& c) { return c.SendReceive({}, -1, {}, -1, Far()); }
+
 TEST_P(CommunicatorContract, EveryCallAfterAnErrorReturnsItsTextAsAborted) {
   const Group group = Form(2);
   const absl::Status first = group[0]->Barrier(absl::Now() + absl::Milliseconds(20));
@@ -351,7 +434,7 @@ TEST_P(CommunicatorContract, EveryCallAfterAnErrorReturnsItsTextAsAborted) {
   for (int i = 0; i < 2; ++i) {
     for (const absl::Status& later :
          {SumAndCheck(*group[0], 1, 1, Far()), group[0]->MaxF32(absl::MakeSpan(floats), Far()),
-          group[0]->Barrier(Far())}) {
+          SendNothing(*group[0]), group[0]->Barrier(Far())}) {
       EXPECT_EQ(later.code(), kAborted);
       EXPECT_EQ(later.message(), first.message());
     }
@@ -371,13 +454,28 @@ std::function<absl::Status(Communicator&)> Max(int64_t count) {
   return [count](Communicator& c) { return MaxAndCheck(c, count, 1, Far()); };
 }
 
+// With the next rank, in a group of any size: what it sends, and what it wants from the one before.
+std::function<absl::Status(Communicator&)> Send(int64_t count, int64_t wanted) {
+  return [=](Communicator& c) {
+    const std::vector<char> send(count);
+    std::vector<char> receive(wanted);
+    return c.SendReceive(send, (c.rank() + 1) % c.size(), absl::MakeSpan(receive),
+                         (c.rank() + c.size() - 1) % c.size(), Far());
+  };
+}
+
 std::vector<Mismatch> Mismatches() {
   return {{"another operation, as many bytes", Sum(4), Max(8)},
           {"one word more", Sum(4), Sum(5)},
           {"nothing and something", Sum(0), Sum(1)},
           {"barrier and sum of nothing", [](Communicator& c) { return c.Barrier(Far()); }, Sum(0)},
           {"small and large", Sum(10), Sum(200'000)},
-          {"large and larger", Max(200'000), Max(200'001)}};
+          {"large and larger", Max(200'000), Max(200'001)},
+          {"a message and a sum", Send(0, 0), Sum(0)},
+          {"a message and none", Send(5, 5), SendNothing},
+          {"a message too long", Send(5, 5), Send(6, 5)},
+          {"a message too short", Send(2'000'000, 2'000'000), Send(1'000'000, 2'000'000)},
+          {"a receiver who wants more", Send(5, 5), Send(5, 6)}};
 }
 
 TEST_P(CommunicatorContract, TwoRanksThatCallDifferentlyAreBothToldSo) {

@@ -1,0 +1,133 @@
+#ifndef EDUBA_MODEL_WAVE_H_
+#define EDUBA_MODEL_WAVE_H_
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "collective/communicator.h"
+#include "kernels/backend.h"
+#include "model/kv_pages.h"
+#include "model/paged_attention.h"
+#include "model/pooler.h"
+#include "model/transformer.h"
+#include "model/wave_plan.h"
+
+namespace eduba {
+
+// One wave of an append: every rank takes the rows of its own stripe through the model, layer by layer
+// (docs/adr/0007-model-sessions.md, "striped rows"). In each layer, all make queries, keys and values of
+// their rows; then the ranks send each other the keys and values that their windows and what they keep need;
+// then all attend, where a row sees all keys with everybody's help, and do the rest of the layer. A row's
+// bits are those of every other way.
+//
+// It works on pages of its own, a fork of the context's, so that one that is given up leaves no trace. It is
+// done in small units, between which other contexts may go on. The ranks of the group make the same calls at
+// the same time.
+class Wave {
+ public:
+  // All outlive the wave.
+  struct Options {
+    Backend* backend = nullptr;
+    Transformer* model = nullptr;
+    Communicator* communicator = nullptr;
+    int64_t chunk_rows = 256;
+  };
+  struct Rows {
+    std::vector<int32_t> ids;  // Of all of the plan's positions.
+    std::vector<LayerView> views;
+    std::vector<LayerKeeping> keeping;
+    std::vector<int64_t> sink_positions;  // Of this rank's rows: RowPositions::sink_positions.
+    std::vector<float> before;   // The hidden state that predicts the first token; empty: there is none.
+    bool log_probs = false;      // Wanted.
+    std::optional<Pooler> part;  // Takes the hidden states.
+  };
+  Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows);
+
+  const WavePlan& plan() const { return plan_; }
+
+  // Takes all the memory that the wave needs. RESOURCE_EXHAUSTED: this rank has not enough, and took none. No
+  // rank may go on then.
+  absl::Status Reserve();
+
+  // Goes on by `units` at least: each is a chunk's way through one half of a layer, or as much work. Errors
+  // as a Communicator's, which is dead then.
+  absl::Status Run(int64_t units, absl::Time deadline);
+  // Of the units of Run, as many as a chunk of `chunk_rows` rows costs that every rank computes.
+  int64_t units_of_a_chunk() const { return 2 * static_cast<int64_t>(rows_.views.size()); }
+  bool done() const { return stage_ == Stage::kDone; }
+
+  // Not OK: arithmetic left the finite numbers, INVALID_ARGUMENT. Before the wave is done it is only this
+  // rank that knows, and goes on with its part in what the others do; behind it, all do.
+  const absl::Status& status() const { return status_; }
+
+  // What came of it; done() and status() is OK. Pages of a context that ends with the wave, but for what is
+  // not needed any more of those before.
+  KvPages TakePages() { return std::move(pages_); }
+  const std::vector<float>& last() const { return last_; }            // [hidden_size]
+  const std::vector<float>& log_probs() const { return log_probs_; }  // [ids], where wanted; or nothing
+  const std::optional<Pooler>& part() const { return rows_.part; }    // With the states of all ranks.
+
+ private:
+  enum class Stage : uint8_t { kProject, kExchange, kAttend, kOutputs, kCombine, kDone };
+  // Rows of this rank that others need, while a layer runs.
+  struct Outgoing {
+    PositionRange range;
+    StoredRows stored;
+  };
+
+  int rank() const { return options_.communicator->rank(); }
+  int ranks() const { return options_.communicator->size(); }
+  // The rank's rows of the chunk under way; may be empty.
+  PositionRange ChunkOf(int rank) const;
+  // Where the row of this rank's is.
+  float* Hidden(int64_t position) { return &hidden_[(position - own_.begin) * width_]; }
+  const LayerView& view() const { return rows_.views[layer_]; }
+
+  absl::Status RunUnits(int64_t units, absl::Time deadline);
+  // Keeps an INVALID_ARGUMENT for later, because the others know nothing of it.
+  absl::Status Note(const absl::Status& status);
+  void BeginLayer();
+  void EndLayer();
+  absl::Status Project();
+  absl::Status Exchange(absl::Time deadline);
+  std::vector<char> Message(int to) const;
+  absl::Status TakeIn(int from, absl::Span<const char> message);
+  absl::Status AttendWindow(absl::Time deadline);
+  absl::Status AttendAll(absl::Time deadline);
+  // [ranks]: the queries of everybody's rows of the chunk.
+  absl::StatusOr<std::vector<std::vector<float>>> GatherQueries(absl::Time deadline) const;
+  absl::Status Outputs();
+  absl::Status Combine(absl::Time deadline);
+
+  const Options options_;
+  const WavePlan plan_;
+  const PositionRange own_;
+  const int64_t width_;      // hidden_size
+  const int64_t query_row_;  // Floats of a row's queries.
+  KvPages pages_;
+  Rows rows_;
+  std::vector<WavePages> layer_pages_;  // [layers]
+  KvPages::SparePages spare_;
+  RowAngles angles_;                           // Of this rank's rows.
+  std::vector<float> hidden_;                  // [own rows, hidden_size]
+  std::vector<float> queries_, sink_queries_;  // [own rows, query_heads, head_dim] of the layer
+  std::vector<float> attended_;
+  std::vector<Outgoing> outgoing_;
+  std::vector<int64_t>
+      log_prob_words_;  // [ids]: bits of floats, of the tokens that this rank's rows predict.
+  std::vector<float> last_, log_probs_;
+
+  Stage stage_ = Stage::kProject;
+  int layer_ = 0;
+  int64_t chunk_ = 0;
+  int64_t chunks_ = 0;  // Of the rank that has most.
+  absl::Status status_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_MODEL_WAVE_H_

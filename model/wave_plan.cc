@@ -1,0 +1,90 @@
+#include "model/wave_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace eduba {
+namespace {
+
+// Parts of the wave that a rank needs, its own rows or not; they may overlap.
+std::array<PositionRange, 3> Needed(const WavePlan& plan, const LayerView& view, const LayerKeeping& keeping,
+                                    int rank) {
+  const PositionRange& all = plan.positions;
+  const PositionRange& own = plan.slices[rank];
+  const bool halo = view.policy == Policy::kWindow && !own.empty();
+  return {PositionRange{0, keeping.sink_tokens}.Intersect(all),
+          halo ? PositionRange{own.begin - view.window + 1, own.begin}.Intersect(all) : PositionRange{},
+          keeping.window > 0 ? PositionRange{all.end - keeping.window + 1, all.end}.Intersect(all)
+                             : PositionRange{}};
+}
+
+}  // namespace
+
+std::vector<PositionRange> Union(std::vector<PositionRange> ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const PositionRange& a, const PositionRange& b) { return a.begin < b.begin; });
+  std::vector<PositionRange> apart;
+  for (const PositionRange& range : ranges) {
+    if (!apart.empty() && range.begin <= apart.back().end) {
+      apart.back().end = std::max(apart.back().end, range.end);
+    } else {
+      apart.push_back(range);
+    }
+  }
+  return apart;
+}
+
+std::optional<WavePlan> PlanWave(PositionRange left, int ranks, int64_t stripe_pages) {
+  WavePlan plan;
+  plan.slices.resize(ranks);
+  const int64_t first = StripeOf(left.begin, stripe_pages);
+  int with_rows = 0;
+  for (int64_t stripe = first; stripe < first + ranks; ++stripe) {
+    const PositionRange slice =
+        PositionRange{PageBegin(stripe * stripe_pages), PageBegin((stripe + 1) * stripe_pages)}.Intersect(
+            left);
+    if (slice.empty()) break;
+    plan.slices[stripe % ranks] = slice;
+    plan.positions = {left.begin, slice.end};
+    ++with_rows;
+  }
+  if (with_rows < 2) return std::nullopt;
+  return plan;
+}
+
+std::vector<PositionRange> RowsToSend(const WavePlan& plan, const LayerView& view,
+                                      const LayerKeeping& keeping, int from, int to) {
+  std::vector<PositionRange> rows;
+  if (from == to) return rows;
+  for (const PositionRange& needed : Needed(plan, view, keeping, to)) {
+    const PositionRange range = needed.Intersect(plan.slices[from]);
+    if (!range.empty()) rows.push_back(range);
+  }
+  return Union(std::move(rows));
+}
+
+WavePages PagesFor(const WavePlan& plan, const LayerView& view, const LayerKeeping& keeping,
+                   const PageShare& share) {
+  const PositionRange& all = plan.positions;
+  std::array<PositionRange, 4> used;
+  const std::array<PositionRange, 3> needed = Needed(plan, view, keeping, share.rank);
+  std::copy(needed.begin(), needed.end(), used.begin());
+  used[3] = plan.slices[share.rank];
+  const int64_t window_begin = std::max<int64_t>(0, all.end - keeping.window + 1);
+  WavePages pages;
+  for (int64_t page = PageCount(all.begin); page < PageCount(all.end); ++page) {
+    const bool kept = page < PageCount(keeping.sink_tokens) || (keeping.owned && share.Owns(page)) ||
+                      (keeping.window > 0 && page >= PageOf(window_begin));
+    const PositionRange positions = {PageBegin(page), PageBegin(page + 1)};
+    if (kept) {
+      pages.kept.push_back(page);
+    } else if (std::any_of(used.begin(), used.end(),
+                           [&](const PositionRange& range) { return !range.Intersect(positions).empty(); })) {
+      pages.lent.push_back(page);
+    }
+  }
+  return pages;
+}
+
+}  // namespace eduba

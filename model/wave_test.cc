@@ -1,0 +1,366 @@
+#include "model/wave.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "model/engine.h"
+#include "model/testing/engine_fixture.h"
+#include "model/testing/random_model.h"
+
+namespace eduba {
+namespace {
+
+using testing::Fixture;
+using testing::RandomModel;
+using testing::RandomOptions;
+using testing::RunGroup;
+using testing::SameBits;
+using testing::ToString;
+
+absl::Time Far() { return absl::Now() + absl::Seconds(60); }
+
+// Counts messages, and spoils a bit of the one that it is told to, in the exponent of its last number.
+class Courier final : public Communicator {
+ public:
+  explicit Courier(Communicator* inner) : inner_(inner) {}
+  int rank() const override { return inner_->rank(); }
+  int size() const override { return inner_->size(); }
+  const char* transport() const override { return inner_->transport(); }
+  absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
+    return inner_->SumI64(data, deadline);
+  }
+  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
+    return inner_->MaxF32(data, deadline);
+  }
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    const absl::Status status = inner_->SendReceive(send, to, receive, from, deadline);
+    if (!receive.empty() && received_++ == spoil) receive.back() ^= 1;
+    return status;
+  }
+  absl::Status Barrier(absl::Time deadline) override { return inner_->Barrier(deadline); }
+  void Abort(const absl::Status& reason) override { inner_->Abort(reason); }
+
+  int64_t received() const { return received_; }
+  int64_t spoil = -1;
+
+ private:
+  Communicator* inner_;
+  int64_t received_ = 0;
+};
+
+// A random model whose windows are of all sizes beside a page's, and none in some layers.
+RandomModel ModelOf(uint64_t seed) {
+  ModelConfig config = RandomModel::RandomConfig(seed);
+  std::mt19937_64 random(seed * 31);
+  for (LayerConfig& layer : config.layers) {
+    const int64_t windows[] = {0, 0, 1, 5, 40, 257, 700};
+    layer.window = windows[random() % std::size(windows)];
+  }
+  return RandomModel(config, seed % 2 == 0 ? DType::kBf16 : DType::kF32, seed);
+}
+
+struct Answers {
+  std::vector<float> floats;  // Everything that was answered, in order.
+  std::vector<int32_t> ids;   // Generated.
+  bool operator==(const Answers& other) const { return SameBits(floats, other.floats) && ids == other.ids; }
+  void Add(absl::Span<const float> more) { floats.insert(floats.end(), more.begin(), more.end()); }
+};
+
+// Long and short appends in pieces that depend on the rank's group, with a fork between, then every kind of
+// question to both. The answers are a function of `seed` and `options` alone.
+Answers RunAll(Fixture& f, const ContextOptions& options, uint64_t seed, uint64_t chunking) {
+  Answers answers;
+  std::mt19937_64 random(chunking);
+  const auto append = [&](Context& context, absl::Span<const int32_t> ids, bool log_probs) {
+    std::vector<float> all;
+    while (!ids.empty()) {
+      const size_t count = std::min<size_t>(ids.size(), 1 + random() % 1400);
+      ContextAppendOptions how;
+      how.log_probs = log_probs;
+      const auto some = f.engine->Append(context, ids.first(count), how);
+      ASSERT_TRUE(some.ok()) << some.status();
+      all.insert(all.end(), some->begin(), some->end());
+      ids.remove_prefix(count);
+    }
+    answers.Add(all);
+    answers.Add(context.last());
+  };
+  const auto ask = [&](Context& context) {
+    const auto scores = f.engine->Score(context, f.Text(900, seed + 5));
+    ASSERT_TRUE(scores.ok()) << scores.status();
+    answers.Add(*scores);
+    const int64_t at = context.length();
+    for (const Pool pool : {Pool::kMean, Pool::kLast}) {
+      const auto vectors = f.engine->Embed(context, f.Text(1100, seed + 6),
+                                           {{at, at + 3}, {at + 200, at + 900}, {at + 900, at + 1100}}, pool);
+      ASSERT_TRUE(vectors.ok()) << vectors.status();
+      answers.Add(*vectors);
+    }
+    GenerateOptions how;
+    how.max_tokens = 5;
+    how.sampling = {/*temperature=*/1, /*top_k=*/0, /*top_p=*/1, seed};
+    const auto generated = f.engine->Generate(context, how);
+    ASSERT_TRUE(generated.ok()) << generated.status();
+    for (const TokenChoice& token : generated->tokens) answers.ids.push_back(token.id);
+    answers.Add(context.last());
+  };
+  const std::vector<int32_t> ids = f.Text(3600, seed);
+  const absl::Span<const int32_t> all = ids;
+  Context context = f.Open(options);
+  append(context, all.subspan(0, 1900), false);
+  Context fork = context.Fork();
+  append(context, all.subspan(1900, 1000), true);
+  ask(context);
+  append(fork, all.subspan(2500, 700), true);
+  append(fork, all.subspan(3200), false);
+  ask(fork);
+  append(context, all.subspan(2900), true);
+  return answers;
+}
+
+TEST(Wave, AnyNumberOfWorkersAndAnyChunksGiveTheBitsOfOneWorker) {
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
+    const ContextOptions options = RandomOptions(seed + 700);
+    Fixture alone(ModelOf(seed), seed % 3 == 0 ? DType::kBf16 : DType::kF32, 1, int64_t{256} << 20);
+    SCOPED_TRACE(absl::StrCat("seed ", seed, " ", alone.random.ToString(), " ", ToString(options)));
+    const Answers wanted = RunAll(alone, options, seed, 1);
+    if (HasFatalFailure()) return;
+    for (const int size : {2, 3, 4}) {
+      RunGroup(size, [&](int rank, Communicator* communicator) {
+        Courier courier(communicator);
+        Fixture f(ModelOf(seed), seed % 3 == 0 ? DType::kBf16 : DType::kF32, 1, int64_t{256} << 20, &courier,
+                  /*stripe_pages=*/1 + static_cast<int64_t>(seed % 2));
+        EXPECT_TRUE(RunAll(f, options, seed, size) == wanted) << "rank " << rank << " of " << size;
+        EXPECT_GT(courier.received(), 5) << "no waves?";
+      });
+      if (HasFailure()) return;
+    }
+  }
+}
+
+// The test above would notice: one bit of a halo that is wrong is seen in the answer.
+TEST(Wave, WhatARankIsSentIsWhatItSees) {
+  ModelConfig config = RandomModel::RandomConfig(2);
+  config.layers.resize(2);
+  config.layers[0].window = config.layers[1].window = 100;
+  const auto last = [&](Communicator* communicator) {
+    Fixture f(RandomModel(config, DType::kF32, 2), DType::kF32, 1, int64_t{64} << 20, communicator);
+    Context context = f.Open();
+    EXPECT_TRUE(f.engine->Append(context, f.Text(2 * kPageRows - 190)).ok());
+    return std::vector<float>(context.last().begin(), context.last().end());
+  };
+  const std::vector<float> wanted = last(nullptr);
+  for (const int64_t spoil : {-1, 0}) {
+    RunGroup(2, [&](int rank, Communicator* communicator) {
+      Courier courier(communicator);
+      courier.spoil = rank == 1 ? spoil : -1;  // What it is sent first: the halo of layer 0.
+      EXPECT_EQ(SameBits(last(&courier), wanted), spoil < 0) << "rank " << rank;
+    });
+  }
+}
+
+// A group's wave as its ranks would make it behind one another, for what happens between two units of it.
+class WaveStepper {
+ public:
+  WaveStepper(Fixture& f, Context& context, const std::vector<int32_t>& ids)
+      : wave(f.engine->StartWave(context, ids, false, false, nullptr)) {
+    EXPECT_TRUE(wave != nullptr);
+    const absl::Status reserved = wave->Reserve();
+    EXPECT_TRUE(reserved.ok()) << reserved;
+  }
+  bool Step() {
+    const absl::Status status = wave->Run(1, Far());
+    EXPECT_TRUE(status.ok()) << status;
+    return status.ok() && !wave->done();
+  }
+  std::unique_ptr<Wave> wave;
+};
+
+TEST(Wave, LeavesThePagesThatChunksWouldHaveLeft) {
+  for (uint64_t seed = 1; seed <= 12; ++seed) {
+    const ContextOptions options = RandomOptions(seed + 900);
+    SCOPED_TRACE(absl::StrCat("seed ", seed, " ", ToString(options)));
+    RunGroup(3, [&](int /*rank*/, Communicator* communicator) {
+      Fixture f(ModelOf(seed), DType::kF32, 1, int64_t{256} << 20, communicator);
+      const std::vector<int32_t> ids = f.Text(2100, seed);
+      Context chunks = f.Open(options);
+      f.Hidden(chunks, ids, 100);
+      Context waves = f.Open(options);
+      ASSERT_TRUE(f.engine->Append(waves, absl::MakeConstSpan(ids).subspan(0, 300)).ok());
+      ASSERT_TRUE(f.engine->Append(waves, absl::MakeConstSpan(ids).subspan(300)).ok());
+      EXPECT_EQ(waves.page_bytes(), chunks.page_bytes());
+      EXPECT_EQ(f.store->used_bytes(), 2 * chunks.page_bytes());
+      EXPECT_TRUE(SameBits(waves.last(), chunks.last()));
+    });
+    if (HasFailure()) return;
+  }
+}
+
+TEST(Wave, OneThatIsGivenUpAtAnyMomentLeavesNoTrace) {
+  const ContextOptions options;
+  Fixture alone(ModelOf(6), DType::kF32, 1, int64_t{64} << 20);
+  const std::vector<int32_t> ids = alone.Text(1500);
+  Context judge = alone.Open(options);
+  alone.Hidden(judge, ids, ids.size());
+  RunGroup(3, [&](int /*rank*/, Communicator* communicator) {
+    Fixture f(ModelOf(6), DType::kF32, 1, int64_t{64} << 20, communicator);
+    Context context = f.Open(options);
+    f.Hidden(context, absl::MakeConstSpan(ids).subspan(0, 300), 100);
+    const int64_t used = f.store->used_bytes();
+    const std::vector<int32_t> rest(ids.begin() + 300, ids.end());
+    for (int units = 0;; units += 3) {
+      WaveStepper stepper(f, context, rest);
+      EXPECT_GT(f.store->used_bytes(), used);
+      bool more = true;
+      for (int i = 0; i < units && more; ++i) more = stepper.Step();
+      stepper.wave.reset();
+      EXPECT_EQ(f.store->used_bytes(), used);
+      EXPECT_EQ(context.length(), 300);
+      if (!more) break;
+    }
+    ASSERT_TRUE(f.engine->Append(context, rest).ok());
+    EXPECT_TRUE(SameBits(context.last(), judge.last()));
+  });
+}
+
+TEST(Wave, OtherContextsAndForksGoOnBetweenItsUnits) {
+  for (const ContextPolicy policy :
+       {ContextPolicy::kModel, ContextPolicy::kStreaming, ContextPolicy::kStar}) {
+    ContextOptions options;
+    options.policy = policy;
+    if (policy != ContextPolicy::kModel) options.window = 300;
+    Fixture alone(ModelOf(3), DType::kF32, 1, int64_t{64} << 20);
+    const std::vector<int32_t> ids = alone.Text(1800);
+    const std::vector<int32_t> other = alone.Text(400, 2);
+    Context judge = alone.Open(options);
+    alone.Hidden(judge, absl::MakeConstSpan(ids).subspan(0, 400), 400);
+    Context forked_judge = judge.Fork();
+    alone.Hidden(judge, absl::MakeConstSpan(ids).subspan(400, kPageRows * 4 - 400), 1000);
+    const std::vector<float> wanted = alone.Hidden(forked_judge, other, 400);
+    RunGroup(3, [&](int rank, Communicator* communicator) {
+      Fixture f(ModelOf(3), DType::kF32, 1, int64_t{64} << 20, communicator);
+      Context context = f.Open(options);
+      f.Hidden(context, absl::MakeConstSpan(ids).subspan(0, 400), 100);
+      WaveStepper stepper(f, context, std::vector<int32_t>(ids.begin() + 400, ids.end()));
+      std::vector<float> got;
+      std::unique_ptr<Context> fork;
+      for (size_t at = 0; stepper.Step();) {
+        if (fork == nullptr) fork = std::make_unique<Context>(context.Fork());
+        const size_t count = std::min<size_t>(19, other.size() - at);
+        if (count == 0) continue;
+        const auto some = f.Hidden(*fork, absl::MakeConstSpan(other).subspan(at, count), count);
+        got.insert(got.end(), some.begin(), some.end());
+        at += count;
+      }
+      ASSERT_EQ(stepper.wave->status(), absl::OkStatus());
+      f.engine->FinishWave(*stepper.wave, context, nullptr);
+      EXPECT_EQ(context.length(), 4 * kPageRows);
+      EXPECT_TRUE(SameBits(context.last(), judge.last())) << "rank " << rank;
+      EXPECT_GT(got.size(), 0U);
+      EXPECT_TRUE(SameBits(got, absl::MakeConstSpan(wanted).subspan(0, got.size()))) << "rank " << rank;
+    });
+    if (HasFailure()) return;
+  }
+}
+
+TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
+  ModelConfig config = RandomModel::RandomConfig(1);
+  config.layers.resize(3, config.layers[0]);
+  for (LayerConfig& layer : config.layers) layer.window = 0;
+  RunGroup(4, [&](int /*rank*/, Communicator* communicator) {
+    Fixture f(RandomModel(config, DType::kF32, 1), DType::kF32, 1, int64_t{256} << 20, communicator,
+              /*stripe_pages=*/4);
+    AttentionShape shape{config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32};
+    const int64_t page = f.backend->PageBytes(shape);
+    const std::vector<int32_t> ids = f.Text(32 * kPageRows);
+    const auto most_while_reading = [&](const ContextOptions& options) {
+      Context context = f.Open(options);
+      int64_t most = 0;
+      while (context.length() < 32 * kPageRows) {
+        WaveStepper stepper(f, context, std::vector<int32_t>(ids.begin() + context.length(), ids.end()));
+        most = std::max(most, f.store->used_bytes());
+        while (stepper.Step()) most = std::max(most, f.store->used_bytes());
+        f.engine->FinishWave(*stepper.wave, context, nullptr);
+      }
+      EXPECT_EQ(f.store->used_bytes(), context.page_bytes());
+      return most / page;
+    };
+    // 8 of 32 pages and a copy of the one with the sinks, in each of three layers.
+    EXPECT_LE(most_while_reading({}), 3 * 9);
+    ContextOptions streaming;
+    streaming.policy = ContextPolicy::kStreaming;
+    streaming.window = 300;
+    // In each layer sinks, two windows (the last and the next) of two pages; in one of them a stripe and its
+    // halo.
+    EXPECT_LE(most_while_reading(streaming), 3 * 5 + 4 + 2);
+  });
+}
+
+TEST(Wave, WithoutRoomForItAnAppendGoesOnInChunksToTheSameBits) {
+  ModelConfig config = RandomModel::RandomConfig(4);
+  config.layers.resize(1);
+  ContextOptions options;
+  options.policy = ContextPolicy::kStreaming;
+  options.window = 20;
+  Fixture alone(RandomModel(config, DType::kF32, 4), DType::kF32, 1, int64_t{64} << 20);
+  const std::vector<int32_t> ids = alone.Text(20 * kPageRows);
+  Context judge = alone.Open(options);
+  ASSERT_TRUE(alone.engine->Append(judge, ids).ok());
+  RunGroup(2, [&](int rank, Communicator* communicator) {
+    Courier courier(communicator);
+    // 8 pages of a stripe do not fit, sinks and a window do.
+    const int64_t small = int64_t{1} << 20;
+    Fixture f(RandomModel(config, DType::kF32, 4), DType::kF32, 1, rank == 1 ? small : 64 * small, &courier,
+              /*stripe_pages=*/8);
+    AttentionShape shape{config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32};
+    ASSERT_GT(8 * f.backend->PageBytes(shape), small);
+    Context context = f.Open(options);
+    const auto appended = f.engine->Append(context, ids);
+    ASSERT_TRUE(appended.ok()) << appended.status();
+    EXPECT_TRUE(SameBits(context.last(), judge.last()));
+    EXPECT_EQ(courier.received(), 0);
+  });
+}
+
+TEST(Wave, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheGroupLivesOn) {
+  for (const int64_t window : {0, 30}) {
+    const auto model = [&] {
+      ModelConfig config = RandomModel::RandomConfig(5);
+      config.layers.resize(2, config.layers[0]);
+      for (LayerConfig& layer : config.layers) layer.window = window;
+      RandomModel random(config, DType::kF32, 5);
+      auto* embeddings = static_cast<float*>(const_cast<void*>(random.weights.embeddings.data));
+      embeddings[0] = std::numeric_limits<float>::infinity();  // Of token 0.
+      return random;
+    };
+    RunGroup(3, [&](int /*rank*/, Communicator* communicator) {
+      Fixture f(model(), DType::kF32, 1, int64_t{64} << 20, communicator);
+      std::vector<int32_t> ids = f.Text(1000);
+      for (int32_t& id : ids) id = std::max(id, 1);
+      Context whole = f.Open();
+      ASSERT_TRUE(f.engine->Append(whole, ids).ok());
+      Context context = f.Open();
+      std::vector<int32_t> poisoned = ids;
+      poisoned[600] = 0;
+      const absl::Status status = f.engine->Append(context, poisoned).status();
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+      EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("layer 0"));
+      EXPECT_EQ(context.length(), 600);  // In chunks of 100, as far as there is nothing wrong.
+      ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(600)).ok());
+      EXPECT_TRUE(SameBits(context.last(), whole.last()));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace eduba
