@@ -27,6 +27,14 @@ uint64_t HashOf(const std::string& config, const Safetensors& tensors) {
   return hash;
 }
 
+// The last name of the path as it was given: a link to a folder has the link's name.
+std::string NameOf(const std::filesystem::path& given, const std::filesystem::path& canonical) {
+  std::filesystem::path path = given.lexically_normal();
+  if (path.filename().empty()) path = path.parent_path();
+  const std::string name = path.filename().string();
+  return name.empty() || name == "." || name == ".." ? canonical.filename().string() : name;
+}
+
 std::string TokenizerKind(const std::filesystem::path& folder) {
   std::error_code error;
   if (std::filesystem::exists(folder / "tokenizer.json", error)) return "json";
@@ -55,7 +63,7 @@ absl::StatusOr<std::unique_ptr<ServedModel>> ServedModel::Load(const std::string
                          ReadWholeFile((path / "config.json").string(), kModelConfigBytesMax));
   const ModelConfig& config = model->loaded_.config;
   v1::Model& info = model->info_;
-  info.set_name(path.filename().string());
+  info.set_name(NameOf(folder, path));
   info.set_folder(path.string());
   info.set_family(ModelFamilyName(config.family));
   info.set_vocab_size(config.vocab_size);

@@ -1,6 +1,7 @@
 """Model sessions through the real program: against what transformers computed (tests/golden/models), the same bytes for any
 number of workers and either transport, and one line for every mistake."""
 
+import json
 import pathlib
 import shutil
 import subprocess
@@ -201,6 +202,35 @@ class ModelSessions(unittest.TestCase):
                     self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
                     self.assertIn(words, result.stderr)
             self.assertEqual(server.report("session", "list"), before)
+
+    def test_the_model_that_comes_with_the_program_is_called_by_name(self):
+        with program.Server("--processes", "--workers", 2, "--model", "nano") as server:
+            show = server.report("model", "show")
+            self.assertEqual((show["name"], show["tokenizer"]), ("nano", "genes"))
+        lonely = self.dir / "lonely"
+        lonely.mkdir()
+        shutil.copy(program.EDUBA, lonely)
+        for model, words in (("nano", "lonely/models/nano"), ("./nano", "no folder './nano'"), ("nono", "no folder 'nono'")):
+            result = subprocess.run([lonely / "eduba", "up", "--listen", "127.0.0.1:0", "--model", model], cwd=lonely,
+                                    capture_output=True, text=True, timeout=program.COMMAND_TIMEOUT_S)
+            self.assertEqual(result.returncode, 2, result.stderr)
+            self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+            self.assertIn(words, result.stderr)
+        # An installed program finds it in the share folder; a folder of the name in the working directory is "./nano".
+        share = self.dir / "share" / "eduba" / "models"
+        share.mkdir(parents=True)
+        shutil.copytree(self.model, share / "nano")
+        shutil.copytree(GOLDEN / "gemma3", lonely / "nano")
+        for model, family in (("nano", "llama"), ("./nano", "gemma3_text")):
+            process = subprocess.Popen([lonely / "eduba", "up", "--workers", "1", "--listen", "127.0.0.1:0", "--memory-bytes", "64MiB",
+                                        "--model", model], cwd=lonely, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            try:
+                address = process.stdout.readline().removeprefix("ready: ").strip()
+                shown = program.eduba("model", "show", "--json", server=address)
+                self.assertEqual(json.loads(shown.stdout)["family"], family, shown.stderr)
+            finally:
+                process.terminate()
+                process.communicate(timeout=program.COMMAND_TIMEOUT_S)
 
     def test_a_broken_model_is_refused_at_the_start(self):
         broken = self.dir / "broken"
