@@ -89,7 +89,8 @@ class ModelSessions {
     SamplingOptions sampling;
     TokenChoice chosen;  // To be read in the step under way.
     std::unique_ptr<TextStream> text_stream;
-    std::string tail;  // The end of the text: what a stop string may have begun in.
+    std::vector<int64_t> sink_mass;  // kGenerate, kScore: sums [layers, query_heads]; empty: not wanted.
+    std::string tail;                // The end of the text: what a stop string may have begun in.
   };
 
   absl::StatusOr<Session*> Find(uint64_t session_id);
@@ -103,6 +104,10 @@ class ModelSessions {
   // The next token of every job that generates.
   void ChooseTokens(const std::vector<Job*>& jobs);
   Turn MakeTurn(Job& job);
+  // Makes room for the sums of sink mass, where they are wanted.
+  void WantSinkMass(bool wanted, Job& job) const;
+  // What turn `index` of the last step brought.
+  void AddSinkMass(size_t index, Job& job) const;
   // Takes memory for the turns; those that some rank has none for lose their jobs. Returns rank 0's `newest`.
   absl::StatusOr<uint64_t> AgreeOnStep(uint64_t newest, absl::Time deadline, std::vector<Job*>& jobs,
                                        std::vector<Turn>& turns);
