@@ -89,7 +89,7 @@ void PrintSession(const v1::Session& session) {
     if (const int64_t sinks = DedicatedSinks(spec); sinks > 0) {
       rows.push_back(
           {"own sinks", absl::StrFormat("positions 0 to %d are token %d, put in ahead of the first append",
-                                    sinks - 1, spec.model().sink_token())});
+                                        sinks - 1, spec.model().sink_token())});
     }
   }
   if (session.lost()) {
