@@ -270,7 +270,7 @@ TEST(H5ad, ReadsRowsInAnyOrder) {
   std::vector<float> out(12);
   ASSERT_TRUE(matrix->ReadRowList({499, 7, 2, 7, 300, 0}, out.data()).ok());
   EXPECT_THAT(out, ElementsAre(499, -499, 7, -7, 2, -2, 7, -7, 300, -300, 0, 0));
-  EXPECT_TRUE(matrix->ReadRowList({}, nullptr).ok());
+  EXPECT_TRUE(matrix->ReadRowList({}, static_cast<float*>(nullptr)).ok());
   EXPECT_THAT(std::string(matrix->ReadRowList({4, 3}, out.data()).message()),
               HasSubstr("found nan for cell 3"));
 }
