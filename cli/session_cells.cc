@@ -21,7 +21,11 @@
 namespace eduba {
 namespace {
 
-// Collects tokens and appends them, a whole message at a time.
+// Tokens of one call: a second of a small model's work, so that progress is seen.
+constexpr int64_t kPieceTokens = 16384;
+static_assert(kPieceTokens <= kTokenIdsMax);
+
+// Collects tokens and appends them, a piece at a time.
 class TokenAppender {
  public:
   TokenAppender(Client& client, std::string session, int64_t at)
@@ -32,7 +36,7 @@ class TokenAppender {
 
   absl::Status Add(absl::Span<const int32_t> ids) {
     waiting_.insert(waiting_.end(), ids.begin(), ids.end());
-    while (static_cast<int64_t>(waiting_.size()) >= kTokenIdsMax) EDUBA_RETURN_IF_ERROR(Send(kTokenIdsMax));
+    while (static_cast<int64_t>(waiting_.size()) >= kPieceTokens) EDUBA_RETURN_IF_ERROR(Send(kPieceTokens));
     return absl::OkStatus();
   }
   absl::Status Finish() { return waiting_.empty() ? absl::OkStatus() : Send(end() - sent_); }
