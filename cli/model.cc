@@ -1,6 +1,8 @@
-// eduba generate, score, embed, model show.
+// eduba generate, score, embed, model list, model show.
 
+#include <algorithm>
 #include <cstring>
+#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -16,6 +18,8 @@
 #include "base/status_macros.h"
 #include "cli/command.h"
 #include "cli/flags.h"
+#include "cli/model_folder.h"
+#include "cli/model_text.h"
 #include "cli/output.h"
 #include "cli/tokens.h"
 #include "ingest/npy.h"
@@ -39,7 +43,16 @@ struct GenerateFlags {
   std::vector<int32_t> stop_ids;
   std::vector<std::string> stop_strings;
   bool ignore_eos = false;
+  std::string sink_mass;
 };
+
+constexpr char kSinkMassHelp[] =
+    "m.npy to write: f32 [layers, query_heads], the token sinks' share of each head's weights, averaged over "
+    "the tokens";
+
+absl::Status WriteSinkMass(const std::string& path, const v1::Model& model, const std::vector<float>& mass) {
+  return WriteNpy(path, {model.layer_windows_size(), model.query_heads()}, absl::MakeConstSpan(mass));
+}
 
 void AddGenerateOptions(CLI::App& command, GenerateFlags& flags) {
   command.add_option("NAME", flags.name, "The session")->required();
@@ -58,6 +71,7 @@ void AddGenerateOptions(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--stop-id", flags.stop_ids, "Token id that ends it; may be repeated");
   command.add_option("--stop", flags.stop_strings, "Text that ends it; may be repeated");
   command.add_flag("--ignore-eos", flags.ignore_eos, "Go on behind the model's end-of-text tokens");
+  command.add_option("--sink-mass", flags.sink_mass, kSinkMassHelp);
   AddServerFlags(command, flags.server);
   AddJsonFlag(command, flags.json);
 }
@@ -82,10 +96,11 @@ absl::Status RunGenerate(const GenerateFlags& flags) {
   int64_t prompt_tokens = 0;
   if (flags.prompt.any()) {
     EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client->GetSession(flags.name));
+    const int64_t sinks = DedicatedSinks(session.spec());
     EDUBA_ASSIGN_OR_RETURN(const std::vector<int32_t> ids,
-                           ReadTokens(*client, flags.prompt, session.length() == 0));
+                           ReadTokens(*client, flags.prompt, session.length() <= sinks));
     AppendOptions append;
-    append.at = session.length();
+    append.at = std::max(session.length(), sinks);
     EDUBA_RETURN_IF_ERROR(client->AppendTokens(flags.name, ids, append).status());
     prompt_tokens = static_cast<int64_t>(ids.size());
   }
@@ -99,6 +114,8 @@ absl::Status RunGenerate(const GenerateFlags& flags) {
   request.mutable_stop_ids()->Assign(flags.stop_ids.begin(), flags.stop_ids.end());
   if (!flags.ignore_eos) request.mutable_stop_ids()->MergeFrom(model.eos_tokens());
   for (const std::string& string : flags.stop_strings) request.add_stop_strings(string);
+
+  request.set_sink_mass(!flags.sink_mass.empty());
 
   const bool has_text = !model.tokenizer().empty();
   std::vector<int32_t> ids;
@@ -115,6 +132,11 @@ absl::Status RunGenerate(const GenerateFlags& flags) {
                            }
                            return absl::OkStatus();
                          }));
+  if (!flags.sink_mass.empty()) {
+    std::vector<float> mass;
+    TakeNumbers(summary.sink_mass(), &mass);
+    EDUBA_RETURN_IF_ERROR(WriteSinkMass(flags.sink_mass, model, mass));
+  }
   if (flags.json) {
     PrintJson({{"tokens", ids},
                {"log_probs", log_probs},
@@ -143,6 +165,7 @@ struct ScoreFlags {
   std::string name;
   std::string tokens;
   std::string out;
+  std::string sink_mass;
 };
 
 void AddScoreOptions(CLI::App& command, ScoreFlags& flags) {
@@ -150,15 +173,23 @@ void AddScoreOptions(CLI::App& command, ScoreFlags& flags) {
   command.add_option("--tokens", flags.tokens, "ids.npy: integers [tokens], that might come next")
       ->required();
   command.add_option("--out", flags.out, "logprobs.npy to write: f32 [tokens], natural")->required();
+  command.add_option("--sink-mass", flags.sink_mass, kSinkMassHelp);
   AddServerFlags(command, flags.server);
   AddJsonFlag(command, flags.json);
 }
 
 absl::Status RunScore(const ScoreFlags& flags) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, ReadTokenIds(flags.tokens));
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<float> log_probs, Connect(flags.server)->Score(flags.name, ids));
+  const auto client = Connect(flags.server);
+  std::vector<float> mass;
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<float> log_probs,
+                         client->Score(flags.name, ids, flags.sink_mass.empty() ? nullptr : &mass));
   EDUBA_RETURN_IF_ERROR(
       WriteNpy(flags.out, {static_cast<int64_t>(log_probs.size())}, absl::MakeConstSpan(log_probs)));
+  if (!flags.sink_mass.empty()) {
+    EDUBA_ASSIGN_OR_RETURN(const v1::Model model, client->GetModel());
+    EDUBA_RETURN_IF_ERROR(WriteSinkMass(flags.sink_mass, model, mass));
+  }
   double sum = 0;
   for (const float log_prob : log_probs) sum += log_prob;
   if (flags.json) {
@@ -186,8 +217,10 @@ void AddEmbedOptions(CLI::App& command, EmbedFlags& flags) {
   command.add_option("NAME", flags.name, "The session, which stays as it is")->required();
   command.add_option("--ranges", flags.ranges, "r.npy: int64 [ranges, 2], ascending positions [begin, end)")
       ->required();
-  command.add_option("--pool", flags.pool, "Of a range's hidden states")
-      ->check(CLI::IsMember({"mean", "last"}))
+  command
+      .add_option("--pool", flags.pool,
+                  "Of a range's hidden states; c2s, Cell2Sentence's own, is their mean (docs/models.md)")
+      ->check(CLI::IsMember({"mean", "last", "c2s"}))
       ->capture_default_str();
   command.add_option("--out", flags.out, "e.npy to write: f32 [ranges, hidden_size]")->required();
   AddServerFlags(command, flags.server);
@@ -224,6 +257,28 @@ void AddShowOptions(CLI::App& command, ShowFlags& flags) {
   AddJsonFlag(command, flags.json);
 }
 
+// What a new session gets where it is not told otherwise.
+Json DefaultsJson(const v1::Model& model) {
+  if (!model.has_session_defaults()) return Json();
+  const v1::ModelSpec& defaults = model.session_defaults();
+  Json json = Json::object();
+  if (defaults.policy() != v1::MODEL_POLICY_UNSPECIFIED) json["policy"] = PolicyText(defaults);
+  if (defaults.positions() != v1::POSITION_MODE_UNSPECIFIED) json["positions"] = PositionsText(defaults);
+  if (defaults.window() > 0) json["window"] = defaults.window();
+  if (defaults.has_sink_tokens()) json["sink_tokens"] = defaults.sink_tokens();
+  if (defaults.has_sink_token()) json["sink_token"] = defaults.sink_token();
+  return json;
+}
+
+std::string DefaultsText(const v1::Model& model) {
+  std::vector<std::string> parts;
+  const Json defaults = DefaultsJson(model);
+  for (const auto& [key, value] : defaults.items()) {
+    parts.push_back(absl::StrCat(key, " ", value.is_string() ? value.get<std::string>() : value.dump()));
+  }
+  return parts.empty() ? "as the program has them" : absl::StrJoin(parts, ", ");
+}
+
 absl::Status RunShow(const ShowFlags& flags) {
   EDUBA_ASSIGN_OR_RETURN(const v1::Model model, Connect(flags.server)->GetModel());
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, DTypeFromProto(model.dtype()));
@@ -243,7 +298,8 @@ absl::Status RunShow(const ShowFlags& flags) {
                {"layer_windows", windows},
                {"trained_positions", model.trained_positions()},
                {"tokenizer", model.tokenizer()},
-               {"eos_tokens", std::vector<int32_t>(model.eos_tokens().begin(), model.eos_tokens().end())}});
+               {"eos_tokens", std::vector<int32_t>(model.eos_tokens().begin(), model.eos_tokens().end())},
+               {"session_defaults", DefaultsJson(model)}});
     return absl::OkStatus();
   }
   PrintTable({{"model", model.name()},
@@ -256,7 +312,48 @@ absl::Status RunShow(const ShowFlags& flags) {
               {"heads", absl::StrFormat("%d query, %d kv, head_dim %d, kept as %s", model.query_heads(),
                                         model.kv_heads(), model.head_dim(), DTypeName(dtype))},
               {"windows", absl::StrCat(absl::StrJoin(windows, " "), " (one a layer; 0 sees all)")},
-              {"trained for", absl::StrCat(model.trained_positions(), " positions")}});
+              {"trained for", absl::StrCat(model.trained_positions(), " positions")},
+              {"sessions", DefaultsText(model)}});
+  return absl::OkStatus();
+}
+
+// --- model list ---
+
+// Of all files in it.
+int64_t FolderBytes(const std::string& folder) {
+  int64_t bytes = 0;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    if (entry.is_regular_file(error)) bytes += static_cast<int64_t>(entry.file_size(error));
+  }
+  return bytes;
+}
+
+absl::Status RunList(const ShowFlags& flags) {
+  Json list = Json::array();
+  std::vector<std::vector<std::string>> rows = {{"model", "where", "size", "folder"}};
+  for (const std::string& name : ShippedModels()) {
+    const absl::StatusOr<std::string> folder = ModelFolder(name);
+    if (!folder.ok()) continue;
+    const int64_t bytes = FolderBytes(*folder);
+    list.push_back({{"name", name}, {"served", false}, {"bytes", bytes}, {"folder", *folder}});
+    rows.push_back({name, absl::StrCat("up --model ", name), BytesText(bytes), *folder});
+  }
+  const absl::StatusOr<v1::Model> held = Connect(flags.server)->GetModel();
+  // No server, or none with a model, is an answer here.
+  const bool none = absl::IsUnavailable(held.status()) || absl::IsFailedPrecondition(held.status());
+  if (!held.ok() && !none) return held.status();
+  if (held.ok()) {
+    list.push_back(
+        {{"name", held->name()}, {"served", true}, {"bytes", held->bytes()}, {"folder", held->folder()}});
+    rows.push_back({held->name(), flags.server.server, BytesText(held->bytes()), held->folder()});
+  }
+  if (flags.json) {
+    PrintJson(list);
+    return absl::OkStatus();
+  }
+  PrintTable(rows);
+  if (none) std::cout << flags.server.server << ": " << held.status().message() << std::endl;
   return absl::OkStatus();
 }
 
@@ -268,9 +365,12 @@ void AddModelCommands(CLI::App& app, Command& chosen) {
   AddCommand(app, "score", "Log-probabilities of tokens behind a session's", chosen, AddScoreOptions,
              RunScore);
   AddCommand(app, "embed", "Pooled hidden states of ranges of a session", chosen, AddEmbedOptions, RunEmbed);
-  CLI::App* model = app.add_subcommand("model", "The model that the workers hold");
+  CLI::App* model =
+      app.add_subcommand("model", "Models that come with the program, and the one that the workers hold");
   model->require_subcommand(1);
-  AddCommand(*model, "show", "Show it", chosen, AddShowOptions, RunShow);
+  AddCommand(*model, "list", "What can be served by name, and what the server holds", chosen, AddShowOptions,
+             RunList);
+  AddCommand(*model, "show", "Show the one that the workers hold", chosen, AddShowOptions, RunShow);
 }
 
 }  // namespace eduba

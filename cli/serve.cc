@@ -23,6 +23,7 @@
 #include "cli/device.h"
 #include "cli/embedded_cluster.h"
 #include "cli/flags.h"
+#include "cli/model_folder.h"
 #include "cli/output.h"
 #include "cli/signals.h"
 #include "cli/system.h"
@@ -90,8 +91,19 @@ struct UpOptions {
   bool json = false;
 };
 
-constexpr char kModelHelp[] =
-    "Folder with a model (config.json, *.safetensors, tokenizer): token ids in, text and scores out [none]";
+// --model, of whoever runs workers.
+void AddModelOption(CLI::App& command, std::string& folder) {
+  command
+      .add_option(
+          "--model", folder,
+          "Folder with a model (config.json, *.safetensors, tokenizer), or nano, which comes with this "
+          "program (./nano: a folder of that name): token ids in, text and scores out [none]")
+      ->transform([](const std::string& named) {
+        const absl::StatusOr<std::string> found = ModelFolder(named);
+        if (!found.ok()) throw CLI::ValidationError(std::string(found.status().message()));
+        return *found;
+      });
+}
 
 void AddActivationsOption(CLI::App& command, std::string& activations) {
   command
@@ -122,7 +134,7 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
   AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
   AddPrecisionOption(command, options.precision);
   command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
-  command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
+  AddModelOption(command, options.model);
   AddActivationsOption(command, options.activations);
   AddReadyJsonFlag(command, options.json);
 }
@@ -340,7 +352,7 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
   command.add_option("--threads", options.threads, "Threads of the kernels")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  command.add_option("--model", options.model, kModelHelp)->check(CLI::ExistingDirectory);
+  AddModelOption(command, options.model);
   AddActivationsOption(command, options.activations);
   AddReadyJsonFlag(command, options.json);
   AddChildFlag(command, options.child);

@@ -8,17 +8,21 @@
 #include "CLI/Error.hpp"
 #include "CLI/Option.hpp"
 #include "CLI/Validators.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/dtype.h"
+#include "base/pages.h"
 #include "base/status_macros.h"
 #include "cli/command.h"
 #include "cli/flags.h"
+#include "cli/model_text.h"
 #include "cli/npy_rows.h"
 #include "cli/output.h"
 #include "cli/session_attend.h"
+#include "cli/session_cells.h"
 #include "cli/tokens.h"
 #include "rpc/spec.h"
 
@@ -28,16 +32,6 @@ namespace {
 std::string DTypeText(v1::DType dtype) {
   const auto known = DTypeFromProto(dtype);
   return known.ok() ? DTypeName(*known) : "?";
-}
-
-std::string PolicyText(const v1::ModelSpec& model) {
-  if (model.policy() == v1::MODEL_POLICY_STREAMING) return "streaming";
-  return model.policy() == v1::MODEL_POLICY_STAR ? "star" : "model";
-}
-
-std::string PositionsText(const v1::ModelSpec& model) {
-  if (model.positions() == v1::POSITION_MODE_ROLLING) return "rolling";
-  return model.positions() == v1::POSITION_MODE_CLAMPED ? "clamped" : "absolute";
 }
 
 Json SessionJson(const v1::Session& session) {
@@ -67,6 +61,7 @@ Json SessionJson(const v1::Session& session) {
     json["model"] = absl::StrFormat("%016x", spec.model().model_hash());
     json["policy"] = PolicyText(spec.model());
     json["positions"] = PositionsText(spec.model());
+    json["sink_token"] = DedicatedSinks(spec) > 0 ? Json(spec.model().sink_token()) : Json();
   }
   return json;
 }
@@ -90,9 +85,12 @@ void PrintSession(const v1::Session& session) {
                                    absl::UTCTimeZone())},
   };
   if (spec.has_model()) {
-    rows.push_back({"model", absl::StrFormat("policy %s, %s positions, window %d, %d sink tokens",
-                                             PolicyText(spec.model()), PositionsText(spec.model()),
-                                             spec.model().window(), spec.model().sink_tokens())});
+    rows.push_back({"model", ModelSpecText(spec.model())});
+    if (const int64_t sinks = DedicatedSinks(spec); sinks > 0) {
+      rows.push_back(
+          {"own sinks", absl::StrFormat("positions 0 to %d are token %d, put in ahead of the first append",
+                                        sinks - 1, spec.model().sink_token())});
+    }
   }
   if (session.lost()) {
     rows.push_back({"lost", "its content went with a worker; delete it and append again"});
@@ -127,9 +125,10 @@ struct CreateOptions {
   float softcap = 0;
   int stripe_pages = 0;
   bool model = false;
-  std::string policy = "model";
-  std::string positions = "absolute";
+  std::string policy;
+  std::string positions;
   int64_t clamp = 0;
+  std::string sink_token;
 };
 
 void AddCreateOptions(CLI::App& command, CreateOptions& options) {
@@ -141,15 +140,28 @@ void AddCreateOptions(CLI::App& command, CreateOptions& options) {
       .add_option(
           "--policy", options.policy,
           "With --model, what rows see: the model's own layers; sinks and window (streaming); those while "
-          "appending, all when asked (star)")
+          "appending, all when asked (star) [what the model's folder says, else model]")
       ->check(CLI::IsMember({"model", "streaming", "star"}))
-      ->needs(model)
-      ->capture_default_str();
+      ->needs(model);
   command
-      .add_option("--positions", options.positions, "With --policy streaming, rotary positions of the sinks")
+      .add_option(
+          "--positions", options.positions,
+          "With --policy streaming, rotary positions of the sinks [what the model's folder says, else "
+          "absolute]")
       ->check(CLI::IsMember({"absolute", "rolling", "clamped"}))
-      ->needs(model)
-      ->capture_default_str();
+      ->needs(model);
+  command
+      .add_option(
+          "--sink-token", options.sink_token,
+          "Token id that the server puts at the first --sink-tokens positions, ahead of the first append; or "
+          "none [what the model's folder says, else none]")
+      ->check([](const std::string& text) {
+        int32_t id = 0;
+        return text == "none" || (absl::SimpleAtoi(text, &id) && id >= 0)
+                   ? ""
+                   : "'" + text + "' is no token id, nor none";
+      })
+      ->needs(model);
   command
       .add_option("--clamp", options.clamp, "With --positions clamped, the largest [the last trained for]")
       ->needs(model);
@@ -169,16 +181,18 @@ void AddCreateOptions(CLI::App& command, CreateOptions& options) {
   command.add_option("--dtype", options.dtype, "How keys and values are stored")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}))
       ->capture_default_str();
-  command.add_option("--sink-tokens", options.sink_tokens,
-                     "The first positions, replicated on every worker [0; with --model 4]");
+  command.add_option(
+      "--sink-tokens", options.sink_tokens,
+      "The first positions, replicated on every worker [0; with --model what its folder says, else 4]");
   command
       .add_option("--sink-logit", options.sink_logits,
                   "Learned sink: a logit in the denominator only; one value, or one per query head (A,B,...)")
       ->delimiter(',')
       ->allow_extra_args(false);
-  command.add_option(
-      "--window", options.window,
-      "Last positions that 'attend --policy window', or a streaming or star model session sees");
+  command.add_option("--window", options.window,
+                     "Last positions that 'attend --policy window', or a streaming or star model session "
+                     "sees [none; with --model "
+                     "what its folder says]");
   command.add_option("--scale", options.scale, "logit = scale * (q . k) [1/sqrt(head_dim)]");
   command.add_option("--softcap", options.softcap, "logit = softcap * tanh(scale * (q . k) / softcap)");
   command.add_option("--stripe-pages", options.stripe_pages,
@@ -193,10 +207,15 @@ v1::SessionSpec ModelSessionSpec(const CreateOptions& options) {
   v1::ModelSpec* model = spec.mutable_model();
   model->set_policy(options.policy == "streaming" ? v1::MODEL_POLICY_STREAMING
                     : options.policy == "star"    ? v1::MODEL_POLICY_STAR
-                                                  : v1::MODEL_POLICY_MODEL);
-  model->set_positions(options.positions == "rolling"   ? v1::POSITION_MODE_ROLLING
-                       : options.positions == "clamped" ? v1::POSITION_MODE_CLAMPED
-                                                        : v1::POSITION_MODE_ABSOLUTE);
+                    : options.policy == "model"   ? v1::MODEL_POLICY_MODEL
+                                                  : v1::MODEL_POLICY_UNSPECIFIED);
+  model->set_positions(options.positions == "rolling"    ? v1::POSITION_MODE_ROLLING
+                       : options.positions == "clamped"  ? v1::POSITION_MODE_CLAMPED
+                       : options.positions == "absolute" ? v1::POSITION_MODE_ABSOLUTE
+                                                         : v1::POSITION_MODE_UNSPECIFIED);
+  if (int32_t id = -1; options.sink_token == "none" || absl::SimpleAtoi(options.sink_token, &id)) {
+    model->set_sink_token(id);
+  }
   model->set_window(options.window);
   model->set_clamp(options.clamp);
   if (options.sink_tokens) model->set_sink_tokens(*options.sink_tokens);
@@ -239,6 +258,7 @@ struct AppendFlags {
   std::string keys;
   std::string values;
   TokenFlags tokens;
+  CellFlags cells;
   std::optional<int64_t> at;
   bool thin = false;
 };
@@ -260,11 +280,45 @@ void AddAppendOptions(CLI::App& command, AppendFlags& options) {
   auto* text = command.add_option("--text", options.tokens.text_path, "Text file, UTF-8, likewise")
                    ->excludes(keys)
                    ->excludes(tokens);
-  command.add_option("--tokenizer", options.tokens.tokenizer, "Folder of the tokenizer [the model's]")
-      ->needs(text);
-  command.parse_complete_callback([keys, tokens, text] {
-    if (keys->empty() && tokens->empty() && text->empty()) {
-      throw CLI::RequiredError("--keys and --values, or --tokens, or --text,");
+  auto* cells =
+      command
+          .add_option("--cells", options.cells.path,
+                      "cells.h5ad, likewise: each cell's expressed genes, the most expressed first; as "
+                      "tokens, or for a model that reads text as names")
+          ->excludes(keys)
+          ->excludes(tokens)
+          ->excludes(text);
+  command
+      .add_option("--rows", options.cells.sentences.rows,
+                  "With --cells, rows.npy: which cells, in this order [all]")
+      ->needs(cells);
+  command
+      .add_option("--matrix", options.cells.sentences.matrix,
+                  "With --cells, what genes are ranked by: X or layers/NAME")
+      ->needs(cells)
+      ->capture_default_str();
+  command
+      .add_option(
+          "--genes", options.cells.sentences.genes,
+          "With --cells, var/NAME with the genes' names [var/feature_name, or the index of var without it]")
+      ->needs(cells);
+  command
+      .add_option("--top-genes", options.cells.top_genes,
+                  "With --cells, the most expressed genes of a cell only [all]")
+      ->needs(cells)
+      ->check(CLI::Range(int64_t{1}, kMaxPositions));
+  command
+      .add_option("--ranges-out", options.cells.ranges_out,
+                  "With --cells, r.npy to write: int64 [cells, 2], where each cell is, for 'embed --ranges'")
+      ->needs(cells);
+  auto* tokenizer = command.add_option("--tokenizer", options.tokens.tokenizer,
+                                       "With --text or --cells, folder of the tokenizer [the model's]");
+  command.parse_complete_callback([keys, tokens, text, cells, tokenizer] {
+    if (keys->empty() && tokens->empty() && text->empty() && cells->empty()) {
+      throw CLI::RequiredError("--keys and --values, or --tokens, or --text, or --cells,");
+    }
+    if (!tokenizer->empty() && text->empty() && cells->empty()) {
+      throw CLI::RequiresError("--tokenizer", "--text or --cells");
     }
   });
   command.add_option(
@@ -277,7 +331,7 @@ void AddAppendOptions(CLI::App& command, AppendFlags& options) {
 
 absl::Status AppendModelTokens(Client& client, const AppendFlags& options) {
   EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client.GetSession(options.name));
-  const bool at_beginning = options.at.value_or(session.length()) == 0;
+  const bool at_beginning = options.at.value_or(session.length()) <= DedicatedSinks(session.spec());
   EDUBA_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, ReadTokens(client, options.tokens, at_beginning));
   v1::AppendTokensReceipt receipt;
   const absl::Time started = absl::Now();
@@ -306,6 +360,10 @@ absl::Status AppendModelTokens(Client& client, const AppendFlags& options) {
 absl::Status RunAppend(const AppendFlags& options) {
   const auto client = Connect(options.server);
   if (options.tokens.any()) return AppendModelTokens(*client, options);
+  if (!options.cells.path.empty()) {
+    return AppendCells(*client, options.name, options.cells, options.tokens.tokenizer, options.at,
+                       options.json);
+  }
   EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client->GetSession(options.name));
   EDUBA_ASSIGN_OR_RETURN(const auto rows, NpyRows::Open(options.keys, options.values, session.spec()));
   v1::AppendReceipt receipt;

@@ -1,14 +1,13 @@
 #include "cli/tokens.h"
 
 #include <limits>
-#include <memory>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "ingest/npy.h"
 #include "model/read_file.h"
-#include "model/tokenizer/tokenizer.h"
 
 namespace eduba {
 namespace {
@@ -50,13 +49,7 @@ absl::StatusOr<std::vector<int32_t>> ReadTokenIds(const std::string& path) {
   }
 }
 
-absl::StatusOr<std::vector<int32_t>> ReadTokens(Client& client, const TokenFlags& flags, bool at_beginning) {
-  if (!flags.ids_path.empty()) return ReadTokenIds(flags.ids_path);
-  std::string text = flags.text;
-  if (!flags.text_path.empty()) {
-    EDUBA_ASSIGN_OR_RETURN(text, ReadWholeFile(flags.text_path, kEncodeBytesMax));
-  }
-  std::string folder = flags.tokenizer;
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadModelTokenizer(Client& client, std::string folder) {
   if (folder.empty()) {
     EDUBA_ASSIGN_OR_RETURN(const v1::Model model, client.GetModel());
     if (model.tokenizer().empty()) {
@@ -72,9 +65,19 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(Client& client, const TokenFlags
     return Annotate(tokenizer.status(),
                     "text needs the model's tokenizer here; name its folder with --tokenizer");
   }
+  return tokenizer;
+}
+
+absl::StatusOr<std::vector<int32_t>> ReadTokens(Client& client, const TokenFlags& flags, bool at_beginning) {
+  if (!flags.ids_path.empty()) return ReadTokenIds(flags.ids_path);
+  std::string text = flags.text;
+  if (!flags.text_path.empty()) {
+    EDUBA_ASSIGN_OR_RETURN(text, ReadWholeFile(flags.text_path, kEncodeBytesMax));
+  }
+  EDUBA_ASSIGN_OR_RETURN(const auto tokenizer, LoadModelTokenizer(client, flags.tokenizer));
   Tokenizer::EncodeOptions options;
   options.add_special_tokens = at_beginning;
-  return (*tokenizer)->Encode(text, options);
+  return tokenizer->Encode(text, options);
 }
 
 }  // namespace eduba

@@ -2,11 +2,13 @@
 #define EDUBA_CLI_TOKENS_H_
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "client/client.h"
+#include "model/tokenizer/tokenizer.h"
 
 namespace eduba {
 
@@ -24,6 +26,9 @@ struct TokenFlags {
 
 // One-dimensional, of any integer type. INVALID_ARGUMENT for what is no int32.
 absl::StatusOr<std::vector<int32_t>> ReadTokenIds(const std::string& path);
+
+// The tokenizer in `folder`, or the model's where that is empty. FAILED_PRECONDITION when the model has none.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadModelTokenizer(Client& client, std::string folder);
 
 // What the flags say. Special tokens of the tokenizer (a <bos> in front) come only at the beginning of a
 // session. REQUIRES: flags.any().

@@ -351,16 +351,25 @@ absl::StatusOr<v1::GenerateSummary> Client::Generate(
   return *std::move(summary);
 }
 
-absl::StatusOr<std::vector<float>> Client::Score(const std::string& session, absl::Span<const int32_t> ids) {
+absl::StatusOr<std::vector<float>> Client::Score(const std::string& session, absl::Span<const int32_t> ids,
+                                                 std::vector<float>* sink_mass) {
   v1::ScoreRequest request;
   request.set_session(session);
   request.set_ids(ids.data(), ids.size() * sizeof(int32_t));
+  request.set_sink_mass(sink_mass != nullptr);
   EDUBA_ASSIGN_OR_RETURN(const v1::ScoreResponse response,
                          stub_->Call(&v1::Eduba::Stub::Score, request, absl::Now() + options_.timeout));
   std::vector<float> log_probs;
   if (!CopyFloats(response.log_probs(), static_cast<int64_t>(ids.size()), &log_probs)) {
     return absl::InternalError(absl::StrCat("the server answered ", ids.size(), " tokens with ",
                                             response.log_probs().size(), " bytes"));
+  }
+  if (sink_mass != nullptr &&
+      (response.sink_mass().empty() ||
+       !CopyFloats(response.sink_mass(), static_cast<int64_t>(response.sink_mass().size() / sizeof(float)),
+                   sink_mass))) {
+    return absl::InternalError(
+        absl::StrCat("the server answered with ", response.sink_mass().size(), " bytes of sink mass"));
   }
   return log_probs;
 }

@@ -115,8 +115,10 @@ class Client {
   absl::StatusOr<v1::GenerateSummary> Generate(
       v1::GenerateRequest request,
       const std::function<absl::Status(const v1::GenerateResponse::Tokens& tokens)>& sink);
-  // [ids]: ln P(ids[i] | session, ids[..i)); at most 196608 ids.
-  absl::StatusOr<std::vector<float>> Score(const std::string& session, absl::Span<const int32_t> ids);
+  // [ids]: ln P(ids[i] | session, ids[..i)); at most 196608 ids. `sink_mass`, where wanted, gets [layers,
+  // query_heads]: the token sinks' share of the weights, averaged over the rows of the ids.
+  absl::StatusOr<std::vector<float>> Score(const std::string& session, absl::Span<const int32_t> ids,
+                                           std::vector<float>* sink_mass = nullptr);
   // [ranges, hidden_size]: of positions [begin, end) that the session has; `ranges` [n, 2], ascending.
   absl::StatusOr<std::vector<float>> Embed(const std::string& session, absl::Span<const int64_t> ranges,
                                            v1::Pool pool);

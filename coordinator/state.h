@@ -166,7 +166,10 @@ class ClusterState {
     RequestId request = 0;  // 0: nobody waits any more
     uint64_t session_id = 0;
     std::vector<int32_t> ids;    // kAppend: what was sent; kGenerate: what has come
-    int64_t already_stored = 0;  // kAppend: tokens ahead of `ids` that were there before
+    int64_t at = 0;              // kAppend: where the client's tokens start
+    int64_t already_stored = 0;  // kAppend: of them, were there before
+    int64_t sinks = 0;           // kAppend: of `ids`, the session's own sink tokens, which come first
+    bool sink_mass = false;      // kGenerate, kScore: wanted
     int64_t ranges = 0;          // kEmbed: that were asked for
     int64_t embedded = 0;        // kEmbed: that have come
     int64_t started_ms = 0;
@@ -279,6 +282,9 @@ class ClusterState {
   const v1::Model* CurrentModel() const;
   absl::StatusOr<SessionEntry*> FindModelSession(const std::string& name);
   absl::StatusOr<SessionEntry*> FindExtensible(const std::string& name);
+  // Whether there is something to go on behind, the session's own sinks included.
+  static absl::Status CheckNotEmpty(const SessionEntry& session, const std::string& what);
+  absl::Status CheckSinkMass(bool wanted, const std::string& what) const;
   absl::Status CheckGenerate(const v1::GenerateRequest& args) const;
   uint64_t StartModelJob(ModelJob job, v1::Command command, int64_t now_ms);
   void OnModelProgress(WorkerEntry* worker, v1::ModelProgress progress, int64_t now_ms);

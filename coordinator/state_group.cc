@@ -146,15 +146,18 @@ void ClusterState::Greet(WorkerEntry* worker, v1::WorkerHello hello, int64_t now
                                          "): another CPU kind or build; answers would not be the same "
                                          "bits. Use equal machines and one build")));
     }
-    if (other.hello.has_model() != hello.has_model() || other.hello.model().hash() != hello.model().hash()) {
+    if (other.hello.has_model() != hello.has_model() || other.hello.model().hash() != hello.model().hash() ||
+        other.hello.model().session_defaults().SerializeAsString() !=
+            hello.model().session_defaults().SerializeAsString()) {
       const auto held = [](const v1::WorkerHello& h) {
         return h.has_model() ? absl::StrCat("model ", h.model().name()) : std::string("no model");
       };
-      return Refuse(id, absl::FailedPreconditionError(absl::StrCat(
-                            "worker ", hello.address(), " is refused: it holds ", held(hello), ", and ",
-                            other.hello.address(), " holds ", held(other.hello),
-                            ", with other weights or another configuration: give all workers of a group one "
-                            "--model")));
+      return Refuse(id, absl::FailedPreconditionError(
+                            absl::StrCat("worker ", hello.address(), " is refused: it holds ", held(hello),
+                                         ", and ", other.hello.address(), " holds ", held(other.hello),
+                                         ", with other weights, another configuration or another "
+                                         "streaming.json: give all workers of a group one "
+                                         "--model")));
     }
   }
   if (Greeted() >= options_.group_size) {

@@ -9,6 +9,7 @@
 #include "base/status_macros.h"
 #include "coordinator/state.h"
 #include "rpc/limits.h"
+#include "rpc/spec.h"
 
 namespace eduba {
 namespace {
@@ -95,7 +96,9 @@ void ClusterState::AppendTokens(RequestId request, const std::string& name, std:
   if (!found.ok()) return Respond(request, found.status());
   SessionEntry* session = *found;
   const std::string to = absl::StrCat("append to session '", name, "'");
-  const int64_t length = session->record.length();
+  // The session's own sinks count as being there, and are read ahead of the first tokens.
+  const int64_t sinks = std::max<int64_t>(0, DedicatedSinks(*session->spec) - session->record.length());
+  const int64_t length = session->record.length() + sinks;
   const int64_t at = given_at.value_or(length);
   const auto count = static_cast<int64_t>(ids.size());
   if (count < 1 || count > kTokenIdsMax) {
@@ -118,13 +121,15 @@ void ClusterState::AppendTokens(RequestId request, const std::string& name, std:
   const absl::Status known = CheckIds(ids, CurrentModel()->vocab_size(), to);
   if (!known.ok()) return Respond(request, known);
   const int64_t stored = std::min(count, length - at);
-  const auto difference = std::mismatch(ids.begin(), ids.begin() + stored, session->ids.begin() + at);
-  if (difference.first != ids.begin() + stored) {
-    return Respond(request, absl::AlreadyExistsError(absl::StrCat(
-                                to, ": position ", at + (difference.first - ids.begin()), " holds token ",
-                                *difference.second, " already, not ", *difference.first)));
+  for (int64_t i = 0; i < stored; ++i) {
+    const bool read = at + i < session->record.length();
+    const int32_t there = read ? session->ids[at + i] : session->spec->model().sink_token();
+    if (there == ids[i]) continue;
+    return Respond(request, absl::AlreadyExistsError(absl::StrCat(to, ": position ", at + i, " holds ",
+                                                                  read ? "token " : "the sink token ", there,
+                                                                  " already, not ", ids[i])));
   }
-  if (stored == count) {
+  if (stored == count && sinks == 0) {
     v1::AppendTokensReceipt receipt;
     receipt.set_at(at);
     receipt.set_count(count);
@@ -134,6 +139,7 @@ void ClusterState::AppendTokens(RequestId request, const std::string& name, std:
   }
 
   ids.erase(ids.begin(), ids.begin() + stored);
+  ids.insert(ids.begin(), sinks, session->spec->model().sink_token());
   v1::Command command;
   command.mutable_model_append()->set_session_id(session->record.id);
   command.mutable_model_append()->set_ids(ids.data(), ids.size() * sizeof(int32_t));
@@ -142,8 +148,33 @@ void ClusterState::AppendTokens(RequestId request, const std::string& name, std:
   job.request = request;
   job.session_id = session->record.id;
   job.ids = std::move(ids);
+  job.at = at;
   job.already_stored = stored;
+  job.sinks = sinks;
   session->model_job = StartModelJob(std::move(job), std::move(command), now_ms);
+}
+
+absl::Status ClusterState::CheckNotEmpty(const SessionEntry& session, const std::string& what) {
+  if (session.record.length() == 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(what, ": it is empty, and a first token has nothing to follow: append one before"));
+  }
+  // An append that had no memory may have ended among them.
+  if (session.record.length() < DedicatedSinks(*session.spec)) {
+    return absl::FailedPreconditionError(absl::StrCat(what, ": it has ", session.record.length(), " of its ",
+                                                      DedicatedSinks(*session.spec),
+                                                      " sink tokens only: append its first tokens again"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ClusterState::CheckSinkMass(bool wanted, const std::string& what) const {
+  const v1::Model& model = *CurrentModel();
+  const int64_t heads = int64_t{model.layer_windows_size()} * model.query_heads();
+  if (!wanted || heads <= kSinkMassHeadsMax) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(what, ": the model has ", heads,
+                                                 " heads in all its layers; sink mass is told for at most ",
+                                                 kSinkMassHeadsMax));
 }
 
 absl::Status ClusterState::CheckGenerate(const v1::GenerateRequest& args) const {
@@ -177,13 +208,11 @@ void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, 
   SessionEntry* session = *found;
   absl::Status status = CheckGenerate(args);
   const int64_t length = session->record.length();
-  if (status.ok() && length == 0) {
-    status = absl::FailedPreconditionError(absl::StrCat("generation from session '", args.session(),
-                                                        "': it is empty: append a prompt before generating"));
-  }
+  const std::string from = absl::StrCat("generation from session '", args.session(), "'");
+  if (status.ok()) status = CheckNotEmpty(*session, from);
+  if (status.ok()) status = CheckSinkMass(args.sink_mass(), from);
   if (status.ok() && args.max_tokens() > kMaxPositions - length) {
-    status = absl::OutOfRangeError(absl::StrCat("generation from session '", args.session(),
-                                                "': ", args.max_tokens(), " tokens behind ", length,
+    status = absl::OutOfRangeError(absl::StrCat(from, ": ", args.max_tokens(), " tokens behind ", length,
                                                 " would pass the limit of ", kMaxPositions));
   }
   if (!status.ok()) return Respond(request, status);
@@ -195,6 +224,7 @@ void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, 
   job.kind = ModelJob::Kind::kGenerate;
   job.request = request;
   job.session_id = session->record.id;
+  job.sink_mass = args.sink_mass();
   if (args.time_limit_ms() > 0) job.deadline_ms = now_ms + args.time_limit_ms();
   session->model_job = StartModelJob(std::move(job), std::move(command), now_ms);
 }
@@ -207,17 +237,17 @@ void ClusterState::Score(RequestId request, const v1::ScoreRequest& args, int64_
   const auto ids = Numbers<int32_t>(args.ids(), absl::StrCat(of, ": ids"));
   absl::Status status = ids.status();
   if (status.ok()) status = CheckIds(*ids, CurrentModel()->vocab_size(), of);
-  if (status.ok() && (*found)->record.length() == 0) {
-    status = absl::FailedPreconditionError(
-        absl::StrCat(of, ": it is empty, and a first token has no probability: append one before"));
-  }
+  if (status.ok()) status = CheckNotEmpty(**found, of);
+  if (status.ok()) status = CheckSinkMass(args.sink_mass(), of);
   if (!status.ok()) return Respond(request, status);
 
   v1::Command command;
   command.mutable_model_score()->set_session_id((*found)->record.id);
   command.mutable_model_score()->set_ids(args.ids());
+  command.mutable_model_score()->set_sink_mass(args.sink_mass());
   ModelJob job;
   job.kind = ModelJob::Kind::kScore;
+  job.sink_mass = args.sink_mass();
   job.request = request;
   job.session_id = (*found)->record.id;
   job.ids = *ids;
@@ -385,11 +415,16 @@ void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
                                              absl::StrCat("session '", session.record.name,
                                                           "': ", result.message(), how_far)));
   }
+  const int64_t mass_bytes = int64_t{4} * session.spec->layers() * session.spec->query_heads();
+  if (static_cast<int64_t>(result.model().sink_mass().size()) != (job.sink_mass ? mass_bytes : 0)) {
+    Respond(job.request, WorkerGaveNonsense());
+    return Expel(Ranks()[0]->id, "answered sink mass of a wrong size", now_ms);
+  }
   switch (job.kind) {
     case ModelJob::Kind::kAppend: {
       v1::AppendTokensReceipt receipt;
-      receipt.set_at(length - done - job.already_stored);
-      receipt.set_count(job.already_stored + done);
+      receipt.set_at(job.at);
+      receipt.set_count(job.already_stored + done - job.sinks);
       receipt.set_length(length);
       receipt.set_already_stored(job.already_stored);
       return Respond(job.request, Answer(receipt));
@@ -401,6 +436,7 @@ void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
       summary.set_finish_reason(result.model().cancelled() ? v1::FINISH_REASON_DEADLINE
                                                            : result.model().finish_reason());
       summary.set_seconds(static_cast<double>(now_ms - job.started_ms) / 1000);
+      summary.set_sink_mass(result.model().sink_mass());
       return Respond(job.request, Answer(summary));
     }
     case ModelJob::Kind::kScore: {
@@ -410,6 +446,7 @@ void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
       }
       v1::ScoreResponse response;
       response.set_log_probs(result.model().log_probs());
+      response.set_sink_mass(result.model().sink_mass());
       return Respond(job.request, Answer(std::move(response)));
     }
     case ModelJob::Kind::kEmbed:

@@ -146,6 +146,113 @@ TEST_F(ModelStateTest, ARepeatedAppendIsComparedIdByIdWhateverItsBorders) {
   EXPECT_EQ(Append("s", {}, {10}).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST_F(ModelStateTest, ASessionsOwnSinksComeAheadOfItsFirstTokens) {
+  v1::ModelSpec spec;
+  spec.set_sink_tokens(3);
+  spec.set_sink_token(7);
+  ASSERT_TRUE(Create("d", spec).ok());
+  EXPECT_EQ(Show("d")->length(), 0);
+  // They hold their positions before they are read.
+  EXPECT_EQ(Append("d", 0, {1}).status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(std::string(Append("d", 1, {7, 1}).status().message()),
+              HasSubstr("position 2 holds the sink token 7 already, not 1"));
+  EXPECT_THAT(std::string(Append("d", 4, {1}).status().message()), HasSubstr("append at 3"));
+  EXPECT_EQ(Show("d")->length(), 0);
+  const auto first = Append("d", {}, {1, 2});
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_EQ(first->at(), 3);
+  EXPECT_EQ(first->count(), 2);
+  EXPECT_EQ(first->already_stored(), 0);
+  EXPECT_EQ(first->length(), 5);
+  const auto again = Append("d", 0, {7, 7, 7, 1, 2, 4});
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->already_stored(), 5);
+  EXPECT_EQ(again->length(), 6);
+
+  ASSERT_TRUE(Create("e", spec).ok());
+  const auto sinks = Append("e", 1, {7});
+  ASSERT_TRUE(sinks.ok()) << sinks.status();
+  EXPECT_EQ(sinks->at(), 1);
+  EXPECT_EQ(sinks->count(), 1);
+  EXPECT_EQ(sinks->already_stored(), 1);
+  EXPECT_EQ(sinks->length(), 3);
+  spec.set_sink_token(10);
+  EXPECT_THAT(std::string(Create("f", spec).status().message()), HasSubstr("wanted -1 to 9"));
+  spec.set_sink_token(1);
+  spec.set_sink_tokens(4097);
+  EXPECT_THAT(std::string(Create("f", spec).status().message()),
+              HasSubstr("sink_tokens (with a sink_token)"));
+}
+
+TEST_F(ModelStateTest, WhatASessionLeavesOutTheModelsDefaultsFillIn) {
+  cluster_.Leave(a_);
+  cluster_.Leave(b_);
+  v1::Model model = TinyModel();
+  v1::ModelSpec& defaults = *model.mutable_session_defaults();
+  defaults.set_policy(v1::MODEL_POLICY_STREAMING);
+  defaults.set_positions(v1::POSITION_MODE_ROLLING);
+  defaults.set_window(256);
+  defaults.set_sink_tokens(2);
+  defaults.set_sink_token(5);
+  cluster_.Join("a:1", 7, "", &model);
+  const v1::Model without = TinyModel();
+  const WorkerId other = cluster_.Join("b:1", 7, "", &without);
+  EXPECT_THAT(std::string(cluster_.workers[other].closed.message()), HasSubstr("streaming.json"));
+  cluster_.Join("b:1", 7, "", &model);
+  cluster_.Advance(2000);
+  cluster_.Settle();
+  cluster_.Advance(2000);
+  cluster_.Settle();
+
+  const auto spec = [&](const std::string& name, const v1::ModelSpec& given) {
+    const auto session = Create(name, given);
+    EXPECT_TRUE(session.ok()) << session.status();
+    return session.ok() ? session->spec().model() : v1::ModelSpec();
+  };
+  const v1::ModelSpec plain = spec("plain", {});
+  EXPECT_EQ(plain.policy(), v1::MODEL_POLICY_STREAMING);
+  EXPECT_EQ(plain.positions(), v1::POSITION_MODE_ROLLING);
+  EXPECT_EQ(plain.window(), 256);
+  EXPECT_EQ(plain.sink_tokens(), 2);
+  EXPECT_EQ(plain.sink_token(), 5);
+  v1::ModelSpec given;
+  given.set_policy(v1::MODEL_POLICY_MODEL);
+  const v1::ModelSpec own = spec("own", given);
+  EXPECT_EQ(own.positions(), v1::POSITION_MODE_ABSOLUTE);
+  EXPECT_EQ(own.window(), 0);
+  EXPECT_EQ(own.sink_token(), 5);
+  given.set_policy(v1::MODEL_POLICY_STAR);
+  EXPECT_EQ(spec("star", given).positions(), v1::POSITION_MODE_ABSOLUTE);
+  given.set_policy(v1::MODEL_POLICY_UNSPECIFIED);
+  given.set_window(9);
+  given.set_positions(v1::POSITION_MODE_ABSOLUTE);
+  given.set_sink_tokens(0);
+  given.set_sink_token(-1);
+  const v1::ModelSpec overridden = spec("overridden", given);
+  EXPECT_EQ(overridden.policy(), v1::MODEL_POLICY_STREAMING);
+  EXPECT_EQ(overridden.positions(), v1::POSITION_MODE_ABSOLUTE);
+  EXPECT_EQ(overridden.window(), 9);
+  EXPECT_EQ(overridden.sink_tokens(), 0);
+  EXPECT_EQ(Append("overridden", {}, {1})->at(), 0);
+}
+
+TEST_F(ModelStateTest, SinkMassComesWhereItIsWantedAndHasItsSize) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  v1::ScoreRequest request;
+  request.set_session("s");
+  request.set_ids(std::string(8, '\0'));
+  const auto score = [&] {
+    return Get<v1::ScoreResponse>(
+        [&](ClusterState& state, RequestId id) { state.Score(id, request, cluster_.now()); });
+  };
+  EXPECT_EQ(score()->sink_mass().size(), 0U);
+  request.set_sink_mass(true);
+  EXPECT_EQ(score()->sink_mass().size(), size_t{4} * 2 * 2);
+  cluster_.workers[a_].rank->omit_sink_mass = true;
+  EXPECT_EQ(score().status().code(), absl::StatusCode::kInternal);
+  EXPECT_FALSE(cluster_.serving);
+}
+
 TEST_F(ModelStateTest, GeneratedTokensBelongToTheSession) {
   ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
   const RequestId generation = AskGenerate(3);

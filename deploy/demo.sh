@@ -1,18 +1,27 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds, and annotates a real cell atlas: about two minutes after the build on two cores.
+# Installs what is missing, builds, annotates a real cell atlas, and lets a model read another one: about three minutes after the
+# build on two cores.
 #   deploy/demo.sh             everything
-#   deploy/demo.sh --cells N   with N synthetic cells in the last part instead of 1,000,000
+#   deploy/demo.sh --cells N   with N synthetic cells in the scale part instead of 1,000,000
+#   deploy/demo.sh --whole     the model reads all 2.02 million genes of its atlas, not the first 999 of each cell: minutes more
 # From any directory, as often as you like. What it fetches and writes is kept in build/demo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cells=1000000
-if [[ ${1:-} == --cells && ${2:-} =~ ^[0-9]+$ && $# == 2 ]]; then
-  cells=$2
-elif (($#)); then
-  sed -n '2,5p' "$0" | sed 's/^# \?//' >&2
-  exit 2
-fi
+whole=()
+while (($#)); do
+  if [[ $1 == --cells && ${2:-} =~ ^[0-9]+$ ]]; then
+    cells=$2
+    shift 2
+  elif [[ $1 == --whole ]]; then
+    whole=(--whole)
+    shift
+  else
+    sed -n '2,7p' "$0" | sed 's/^# \?//' >&2
+    exit 2
+  fi
+done
 
 began=$SECONDS
 say() { printf '\n== [%d:%02d] %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*"; }
@@ -46,6 +55,22 @@ if ! is_atlas "$atlas"; then
   }
 fi
 
+# The second atlas: HSMM, in Debian's r-bioc-hsmmsinglecell (Artistic-2.0). Unpacked, not installed.
+course=$work/hsmm.h5ad
+if [[ ! -f $course ]]; then
+  say "Fetching the time course"
+  rm -rf "$work/fetch"
+  mkdir -p "$work/fetch"
+  (cd "$work/fetch" && apt-get download r-bioc-hsmmsinglecell >apt.log 2>&1 && dpkg -x r-bioc-hsmmsinglecell_*.deb .) || {
+    cat "$work/fetch/apt.log" >&2
+    echo "demo: r-bioc-hsmmsinglecell cannot be fetched (above); apt-get update may help" >&2
+    exit 1
+  }
+  /usr/bin/python3 deploy/demo/hsmm.py "$work/fetch/usr/lib/R/site-library/HSMMSingleCell/data" "$course"
+  rm -rf "$work/fetch"
+fi
+
 say "The main job"
 # In the place of this shell, so that a signal reaches the one who stops the service.
-exec /usr/bin/python3 deploy/demo/demo.py --eduba build/release/eduba --atlas "$atlas" --work "$work" --cells "$cells"
+exec /usr/bin/python3 deploy/demo/demo.py --eduba build/release/eduba --atlas "$atlas" --work "$work" --cells "$cells" \
+  --time-course "$course" "${whole[@]}"

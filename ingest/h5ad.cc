@@ -36,7 +36,7 @@ constexpr int64_t kColumnsMax = int64_t{1} << 20;
 constexpr int64_t kBlock = int64_t{1} << 18;
 // Rows in any order: numbers read at a time, and rows that nobody asked for but are cheaper read than
 // skipped.
-constexpr int64_t kScratchFloats = int64_t{1} << 22;
+constexpr int64_t kScratchNumbers = int64_t{1} << 22;
 constexpr int64_t kGapRows = 64;
 // A category per cell would be no category, and memory for names must end somewhere.
 constexpr int64_t kCategoriesMax = int64_t{1} << 20;
@@ -75,12 +75,15 @@ class DenseMatrix final : public CellMatrix {
   explicit DenseMatrix(Dataset data) : data_(std::move(data)) {}
   int64_t rows() const override { return data_.shape()[0]; }
   int64_t cols() const override { return data_.shape()[1]; }
+  const std::string& name() const override { return data_.name(); }
 
  private:
   absl::Status Read(int64_t begin, int64_t count, float* out) const override {
     return data_.Read(H5T_NATIVE_FLOAT, {begin, 0}, {count, cols()}, out);
   }
-  const std::string& name() const override { return data_.name(); }
+  absl::Status Read(int64_t begin, int64_t count, double* out) const override {
+    return data_.Read(H5T_NATIVE_DOUBLE, {begin, 0}, {count, cols()}, out);
+  }
 
   Dataset data_;
 };
@@ -91,12 +94,15 @@ class RecordMatrix final : public CellMatrix {
   explicit RecordMatrix(Column column) : column_(std::move(column)) {}
   int64_t rows() const override { return column_.size(); }
   int64_t cols() const override { return column_.width(); }
+  const std::string& name() const override { return column_.name(); }
 
  private:
   absl::Status Read(int64_t begin, int64_t count, float* out) const override {
-    return column_.ReadFloats(begin, count, out);
+    return column_.ReadNumbers(begin, count, out);
   }
-  const std::string& name() const override { return column_.name(); }
+  absl::Status Read(int64_t begin, int64_t count, double* out) const override {
+    return column_.ReadNumbers(begin, count, out);
+  }
 
   Column column_;
 };
@@ -116,10 +122,19 @@ class SparseMatrix final : public CellMatrix {
         starts_(std::move(starts)) {}
   int64_t rows() const override { return rows_; }
   int64_t cols() const override { return cols_; }
+  const std::string& name() const override { return name_; }
 
  private:
   absl::Status Read(int64_t begin, int64_t count, float* out) const override {
-    std::fill(out, out + count * cols_, 0.0f);
+    return ReadAs(begin, count, out);
+  }
+  absl::Status Read(int64_t begin, int64_t count, double* out) const override {
+    return ReadAs(begin, count, out);
+  }
+
+  template <typename T>
+  absl::Status ReadAs(int64_t begin, int64_t count, T* out) const {
+    std::fill(out, out + count * cols_, T{0});
     // The major axis is the one that indptr counts: rows of a CSR matrix, of which the block's are enough;
     // all columns of a CSC matrix.
     const int64_t major_begin = by_rows_ ? begin : 0;
@@ -131,14 +146,14 @@ class SparseMatrix final : public CellMatrix {
       return Invalid(
           absl::StrCat(name_, "/indptr: does not rise from 0 to the ", data_.size(), " stored elements"));
     }
-    std::vector<float> values;
+    std::vector<T> values;
     std::vector<int64_t> indices;
     int64_t major = 0;  // From major_begin.
     for (int64_t at = starts.front(); at < starts.back(); at += kBlock) {
       const int64_t size = std::min(kBlock, starts.back() - at);
       values.resize(static_cast<size_t>(size));
       indices.resize(static_cast<size_t>(size));
-      EDUBA_RETURN_IF_ERROR(data_.ReadFloats(at, size, values.data()));
+      EDUBA_RETURN_IF_ERROR(data_.ReadNumbers(at, size, values.data()));
       EDUBA_RETURN_IF_ERROR(indices_.ReadIntegers(at, size, indices.data()));
       for (int64_t i = 0; i < size; ++i) {
         while (at + i >= starts[static_cast<size_t>(major) + 1]) ++major;
@@ -154,7 +169,6 @@ class SparseMatrix final : public CellMatrix {
     }
     return absl::OkStatus();
   }
-  const std::string& name() const override { return name_; }
 
   std::string name_;
   bool by_rows_;
@@ -293,28 +307,8 @@ class OpenFile final : public H5adFile {
 
   // Finds the table of cells. Call it first.
   absl::Status OpenCells() {
-    if (!hdf5::HasChild(file_.get(), "obs")) {
-      return Invalid(absl::StrCat(
-          path_, ": ", hdf5::MissingText("obs (the table of cells)", hdf5::ChildNames(file_.get()))));
-    }
-    Id obs(H5Oopen(file_.get(), "obs", H5P_DEFAULT));
-    std::string index;  // The column with the cells' names.
-    if (H5Iget_type(obs.get()) == H5I_DATASET) {
-      EDUBA_ASSIGN_OR_RETURN(Dataset records, Dataset::Adopt(std::move(obs), Named("obs")));
-      if (!records.is_records()) {
-        return Invalid(absl::StrCat(Named("obs"), ": found an array, wanted a table"));
-      }
-      obs_records_ = std::make_shared<const Dataset>(std::move(records));
-      index = H5Tget_member_index(obs_records_->type(), "index") >= 0 ? "index" : "_index";
-    } else if (H5Iget_type(obs.get()) == H5I_GROUP) {
-      index = hdf5::TextAttribute(obs.get(), "_index");
-      if (index.empty()) index = hdf5::HasChild(obs.get(), "_index") ? "_index" : "index";
-      obs_group_ = std::move(obs);
-    } else {
-      return Invalid(absl::StrCat(Named("obs"), ": found neither a group nor an array, wanted a table"));
-    }
-    index_name_ = index;
-    EDUBA_ASSIGN_OR_RETURN(Column names, OpenColumn(index));
+    EDUBA_ASSIGN_OR_RETURN(obs_, OpenTable("obs", "obs (the table of cells)"));
+    EDUBA_ASSIGN_OR_RETURN(Column names, OpenColumn(obs_, obs_.index));
     if (names.size() > kMaxPositions) {
       return Invalid(
           absl::StrCat(names.name(), ": found ", names.size(), " cells, wanted at most ", kMaxPositions));
@@ -345,7 +339,7 @@ class OpenFile final : public H5adFile {
     if (!absl::StartsWith(column, "obs/") || name.empty()) {
       return Invalid(absl::StrCat(path_, ": found label column '", column, "', wanted obs/NAME"));
     }
-    EDUBA_ASSIGN_OR_RETURN(CellLabels labels, FindLabels(name));
+    EDUBA_ASSIGN_OR_RETURN(CellLabels labels, FindLabels(obs_, name));
     if (static_cast<int64_t>(labels.codes.size()) != cells()) {
       return Invalid(absl::StrCat(Named(column), ": found ", labels.codes.size(),
                                   " labels, wanted one for each of ", cells(), " cells"));
@@ -366,14 +360,80 @@ class OpenFile final : public H5adFile {
     return out;
   }
 
+  absl::StatusOr<std::vector<std::string>> ReadGeneIndex() const override {
+    const hdf5::Turn turn;
+    EDUBA_ASSIGN_OR_RETURN(const Table var, OpenTable("var", "var (the table of genes)"));
+    EDUBA_ASSIGN_OR_RETURN(const Column names, OpenColumn(var, var.index));
+    if (names.size() > kColumnsMax) {
+      return Invalid(
+          absl::StrCat(names.name(), ": found ", names.size(), " genes, wanted at most ", kColumnsMax));
+    }
+    return names.ReadText(0, names.size());
+  }
+
+  absl::StatusOr<std::vector<std::string>> ReadGeneColumn(const std::string& column) const override {
+    const hdf5::Turn turn;
+    const std::string name(absl::StripPrefix(column, "var/"));
+    if (!absl::StartsWith(column, "var/") || name.empty()) {
+      return Invalid(absl::StrCat(path_, ": found gene column '", column, "', wanted var/NAME"));
+    }
+    EDUBA_ASSIGN_OR_RETURN(const Table var, OpenTable("var", "var (the table of genes)"));
+    EDUBA_ASSIGN_OR_RETURN(const CellLabels labels, FindLabels(var, name));
+    std::vector<std::string> names;
+    for (const int32_t code : labels.codes) names.push_back(code < 0 ? "" : labels.names[code]);
+    return names;
+  }
+
+  bool HasGeneColumn(const std::string& column) const override {
+    const hdf5::Turn turn;
+    const auto var = OpenTable("var", "var");
+    if (!var.ok()) return false;
+    const std::vector<std::string> there = hdf5::ChildNames(var->object());
+    return std::find(there.begin(), there.end(), absl::StripPrefix(column, "var/")) != there.end();
+  }
+
  private:
+  // obs or var: a table, whichever way it is stored.
+  struct Table {
+    std::string name;
+    Id group;  // One of these two.
+    std::shared_ptr<const Dataset> records;
+    std::string index;  // The column with the names of its rows.
+
+    hid_t object() const { return records != nullptr ? records->id() : group.get(); }
+  };
+
   std::string Named(const std::string& key) const { return absl::StrCat(path_, ": ", key); }
 
-  // The column of obs, whichever way the table is stored, as it is stored: of categories, the codes.
-  absl::StatusOr<Column> OpenColumn(const std::string& name) const {
-    if (obs_records_ != nullptr) return Column::OfField(obs_records_, name);
-    EDUBA_ASSIGN_OR_RETURN(Dataset data,
-                           Dataset::Open(obs_group_.get(), name, Named(absl::StrCat("obs/", name))));
+  absl::StatusOr<Table> OpenTable(const std::string& name, const std::string& what) const {
+    if (!hdf5::HasChild(file_.get(), name)) {
+      return Invalid(absl::StrCat(path_, ": ", hdf5::MissingText(what, hdf5::ChildNames(file_.get()))));
+    }
+    Table table;
+    table.name = name;
+    Id object(H5Oopen(file_.get(), name.c_str(), H5P_DEFAULT));
+    if (H5Iget_type(object.get()) == H5I_DATASET) {
+      EDUBA_ASSIGN_OR_RETURN(Dataset records, Dataset::Adopt(std::move(object), Named(name)));
+      if (!records.is_records()) {
+        return Invalid(absl::StrCat(Named(name), ": found an array, wanted a table"));
+      }
+      table.records = std::make_shared<const Dataset>(std::move(records));
+      table.index = H5Tget_member_index(table.records->type(), "index") >= 0 ? "index" : "_index";
+    } else if (H5Iget_type(object.get()) == H5I_GROUP) {
+      table.index = hdf5::TextAttribute(object.get(), "_index");
+      if (table.index.empty()) table.index = hdf5::HasChild(object.get(), "_index") ? "_index" : "index";
+      table.group = std::move(object);
+    } else {
+      return Invalid(absl::StrCat(Named(name), ": found neither a group nor an array, wanted a table"));
+    }
+    return table;
+  }
+
+  // The column of a table, as it is stored: of categories, the codes.
+  absl::StatusOr<Column> OpenColumn(const Table& table, const std::string& name) const {
+    if (table.records != nullptr) return Column::OfField(table.records, name);
+    EDUBA_ASSIGN_OR_RETURN(
+        Dataset data, Dataset::Open(table.group.get(), name, Named(absl::StrCat(table.name, "/", name))));
     return Column::Of(std::move(data));
   }
 
@@ -434,24 +494,23 @@ class OpenFile final : public H5adFile {
     return Invalid(absl::StrCat(name, ": found ", found, ", wanted floats or integers"));
   }
 
-  absl::StatusOr<CellLabels> FindLabels(const std::string& name) const {
-    std::vector<std::string> there =
-        hdf5::ChildNames(obs_records_ != nullptr ? obs_records_->id() : obs_group_.get());
+  absl::StatusOr<CellLabels> FindLabels(const Table& table, const std::string& name) const {
+    std::vector<std::string> there = hdf5::ChildNames(table.object());
     there.erase(std::remove_if(there.begin(), there.end(),
                                [&](const std::string& child) {
-                                 return child == "__categories" || child == index_name_;
+                                 return child == "__categories" || child == table.index;
                                }),
                 there.end());
     if (std::find(there.begin(), there.end(), name) == there.end()) {
       return Invalid(
-          absl::StrCat(Named("obs"), ": ", hdf5::MissingText(absl::StrCat("column ", name), there)));
+          absl::StrCat(Named(table.name), ": ", hdf5::MissingText(absl::StrCat("column ", name), there)));
     }
-    return obs_records_ != nullptr ? LabelsOfField(name) : LabelsOfChild(name);
+    return table.records != nullptr ? LabelsOfField(table, name) : LabelsOfChild(table, name);
   }
 
   // anndata up to 0.6: the codes are a field, the categories lie under uns.
-  absl::StatusOr<CellLabels> LabelsOfField(const std::string& name) const {
-    EDUBA_ASSIGN_OR_RETURN(const Column column, OpenColumn(name));
+  absl::StatusOr<CellLabels> LabelsOfField(const Table& table, const std::string& name) const {
+    EDUBA_ASSIGN_OR_RETURN(const Column column, OpenColumn(table, name));
     const std::string categories = absl::StrCat("uns/", name, "_categories");
     if (column.kind() != Column::Kind::kInteger || !hdf5::HasChild(file_.get(), "uns") ||
         !hdf5::HasChild(file_.get(), categories)) {
@@ -461,9 +520,9 @@ class OpenFile final : public H5adFile {
     return LabelsOfCategories(column, names);
   }
 
-  absl::StatusOr<CellLabels> LabelsOfChild(const std::string& name) const {
-    const std::string full = Named(absl::StrCat("obs/", name));
-    Id child(H5Oopen(obs_group_.get(), name.c_str(), H5P_DEFAULT));
+  absl::StatusOr<CellLabels> LabelsOfChild(const Table& table, const std::string& name) const {
+    const std::string full = Named(absl::StrCat(table.name, "/", name));
+    Id child(H5Oopen(table.group.get(), name.c_str(), H5P_DEFAULT));
     if (H5Iget_type(child.get()) == H5I_GROUP) {
       if (hdf5::HasChild(child.get(), "codes")) {  // anndata from 0.8
         EDUBA_ASSIGN_OR_RETURN(const Column codes, OpenPart(child, "codes", full));
@@ -518,23 +577,14 @@ class OpenFile final : public H5adFile {
 
   std::string path_;
   Id file_;
-  Id obs_group_;                                // One of these two,
-  std::shared_ptr<const Dataset> obs_records_;  // whichever way the table is stored.
-  std::string index_name_;
+  Table obs_;
   std::unique_ptr<Column> names_;
 };
 
 }  // namespace
 
-absl::Status CellMatrix::ReadRows(int64_t begin, int64_t count, float* out) const {
-  const hdf5::Turn turn;
-  EDUBA_CHECK(begin >= 0 && count >= 0 && count <= rows() && begin <= rows() - count);
-  EDUBA_RETURN_IF_ERROR(Read(begin, count, out));
-  for (int64_t i = 0; i < count; ++i) EDUBA_RETURN_IF_ERROR(CheckFinite(begin + i, out + i * cols()));
-  return absl::OkStatus();
-}
-
-absl::Status CellMatrix::CheckFinite(int64_t row, const float* values) const {
+template <typename T>
+absl::Status CellMatrix::CheckFinite(int64_t row, const T* values) const {
   for (int64_t i = 0; i < cols(); ++i) {
     if (std::isfinite(values[i])) continue;
     return Invalid(absl::StrCat(name(), ": found ", values[i], " for cell ", row,
@@ -544,16 +594,33 @@ absl::Status CellMatrix::CheckFinite(int64_t row, const float* values) const {
   return absl::OkStatus();
 }
 
-absl::Status CellMatrix::ReadRowList(absl::Span<const int64_t> rows, float* out) const {
+absl::Status CellMatrix::ReadRows(int64_t begin, int64_t count, float* out) const {
   const hdf5::Turn turn;
-  std::vector<float> scratch;
-  return ForEachPiece(rows, std::max<int64_t>(1, kScratchFloats / cols()),
+  EDUBA_CHECK(begin >= 0 && count >= 0 && count <= rows() && begin <= rows() - count);
+  EDUBA_RETURN_IF_ERROR(Read(begin, count, out));
+  for (int64_t i = 0; i < count; ++i) EDUBA_RETURN_IF_ERROR(CheckFinite(begin + i, out + i * cols()));
+  return absl::OkStatus();
+}
+
+absl::Status CellMatrix::ReadRowList(absl::Span<const int64_t> rows, float* out) const {
+  return ReadList(rows, out);
+}
+
+absl::Status CellMatrix::ReadRowList(absl::Span<const int64_t> rows, double* out) const {
+  return ReadList(rows, out);
+}
+
+template <typename T>
+absl::Status CellMatrix::ReadList(absl::Span<const int64_t> rows, T* out) const {
+  const hdf5::Turn turn;
+  std::vector<T> scratch;
+  return ForEachPiece(rows, std::max<int64_t>(1, kScratchNumbers / cols()),
                       [&](int64_t begin, int64_t end, absl::Span<const size_t> wanted) {
                         EDUBA_CHECK(begin >= 0 && end <= this->rows());
                         scratch.resize(static_cast<size_t>((end - begin) * cols()));
                         EDUBA_RETURN_IF_ERROR(Read(begin, end - begin, scratch.data()));
                         for (const size_t i : wanted) {
-                          const float* row = &scratch[static_cast<size_t>((rows[i] - begin) * cols())];
+                          const T* row = &scratch[static_cast<size_t>((rows[i] - begin) * cols())];
                           EDUBA_RETURN_IF_ERROR(CheckFinite(rows[i], row));
                           std::copy(row, row + cols(), out + static_cast<int64_t>(i) * cols());
                         }

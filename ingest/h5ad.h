@@ -34,11 +34,18 @@ class CellMatrix {
   // The same for rows in any order, repeats and all: row rows[i] to out + i * cols(). Neighbouring rows are
   // read together, so ask for many at a time. REQUIRES: every row lies in the matrix.
   absl::Status ReadRowList(absl::Span<const int64_t> rows, float* out) const;
+  // In float64: what is stored wider than float32 keeps its order.
+  absl::Status ReadRowList(absl::Span<const int64_t> rows, double* out) const;
+
+  virtual const std::string& name() const = 0;  // "file.h5ad: obsm/X_pca"
 
  private:
   virtual absl::Status Read(int64_t begin, int64_t count, float* out) const = 0;
-  virtual const std::string& name() const = 0;  // "file.h5ad: obsm/X_pca"
-  absl::Status CheckFinite(int64_t row, const float* values) const;
+  virtual absl::Status Read(int64_t begin, int64_t count, double* out) const = 0;
+  template <typename T>
+  absl::Status ReadList(absl::Span<const int64_t> rows, T* out) const;
+  template <typename T>
+  absl::Status CheckFinite(int64_t row, const T* values) const;
 };
 
 // One label per cell.
@@ -64,6 +71,12 @@ class H5adFile {
 
   // Names (the index of obs) of the cells `rows`, in any order. REQUIRES: every row lies in the file.
   virtual absl::StatusOr<std::vector<std::string>> ReadCellNames(absl::Span<const int64_t> rows) const = 0;
+
+  // Names of the genes, one for each column of X: the index of var, or what `column`, var/NAME, holds (""
+  // where a gene has none). As ReadLabels.
+  virtual absl::StatusOr<std::vector<std::string>> ReadGeneIndex() const = 0;
+  virtual absl::StatusOr<std::vector<std::string>> ReadGeneColumn(const std::string& column) const = 0;
+  virtual bool HasGeneColumn(const std::string& column) const = 0;
 };
 
 }  // namespace eduba

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "ingest/testing/h5ad_builder.h"
 
 namespace eduba {
 namespace {
@@ -22,157 +23,6 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
-
-// A folder of this process, removed at its end.
-struct TempFolder {
-  TempFolder() { std::filesystem::create_directories(path); }
-  ~TempFolder() { std::filesystem::remove_all(path); }
-  const std::filesystem::path path =
-      std::filesystem::temp_directory_path() / absl::StrCat("eduba_h5ad_test_", getpid());
-};
-
-std::string TempPath(const std::string& name) {
-  static const TempFolder folder;
-  return folder.path / name;
-}
-
-enum class Text { kVariable, kFixed };
-
-// Writes an HDF5 file piece by piece, as the versions of anndata do.
-class Builder {
- public:
-  explicit Builder(const std::string& name) : path_(TempPath(name)) {
-    file_ = H5Fcreate(path_.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
-    EXPECT_GE(file_, 0);
-  }
-  // The finished file.
-  std::string Done() {
-    EXPECT_GE(H5Fclose(file_), 0);
-    return path_;
-  }
-  hid_t file() const { return file_; }
-
-  void Group(const std::string& path) {
-    H5Gclose(H5Gcreate2(file_, path.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT));
-  }
-
-  template <typename T>
-  void Numbers(const std::string& path, const std::vector<hsize_t>& shape, hid_t stored,
-               const std::vector<T>& data, hid_t plist = H5P_DEFAULT) {
-    const hid_t memory = std::is_same_v<T, float>     ? H5T_NATIVE_FLOAT
-                         : std::is_same_v<T, double>  ? H5T_NATIVE_DOUBLE
-                         : std::is_same_v<T, int64_t> ? H5T_NATIVE_INT64
-                                                      : H5T_NATIVE_INT8;
-    const hid_t space = H5Screate_simple(static_cast<int>(shape.size()), shape.data(), nullptr);
-    const hid_t set = H5Dcreate2(file_, path.c_str(), stored, space, H5P_DEFAULT, plist, H5P_DEFAULT);
-    EXPECT_GE(H5Dwrite(set, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, data.data()), 0);
-    H5Dclose(set);
-    H5Sclose(space);
-  }
-
-  // As h5py stores NumPy's booleans.
-  void Booleans(const std::string& path, const std::vector<int8_t>& data) {
-    const hid_t type = H5Tenum_create(H5T_STD_I8LE);
-    int8_t value = 0;
-    H5Tenum_insert(type, "FALSE", &value);
-    value = 1;
-    H5Tenum_insert(type, "TRUE", &value);
-    const hsize_t size = data.size();
-    const hid_t space = H5Screate_simple(1, &size, nullptr);
-    const hid_t set = H5Dcreate2(file_, path.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
-    EXPECT_GE(H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data.data()), 0);
-    H5Dclose(set);
-    H5Sclose(space);
-    H5Tclose(type);
-  }
-
-  void Texts(const std::string& path, const std::vector<std::string>& data, Text kind = Text::kVariable,
-             bool scalar = false) {
-    const hid_t type = TextType(kind);
-    const hsize_t size = data.size();
-    const hid_t space = scalar ? H5Screate(H5S_SCALAR) : H5Screate_simple(1, &size, nullptr);
-    const hid_t set = H5Dcreate2(file_, path.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
-    const std::vector<char> bytes = TextBytes(data, kind);
-    EXPECT_GE(H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data()), 0);
-    H5Dclose(set);
-    H5Sclose(space);
-    H5Tclose(type);
-  }
-
-  void TextAttribute(const std::string& path, const std::string& name, const std::string& value) {
-    const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
-    const hid_t type = TextType(Text::kVariable);
-    const hid_t space = H5Screate(H5S_SCALAR);
-    const hid_t attribute = H5Acreate2(object, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT);
-    const char* text = value.c_str();
-    EXPECT_GE(H5Awrite(attribute, type, static_cast<const void*>(&text)), 0);
-    H5Aclose(attribute);
-    H5Sclose(space);
-    H5Tclose(type);
-    H5Oclose(object);
-  }
-
-  void IntegerAttribute(const std::string& path, const std::string& name,
-                        const std::vector<int64_t>& values) {
-    const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
-    const hsize_t size = values.size();
-    const hid_t space = H5Screate_simple(1, &size, nullptr);
-    const hid_t attribute = H5Acreate2(object, name.c_str(), H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT);
-    EXPECT_GE(H5Awrite(attribute, H5T_NATIVE_INT64, values.data()), 0);
-    H5Aclose(attribute);
-    H5Sclose(space);
-    H5Oclose(object);
-  }
-
-  // As anndata 0.7: an attribute of `path` that refers to `target`.
-  void ReferenceAttribute(const std::string& path, const std::string& name, const std::string& target) {
-    const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
-    hobj_ref_t reference = 0;
-    EXPECT_GE(H5Rcreate(&reference, file_, target.c_str(), H5R_OBJECT, -1), 0);
-    const hid_t space = H5Screate(H5S_SCALAR);
-    const hid_t attribute =
-        H5Acreate2(object, name.c_str(), H5T_STD_REF_OBJ, space, H5P_DEFAULT, H5P_DEFAULT);
-    EXPECT_GE(H5Awrite(attribute, H5T_STD_REF_OBJ, &reference), 0);
-    H5Aclose(attribute);
-    H5Sclose(space);
-    H5Oclose(object);
-  }
-
-  // The table of cells as anndata from 0.7 on writes it.
-  void Cells(const std::vector<std::string>& names, Text kind = Text::kVariable) {
-    Group("obs");
-    Texts("obs/barcode", names, kind);
-    TextAttribute("obs", "_index", "barcode");
-  }
-
- private:
-  static constexpr size_t kFixedBytes = 8;
-
-  static hid_t TextType(Text kind) {
-    const hid_t type = H5Tcopy(H5T_C_S1);
-    H5Tset_size(type, kind == Text::kVariable ? H5T_VARIABLE : kFixedBytes);
-    H5Tset_cset(type, kind == Text::kVariable ? H5T_CSET_UTF8 : H5T_CSET_ASCII);
-    H5Tset_strpad(type, kind == Text::kVariable ? H5T_STR_NULLTERM : H5T_STR_NULLPAD);
-    return type;
-  }
-
-  static std::vector<char> TextBytes(const std::vector<std::string>& data, Text kind) {
-    const size_t each = kind == Text::kVariable ? sizeof(const char*) : kFixedBytes;
-    std::vector<char> out(data.size() * each, '\0');
-    for (size_t i = 0; i < data.size(); ++i) {
-      const char* text = data[i].c_str();
-      if (kind == Text::kVariable) {
-        std::memcpy(&out[i * each], static_cast<const void*>(&text), each);
-      } else {
-        std::memcpy(&out[i * each], text, std::min(each, data[i].size()));
-      }
-    }
-    return out;
-  }
-
-  std::string path_;
-  hid_t file_ = -1;
-};
 
 std::unique_ptr<H5adFile> OpenOrDie(const std::string& path) {
   auto file = H5adFile::Open(path);
@@ -199,7 +49,7 @@ std::string MessageOf(const absl::StatusOr<T>& result) {
 
 // anndata from 0.8 on.
 TEST(H5ad, ReadsCategoriesAsAGroup) {
-  Builder build("modern");
+  H5adBuilder build("modern");
   build.Cells({"c0", "c1", "c2"});
   build.Group("obs/kind");
   build.Numbers<int64_t>("obs/kind/codes", {3}, H5T_STD_I8LE, {1, -1, 0});
@@ -219,7 +69,7 @@ TEST(H5ad, ReadsCategoriesAsAGroup) {
 
 // anndata 0.7: the codes refer to __categories.
 TEST(H5ad, ReadsCategoriesByReference) {
-  Builder build("reference");
+  H5adBuilder build("reference");
   build.Cells({"c0", "c1"}, Text::kFixed);
   build.Group("obs/__categories");
   build.Texts("obs/__categories/kind", {"x", "y"});
@@ -245,7 +95,7 @@ TEST(H5ad, ReadsTablesOfRecords) {
     float pca[2];
     double depth;
   };
-  Builder build("records");
+  H5adBuilder build("records");
   const std::vector<Cell> cells = {{{'a', 'b', 'c', 'd'}, 1, 7, 0.5f}, {{'e', 0, 0, 0}, -1, 12, 1.0f}};
   const std::vector<Embedding> embeddings = {{{1, 2}, 10}, {{3, 4}, 20}};
   const hsize_t size = 2;
@@ -289,7 +139,7 @@ TEST(H5ad, ReadsTablesOfRecords) {
 }
 
 TEST(H5ad, OneCategoryMayBeAScalar) {
-  Builder build("scalar");
+  H5adBuilder build("scalar");
   build.Cells({"a"});
   build.Group("obs/kind");
   build.Numbers<int64_t>("obs/kind/codes", {1}, H5T_STD_I8LE, {0});
@@ -298,7 +148,7 @@ TEST(H5ad, OneCategoryMayBeAScalar) {
 }
 
 TEST(H5ad, PlainAndNullableColumnsBecomeSortedLabels) {
-  Builder build("plain");
+  H5adBuilder build("plain");
   build.Cells({"a", "b", "c", "d"});
   build.Texts("obs/text", {"T", "B", "T", ""});
   build.Texts("obs/fixed", {"exactly8", "B", "B", "T"}, Text::kFixed);
@@ -318,7 +168,7 @@ TEST(H5ad, PlainAndNullableColumnsBecomeSortedLabels) {
 }
 
 // [[0, 1.5, 0], [0, 0, 0], [2, 0, 3], [0, 4, 0]] with indices out of order and one element in two parts.
-void BuildSparse(Builder& build, const std::string& path, bool by_rows, bool legacy) {
+void BuildSparse(H5adBuilder& build, const std::string& path, bool by_rows, bool legacy) {
   build.Group(path);
   if (legacy) {
     build.TextAttribute(path, "h5sparse_format", by_rows ? "csr" : "csc");
@@ -339,7 +189,7 @@ void BuildSparse(Builder& build, const std::string& path, bool by_rows, bool leg
 }
 
 TEST(H5ad, ReadsSparseMatricesInBlocksOfAnySize) {
-  Builder build("sparse");
+  H5adBuilder build("sparse");
   build.Cells({"a", "b", "c", "d"});
   BuildSparse(build, "X", /*by_rows=*/true, /*legacy=*/false);
   build.Group("layers");
@@ -358,7 +208,7 @@ TEST(H5ad, ReadsSparseMatricesInBlocksOfAnySize) {
 }
 
 TEST(H5ad, ReadsEveryNumberTypeAndGzip) {
-  Builder build("types");
+  H5adBuilder build("types");
   build.Cells({"a", "b"});
   build.Group("layers");
   const std::vector<hid_t> types = {H5T_STD_I8LE, H5T_STD_U16BE, H5T_STD_I64LE, H5T_IEEE_F32BE,
@@ -383,7 +233,7 @@ TEST(H5ad, ReadsEveryNumberTypeAndGzip) {
 TEST(H5ad, ReadsLzf) {
   H5Zunregister(32000);  // Ours cannot write; without any the array is created all the same, and its chunk
                          // given as it is.
-  Builder build("lzf");
+  H5adBuilder build("lzf");
   build.Cells({"a", "b"});
   const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
   const hsize_t chunk[2] = {2, 2};
@@ -403,7 +253,7 @@ TEST(H5ad, ReadsLzf) {
 }
 
 TEST(H5ad, ReadsRowsInAnyOrder) {
-  Builder build("rows");
+  H5adBuilder build("rows");
   std::vector<std::string> names;
   std::vector<float> values;
   for (int i = 0; i < 500; ++i) {
@@ -420,13 +270,13 @@ TEST(H5ad, ReadsRowsInAnyOrder) {
   std::vector<float> out(12);
   ASSERT_TRUE(matrix->ReadRowList({499, 7, 2, 7, 300, 0}, out.data()).ok());
   EXPECT_THAT(out, ElementsAre(499, -499, 7, -7, 2, -2, 7, -7, 300, -300, 0, 0));
-  EXPECT_TRUE(matrix->ReadRowList({}, nullptr).ok());
+  EXPECT_TRUE(matrix->ReadRowList({}, static_cast<float*>(nullptr)).ok());
   EXPECT_THAT(std::string(matrix->ReadRowList({4, 3}, out.data()).message()),
               HasSubstr("found nan for cell 3"));
 }
 
 TEST(H5ad, AMatrixOutlivesItsFile) {
-  Builder build("outlives");
+  H5adBuilder build("outlives");
   build.Cells({"a"});
   build.Numbers<float>("X", {1, 2}, H5T_IEEE_F32LE, {1, 2});
   auto file = OpenOrDie(build.Done());
@@ -436,7 +286,7 @@ TEST(H5ad, AMatrixOutlivesItsFile) {
 }
 
 TEST(H5ad, MissingPiecesAreNamedBesideWhatThereIs) {
-  Builder build("missing");
+  H5adBuilder build("missing");
   build.Cells({"a"});
   build.Group("obsm");
   build.Numbers<float>("obsm/X_pca", {1, 2}, H5T_IEEE_F32LE, {1, 2});
@@ -450,14 +300,14 @@ TEST(H5ad, MissingPiecesAreNamedBesideWhatThereIs) {
   EXPECT_THAT(MessageOf(file->OpenMatrix("obsm/")), HasSubstr("wanted X, layers/NAME or obsm/KEY"));
   EXPECT_THAT(MessageOf(file->ReadLabels("obs/kind")), HasSubstr("found no column kind: there is nothing"));
   EXPECT_THAT(MessageOf(file->ReadLabels("kind")), HasSubstr("wanted obs/NAME"));
-  Builder empty("no_obs");
+  H5adBuilder empty("no_obs");
   empty.Group("uns");
   EXPECT_THAT(MessageOf(H5adFile::Open(empty.Done())),
               HasSubstr("found no obs (the table of cells); there is uns"));
 }
 
 TEST(H5ad, WrongShapesAndTypesAreNamed) {
-  Builder build("wrong");
+  H5adBuilder build("wrong");
   build.Cells({"a", "b"});
   build.Group("obsm");
   build.Numbers<float>("obsm/one_axis", {2}, H5T_IEEE_F32LE, {1, 2});
@@ -486,7 +336,7 @@ TEST(H5ad, WrongShapesAndTypesAreNamed) {
 }
 
 TEST(H5ad, NumbersThatAreNotFiniteAreNamedByCell) {
-  Builder build("nan");
+  H5adBuilder build("nan");
   build.Cells({"a", "b", "c"});
   build.Numbers<float>("X", {3, 2}, H5T_IEEE_F32LE, {0, 0, 0, 0, 0, std::numeric_limits<float>::quiet_NaN()});
   build.Group("layers");
@@ -502,7 +352,7 @@ TEST(H5ad, NumbersThatAreNotFiniteAreNamedByCell) {
 }
 
 TEST(H5ad, BrokenCategoriesAreRefused) {
-  Builder build("codes");
+  H5adBuilder build("codes");
   build.Cells({"a", "b"});
   for (const std::string name : {"high", "low", "floats"}) {
     build.Group("obs/" + name);
@@ -519,7 +369,7 @@ TEST(H5ad, BrokenCategoriesAreRefused) {
 }
 
 TEST(H5ad, BrokenSparseMatricesAreRefused) {
-  Builder build("broken_sparse");
+  H5adBuilder build("broken_sparse");
   build.Cells({"a", "b"});
   build.Group("layers");
   const auto sparse = [&](const std::string& path, const std::vector<int64_t>& indices,
@@ -565,7 +415,7 @@ TEST(H5ad, FilesThatAreNotWholeAreRefused) {
   std::ofstream(text) << "cell,label\n";
   EXPECT_THAT(MessageOf(H5adFile::Open(text)), HasSubstr("not an HDF5 file (11 bytes"));
 
-  Builder build("truncated");
+  H5adBuilder build("truncated");
   build.Cells({"a", "b"});
   build.Numbers<float>("X", {2, 1000}, H5T_IEEE_F32LE, std::vector<float>(2000, 1.0f));
   const std::string path = build.Done();
@@ -579,7 +429,7 @@ TEST(H5ad, FilesThatAreNotWholeAreRefused) {
 
 TEST(H5ad, AnArrayThatWasNeverWrittenIsRefused) {
   // HDF5 would answer with zeros: 2^30 cells out of a file of a few kilobytes.
-  Builder build("holes");
+  H5adBuilder build("holes");
   const hsize_t size = hsize_t{1} << 30;
   build.Group("obs");
   const hid_t space = H5Screate_simple(1, &size, nullptr);
@@ -591,7 +441,7 @@ TEST(H5ad, AnArrayThatWasNeverWrittenIsRefused) {
 }
 
 TEST(H5ad, AFilterThatIsNotInstalledIsNamed) {
-  Builder build("filter");
+  H5adBuilder build("filter");
   build.Cells({"a"});
   const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
   const hsize_t chunk[2] = {1, 1};
@@ -618,7 +468,7 @@ std::vector<unsigned char> Deflated(const std::vector<unsigned char>& bytes) {
 // row 2 is written by HDF5.
 std::string FileWithChunk(const std::vector<H5Z_filter_t>& filters, const std::vector<unsigned char>& chunk,
                           uint32_t skipped = 0) {
-  Builder build("chunk");
+  H5adBuilder build("chunk");
   build.Cells({"a", "b", "c"});
   const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
   const hsize_t chunk_size[2] = {2, 4};
@@ -703,7 +553,7 @@ TEST(H5ad, PipelinesThatCannotBeCheckedAreRefused) {
 }
 
 TEST(H5ad, ChunksTooLargeForMemoryAreRefused) {
-  Builder build("large_chunk");
+  H5adBuilder build("large_chunk");
   build.Cells({"a"});
   const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
   const hsize_t chunk[2] = {hsize_t{1} << 20, 65};
@@ -724,7 +574,7 @@ TEST(H5ad, ChunksTooLargeForMemoryAreRefused) {
 
 TEST(H5ad, ReadsPackedTextAndRecords) {
   // Their elements have other sizes in the file than in memory.
-  Builder build("packed");
+  H5adBuilder build("packed");
   build.Cells({"a", "b"});
   const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
   const hsize_t chunk = 2;

@@ -347,9 +347,14 @@ absl::Status Column::ReadIntegers(int64_t begin, int64_t count, int64_t* out) co
   return absl::OkStatus();
 }
 
-absl::Status Column::ReadFloats(int64_t begin, int64_t count, float* out) const {
+absl::Status Column::ReadNumbers(int64_t begin, int64_t count, float* out) const {
   EDUBA_CHECK(kind_ == Kind::kInteger || kind_ == Kind::kFloat);
   return Read(H5T_NATIVE_FLOAT, begin, count, out);
+}
+
+absl::Status Column::ReadNumbers(int64_t begin, int64_t count, double* out) const {
+  EDUBA_CHECK(kind_ == Kind::kInteger || kind_ == Kind::kFloat);
+  return Read(H5T_NATIVE_DOUBLE, begin, count, out);
 }
 
 absl::StatusOr<std::vector<std::string>> Column::ReadText(int64_t begin, int64_t count) const {

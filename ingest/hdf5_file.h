@@ -126,7 +126,8 @@ class Column {
   // Rows [begin, begin + count), converted. REQUIRES: the range lies in the column; the kind fits (booleans
   // are integers, too).
   absl::Status ReadIntegers(int64_t begin, int64_t count, int64_t* out) const;
-  absl::Status ReadFloats(int64_t begin, int64_t count, float* out) const;  // count * width() numbers
+  absl::Status ReadNumbers(int64_t begin, int64_t count, float* out) const;  // count * width() numbers
+  absl::Status ReadNumbers(int64_t begin, int64_t count, double* out) const;
   // Text, integers and booleans ("False", "True") as text; kInvalidArgument for other kinds.
   absl::StatusOr<std::vector<std::string>> ReadText(int64_t begin, int64_t count) const;
 

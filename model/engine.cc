@@ -153,7 +153,6 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadl
   PagedAttention attention(options_.backend, options_.model, contexts, options_.communicator, deadline);
   EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_.data()));
   sink_mass_ = attention.sink_mass();
-  for (double& mass : sink_mass_) mass /= static_cast<double>(ids.size());
   bytes_read_ = attention.bytes_read();
   return absl::OkStatus();
 }

@@ -188,9 +188,9 @@ class ModelEngine {
   std::vector<float> Logits(absl::Span<const float> hidden) const;
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
   absl::Span<const float> hidden() const { return hidden_; }
-  // Of the last step: the token sinks' share of each head's weights, averaged over its rows. [layers,
-  // query_heads]
-  const std::vector<double>& sink_mass() const { return sink_mass_; }
+  // Of the last step: the token sinks' share of each head's weights, summed over the rows of each turn, in
+  // units of kSinkMassUnit. [turns, layers, query_heads]
+  const std::vector<int64_t>& sink_mass() const { return sink_mass_; }
   // Bytes of keys and values that the last step read.
   int64_t bytes_read() const { return bytes_read_; }
 
@@ -214,7 +214,7 @@ class ModelEngine {
   const Options options_;
   std::vector<int64_t> positions_, sink_positions_;
   std::vector<float> hidden_;  // [rows, hidden_size] of the last step
-  std::vector<double> sink_mass_;
+  std::vector<int64_t> sink_mass_;
   int64_t bytes_read_ = 0;
 };
 

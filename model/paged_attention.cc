@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "attention/sharded_attention.h"
 #include "base/check.h"
@@ -85,12 +86,20 @@ absl::Status PagedAttention::AttendPart(const LayerRows& rows, const ContextRows
   EDUBA_ASSIGN_OR_RETURN(const AttentionAnswer answer,
                          AttendPages(*backend_, communicator, args, view.sink_tokens > 0, deadline_));
   std::copy(answer.outputs.begin(), answer.outputs.end(), outputs + step_row * query_row);
-  sink_mass_.resize(static_cast<size_t>(model_->config().layers.size()) * shape.query_heads);
-  for (size_t i = 0; i < answer.sink_mass.size(); ++i) {
-    sink_mass_[rows.layer * shape.query_heads + i % shape.query_heads] += answer.sink_mass[i];
-  }
+  AddSinkMass(rows, context, answer.sink_mass);
   bytes_read_ += answer.bytes_read;
   return absl::OkStatus();
+}
+
+void PagedAttention::AddSinkMass(const LayerRows& rows, const ContextRows& context,
+                                 absl::Span<const float> mass) {
+  const auto layers = static_cast<int64_t>(model_->config().layers.size());
+  const int64_t heads = context.pages->shape().query_heads;
+  sink_mass_.resize(contexts_.size() * layers * heads);
+  int64_t* sums = &sink_mass_[((&context - contexts_.data()) * layers + rows.layer) * heads];
+  for (size_t i = 0; i < mass.size(); ++i) {
+    sums[i % heads] += std::llrint(double{mass[i]} / kSinkMassUnit);
+  }
 }
 
 }  // namespace eduba

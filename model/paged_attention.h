@@ -23,6 +23,9 @@ struct LayerView {
   int64_t window = 0;  // kWindow only.
 };
 
+// One unit of sink mass in a sum over rows: kMaxPositions rows of mass 1 are 2^62.
+inline constexpr double kSinkMassUnit = 0x1p-32;
+
 // Neighbouring rows of a step that belong to one context.
 struct ContextRows {
   KvPages* pages = nullptr;  // With room for the rows.
@@ -52,21 +55,24 @@ class PagedAttention final : public LayerAttention {
   // Of rows whose keys and values are in the pages already, and `rows.keys` and `rows.values` null.
   absl::Status AttendWritten(const LayerRows& rows, float* outputs);
 
-  // Sums over rows of [layers, query_heads]: the token sinks' share of the weights.
-  const std::vector<double>& sink_mass() const { return sink_mass_; }
+  // [contexts, layers, query_heads]: the token sinks' share of the weights, summed over the context's rows,
+  // in units of kSinkMassUnit: integers, so that a sum over many steps does not depend on how they were cut.
+  const std::vector<int64_t>& sink_mass() const { return sink_mass_; }
   // Of keys and values, by this worker.
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
   absl::Status AttendPart(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
                           int64_t step_row, float* outputs);
+  // `mass` [rows of the context, query_heads].
+  void AddSinkMass(const LayerRows& rows, const ContextRows& context, absl::Span<const float> mass);
 
   Backend* const backend_;
   const Transformer* const model_;
   const absl::Span<const ContextRows> contexts_;
   Communicator* const communicator_;
   const absl::Time deadline_;
-  std::vector<double> sink_mass_;
+  std::vector<int64_t> sink_mass_;
   int64_t bytes_read_ = 0;
 };
 

@@ -29,9 +29,13 @@ inline constexpr int64_t kGenerateTokensMax = int64_t{1} << 20;
 inline constexpr int kStopStringsMax = 16;
 inline constexpr int64_t kStopStringBytesMax = 256;
 inline constexpr int kStopIdsMax = 1024;
+// Of one session's own sink tokens: they travel beside a full message of ids.
+inline constexpr int64_t kDedicatedSinksMax = 4096;
+// Of a model's heads over all layers, for sink mass: it travels beside full log-probabilities.
+inline constexpr int64_t kSinkMassHeadsMax = 49152;
 
 // WorkerHello.protocol. One more with every incompatible change of group.proto.
-inline constexpr int kGroupProtocol = 2;
+inline constexpr int kGroupProtocol = 3;
 
 inline constexpr int64_t kHeartbeatIntervalMs = 500;
 inline constexpr int64_t kHeartbeatTimeoutMs = 3000;

@@ -24,6 +24,10 @@ absl::Status CheckModelPart(const v1::ModelSpec& spec) {
   EDUBA_RETURN_IF_ERROR(CheckBound(windowed ? "window" : "window (policy model has the model's own)",
                                    spec.window(), windowed ? 1 : 0, windowed ? int64_t{1} << 30 : 0));
   EDUBA_RETURN_IF_ERROR(CheckBound("clamp", spec.clamp(), 0, int64_t{1} << 30));
+  if (spec.has_sink_token() && spec.sink_token() >= 0) {
+    EDUBA_RETURN_IF_ERROR(
+        CheckBound("sink_tokens (with a sink_token)", spec.sink_tokens(), 0, kDedicatedSinksMax));
+  }
   if (spec.positions() != v1::POSITION_MODE_ABSOLUTE && spec.policy() != v1::MODEL_POLICY_STREAMING) {
     return absl::InvalidArgumentError(
         "rolling and clamped positions need the streaming policy: other layers see keys at every distance");
@@ -31,7 +35,26 @@ absl::Status CheckModelPart(const v1::ModelSpec& spec) {
   return absl::OkStatus();
 }
 
+// What `part` leaves out and its policy has a use for.
+void FillIn(const v1::ModelSpec& defaults, v1::ModelSpec* part) {
+  if (part->policy() == v1::MODEL_POLICY_UNSPECIFIED) part->set_policy(defaults.policy());
+  const bool streaming = part->policy() == v1::MODEL_POLICY_STREAMING;
+  if (part->window() == 0 && (streaming || part->policy() == v1::MODEL_POLICY_STAR)) {
+    part->set_window(defaults.window());
+  }
+  if (part->positions() == v1::POSITION_MODE_UNSPECIFIED && streaming) {
+    part->set_positions(defaults.positions());
+  }
+  if (!part->has_sink_tokens() && defaults.has_sink_tokens()) part->set_sink_tokens(defaults.sink_tokens());
+  if (!part->has_sink_token() && defaults.has_sink_token()) part->set_sink_token(defaults.sink_token());
+}
+
 }  // namespace
+
+int64_t DedicatedSinks(const v1::SessionSpec& spec) {
+  const v1::ModelSpec& part = spec.model();
+  return part.has_sink_token() && part.sink_token() >= 0 ? part.sink_tokens() : 0;
+}
 
 absl::StatusOr<v1::SessionSpec> CompleteModelSpec(const v1::SessionSpec& given, const v1::Model& model) {
   v1::SessionSpec own = given;
@@ -51,9 +74,12 @@ absl::StatusOr<v1::SessionSpec> CompleteModelSpec(const v1::SessionSpec& given, 
   spec.set_head_dim(model.head_dim());
   spec.set_dtype(model.dtype());
   v1::ModelSpec* part = spec.mutable_model();
+  FillIn(model.session_defaults(), part);
   if (part->policy() == v1::MODEL_POLICY_UNSPECIFIED) part->set_policy(v1::MODEL_POLICY_MODEL);
   if (part->positions() == v1::POSITION_MODE_UNSPECIFIED) part->set_positions(v1::POSITION_MODE_ABSOLUTE);
   if (!part->has_sink_tokens()) part->set_sink_tokens(4);
+  if (!part->has_sink_token()) part->set_sink_token(-1);
+  EDUBA_RETURN_IF_ERROR(CheckBound("sink_token (-1: none)", part->sink_token(), -1, model.vocab_size() - 1));
   part->set_model_hash(model.hash());
   return CompleteSpec(spec);
 }

@@ -15,10 +15,14 @@ namespace eduba {
 // what is allowed.
 absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& spec);
 
-// A client's spec of a model session, filled in with the defaults and with the model's shape, hash and dtype,
-// and checked: CompleteSpec then leaves it as it is. INVALID_ARGUMENT as above, also for fields that are the
-// model's to say. REQUIRES: given.has_model().
+// A client's spec of a model session, filled in with the model's session defaults (field by field, where the
+// others allow them) and ours, and with the model's shape, hash and dtype, and checked: CompleteSpec then
+// leaves it as it is. INVALID_ARGUMENT as above, also for fields that are the model's to say. REQUIRES:
+// given.has_model().
 absl::StatusOr<v1::SessionSpec> CompleteModelSpec(const v1::SessionSpec& given, const v1::Model& model);
+
+// How many of a session's first positions hold its own sink token (ModelSpec.sink_token). 0: it has none.
+int64_t DedicatedSinks(const v1::SessionSpec& spec);
 
 // 1 to 128 of A-Z a-z 0-9 . _ -
 absl::Status ValidateSessionName(const std::string& name);

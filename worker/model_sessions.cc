@@ -162,6 +162,7 @@ absl::Status ModelSessions::StartGenerate(const v1::ModelGenerate& request, Job&
   job.session_id = request.session_id();
   job.context = &session->context;
   job.generate = request.request();
+  WantSinkMass(request.request().sink_mass(), job);
   job.sampling.temperature = job.generate.temperature();
   job.sampling.top_k = job.generate.top_k();
   job.sampling.top_p = job.generate.top_p() == 0 ? 1 : job.generate.top_p();
@@ -188,6 +189,7 @@ absl::Status ModelSessions::StartScore(const v1::ModelScore& request, Job& job) 
   job.kind = Kind::kScore;
   job.session_id = request.session_id();
   job.fork = session->context.Fork();
+  WantSinkMass(request.sink_mass(), job);
   return absl::OkStatus();
 }
 
@@ -263,7 +265,8 @@ void ModelSessions::ChooseTokens(const std::vector<Job*>& jobs) {
 }
 
 bool ModelSessions::GoesByWave(Job& job, bool& room) {
-  if (job.kind == Kind::kGenerate) return false;
+  // A wave's rows are spread over the ranks, and nobody gathers their sink mass.
+  if (job.kind == Kind::kGenerate || !job.sink_mass.empty()) return false;
   room = true;
   if (job.wave == nullptr) {
     if (job.done < job.in_chunks_until) return false;
@@ -297,6 +300,16 @@ Turn ModelSessions::MakeTurn(Job& job) {
   turn.asks = job.kind == Kind::kScore;
   if (job.kind == Kind::kScore) job.before.assign(job.context->last().begin(), job.context->last().end());
   return turn;
+}
+
+void ModelSessions::WantSinkMass(bool wanted, Job& job) const {
+  const v1::Model& model = options_.model->info();
+  if (wanted) job.sink_mass.assign(int64_t{model.layer_windows_size()} * model.query_heads(), 0);
+}
+
+void ModelSessions::AddSinkMass(size_t index, Job& job) const {
+  const size_t heads = job.sink_mass.size();
+  for (size_t i = 0; i < heads; ++i) job.sink_mass[i] += engine_.sink_mass()[index * heads + i];
 }
 
 absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time deadline,
@@ -367,6 +380,7 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
     const float* hidden = engine_.hidden().data();
     for (size_t i = 0; i < jobs.size(); ++i) {
       const auto rows = static_cast<int64_t>(turns[i].ids.size());
+      AddSinkMass(i, *jobs[i]);
       Advance(*jobs[i], turns[i], hidden);
       hidden += rows * width;
     }
@@ -381,6 +395,7 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
       if (status.ok()) status = engine_.StepPrepared({turns[i]}, deadline);
     }
     if (status.ok()) {
+      AddSinkMass(0, *jobs[i]);
       Advance(*jobs[i], turns[i], engine_.hidden().data());
     } else if (absl::IsInvalidArgument(status)) {
       Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
@@ -499,6 +514,7 @@ void ModelSessions::Finish(Job& job, const absl::Status& given, v1::FinishReason
   v1::ModelResult& answer = *result.mutable_model();
   uint64_t digest = HashInto(0, job.context->last());
   digest = HashInto(digest, absl::MakeConstSpan(job.log_probs));
+  digest = HashInto(digest, absl::MakeConstSpan(job.sink_mass));
   absl::Status status = given;
   if (status.ok() && !cancelled && job.pooler) {
     const auto vectors = job.pooler->Finish();
@@ -515,7 +531,15 @@ void ModelSessions::Finish(Job& job, const absl::Status& given, v1::FinishReason
   answer.set_finish_reason(reason);
   answer.set_cancelled(cancelled);
   answer.set_digest(digest);
-  if (options_.group->rank() == 0) answer.set_log_probs(BytesOf(absl::MakeConstSpan(job.log_probs)));
+  if (options_.group->rank() == 0) {
+    answer.set_log_probs(BytesOf(absl::MakeConstSpan(job.log_probs)));
+    std::vector<float> mass;
+    const auto rows = static_cast<double>(std::max<int64_t>(1, job.done));
+    for (const int64_t sum : job.sink_mass) {
+      mass.push_back(static_cast<float>(static_cast<double>(sum) * kSinkMassUnit / rows));
+    }
+    answer.set_sink_mass(BytesOf(absl::MakeConstSpan(mass)));
+  }
   jobs_.erase(job.ordinal);
   options_.send(message);
 }

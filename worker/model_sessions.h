@@ -92,7 +92,8 @@ class ModelSessions {
     SamplingOptions sampling;
     TokenChoice chosen;  // To be read in the step under way.
     std::unique_ptr<TextStream> text_stream;
-    std::string tail;  // The end of the text: what a stop string may have begun in.
+    std::vector<int64_t> sink_mass;  // kGenerate, kScore: sums [layers, query_heads]; empty: not wanted.
+    std::string tail;                // The end of the text: what a stop string may have begun in.
   };
 
   absl::StatusOr<Session*> Find(uint64_t session_id);
@@ -111,6 +112,10 @@ class ModelSessions {
   Turn MakeTurn(Job& job);
   // Its ids are to be read in chunks.
   void GiveUpWave(Job& job);
+  // Makes room for the sums of sink mass, where they are wanted.
+  void WantSinkMass(bool wanted, Job& job) const;
+  // What turn `index` of the last step brought.
+  void AddSinkMass(size_t index, Job& job) const;
   // Takes memory for the turns. `waver`, which may be null, loses its wave and becomes null where some rank
   // has no `room` for it. Turns that some rank has no memory for leave the step: for this time if waves had
   // it, which are given up then; else their jobs end. Returns rank 0's `newest`.

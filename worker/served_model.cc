@@ -5,12 +5,14 @@
 #include <cstring>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <system_error>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "base/status_macros.h"
 #include "model/read_file.h"
+#include "model/session_defaults.h"
 #include "rpc/spec.h"
 
 namespace eduba {
@@ -25,6 +27,28 @@ uint64_t HashOf(const std::string& config, const Safetensors& tensors) {
     hash = XXH3_64bits_withSeed(tensor.data, static_cast<size_t>(tensor.bytes), hash);
   }
   return hash;
+}
+
+// The last name of the path as it was given: a link to a folder has the link's name.
+std::string NameOf(const std::filesystem::path& given, const std::filesystem::path& canonical) {
+  std::filesystem::path path = given.lexically_normal();
+  if (path.filename().empty()) path = path.parent_path();
+  const std::string name = path.filename().string();
+  return name.empty() || name == "." || name == ".." ? canonical.filename().string() : name;
+}
+
+v1::ModelSpec ToProto(const SessionDefaults& defaults) {
+  v1::ModelSpec spec;
+  if (defaults.policy == "model") spec.set_policy(v1::MODEL_POLICY_MODEL);
+  if (defaults.policy == "streaming") spec.set_policy(v1::MODEL_POLICY_STREAMING);
+  if (defaults.policy == "star") spec.set_policy(v1::MODEL_POLICY_STAR);
+  if (defaults.positions == "absolute") spec.set_positions(v1::POSITION_MODE_ABSOLUTE);
+  if (defaults.positions == "rolling") spec.set_positions(v1::POSITION_MODE_ROLLING);
+  if (defaults.positions == "clamped") spec.set_positions(v1::POSITION_MODE_CLAMPED);
+  spec.set_window(defaults.window.value_or(0));
+  if (defaults.sink_tokens) spec.set_sink_tokens(*defaults.sink_tokens);
+  if (defaults.sink_token_id) spec.set_sink_token(*defaults.sink_token_id);
+  return spec;
 }
 
 std::string TokenizerKind(const std::filesystem::path& folder) {
@@ -55,13 +79,16 @@ absl::StatusOr<std::unique_ptr<ServedModel>> ServedModel::Load(const std::string
                          ReadWholeFile((path / "config.json").string(), kModelConfigBytesMax));
   const ModelConfig& config = model->loaded_.config;
   v1::Model& info = model->info_;
-  info.set_name(path.filename().string());
+  info.set_name(NameOf(folder, path));
   info.set_folder(path.string());
   info.set_family(ModelFamilyName(config.family));
   info.set_vocab_size(config.vocab_size);
   info.set_hidden_size(config.hidden_size);
   info.set_trained_positions(config.trained_positions);
   if (model->tokenizer_ != nullptr) info.set_tokenizer(TokenizerKind(path));
+  for (const auto& [name, tensor] : model->loaded_.tensors->tensors()) {
+    info.set_bytes(info.bytes() + tensor.bytes);
+  }
   info.set_hash(HashOf(config_text, *model->loaded_.tensors));
   info.set_query_heads(config.query_heads);
   info.set_kv_heads(config.kv_heads);
@@ -70,6 +97,15 @@ absl::StatusOr<std::unique_ptr<ServedModel>> ServedModel::Load(const std::string
   for (const LayerConfig& layer : config.layers) info.add_layer_windows(layer.window);
   if (config.bos_token) info.set_bos_token(*config.bos_token);
   for (const int32_t token : config.eos_tokens) info.add_eos_tokens(token);
+  EDUBA_ASSIGN_OR_RETURN(const std::optional<SessionDefaults> defaults, LoadSessionDefaults(path.string()));
+  if (defaults) {
+    *info.mutable_session_defaults() = ToProto(*defaults);
+    // What nobody could create a session with is a mistake in the file.
+    v1::SessionSpec spec;
+    spec.mutable_model();
+    EDUBA_RETURN_IF_ERROR(
+        Annotate(CompleteModelSpec(spec, info).status(), (path / "streaming.json").string()));
+  }
   return model;
 }
 

@@ -53,7 +53,8 @@ class FakeRank {
     return said;
   }
   bool hold_jobs = false;  // Jobs end only when they are cancelled.
-  uint64_t digest = 5;     // Of what it computes.
+  bool omit_sink_mass = false;
+  uint64_t digest = 5;  // Of what it computes.
 
   v1::CommandResult Answer(const v1::Command& command) {
     if (command.ordinal() != ++ordinal_) {
@@ -109,12 +110,16 @@ class FakeRank {
         RunJob(hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
                result.mutable_model());
         result.mutable_model()->set_finish_reason(v1::FINISH_REASON_LENGTH);
+        AddSinkMass(command.model_generate().request().sink_mass(), command.model_generate().session_id(),
+                    result.mutable_model());
         break;
       case v1::Command::kModelScore:
         RunJob(static_cast<int64_t>(command.model_score().ids().size() / 4), result.mutable_model());
         if (rank_ == 0) {
           result.mutable_model()->set_log_probs(std::string(command.model_score().ids().size(), '\1'));
         }
+        AddSinkMass(command.model_score().sink_mass(), command.model_score().session_id(),
+                    result.mutable_model());
         break;
       case v1::Command::kModelEmbed:
         RunJob(1, result.mutable_model());
@@ -158,6 +163,12 @@ class FakeRank {
   void RunJob(int64_t done, v1::ModelResult* result) const {
     result->set_done(done);
     result->set_digest(digest);
+  }
+
+  void AddSinkMass(bool wanted, uint64_t session_id, v1::ModelResult* result) const {
+    if (rank_ != 0 || !wanted || omit_sink_mass) return;
+    const v1::SessionSpec& spec = sessions_.at(session_id);
+    result->set_sink_mass(std::string(size_t{4} * spec.layers() * spec.query_heads(), '\1'));
   }
 
   // A generated token is the command's ordinal modulo 10; a vector has 4 numbers.

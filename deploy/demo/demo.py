@@ -1,4 +1,5 @@
-"""The main job: annotate a real cell atlas, know what is not in it, and do the same with a million cells. deploy/demo.sh calls it."""
+"""The main job: annotate a real cell atlas, know what is not in it, do the same with a million cells, and let a model read
+another atlas whole. deploy/demo.sh calls it."""
 
 import argparse
 import filecmp
@@ -13,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from cells import PLANTED, Synthetic, read_atlas, write_h5ad
 from report import Progress, auroc, heading, read_calls, table
 from service import Service
+from time_course import time_course
 
 SPLITS = 5      # of which the first is shown in full
 NEIGHBOURS = 15  # scanpy's default
@@ -170,6 +172,8 @@ def main():
     parser.add_argument("--atlas", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--cells", type=int, required=True)
+    parser.add_argument("--time-course", type=pathlib.Path, required=True, help="what hsmm.py wrote")
+    parser.add_argument("--whole", action="store_true", help="let the model read all genes of a cell, not the first 999")
     arguments = parser.parse_args()
     if arguments.cells < CELLS_MIN:
         parser.error(f"found --cells {arguments.cells}, wanted {CELLS_MIN} or more")
@@ -178,6 +182,7 @@ def main():
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     began = time.monotonic()
     Demo(arguments).run()
+    time_course(arguments.eduba, arguments.time_course, arguments.work, arguments.whole)
     print(f"\nDone in {time.monotonic() - began:.0f} s. The tables of calls are in {arguments.work}")
 
 

@@ -9,15 +9,18 @@ import subprocess
 class Service:
     """Starts the service with some workers in one process on a free port; stops it at the end of the `with` block."""
 
-    def __init__(self, eduba, workers, log):
+    def __init__(self, eduba, workers, log, *arguments):
+        """`arguments`: more of `eduba up`."""
         self.eduba = str(eduba)
         self.workers = workers
         self.log = pathlib.Path(log)
+        self.arguments = arguments
 
     def __enter__(self):
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [self.eduba, "up", "--workers", str(self.workers), "--listen", "127.0.0.1:0", "--memory-bytes", "4GiB"],
+                [self.eduba, "up", "--workers", str(self.workers), "--listen", "127.0.0.1:0", "--memory-bytes", "4GiB",
+                 *self.arguments],
                 stdout=subprocess.PIPE, stderr=log, text=True)
         for line in self.process.stdout:
             if line.startswith("ready: "):

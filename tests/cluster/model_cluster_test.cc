@@ -81,6 +81,7 @@ ModelProblem MakeModelProblem(uint64_t seed) {
     problem.ranges.insert(problem.ranges.end(), {at, at + 1 + Below(random, 50)});
   }
   problem.generate.set_max_tokens(12);
+  problem.generate.set_sink_mass(true);
   if (Below(random, 2) == 0) {
     problem.generate.set_temperature(0.8F);
     problem.generate.set_seed(seed);
@@ -93,17 +94,21 @@ struct ModelAnswers {
   std::vector<float> vectors;
   std::string ids, log_probs;  // generated, as they came
   std::vector<float> scores_behind;
+  std::vector<float> score_mass;  // [layers, query_heads], as the next
+  std::string generate_mass;
   bool operator==(const ModelAnswers&) const = default;
 };
 
 absl::StatusOr<v1::GenerateSummary> Generate(Client& client, const std::string& session,
                                              v1::GenerateRequest request, ModelAnswers* answers) {
   request.set_session(session);
-  return client.Generate(request, [&](const v1::GenerateResponse::Tokens& tokens) {
+  const auto summary = client.Generate(request, [&](const v1::GenerateResponse::Tokens& tokens) {
     answers->ids += tokens.ids();
     answers->log_probs += tokens.log_probs();
     return absl::OkStatus();
   });
+  if (summary.ok()) answers->generate_mass = summary->sink_mass();
+  return summary;
 }
 
 // Random chunks, with repetitions and mistakes between.
@@ -140,6 +145,8 @@ ModelAnswers AskAll(Client& client, const std::string& session, const ModelProbl
   const auto scores = client.Score(session, problem.question);
   EXPECT_TRUE(scores.ok()) << scores.status();
   if (scores.ok()) answers.scores = *scores;
+  // Asking for sink mass changes nothing else.
+  EXPECT_EQ(*client.Score(session, problem.question, &answers.score_mass), answers.scores);
   const auto vectors =
       client.Embed(session, problem.ranges, problem.seed % 2 == 0 ? v1::POOL_MEAN : v1::POOL_LAST);
   EXPECT_TRUE(vectors.ok()) << vectors.status();
@@ -262,6 +269,96 @@ TEST(ModelCluster, LongPromptsAreSharedOutToTheBytesOfOneWorker) {
     EXPECT_TRUE(ask(3, "gloo", 1100) == wanted) << c.model << " " << c.policy;
     EXPECT_TRUE(ask(4, "local", 2999) == wanted) << c.model << " " << c.policy;
   }
+}
+
+TEST(ModelCluster, SinkMassIsTheSinksShareOfEachHead) {
+  TestCluster cluster(ClusterOf(3, "gemma3"));
+  Client& client = cluster.client();
+  const auto model = client.GetModel();
+  ASSERT_TRUE(model.ok()) << model.status();
+  const int64_t heads = model->query_heads();
+  v1::SessionSpec spec = ModelSession();
+  ASSERT_TRUE(client.CreateSession("s", spec).ok());
+  spec.mutable_model()->set_sink_tokens(65536);
+  ASSERT_TRUE(client.CreateSession("all", spec).ok());
+  Random random(3);
+  const std::vector<int32_t> ids = RandomIds(random, 700);
+  std::vector<float> some;
+  std::vector<float> all;
+  for (const char* name : {"s", "all"}) ASSERT_TRUE(client.AppendTokens(name, ids, {}).ok());
+  ASSERT_TRUE(client.Score("s", absl::MakeConstSpan(ids).first(300), &some).ok());
+  ASSERT_TRUE(client.Score("all", absl::MakeConstSpan(ids).first(300), &all).ok());
+  ASSERT_EQ(static_cast<int64_t>(some.size()), model->layer_windows_size() * heads);
+  for (size_t i = 0; i < some.size(); ++i) {
+    // A layer's own window keeps no sinks; where all that is seen is a sink, they have all the weight.
+    const bool windowed = model->layer_windows(static_cast<int>(i) / static_cast<int>(heads)) > 0;
+    EXPECT_EQ(all[i], windowed ? 0 : 1) << i;
+    EXPECT_TRUE(windowed ? some[i] == 0 : some[i] > 0 && some[i] < 1) << i << " " << some[i];
+  }
+}
+
+TEST(ModelCluster, DedicatedSinksAreTheSameAsTokensThatTheClientSends) {
+  for (const int workers : {1, 3}) {
+    TestCluster cluster(ClusterOf(workers, "llama"));
+    Client& client = cluster.client();
+    ModelProblem problem = MakeModelProblem(7);
+    v1::ModelSpec& model = *problem.spec.mutable_model();
+    model.set_sink_tokens(300);  // More than one chunk.
+    model.clear_sink_token();
+    ASSERT_TRUE(client.CreateSession("sent", problem.spec).ok());
+    model.set_sink_token(11);
+    const auto session = client.CreateSession("dedicated", problem.spec);
+    ASSERT_TRUE(session.ok()) << session.status();
+    EXPECT_EQ(session->length(), 0);
+    v1::GenerateRequest request = problem.generate;
+    ModelAnswers nothing;
+    EXPECT_EQ(Generate(client, "dedicated", request, &nothing).status().code(),
+              absl::StatusCode::kFailedPrecondition);
+    ASSERT_TRUE(client.AppendTokens("sent", std::vector<int32_t>(300, 11), {}).ok());
+    ASSERT_TRUE(client.AppendTokens("sent", problem.ids, {}).ok());
+    const auto receipt = client.AppendTokens("dedicated", problem.ids, {});
+    ASSERT_TRUE(receipt.ok()) << receipt.status();
+    EXPECT_EQ(receipt->at(), 300);
+    EXPECT_EQ(receipt->count(), static_cast<int64_t>(problem.ids.size()));
+    EXPECT_EQ(receipt->length(), 300 + receipt->count());
+    EXPECT_TRUE(AskAll(client, "dedicated", problem) == AskAll(client, "sent", problem)) << problem.Text();
+  }
+}
+
+TEST(ModelCluster, AnAppendThatEndsAmongTheSinksGoesOnBehindThem) {
+  TestCluster::Options options = ClusterOf(1, "llama");
+  options.memory_bytes = int64_t{4} << 20;
+  TestCluster cluster(options);
+  Client& client = cluster.client();
+  v1::SessionSpec spec = ModelSession();
+  spec.mutable_model()->set_sink_tokens(4096);
+  spec.mutable_model()->set_sink_token(11);
+  ASSERT_TRUE(client.CreateSession("filler", ModelSession()).ok());
+  ASSERT_TRUE(client.CreateSession("s", spec).ok());
+  int64_t filled = 0;
+  while (client.AppendTokens("filler", std::vector<int32_t>(256, 3), {}).ok()) filled += 256;
+  // Room for some of the sinks.
+  ASSERT_TRUE(client.DeleteSession("filler").ok());
+  ASSERT_TRUE(client.CreateSession("filler", ModelSession()).ok());
+  ASSERT_GT(filled, 4352);
+  ASSERT_TRUE(client.AppendTokens("filler", std::vector<int32_t>(filled - 1024, 3), {}).ok());
+  EXPECT_EQ(client.AppendTokens("s", {1, 2}, {}).status().code(), absl::StatusCode::kResourceExhausted);
+  const int64_t length = client.GetSession("s")->length();
+  ASSERT_GT(length, 0);
+  ASSERT_LT(length, 4096);
+  EXPECT_THAT(std::string(client.Score("s", {1}).status().message()),
+              HasSubstr("of its 4096 sink tokens only"));
+  ASSERT_TRUE(client.DeleteSession("filler").ok());
+  const auto receipt = client.AppendTokens("s", {1, 2}, {});
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->at(), 4096);
+  EXPECT_EQ(receipt->count(), 2);
+  EXPECT_EQ(receipt->length(), 4098);
+  AppendOptions again;
+  again.at = 0;
+  std::vector<int32_t> all(4096, 11);
+  all.insert(all.end(), {1, 2});
+  EXPECT_EQ(client.AppendTokens("s", all, again)->already_stored(), 4098);
 }
 
 TEST(ModelCluster, GenerationGoesOnBehindADeadlineAsIfThereHadBeenNone) {

@@ -143,6 +143,74 @@ def services(channel):
 # [end]
 
 
+# [model]
+def create_model_session(eduba, name):
+    """A session of the workers' model, as its folder says (GetModel's session_defaults), and the model."""
+    model = eduba.GetModel(pb.GetModelRequest(), timeout=30)
+    spec = pb.SessionSpec(model=pb.ModelSpec())
+    return eduba.CreateSession(pb.CreateSessionRequest(name=name, spec=spec), timeout=30), model
+# [end]
+
+
+# [tokens]
+def append_tokens(eduba, session, ids, at=None):
+    """ids: token ids. Returns the receipt: its `at` is the position of the first."""
+    ids = np.asarray(ids, "<i4")
+    rows = PIECE_BYTES // 4
+
+    def messages():
+        for first in range(0, max(1, len(ids)), rows):
+            request = pb.AppendTokensRequest(ids=ids[first:first + rows].tobytes())
+            if first == 0:
+                request.session = session
+                if at is not None:
+                    request.at = at
+            yield request
+    return eduba.AppendTokens(messages(), timeout=600)
+# [end]
+
+
+# [generate]
+def generate(eduba, session, count, **options):
+    """Returns token ids, their log-probabilities, the text that they make, and the summary. Each message is there as soon as its
+    tokens are chosen: print its text as it comes, or cancel the call."""
+    ids, log_probs, text, summary = [], [], "", None
+    request = pb.GenerateRequest(session=session, max_tokens=count, **options)
+    for response in eduba.Generate(request, timeout=600):
+        if response.HasField("summary"):
+            summary = response.summary
+        else:
+            ids.extend(np.frombuffer(response.tokens.ids, "<i4"))
+            log_probs.extend(np.frombuffer(response.tokens.log_probs, "<f4"))
+            text += response.tokens.text
+    return ids, log_probs, text, summary
+# [end]
+
+
+# [score]
+def score(eduba, session, ids):
+    """ln P(ids[i] | session, ids before i) [ids], and the sinks' share of the weights [layers * query_heads]."""
+    request = pb.ScoreRequest(session=session, ids=np.asarray(ids, "<i4").tobytes(), sink_mass=True)
+    response = eduba.Score(request, timeout=600)
+    return np.frombuffer(response.log_probs, "<f4"), np.frombuffer(response.sink_mass, "<f4")
+# [end]
+
+
+# [embed]
+def embed(eduba, session, ranges):
+    """ranges [n, 2]: positions [begin, end), ascending. Returns their mean hidden states [n, hidden_size]."""
+    request = pb.EmbedRequest(session=session, ranges=np.asarray(ranges, "<i8").tobytes(), pool=pb.POOL_MEAN)
+    vectors = b"".join(response.vectors for response in eduba.Embed(request, timeout=600))
+    return np.frombuffer(vectors, "<f4").reshape(len(ranges), -1)
+# [end]
+
+
+# [fork]
+def fork(eduba, session, name):
+    return eduba.ForkSession(pb.ForkSessionRequest(session=session, name=name), timeout=30)
+# [end]
+
+
 def oracle(keys, values, queries, limit, spec):
     """What attend must answer, in float64. limit [rows]: keys at positions <= limit are seen."""
     group = spec.query_heads // spec.kv_heads
@@ -155,6 +223,30 @@ def oracle(keys, values, queries, limit, spec):
     total = weights.sum(axis=-1, keepdims=True)
     return (np.einsum("rht,thv->rhv", weights / total, v), (top + np.log(total))[..., 0],
             (weights[..., :spec.sink_tokens].sum(axis=-1) / total[..., 0]))
+
+
+def ask_model(eduba):
+    """Where the workers have a model: everything that a session of it answers, and what must hold."""
+    session, model = create_model_session(eduba, "grpc-model")
+    sinks = session.spec.model.sink_tokens if session.spec.model.sink_token >= 0 else 0
+    random = np.random.default_rng(2)
+    ids = random.integers(0, model.vocab_size, 300)
+    receipt = append_tokens(eduba, session.name, ids)
+    assert (receipt.at, receipt.count, receipt.length) == (sinks, 300, sinks + 300), receipt
+    assert append_tokens(eduba, session.name, ids, at=sinks).already_stored == 300
+
+    fork(eduba, session.name, "grpc-fork")
+    said, log_probs, text, summary = generate(eduba, "grpc-fork", 5, temperature=1.0, seed=3)
+    assert len(said) == summary.tokens == 5 and summary.length == sinks + 305, summary
+    # The session itself has not changed: it gives what was said the probabilities that it was said with.
+    scored, mass = score(eduba, session.name, said)
+    assert scored.tolist() == log_probs, (scored, log_probs)
+    assert len(mass) == len(model.layer_windows) * model.query_heads and (mass > 0).all() and (mass <= 1).all()
+    vectors = embed(eduba, session.name, [[sinks, sinks + 100], [sinks + 100, sinks + 300]])
+    assert vectors.shape == (2, model.hidden_size) and np.isfinite(vectors).all()
+    for name in (session.name, "grpc-fork"):
+        eduba.DeleteSession(pb.DeleteSessionRequest(name=name), timeout=30)
+    print(f"ok: model {model.name} goes on with{text!r}")
 
 
 def main():
@@ -185,6 +277,12 @@ def main():
     assert np.abs(sink_mass - want_mass).max() < 1e-5
 
     show_error(eduba)
+    try:
+        ask_model(eduba)
+    except grpc.RpcError as refusal:
+        if refusal.code() != grpc.StatusCode.FAILED_PRECONDITION:
+            raise
+        print("no model here:", refusal.details())
     eduba.DeleteSession(pb.DeleteSessionRequest(name=session.name), timeout=30)
     print("ok: relative error %.1e over %d workers" % (error, summary.workers))
 

@@ -37,13 +37,14 @@ class Guide(unittest.TestCase):
         self.assertEqual(quoted, parts, "docs/grpc.md and the example differ: copy the example's parts into the guide")
 
     def test_the_example_runs(self):
-        for transport in ([], ["--processes"]):
-            with program.Server("--workers", 2, *transport) as server:
+        for arguments, said in (([], "no model here"), (["--processes"], "no model here"), (["--model", "nano"], "ok: model nano")):
+            with program.Server("--workers", 2, *arguments) as server:
                 result = subprocess.run([sys.executable, example.__file__, server.address], capture_output=True, text=True,
                                         env={**os.environ, "PYTHONPATH": os.environ["STUBS"]}, timeout=120)
                 self.assertEqual(result.returncode, 0, result.stderr)
                 self.assertIn("ok: relative error", result.stdout)
                 self.assertIn("over 2 workers", result.stdout)
+                self.assertIn(said, result.stdout)
 
 
 class Wire(unittest.TestCase):

@@ -1,6 +1,7 @@
 """Model sessions through the real program: against what transformers computed (tests/golden/models), the same bytes for any
 number of workers and either transport, and one line for every mistake."""
 
+import json
 import pathlib
 import shutil
 import subprocess
@@ -8,7 +9,9 @@ import tempfile
 import threading
 import unittest
 
+import h5py
 import numpy as np
+import scipy.sparse
 
 import program
 
@@ -19,6 +22,23 @@ VOCABULARY = 97
 def log_softmax(logits):
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def write_h5ad(path, x, symbols, index):
+    """Cells with their genes' names in var/feature_name, as anndata 0.8 to 0.12 writes them."""
+    with h5py.File(path, "w") as file:
+        for table, names in (("obs", [f"cell{i}" for i in range(x.shape[0])]), ("var", index)):
+            file.create_group(table).attrs["_index"] = "_index"
+            file[table]["_index"] = np.array(names, dtype=h5py.string_dtype())
+        file["var/feature_name"] = np.array(symbols, dtype=h5py.string_dtype())
+        if not scipy.sparse.issparse(x):
+            file["X"] = x
+            return
+        matrix = file.create_group("X")
+        matrix.attrs["encoding-type"] = "csr_matrix"
+        matrix.attrs["shape"] = x.shape
+        for part in ("data", "indices", "indptr"):
+            matrix.create_dataset(part, data=getattr(x, part), compression="gzip")
 
 
 class ModelSessions(unittest.TestCase):
@@ -201,6 +221,186 @@ class ModelSessions(unittest.TestCase):
                     self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
                     self.assertIn(words, result.stderr)
             self.assertEqual(server.report("session", "list"), before)
+
+    def test_the_model_that_comes_with_the_program_is_called_by_name(self):
+        with program.Server("--processes", "--workers", 2, "--model", "nano") as server:
+            show = server.report("model", "show")
+            self.assertEqual((show["name"], show["tokenizer"]), ("nano", "genes"))
+        lonely = self.dir / "lonely"
+        lonely.mkdir()
+        shutil.copy(program.EDUBA, lonely)
+        for model, words in (("nano", "lonely/models/nano"), ("./nano", "no folder './nano'"), ("nono", "no folder 'nono'")):
+            result = subprocess.run([lonely / "eduba", "up", "--listen", "127.0.0.1:0", "--model", model], cwd=lonely,
+                                    capture_output=True, text=True, timeout=program.COMMAND_TIMEOUT_S)
+            self.assertEqual(result.returncode, 2, result.stderr)
+            self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+            self.assertIn(words, result.stderr)
+        # An installed program finds it in the share folder; a folder of the name in the working directory is "./nano".
+        share = self.dir / "share" / "eduba" / "models"
+        share.mkdir(parents=True)
+        shutil.copytree(self.model, share / "nano")
+        shutil.copytree(GOLDEN / "gemma3", lonely / "nano")
+        for model, family in (("nano", "llama"), ("./nano", "gemma3_text")):
+            process = subprocess.Popen([lonely / "eduba", "up", "--workers", "1", "--listen", "127.0.0.1:0", "--memory-bytes", "64MiB",
+                                        "--model", model], cwd=lonely, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            try:
+                address = process.stdout.readline().removeprefix("ready: ").strip()
+                shown = program.eduba("model", "show", "--json", server=address)
+                self.assertEqual(json.loads(shown.stdout)["family"], family, shown.stderr)
+            finally:
+                process.terminate()
+                process.communicate(timeout=program.COMMAND_TIMEOUT_S)
+
+    def gene_model(self, name, **streaming):
+        """The model, with a streaming.json of these fields and a vocabulary of genes behind [sOS] and [CELL]."""
+        folder = self.dir / name
+        shutil.copytree(self.model, folder)
+        (folder / "streaming.json").write_text(json.dumps(streaming))
+        (folder / "genes.txt").write_text("".join(
+            ["[sOS]\n", "[CELL]\n", "TBCE|E7\n", *(f"g{i}\n" for i in range(3, VOCABULARY))]))
+        return folder
+
+    def test_a_folder_says_how_its_sessions_are_meant_to_be(self):
+        defaults = {"policy": "streaming", "positions": "rolling", "window": 64, "sink_tokens": 3, "sink_token_id": 5}
+        with self.up("--workers", 2, model=self.gene_model("meant", **defaults)) as server:
+            shown = server.report("model", "show")["session_defaults"]
+            self.assertEqual(shown, {"policy": "streaming", "positions": "rolling", "window": 64, "sink_tokens": 3, "sink_token": 5})
+            self.assertIn("sink_tokens 3", server.run("model", "show"))
+            got = server.report("session", "create", "s", "--model")
+            self.assertEqual({key: got[key] for key in shown}, shown)
+            self.assertEqual(got["length"], 0)
+            self.assertIn("positions 0 to 2 are token 5", server.run("session", "show", "s"))
+            # The first token of a client is behind them, wherever it comes from.
+            appended = server.report("session", "append", "s", "--tokens", self.path("ids.npy"))
+            self.assertEqual((appended["at"], appended["length"]), (3, 3 + len(self.ids)))
+            again = server.report("session", "append", "s", "--tokens", self.path("ids.npy"), "--at", 3)
+            self.assertEqual(again["already_stored"], len(self.ids))
+            server.run("session", "create", "t", "--model")
+            self.assertEqual(server.report("generate", "t", "--prompt", "g8 g9", "--max-tokens", 4, "--ignore-eos")["length"], 9)
+            plain = server.report("session", "create", "plain", "--model", "--policy", "model", "--sink-token", "none")
+            self.assertEqual((plain["policy"], plain["positions"], plain["sink_token"]), ("model", "absolute", None))
+            other = server.report("session", "create", "other", "--model", "--window", 7, "--sink-token", 1, "--sink-tokens", 2)
+            self.assertEqual((other["policy"], other["window"], other["sink_token"], other["sink_tokens"]), ("streaming", 7, 1, 2))
+        for field, value, words in (("windw", 3, "windw"), ("window", 0, "window is 0"), ("policy", "all", "policy"),
+                                    ("sink_token_id", VOCABULARY, "wanted -1 to 96")):
+            with self.subTest(field):
+                bad = self.gene_model(f"bad_{field}", **{**defaults, field: value})
+                result = program.eduba("up", "--listen", "127.0.0.1:0", "--memory-bytes", "64MiB", "--model", bad)
+                self.assertEqual(result.returncode, 1)
+                self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+                self.assertIn("streaming.json", result.stderr)
+                self.assertIn(words, result.stderr)
+
+    def test_cells_become_their_expressed_genes(self):
+        names = ["g9", "nobody", "TBCE", "g3", "g4", "g5"]
+        x = np.array([[0, 5, 1, 2, 2, 1 + 1e-12], [1e-60, 0, 3, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 7, 0]])
+        genes = {"g9": 9, "TBCE": 2, "g3": 3, "g4": 4, "g5": 5}
+        wanted = []
+        for cell in x:
+            order = [i for i in np.argsort(-cell, kind="stable") if cell[i] > 0 and names[i] in genes]
+            wanted.append([1] + [genes[names[i]] for i in order])
+        write_h5ad(self.dir / "cells.h5ad", scipy.sparse.csr_matrix(x), names, [f"E{5 + i}" for i in range(6)])
+        write_h5ad(self.dir / "dense.h5ad", x, names, [f"E{5 + i}" for i in range(6)])
+        flat = np.array([id for cell in wanted for id in cell], np.int32)
+        self.save("flat.npy", flat)
+        self.save("some.npy", np.array([3, 0]))
+        ranges = np.cumsum([0] + [len(cell) for cell in wanted])
+        with self.up("--workers", 2, model=self.gene_model("cells", sink_tokens=2, sink_token_id=0)) as server:
+            for name in ("cells", "dense"):
+                server.run("session", "create", name, "--model")
+                report = server.report("session", "append", name, "--cells", self.path(f"{name}.h5ad"), "--ranges-out", self.path("r.npy"))
+                self.assertEqual((report["at"], report["count"], report["length"]), (2, len(flat), 2 + len(flat)))
+                self.assertEqual((report["cells"], report["genes"], report["genes_without_token"], report["expressed_left_out"]),
+                                 (4, 6, 1, 2))
+                np.testing.assert_array_equal(np.load(self.path("r.npy")), 2 + np.stack([ranges[:-1], ranges[1:]], axis=1))
+                # Again, in either form, it is all there.
+                for form in (["--tokens", self.path("flat.npy")], ["--cells", self.path("dense.h5ad")]):
+                    again = server.report("session", "append", name, *form, "--at", 2)
+                    self.assertEqual(again["already_stored"], len(flat))
+            embedded = server.report("embed", "cells", "--ranges", self.path("r.npy"), "--pool", "c2s", "--out", self.path("c2s.npy"))
+            self.assertEqual(embedded["ranges"], 4)
+            server.run("embed", "cells", "--ranges", self.path("r.npy"), "--out", self.path("mean.npy"))
+            self.assertEqual((self.dir / "c2s.npy").read_bytes(), (self.dir / "mean.npy").read_bytes())
+            # Some cells, their first genes, behind what is there.
+            report = server.report("session", "append", "cells", "--cells", self.path("cells.h5ad"), "--rows", self.path("some.npy"),
+                                   "--top-genes", 1, "--ranges-out", self.path("r.npy"))
+            self.assertEqual(report["at"], 2 + len(flat))
+            np.testing.assert_array_equal(np.load(self.path("r.npy")) - report["at"], [[0, 2], [2, 4]])
+            self.save("ends.npy", np.array([1, wanted[3][1], 1, wanted[0][1]]))
+            self.assertEqual(server.report("session", "append", "cells", "--tokens", self.path("ends.npy"), "--at",
+                                           report["at"])["already_stored"], 4)
+
+            before = server.report("session", "list")
+            bad = x.copy()
+            for value in (-1.0, np.nan):
+                bad[1, 2] = value
+                write_h5ad(self.dir / f"bad_{value}.h5ad", scipy.sparse.csr_matrix(bad), names, names)
+            write_h5ad(self.dir / "strangers.h5ad", x, [f"x{i}" for i in range(6)], names)
+            write_h5ad(self.dir / "twice.h5ad", x, ["g3"] * 6, names)
+            (self.dir / "truncated.h5ad").write_bytes((self.dir / "cells.h5ad").read_bytes()[:3000])
+            cases = [("bad_-1.0.h5ad", [], "found -1 for cell 1"), ("bad_nan.h5ad", [], "found nan for cell 1"),
+                     ("strangers.h5ad", [], "none of the 6 genes is in the model's vocabulary"),
+                     ("twice.h5ad", [], "genes 0 and 1 of var are both"), ("truncated.h5ad", [], "truncated.h5ad"),
+                     ("none.h5ad", [], "none.h5ad"), ("cells.h5ad", ["--genes", "var/no"], "no"),
+                     ("cells.h5ad", ["--matrix", "layers/no"], "layers"), ("cells.h5ad", ["--at", 2, "--top-genes", 1], "already, not")]
+            for file, arguments, words in cases:
+                with self.subTest(file=file, arguments=arguments):
+                    result = program.eduba("session", "append", "cells", "--cells", self.path(file), *arguments, server=server.address)
+                    self.assertEqual(result.returncode, 1, result.stderr)
+                    self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+                    self.assertIn(words, result.stderr)
+            self.assertEqual(server.report("session", "list"), before)
+
+    def test_cells_are_text_for_a_model_that_reads_text(self):
+        x = np.array([[0, 2.0, 1.0], [4.0, 0, 0]])
+        write_h5ad(self.dir / "text.h5ad", x, ["TP53", "ACTB", ""], ["E0", "E1", "E2"])
+        (self.dir / "text.txt").write_text("ACTB\nTP53\n")
+        # Byte-level BPE without a merge: one token a letter.
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        vocabulary = {letter: i for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789\u0120\u010a")}
+        (self.dir / "letters").mkdir()
+        (self.dir / "letters" / "tokenizer.json").write_text(json.dumps({
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": []}}))
+        with self.up("--workers", 1, model=GOLDEN / "gpt_neox") as server:
+            tokenizer = ["--tokenizer", self.path("letters")]
+            for name in ("cells", "text"):
+                server.run("session", "create", name, "--model")
+            report = server.report("session", "append", "cells", "--cells", self.path("text.h5ad"), *tokenizer)
+            self.assertEqual((report["cells"], report["genes_without_token"], report["expressed_left_out"]), (2, 1, 1))
+            text = server.report("session", "append", "text", "--text", self.path("text.txt"), *tokenizer)
+            self.assertEqual(text["count"], report["count"])
+
+    def test_sink_mass_comes_on_request(self):
+        answers = []
+        for workers in (1, 3):
+            with self.up("--workers", workers) as server:
+                server.run("session", "create", "s", "--model")
+                server.run("session", "append", "s", "--tokens", self.path("long.npy"))
+                server.run("score", "s", "--tokens", self.path("ids.npy"), "--out", self.path("lp.npy"), "--sink-mass", self.path("a.npy"))
+                server.run("generate", "s", "--max-tokens", 9, "--ignore-eos", "--sink-mass", self.path("b.npy"))
+                show = server.report("model", "show")
+                shape = (len(show["layer_windows"]), show["query_heads"])
+                for name in ("a.npy", "b.npy"):
+                    mass = np.load(self.path(name))
+                    self.assertEqual((mass.dtype, mass.shape), (np.float32, shape))
+                    self.assertTrue(((mass > 0) & (mass < 1)).all())
+                answers.append([(self.dir / name).read_bytes() for name in ("a.npy", "b.npy")])
+        self.assertEqual(answers[0], answers[1])
+
+    def test_the_models_are_listed(self):
+        alone = program.eduba("model", "list", server="127.0.0.1:1")
+        self.assertEqual(alone.returncode, 0, alone.stderr)
+        self.assertRegex(alone.stdout, r"nano +up --model nano +\d")
+        with self.up("--workers", 1) as server:
+            shipped, held = server.report("model", "list")
+            self.assertEqual((shipped["name"], shipped["served"]), ("nano", False))
+            self.assertGreater(shipped["bytes"], 1 << 20)
+            self.assertEqual((held["name"], held["served"]), ("tiny", True))
+            self.assertEqual(held["folder"], str(self.model.resolve()))
+            self.assertIn("tiny", server.run("model", "list"))
 
     def test_a_broken_model_is_refused_at_the_start(self):
         broken = self.dir / "broken"
