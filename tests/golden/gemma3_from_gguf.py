@@ -110,6 +110,8 @@ def write_tokenizer(value, path):
     for piece, score, kind in zip(
             value("tokenizer.ggml.tokens"), value("tokenizer.ggml.scores"), value("tokenizer.ggml.token_type")):
         model.pieces.add(piece=piece, score=score, type=kind)
+    # GGUF calls it a control token; SentencePiece before 0.2 refuses a model that has no unknown piece.
+    model.pieces[3].type = model.pieces[3].UNKNOWN
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(model.pieces)
