@@ -218,7 +218,9 @@ class NcclCommunicator final : public Communicator {
       EDUBA_RETURN_IF_ERROR(WaitForStream(DescribeCall(Operation::kSendReceive, 0), deadline));
       if (in > 0) std::memcpy(receive.data() + at, host_in, in);
     }
-    return absl::OkStatus();
+    // Who has sent and received all of its own could leave while another still takes in what it sent, and
+    // NCCL would tell that one that a peer is gone.
+    return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline);
   }
 
   // Reduces `count` elements of the buffers over the ranks; the first `bytes` go in and come back.
