@@ -38,10 +38,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--tokens", type=int, default=10 * MILLION)
+    parser.add_argument("--tokens-without-sinks", type=int, default=3 * MILLION)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     text = np.load(args.data / "ids.npy").astype(np.int32)[:MILLION]
-    millions = args.tokens // MILLION
+    millions = {"4 sinks": args.tokens // MILLION, "no sinks": args.tokens_without_sinks // MILLION}
     losses = {name: [] for name in SESSIONS}
     bytes_used = {name: [] for name in SESSIONS}  # (pages, process)
     print("%8s %10s %12s %12s %12s %14s" % ("million", "session", "perplexity", "tokens/s", "pages KiB", "resident MiB"), flush=True)
@@ -56,7 +57,7 @@ def main():
                 return server.report("session", "append", "s", "--tokens", path("ids.npy"), "--timeout", 3600)["seconds"]
 
             server.run("session", "create", "s", "--model", *flags)
-            for million in range(1, millions + 1):
+            for million in range(1, millions[name] + 1):
                 seconds = append(text[:MILLION - SCORED])
                 log_probs = []
                 for at in range(MILLION - SCORED, MILLION, PIECE):
@@ -73,8 +74,8 @@ def main():
     for name, values in losses.items():
         drift = np.exp(values[-1] - values[1]) - 1
         (pages, process), (last_pages, last_process) = bytes_used[name][1], bytes_used[name][-1]
-        print(f"{name}: perplexity of million {millions} over that of the second {drift:+.4%}; pages {last_pages - pages:+d} bytes; the process "
-              f"{(last_process - process) / (MILLION * max(1, millions - 2)):+.1f} bytes a token")
+        print(f"{name}: perplexity of million {len(values)} over that of the second {drift:+.4%}; pages {last_pages - pages:+d} bytes; the process "
+              f"{(last_process - process) / (MILLION * max(1, len(values) - 2)):+.1f} bytes a token")
         missed += name == "4 sinks" and (abs(drift) > 0.01 or pages != last_pages)
     print(f"without sinks the perplexity is {np.exp(losses['no sinks'][-1] - losses['4 sinks'][-1]):.2f} times that with them")
     return min(missed, 1)
