@@ -444,7 +444,7 @@ void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
 
 void ModelSessions::AdvanceReading(Job& job, int64_t count) {
   if (job.kind == Kind::kAppend) {
-    std::vector<int32_t>& ids = sessions_.at(job.session_id).ids;
+    std::deque<int32_t>& ids = sessions_.at(job.session_id).ids;
     ids.insert(ids.end(), job.ids.begin() + job.done, job.ids.begin() + job.done + count);
   }
   job.done += count;

@@ -2,6 +2,7 @@
 #define EDUBA_WORKER_MODEL_SESSIONS_H_
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -71,7 +72,7 @@ class ModelSessions {
     explicit Session(Context content) : context(std::move(content)) {}
     int64_t stripe_pages = 0;
     Context context;
-    std::vector<int32_t> ids;  // Of the context: what Embed reads again.
+    std::deque<int32_t> ids;  // Of the context: what Embed reads again.
   };
   enum class Kind { kAppend, kGenerate, kScore, kEmbed };
   struct Job {
