@@ -270,6 +270,10 @@ bool ModelSessions::GoesByWave(Job& job, bool& room) {
   room = true;
   if (job.wave == nullptr) {
     if (job.done < job.in_chunks_until) return false;
+    // One at a time: a wave holds the hidden states of a stripe.
+    for (const auto& [ordinal, other] : jobs_) {
+      if (other.wave != nullptr) return false;
+    }
     job.wave = engine_.StartWave(*job.context, absl::MakeConstSpan(job.ids).subspan(job.done),
                                  job.kind == Kind::kScore, job.kind == Kind::kScore,
                                  job.pooler ? &*job.pooler : nullptr);

@@ -62,5 +62,5 @@ def time_course(eduba, atlas, work, whole):
     chance = numpy.unique(hours, return_counts=True)[1].max() / len(hours)
     rows.append(["chance: the commonest hour", *[f"{chance:.3f}"] * len(COMPONENTS)])
     table(rows)
-    print("  What eduba-nano is, and how little it was trained, is in model/nano/weights/README.md; nobody should use its vectors in place\n"
+    print("  What eduba-nano is, and how it was trained, is in model/nano/weights/README.md; nobody should use its vectors in place\n"
           "  of PCA. The point is the way: a context of a whole atlas, asked cell by cell.")

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/cpu/flushed_subnormals.h"
 #include "kernels/cpu/matmul.h"
 
 #if defined(__x86_64__)
@@ -66,6 +67,7 @@ TileFunction TileFor(int64_t rows, std::integer_sequence<int, kCounts...> /*coun
 }
 
 void MultiplyPanel(const PanelCall& call) {
+  const FlushedSubnormals flushed;  // For what is added to the dot products.
   const int64_t tiles = (call.rows + kMaxTile - 1) / kMaxTile;
   const auto* weights = static_cast<const Bf16Pair*>(call.panel);
   for (int64_t at = 0, block = 0; at < call.inputs; at += kMatmulBlock, ++block) {

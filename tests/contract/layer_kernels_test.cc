@@ -244,6 +244,28 @@ TEST(CpuLayerKernels, RoundedActivationsGiveTheBitsOfTheChipsDotProductsOnEveryT
   }
 }
 
+TEST(CpuLayerKernels, RoundedActivationsFlushWhatIsAddedToDotProductsToo) {
+  const auto chip = MakeCpuLayerKernels(1, Activations::kBf16);
+  for (const std::string& target : CpuTargets()) {
+    const auto emulated = MakeCpuLayerKernelsForTest(1, target, Activations::kBf16);
+    for (LayerKernels* kernels : {chip.get(), emulated.get()}) {
+      // Two blocks of inputs, whose sums are normal and leave a subnormal difference; and a subnormal bias.
+      const Product p{1, DType::kBf16, {1}, 257, 1, true};
+      std::vector<char> weights(p.inputs * 2, 0);
+      std::vector<float> x(p.inputs, 0);
+      x[0] = x[256] = 0x1p-63F;
+      StoreElement(weights.data(), DType::kBf16, 0, 0x1.8p-63F);
+      StoreElement(weights.data(), DType::kBf16, 256, -0x1p-63F);
+      const auto packed = Pack(*kernels, p, weights);
+      const float none = 0;
+      EXPECT_EQ(Multiply(*kernels, *packed, x.data(), 1, &none)[0], 0) << target;
+      std::fill(x.begin(), x.end(), 0.0F);
+      const float subnormal = 0x1p-130F;
+      EXPECT_EQ(Multiply(*kernels, *packed, x.data(), 1, &subnormal)[0], 0) << target;
+    }
+  }
+}
+
 // ---- norms
 
 struct Vectors {
