@@ -1,10 +1,12 @@
 #include "kernels/log_sum.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -67,6 +69,25 @@ TEST(LogSumExp, AnswersWhatIsNotFinite) {
   EXPECT_EQ(LogSumExp({-kInfinity, -kInfinity}), -kInfinity);
   EXPECT_EQ(LogSumExp({1, kInfinity}), kInfinity);
   EXPECT_TRUE(std::isnan(LogSumExp({1, std::nanf(""), 2})));
+}
+
+// Workers of one process take their kernels at the same time.
+TEST(ForTarget, GivesEachThreadTheTargetThatItAskedFor) {
+  const std::vector<int64_t> targets = hwy::SupportedAndGeneratedTargets();
+  std::vector<LogSumFunction> wanted;
+  for (const int64_t target : targets) wanted.push_back(LogSumFor(target));
+  std::atomic<int> wrong = 0;
+  std::vector<std::thread> threads;
+  for (size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (size_t i = 0; i < 20000; ++i) {
+        const size_t which = (t + i) % targets.size();
+        wrong += LogSumFor(targets[which]) != wanted[which];
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
 }
 
 }  // namespace

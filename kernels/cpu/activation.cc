@@ -10,6 +10,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/activation.cc"
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/for_target.h"
 #include "kernels/cpu/simd_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -127,10 +128,7 @@ HWY_EXPORT(Functions);
 }  // namespace
 
 ActivationFunctions ActivationFor(int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  const ActivationFunctions functions = HWY_DYNAMIC_DISPATCH(Functions)();
-  hwy::GetChosenTarget().DeInit();
-  return functions;
+  return ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(Functions)(); });
 }
 
 }  // namespace eduba

@@ -14,6 +14,8 @@
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
 #include "hwy/targets.h"
+#include "kernels/cpu/for_target.h"
+#include "kernels/cpu/lane_sum-inl.h"
 #include "kernels/cpu/simd_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -21,12 +23,9 @@ namespace eduba::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using DF = hn::CappedTag<float, 16>;
+using DF = hn::CappedTag<float, kSumLanes>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
-// Virtual lanes of a sum, whatever the width of vectors.
-constexpr int kSumLanes = 16;
-constexpr int kVectors = kSumLanes / kLanes;
 // Elements that are summed in fp32 before they join the double: 16 a lane.
 constexpr int64_t kPiece = 256;
 
@@ -60,35 +59,13 @@ float Largest(const float* x, int64_t count) {
 }
 
 double LogSum(const float* x, int64_t count) {
-  const DF d;
   const float largest = Largest(x, count);
-  if (std::isnan(largest)) return largest;
-  if (std::isinf(largest)) return largest;
-  const VF shift = hn::Set(d, largest);
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kPiece) {
-    const int64_t end = std::min(count, begin + kPiece);
-    VF sum[kVectors];
-    for (auto& vector : sum) vector = hn::Zero(d);
-    const auto add = [&](const float* from) HWY_ATTR {
-      for (int v = 0; v < kVectors; ++v)
-        sum[v] = hn::Add(sum[v], Exp(d, hn::Sub(hn::LoadU(d, from + v * kLanes), shift)));
-    };
-    int64_t i = begin;
-    for (; i + kSumLanes <= end; i += kSumLanes) add(x + i);
-    if (i < end) {
-      float tail[kSumLanes];
-      std::fill_n(tail, kSumLanes, -std::numeric_limits<float>::infinity());  // Adds nothing.
-      std::copy(x + i, x + end, tail);
-      add(tail);
-    }
-    float lanes[kSumLanes];
-    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], d, lanes + v * kLanes);
-    for (int width = kSumLanes / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    total += lanes[0];
-  }
+  if (!std::isfinite(largest)) return largest;
+  const VF shift = hn::Set(DF(), largest);
+  const float nothing = -std::numeric_limits<float>::infinity();
+  const double total = LaneSum<kPiece>(x, count, nothing, [&](VF sum, VF values) HWY_ATTR {
+    return hn::Add(sum, Exp(DF(), hn::Sub(values, shift)));
+  });
   return largest + std::log(total);
 }
 
@@ -107,14 +84,11 @@ HWY_EXPORT(Function);
 }  // namespace
 
 LogSumFunction LogSumFor(int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  const LogSumFunction function = HWY_DYNAMIC_DISPATCH(Function)();
-  hwy::GetChosenTarget().DeInit();
-  return function;
+  return ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(Function)(); });
 }
 
 double LogSumExp(absl::Span<const float> x) {
-  static const LogSumFunction function = HWY_DYNAMIC_DISPATCH(Function)();
+  static const LogSumFunction function = LogSumFor(hwy::SupportedAndGeneratedTargets().front());
   return function(x.data(), static_cast<int64_t>(x.size()));
 }
 

@@ -15,6 +15,7 @@
 #include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/for_target.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
@@ -254,17 +255,11 @@ void PackRows(const MatrixView& part, int64_t first, int64_t count, int slot, bo
 }  // namespace
 
 MultiplyPanelFunction MultiplyPanelFor(int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  const MultiplyPanelFunction function = HWY_DYNAMIC_DISPATCH(Function)();
-  hwy::GetChosenTarget().DeInit();
-  return function;
+  return ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(Function)(); });
 }
 
 RoundToPairsFunction RoundToPairsFor(int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  const RoundToPairsFunction function = HWY_DYNAMIC_DISPATCH(RoundFunction)();
-  hwy::GetChosenTarget().DeInit();
-  return function;
+  return ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(RoundFunction)(); });
 }
 
 void PackPanel(const MatrixView* parts, int count, int64_t panel, void* to) {

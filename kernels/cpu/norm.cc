@@ -11,53 +11,28 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/norm.cc"
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/for_target.h"
+#include "kernels/cpu/lane_sum-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using DF = hn::CappedTag<float, 16>;
+using DF = hn::CappedTag<float, kSumLanes>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
-// Virtual lanes of a sum, whatever the width of vectors.
-constexpr int kSumLanes = 16;
-constexpr int kVectors = kSumLanes / kLanes;
 // Elements that are summed in fp32 before they join the double.
 constexpr int kPiece = 1024;
 
 // Sums of (x - shift), or of its squares.
 template <bool kSquares>
 double Sum(const float* x, int dim, float shift_value) {
-  const DF d;
-  const VF shift = hn::Set(d, shift_value);
-  double total = 0;
-  for (int begin = 0; begin < dim; begin += kPiece) {
-    const int end = std::min(dim, begin + kPiece);
-    VF sum[kVectors];
-    for (auto& vector : sum) vector = hn::Zero(d);
-    const auto add = [&](const float* from) HWY_ATTR {
-      for (int v = 0; v < kVectors; ++v) {
-        const VF a = hn::Sub(hn::LoadU(d, from + v * kLanes), shift);
-        sum[v] = kSquares ? hn::MulAdd(a, a, sum[v]) : hn::Add(sum[v], a);
-      }
-    };
-    int i = begin;
-    for (; i + kSumLanes <= end; i += kSumLanes) add(x + i);
-    if (i < end) {
-      float tail[kSumLanes];
-      std::fill_n(tail, kSumLanes, shift_value);  // Adds nothing.
-      std::copy(x + i, x + end, tail);
-      add(tail);
-    }
-    float lanes[kSumLanes];
-    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], d, lanes + v * kLanes);
-    for (int width = kSumLanes / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    total += lanes[0];
-  }
-  return total;
+  const VF shift = hn::Set(DF(), shift_value);
+  return LaneSum<kPiece>(x, dim, shift_value, [&](VF sum, VF values) HWY_ATTR {
+    const VF a = hn::Sub(values, shift);
+    return kSquares ? hn::MulAdd(a, a, sum) : hn::Add(sum, a);
+  });
 }
 
 void NormaliseVector(const NormArgs& args, const float* x, float* y) {
@@ -117,10 +92,7 @@ HWY_EXPORT(Function);
 }  // namespace
 
 NormaliseFunction NormaliseFor(int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  const NormaliseFunction function = HWY_DYNAMIC_DISPATCH(Function)();
-  hwy::GetChosenTarget().DeInit();
-  return function;
+  return ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(Function)(); });
 }
 
 }  // namespace eduba

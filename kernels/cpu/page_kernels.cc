@@ -12,6 +12,7 @@
 #include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/for_target.h"
 #include "kernels/cpu/page_layout.h"
 #include "kernels/cpu/simd_math-inl.h"
 
@@ -579,14 +580,10 @@ HWY_EXPORT(Kernels);
 }  // namespace
 
 std::vector<const PageKernels*> RunnablePageKernels() {
-  // Highway chooses once and for all; its test hook lets us take one table entry per target. Callers hold the
-  // pointers, so nothing depends on what is chosen afterwards.
   std::vector<const PageKernels*> runnable;
   for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
-    hwy::GetChosenTarget().Update(target);
-    runnable.push_back(HWY_DYNAMIC_DISPATCH(Kernels)());
+    runnable.push_back(ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(Kernels)(); }));
   }
-  hwy::GetChosenTarget().DeInit();
   return runnable;
 }
 

@@ -10,6 +10,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/rope.cc"
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/for_target.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
@@ -62,10 +63,7 @@ HWY_EXPORT(Function);
 }  // namespace
 
 RotateFunction RotateFor(int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  const RotateFunction function = HWY_DYNAMIC_DISPATCH(Function)();
-  hwy::GetChosenTarget().DeInit();
-  return function;
+  return ForTarget(target, [] { return HWY_DYNAMIC_DISPATCH(Function)(); });
 }
 
 }  // namespace eduba
