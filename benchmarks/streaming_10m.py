@@ -7,9 +7,9 @@ eduba-nano reads the first million tokens of the HSMM atlas again and again, so 
 differs: nothing it computes can reach back further than 4 layers of 256 tokens. In each million the last 100,000 tokens are scored (each given
 everything before it), by `eduba score` ahead of each append. Two sessions: `streaming` with 4 sinks and rolling positions, which is how the model
 was trained, and the same window without sinks (at absolute positions; without sinks there is nothing to roll). Wanted: the last million's
-perplexity within 1 % of the second's, and constant memory. Pages are: their bytes must be
-equal but for one page a layer, which a window begins to touch or not. The process grows by the token ids, which
-coordinator and worker keep (4 bytes a token each, for repeated appends and embeddings): bytes a token are printed."""
+perplexity within 1 % of the second's, and constant memory. Pages are: their bytes must be equal but for one page a layer, which a window begins to
+touch or not. The process grows by the token ids, which coordinator and worker keep (4 bytes a token each, for repeated appends and embeddings):
+bytes a token are printed."""
 
 import argparse
 import pathlib

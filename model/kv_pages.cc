@@ -8,6 +8,25 @@
 #include "base/status_macros.h"
 
 namespace eduba {
+namespace {
+
+// Removes those for which goes(index) is true; it is asked in ascending order, and may take the page.
+template <class Goes>
+void RemovePages(std::vector<PageRef>& refs, std::vector<std::shared_ptr<Page>>& pages, const Goes& goes) {
+  size_t kept = 0;
+  for (size_t i = 0; i < refs.size(); ++i) {
+    if (goes(i)) continue;
+    if (kept != i) {
+      refs[kept] = refs[i];
+      pages[kept] = std::move(pages[i]);
+    }
+    ++kept;
+  }
+  refs.resize(kept);
+  pages.resize(kept);
+}
+
+}  // namespace
 
 KvPages::KvPages(Backend* backend, PageStore* store, const AttentionShape& shape, const PageShare& share,
                  const std::vector<LayerPages>& layers)
@@ -74,21 +93,12 @@ void KvPages::Lend(int layer, absl::Span<const int64_t> indices, SparePages& spa
 
 void KvPages::TakeBack(int layer, absl::Span<const int64_t> indices, SparePages& spare) {
   Table& table = layers_[layer];
-  size_t kept = 0;
-  for (size_t i = 0; i < table.refs.size(); ++i) {
-    if (std::binary_search(indices.begin(), indices.end(), table.refs[i].index)) {
-      EDUBA_CHECK_EQ(table.pages[i].use_count(), 1);
-      spare.push_back(std::move(table.pages[i]));
-      continue;
-    }
-    if (kept != i) {
-      table.refs[kept] = table.refs[i];
-      table.pages[kept] = std::move(table.pages[i]);
-    }
-    ++kept;
-  }
-  table.refs.resize(kept);
-  table.pages.resize(kept);
+  RemovePages(table.refs, table.pages, [&](size_t i) {
+    if (!std::binary_search(indices.begin(), indices.end(), table.refs[i].index)) return false;
+    EDUBA_CHECK_EQ(table.pages[i].use_count(), 1);
+    spare.push_back(std::move(table.pages[i]));
+    return true;
+  });
 }
 
 int64_t KvPages::key_bytes() const {
@@ -131,19 +141,11 @@ void KvPages::Truncate(int64_t length) {
 
 void KvPages::Drop(int layer, PositionRange range, bool foreign_only) {
   Table& table = layers_[layer];
-  size_t kept = 0;
-  for (size_t i = 0; i < table.refs.size(); ++i) {
+  RemovePages(table.refs, table.pages, [&](size_t i) {
     const int64_t page = table.refs[i].index;
     const bool inside = page >= PageCount(range.begin) && PageBegin(page + 1) <= range.end;
-    if (inside && !(foreign_only && share_.Owns(page))) continue;
-    if (kept != i) {
-      table.refs[kept] = table.refs[i];
-      table.pages[kept] = std::move(table.pages[i]);
-    }
-    ++kept;
-  }
-  table.refs.resize(kept);
-  table.pages.resize(kept);
+    return inside && !(foreign_only && share_.Owns(page));
+  });
 }
 
 absl::Span<const PageRef> KvPages::Pages(int layer, PositionRange range) const {

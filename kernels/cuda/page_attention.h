@@ -63,6 +63,23 @@ EDUBA_DEVICE uint64_t FaultKey(int64_t page, int64_t row_head) {
   return ~((static_cast<uint64_t>(page) << 32) | static_cast<uint64_t>(row_head));
 }
 
+// Keeps m and l of one query vector's partial, and tells the step what it has to know of it. `sees_keys`: of
+// this page; `good`: all of its arithmetic was finite.
+EDUBA_DEVICE void KeepTotals(const AttendArgs& args, int64_t slot, int64_t page, int64_t row_head,
+                             bool sees_keys, bool good, float m, float l) {
+  float largest = -Infinity();
+  float sum = 0;
+  if (sees_keys) {
+    largest = good ? m : Infinity();
+    sum = good ? l : 0;
+    AtomicMax(&args.maxima[row_head], OrderOf(largest));
+    if (!good) AtomicMax(args.fault, FaultKey(page, row_head));
+  }
+  const int64_t place = slot * args.rows * args.query_heads + row_head;
+  args.m[place] = largest;
+  args.l[place] = sum;
+}
+
 // What a block keeps in shared memory, in floats from its start.
 struct AttendShared {
   int query;    // [tile, head_pitch]
@@ -419,18 +436,8 @@ EDUBA_DEVICE void AttendPage(const Block& block, const AttendArgs& args) {
 
   block.Threads([&](int t) {
     if (t >= kTile || t >= vectors) return;
-    const int64_t row_head = row_head_of(t);
-    float largest = -Infinity();
-    float sum = 0;
-    if (begin[t] < end[t]) {
-      const bool good = finite[t] != 0 && IsFinite(l[t]);
-      largest = good ? m[t] : Infinity();
-      sum = good ? l[t] : 0;
-      AtomicMax(&args.maxima[row_head], OrderOf(largest));
-      if (!good) AtomicMax(args.fault, FaultKey(page.index, row_head));
-    }
-    args.m[slot * row_heads + row_head] = largest;
-    args.l[slot * row_heads + row_head] = sum;
+    KeepTotals(args, slot, page.index, row_head_of(t), begin[t] < end[t], finite[t] != 0 && IsFinite(l[t]),
+               m[t], l[t]);
   });
 }
 

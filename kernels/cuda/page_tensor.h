@@ -456,18 +456,8 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
         const TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
         const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
         if (lane % 4 != 0 || v >= vectors) return;
-        const int64_t row_head = row_head_of(v);
-        float largest = -Infinity();
-        float sum = 0;
-        if (shared.begin[v] < shared.end[v]) {
-          const bool good = r.bad[i] == 0 && IsFinite(r.l[i]);
-          largest = good ? r.m[i] : Infinity();
-          sum = good ? r.l[i] : 0;
-          AtomicMax(&args.maxima[row_head], OrderOf(largest));
-          if (!good) AtomicMax(args.fault, FaultKey(page.index, row_head));
-        }
-        args.m[slot * row_heads + row_head] = largest;
-        args.l[slot * row_heads + row_head] = sum;
+        KeepTotals(args, slot, page.index, row_head_of(v), shared.begin[v] < shared.end[v],
+                   r.bad[i] == 0 && IsFinite(r.l[i]), r.m[i], r.l[i]);
       });
     }
   });
