@@ -168,7 +168,7 @@ struct HandlerScope {
 
 class FakePages : public v1::Pages::Service {
  public:
-  grpc::Status Upload(grpc::ServerContext* context, grpc::ServerReader<v1::UploadRequest>* reader,
+  grpc::Status Upload(grpc::ServerContext* /*context*/, grpc::ServerReader<v1::UploadRequest>* reader,
                       v1::UploadResponse* response) override {
     const HandlerScope scope;
     v1::UploadRequest request;
@@ -203,26 +203,26 @@ class FakePages : public v1::Pages::Service {
 
 class FakeEduba : public v1::Eduba::Service {
  public:
-  grpc::Status PlanAppend(grpc::ServerContext*, const v1::PlanAppendRequest* request,
+  grpc::Status PlanAppend(grpc::ServerContext*, const v1::PlanAppendRequest* /*request*/,
                           v1::AppendPlan* result) override {
     const HandlerScope scope;
     *result = plan;
     return grpc::Status::OK;
   }
-  grpc::Status CommitAppend(grpc::ServerContext*, const v1::CommitAppendRequest* request,
+  grpc::Status CommitAppend(grpc::ServerContext*, const v1::CommitAppendRequest* /*request*/,
                             v1::AppendReceipt* receipt) override {
     const HandlerScope scope;
     ++commits;
     receipt->set_length(plan.at() + plan.count());
     return commit_status;
   }
-  grpc::Status AbortAppend(grpc::ServerContext*, const v1::AbortAppendRequest* request,
+  grpc::Status AbortAppend(grpc::ServerContext*, const v1::AbortAppendRequest* /*request*/,
                            v1::AbortAppendResponse*) override {
     const HandlerScope scope;
     ++aborts;
     return grpc::Status::OK;
   }
-  grpc::Status GetSession(grpc::ServerContext* context, const v1::GetSessionRequest* request,
+  grpc::Status GetSession(grpc::ServerContext* /*context*/, const v1::GetSessionRequest* /*request*/,
                           v1::Session* session) override {
     const HandlerScope scope;
     if (hang) {
@@ -243,7 +243,7 @@ class FakeEduba : public v1::Eduba::Service {
     return grpc::Status::OK;
   }
   grpc::Status Append(grpc::ServerContext*, grpc::ServerReader<v1::AppendRequest>* reader,
-                      v1::AppendReceipt* receipt) override {
+                      v1::AppendReceipt* /*receipt*/) override {
     const HandlerScope scope;
     v1::AppendRequest request;
     while (reader->Read(&request)) thin.push_back(request);
@@ -438,8 +438,8 @@ TEST_F(ClientTest, AttendDeliversEveryRowOnceInOrder) {
   ASSERT_EQ(outputs_.size(), rows * 4 * 3);
   for (int64_t i = 0; i < rows * 12; ++i) {
     const int64_t row_head = i / 3;
-    ASSERT_EQ(outputs_[i], static_cast<float>(row_head * 8 + i % 3) + static_cast<float>(7 * (row_head / 4)))
-        << i;
+    const int64_t row = row_head / 4;
+    ASSERT_EQ(outputs_[i], static_cast<float>(row_head * 8 + i % 3) + static_cast<float>(7 * row)) << i;
   }
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds, annotates a real cell atlas, and lets a model read another one: about three minutes after the
+# Installs what is missing, builds, annotates a real cell atlas, and lets a model read another one: about a minute after the
 # build on two cores.
 #   deploy/demo.sh             everything
 #   deploy/demo.sh --cells N   with N synthetic cells in the scale part instead of 1,000,000

@@ -140,7 +140,7 @@ class GlooCommunicator final : public Communicator {
           },
           deadline));
       if (at > 0) continue;
-      const absl::Status agreed = CheckTransfers(transfers);
+      absl::Status agreed = CheckTransfers(transfers);
       if (!agreed.ok()) {
         mesh_->Fail(agreed);
         return agreed;

@@ -37,6 +37,7 @@ Group Form(int size, const std::function<NcclParts()>& parts = FakeNcclParts) {
   Group group(size);
   MapRendezvous board;
   std::vector<std::thread> threads;
+  threads.reserve(size);
   for (int r = 0; r < size; ++r) {
     threads.emplace_back([&, r] {
       auto joined = ConnectNcclForTest(r, size, board, parts(), Soon());

@@ -19,7 +19,8 @@ struct LoopArgs {
 
   constexpr double operations() const {
     constexpr double kProduct = 2.0 * kTileRows * kTileColumns * kTileDepth;
-    return kProduct * kLoopTiles * rounds * (kLoopThreads / kWarpThreads) * static_cast<double>(blocks);
+    constexpr int kWarps = kLoopThreads / kWarpThreads;
+    return kProduct * kLoopTiles * rounds * kWarps * static_cast<double>(blocks);
   }
 };
 
