@@ -372,6 +372,7 @@ TEST_F(ServiceTest, ConcurrentCallsGetTheirOwnRows) {
   ASSERT_TRUE(Create("a").ok());
   ASSERT_TRUE(Append("a", 0, 10, 10).ok());
   std::vector<std::thread> callers;
+  callers.reserve(8);
   std::atomic<int> good{0};
   for (int caller = 0; caller < 8; ++caller) {
     callers.emplace_back([&, rows = 1 + 700 * caller] {

@@ -37,7 +37,8 @@ bool SaysMore(const absl::Status& a, const absl::Status& b) {
 }  // namespace
 
 // 1. The call sees the length that is committed now.
-void ClusterState::StartAttend(RequestId request, const v1::AttendRequest::Header& header, int64_t now_ms) {
+void ClusterState::StartAttend(RequestId request, const v1::AttendRequest::Header& header,
+                               int64_t /*now_ms*/) {
   const absl::StatusOr<SessionEntry*> found = FindTensorSession(header.session());
   if (!found.ok()) return Respond(request, found.status());
   const SessionEntry& session = **found;

@@ -10,7 +10,6 @@
 namespace eduba {
 namespace {
 
-using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 

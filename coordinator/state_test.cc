@@ -920,7 +920,7 @@ TEST_F(StateTest, StepsAreBoundedByTheirWork) {
       cluster_.state().SubmitRows(call, std::string(size_t{1020} * 700, '\0'), {}, cluster_.now());
       cluster_.Collect();
     }
-    const std::vector<int> rows = StepsAt(a_);
+    std::vector<int> rows = StepsAt(a_);
     cluster_.Cancel(call);
     cluster_.Settle();
     return rows;

@@ -103,6 +103,7 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   EDUBA_ASSIGN_OR_RETURN(void* memory, backend.AllocateSlab(pages * page_bytes));
   const Slab slab(backend, pages * page_bytes, memory);
   std::vector<PageRef> refs;
+  refs.reserve(pages);
   for (int64_t p = 0; p < pages; ++p) {
     void* page = static_cast<char*>(memory) + p * page_bytes;
     const int64_t rows = std::min<int64_t>(kPageRows, problem.positions - PageBegin(p));
@@ -114,6 +115,7 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   }
 
   std::vector<PositionRange> visible;
+  visible.reserve(kRows);
   for (int row = 0; row < kRows; ++row) {
     visible.push_back({problem.sink_tokens + row * 17, problem.positions - row});
   }

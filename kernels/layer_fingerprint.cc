@@ -90,11 +90,13 @@ absl::StatusOr<uint64_t> LayerFingerprint(LayerKernels& kernels) {
   // The C library's cosines are part of the bits.
   constexpr int kRotary = 100;
   std::vector<double> frequencies;
+  frequencies.reserve(kRotary / 2);
   double frequency = 1;
   for (int i = 0; i < kRotary / 2; ++i) frequencies.push_back(frequency *= 0.75);
   const auto rotate = [&](int64_t first, int64_t rows) {
     Results y{std::vector<float>(rows * kInputs), kInputs};
     std::vector<int64_t> positions;
+    positions.reserve(rows);
     for (int64_t row = first; row < first + rows; ++row) positions.push_back(row * row * row * 12'345);
     std::vector<float> cosines(rows * frequencies.size());
     std::vector<float> sines(cosines.size());

@@ -75,6 +75,7 @@ TEST(LogSumExp, AnswersWhatIsNotFinite) {
 TEST(ForTarget, GivesEachThreadTheTargetThatItAskedFor) {
   const std::vector<int64_t> targets = hwy::SupportedAndGeneratedTargets();
   std::vector<LogSumFunction> wanted;
+  wanted.reserve(targets.size());
   for (const int64_t target : targets) wanted.push_back(LogSumFor(target));
   std::atomic<int> wrong = 0;
   std::vector<std::thread> threads;

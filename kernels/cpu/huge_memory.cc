@@ -28,11 +28,11 @@ void* AllocateHuge(int64_t bytes) {
   // Give back what lies before and after the aligned part.
   const auto address = reinterpret_cast<uintptr_t>(memory);
   const auto begin = static_cast<uintptr_t>(RoundUp(static_cast<int64_t>(address), alignment));
+  char* const aligned = static_cast<char*>(memory) + (begin - address);
   if (begin > address) munmap(memory, begin - address);
   if (address + mapped > begin + bytes) {
-    munmap(reinterpret_cast<void*>(begin + bytes), address + mapped - begin - bytes);
+    munmap(aligned + bytes, address + mapped - begin - bytes);
   }
-  void* aligned = reinterpret_cast<void*>(begin);
   if (alignment == kHugePage) madvise(aligned, bytes, MADV_HUGEPAGE);  // A wish: without it all still works.
   return aligned;
 }

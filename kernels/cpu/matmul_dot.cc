@@ -39,8 +39,9 @@ EDUBA_DOT void Tile(const Bf16Pair* __restrict weights, int pairs, bool prefetch
   }
   for (int i = 0; i < pairs; ++i, weights += kPanelOutputs) {
     if (prefetch) {
-      for (int v = 0; v < kVectors; ++v)
+      for (int v = 0; v < kVectors; ++v) {
         _mm_prefetch(reinterpret_cast<const char*>(weights + v * kLanes) + kPrefetchBytes, _MM_HINT_T0);
+      }
     }
     __m512i w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(weights + v * kLanes);

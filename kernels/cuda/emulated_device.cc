@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -20,8 +21,9 @@ template <class Kernel>
 void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& kernel) {
   // Aligned as the device's is.
   std::vector<uint64_t> shared(shared_bytes / sizeof(uint64_t) + 3);
-  const auto address = reinterpret_cast<uintptr_t>(shared.data());
-  void* const aligned = reinterpret_cast<void*>((address + 15) / 16 * 16);
+  void* aligned = shared.data();
+  size_t space = shared.size() * sizeof(uint64_t);
+  EDUBA_CHECK(std::align(16, shared_bytes, aligned, space) != nullptr);
   for (int64_t i = 0; i < blocks; ++i) {
     // NaN, and no small integer: what a block reads before it wrote it shows.
     std::memset(shared.data(), 0xff, shared.size() * sizeof(uint64_t));
