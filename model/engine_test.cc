@@ -64,8 +64,9 @@ DenseAttention Oracle(const ModelConfig& config, const ContextOptions& o, int64_
       return {static_cast<double>(cached - 1),
               static_cast<double>(j < o.sink_tokens ? j : cached - 1 - (i - j))};
     }
-    if (o.positions == PositionMode::kClamped && j < o.sink_tokens)
+    if (o.positions == PositionMode::kClamped && j < o.sink_tokens) {
       return {static_cast<double>(std::min(i, o.clamp)), key};
+    }
     return {query, key};
   };
   return DenseAttention(config, sees, meets);
@@ -542,8 +543,9 @@ TEST(Transformer, ValuesStayBelowTheirExponents) {
     ASSERT_TRUE(f.model->Embed(ids, hidden.data()).ok());
     // Along a row of the weights a value is as large as it gets.
     const WeightView& v = f.random.weights.layers[0].v.weight;
-    for (int64_t c = 0; c < f.random.config.hidden_size; ++c)
+    for (int64_t c = 0; c < f.random.config.hidden_size; ++c) {
       hidden[c] = 1e3F * LoadElement(v.data, v.dtype, c);
+    }
     ASSERT_TRUE(f.model->Forward({positions, {}}, judge, hidden.data()).ok());
     closest = std::max(closest, judge.closest);
   }
@@ -554,8 +556,9 @@ TEST(Sampler, ChoosesAsOftenAsTheProbabilitiesSay) {
   const std::vector<float> logits = {std::log(0.5F), std::log(0.1F), std::log(0.25F), std::log(0.15F)};
   const auto shares = [&](const SamplingOptions& options) {
     std::vector<double> counts(4);
-    for (int64_t position = 0; position < 40000; ++position)
+    for (int64_t position = 0; position < 40000; ++position) {
       counts[ChooseToken(logits, options, position).id] += 1.0 / 40000;
+    }
     return counts;
   };
   using ::testing::DoubleNear;

@@ -85,7 +85,7 @@ void JsonFields::MustEqual(const std::string& field, double value, const std::st
   Invalid(field, absl::StrCat("the same as ", spelling, ", ", value));
 }
 
-void JsonFields::Fail(absl::Status status) { status_.Update(status); }
+void JsonFields::Fail(const absl::Status& status) { status_.Update(status); }
 
 void JsonFields::Refuse(const std::string& field, const std::string& why) {
   Fail(absl::UnimplementedError(absl::StrCat(name_, ": ", field, " = ", JsonText(Get(field)),

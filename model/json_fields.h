@@ -52,7 +52,7 @@ class JsonFields {
   // Another spelling of something that is known: allowed only where it says the same (or is absent or null).
   void MustEqual(const std::string& field, double value, const std::string& spelling);
 
-  void Fail(absl::Status status);
+  void Fail(const absl::Status& status);
   void Refuse(const std::string& field, const std::string& why);    // kUnimplemented
   void Invalid(const std::string& field, const std::string& want);  // kInvalidArgument
   bool ok() const { return status_.ok(); }

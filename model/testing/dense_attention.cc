@@ -66,8 +66,9 @@ absl::Status DenseAttention::Attend(const LayerRows& rows, float* outputs) {
         double dot = 0;
         for (int c = 0; c < dim; ++c) dot += turned[c] * key[c];
         double logit = config_.attention_scale * dot;
-        if (config_.attention_softcap > 0)
+        if (config_.attention_softcap > 0) {
           logit = config_.attention_softcap * std::tanh(logit / config_.attention_softcap);
+        }
         largest = std::max(largest, logit);
         logits.emplace_back(logit, j);
       }

@@ -113,6 +113,7 @@ inline ContextOptions RandomOptions(uint64_t seed) {
 inline void RunGroup(int size, const std::function<void(int, Communicator*)>& body) {
   LocalHub hub;
   std::vector<std::thread> threads;
+  threads.reserve(size);
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
       const auto communicator = hub.Join(1, 0, rank, size, absl::Now() + absl::Seconds(60));

@@ -147,8 +147,7 @@ std::string DecoderStream::EndBytes() {
   return replaced;
 }
 
-std::string DecoderStream::Strip(std::string text) {
-  absl::string_view rest = text;
+std::string DecoderStream::Strip(absl::string_view rest) {
   while (strip_left_ > 0 && !rest.empty()) {
     if (!absl::ConsumePrefix(&rest, decoder_.strip)) {
       strip_left_ = 0;

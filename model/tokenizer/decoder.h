@@ -36,7 +36,7 @@ class DecoderStream {
   // The run of byte tokens that has ended.
   std::string EndBytes();
   // Text that is final: all but what Strip takes.
-  std::string Strip(std::string text);
+  std::string Strip(absl::string_view rest);
 
   const Decoder& decoder_;
   int strip_left_;
