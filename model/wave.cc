@@ -70,7 +70,7 @@ absl::Status Wave::Reserve() {
 }
 
 absl::Status Wave::Run(int64_t units, absl::Time deadline) {
-  const absl::Status status = RunUnits(units, deadline);
+  absl::Status status = RunUnits(units, deadline);
   // An error ahead of a collective: no rank shall wait for one that will not come.
   if (!status.ok()) options_.communicator->Abort(status);
   return status;

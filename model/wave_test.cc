@@ -43,7 +43,7 @@ class Courier final : public Communicator {
   }
   absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
                            absl::Time deadline) override {
-    const absl::Status status = inner_->SendReceive(send, to, receive, from, deadline);
+    absl::Status status = inner_->SendReceive(send, to, receive, from, deadline);
     if (!receive.empty() && received_++ == spoil) receive.back() ^= 1;
     return status;
   }

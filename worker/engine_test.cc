@@ -231,7 +231,7 @@ v1::UploadRequest Rows(int64_t first, int count) {
   return request;
 }
 
-v1::Command Attend(int64_t length, std::vector<int64_t> positions, std::vector<float> queries) {
+v1::Command Attend(int64_t length, const std::vector<int64_t>& positions, const std::vector<float>& queries) {
   v1::Command command;
   v1::AttendStep& step = *command.mutable_attend();
   step.set_session_id(kSession);

@@ -368,6 +368,7 @@ absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
     jobs.pop_back();
   }
   std::vector<Turn> turns;
+  turns.reserve(jobs.size());
   for (Job* job : jobs) turns.push_back(MakeTurn(*job));
   const absl::Time deadline = absl::Now() + patience;
   EDUBA_ASSIGN_OR_RETURN(const uint64_t agreed, AgreeOnStep(newest, deadline, jobs, turns, waver, room));

@@ -229,6 +229,7 @@ void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = i
   const std::string folder = ModelFolder();
   LocalHub hub;
   std::vector<std::thread> threads;
+  threads.reserve(2);
   for (int i = 0; i < 2; ++i) {
     threads.emplace_back([&, i] {
       Rank rank(hub, folder, i, 2, memory_bytes);

@@ -102,7 +102,7 @@ struct ModelAnswers {
 absl::StatusOr<v1::GenerateSummary> Generate(Client& client, const std::string& session,
                                              v1::GenerateRequest request, ModelAnswers* answers) {
   request.set_session(session);
-  const auto summary = client.Generate(request, [&](const v1::GenerateResponse::Tokens& tokens) {
+  auto summary = client.Generate(request, [&](const v1::GenerateResponse::Tokens& tokens) {
     answers->ids += tokens.ids();
     answers->log_probs += tokens.log_probs();
     return absl::OkStatus();

@@ -25,8 +25,9 @@ float Round(float value, DType dtype) {
 
 std::vector<char> Stored(const std::vector<float>& values, DType dtype) {
   std::vector<char> bytes(values.size() * DTypeBytes(dtype));
-  for (size_t i = 0; i < values.size(); ++i)
+  for (size_t i = 0; i < values.size(); ++i) {
     StoreElement(bytes.data(), dtype, static_cast<int64_t>(i), values[i]);
+  }
   return bytes;
 }
 
@@ -128,8 +129,9 @@ Problem::Problem(const ProblemSpec& problem_spec) : spec(problem_spec) {
         static_cast<int32_t>(spec.partly_visible_sinks && sinks > 0 ? index(sinks + 1) : sinks));
   }
   if (spec.sink_logit) {
-    for (int h = 0; h < shape.query_heads; ++h)
+    for (int h = 0; h < shape.query_heads; ++h) {
       sink_logits.push_back(*spec.sink_logit + 0.125F * static_cast<float>(h));
+    }
   }
   exponents.assign(static_cast<size_t>(shape.kv_heads) * shape.value_dim, -149);
   for (size_t i = 0; i < values.size(); ++i) {

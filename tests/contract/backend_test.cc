@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -85,6 +86,7 @@ std::vector<BackendChoice> AllBackends() {
 
 RankGroup Group(const BackendChoice& choice, int ranks, int threads = 1) {
   std::vector<std::unique_ptr<Backend>> backends;
+  backends.reserve(ranks);
   for (int i = 0; i < ranks; ++i) backends.push_back(choice.make(threads));
   return RankGroup(std::move(backends));
 }
@@ -221,6 +223,7 @@ TEST_P(BackendContract, ARowsBitsAreTheSameAloneAndInABatch) {
     for (int trial = 0; trial < 4; ++trial) {
       std::vector<int> rows;
       const int count = trial == 0 ? 1 : 1 + static_cast<int>(random() % spec.rows);
+      rows.reserve(count);
       for (int i = 0; i < count; ++i) rows.push_back(static_cast<int>(random() % spec.rows));
       const auto some = group.Attend(problem.WithRows(rows), {0});
       ASSERT_TRUE(some.ok()) << some.status();
@@ -370,8 +373,9 @@ TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
 std::vector<BackendChoice> CudaBackends() {
   std::vector<BackendChoice> some;
   for (const BackendChoice& choice : AllBackends()) {
-    if (choice.name == "cuda_emulated" || (choice.name == "cuda" && CudaMissing().ok()))
+    if (choice.name == "cuda_emulated" || (choice.name == "cuda" && CudaMissing().ok())) {
       some.push_back(choice);
+    }
   }
   return some;
 }
@@ -522,7 +526,7 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
   if (!backend.ok()) std::exit(1);
   StepArgs args;
   const float one = 1;
-  const PageRef pages[] = {{reinterpret_cast<const void*>(uintptr_t{1} << 40), 0}};
+  const PageRef pages[] = {{std::bit_cast<const void*>(uintptr_t{1} << 40), 0}};
   const PositionRange visible[] = {{0, 1}};
   const int16_t exponents[] = {0};
   args.rows = 1;

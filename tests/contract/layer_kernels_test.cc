@@ -231,8 +231,9 @@ TEST(CpuLayerKernels, RoundedActivationsGiveTheBitsOfTheChipsDotProductsOnEveryT
       std::vector<float> x(p.rows * p.inputs);
       for (float& value : x) value = seed % 2 == 0 ? any() : std::ldexp(any(), -60);
       std::vector<char> weights(p.all_outputs() * p.inputs * 2);
-      for (int64_t i = 0; i < p.all_outputs() * p.inputs; ++i)
+      for (int64_t i = 0; i < p.all_outputs() * p.inputs; ++i) {
         StoreElement(weights.data(), DType::kBf16, i, std::ldexp(any(), -60));
+      }
       const std::vector<float> bias = p.Bias();
       const auto a = Multiply(*chip, *Pack(*chip, p, weights), x.data(), p.rows, bias.data());
       const auto b = Multiply(*emulated, *Pack(*emulated, p, weights), x.data(), p.rows, bias.data());
@@ -370,6 +371,7 @@ TEST_P(LayerKernelsContract, ANormOfEqualNumbersIsFinite) {
 
 TEST(Rope, AnglesAreExactAtPositionTenMillion) {
   std::vector<double> frequencies;
+  frequencies.reserve(32);
   for (int i = 0; i < 32; ++i) frequencies.push_back(std::pow(10000.0, -2.0 * i / 64));
   const int64_t positions[] = {10'000'000, (int64_t{1} << 30) - 1};
   std::vector<float> cosines(64);
@@ -399,6 +401,7 @@ TEST_P(LayerKernelsContract, RotationsMatchTheirDefinition) {
     std::vector<int64_t> positions(x.rows);
     for (int64_t& p : positions) p = static_cast<int64_t>(random() % 1'000'000);
     std::vector<double> frequencies;
+    frequencies.reserve(rotary_dim / 2);
     for (int i = 0; i < rotary_dim / 2; ++i) frequencies.push_back(std::pow(500.0, -2.0 * i / rotary_dim));
     std::vector<float> cosines(x.rows * frequencies.size());
     std::vector<float> sines(cosines.size());

@@ -41,6 +41,7 @@ class Process {
     posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
     words.insert(words.begin(), EDUBA_PROGRAM);
     std::vector<char*> arguments;
+    arguments.reserve(words.size() + 1);
     for (std::string& word : words) arguments.push_back(word.data());
     arguments.push_back(nullptr);
     EXPECT_EQ(posix_spawn(&pid_, arguments[0], &actions, nullptr, arguments.data(), environ), 0);

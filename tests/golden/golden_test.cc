@@ -242,8 +242,10 @@ NanoErrors ErrorsOfNano(DType kv_dtype, Activations activations) {
   const int64_t vocab = f.model->config().vocab_size;
   const auto top = static_cast<int64_t>(top_ids.size() / positions.size());
   std::vector<float> top_logits;
-  for (size_t i = 0; i < top_ids.size(); ++i)
+  top_logits.reserve(top_ids.size());
+  for (size_t i = 0; i < top_ids.size(); ++i) {
     top_logits.push_back(logits[static_cast<int64_t>(i) / top * vocab + top_ids[i]]);
+  }
   return {Error(chosen.data(), ReadNpy<float>(golden + "hidden_f64.npy")),
           Error(mean.data(), ReadNpy<float>(golden + "hidden_mean_f64.npy")),
           Error(top_logits.data(), ReadNpy<float>(golden + "top_logits_f64.npy"))};
