@@ -280,7 +280,7 @@ absl::Status Worker::ServeStream(bool& joined) {
     pages_.SetEngine(nullptr);
     engine->Stop();
   }
-  const absl::Status status = FromGrpc(stream->Finish());
+  absl::Status status = FromGrpc(stream->Finish());
   const std::scoped_lock lock(mutex_);
   stream_context_ = nullptr;
   return status;
