@@ -370,14 +370,13 @@ class FaultyStep : public AttentionStep {
   FaultyStep(std::unique_ptr<AttentionStep> step, Change sums)
       : step_(std::move(step)), sums_(std::move(sums)) {}
   absl::Status Attend() override { return step_->Attend(); }
-  absl::StatusOr<absl::Span<int64_t>> SinkSums() override {
-    auto sums = step_->SinkSums();
-    if (const absl::Status status = sums_(*sums); !status.ok()) return status;
-    return sums;
+  absl::Status SinkSums(absl::Span<int64_t> words) override {
+    if (const absl::Status status = step_->SinkSums(words); !status.ok()) return status;
+    return sums_(words);
   }
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override { return step_->SelectForMaximum(); }
-  absl::StatusOr<absl::Span<float>> Maxima() override { return step_->Maxima(); }
-  absl::StatusOr<absl::Span<int64_t>> MaximumSums() override { return step_->MaximumSums(); }
+  absl::Status Maxima(absl::Span<float> maxima) override { return step_->Maxima(maxima); }
+  absl::Status MaximumSums(absl::Span<int64_t> words) override { return step_->MaximumSums(words); }
   absl::Status Finish(float* outputs, float* lse, float* sink_mass) override {
     return step_->Finish(outputs, lse, sink_mass);
   }
