@@ -377,7 +377,7 @@ class FaultyStep : public AttentionStep {
       : step_(std::move(step)), sums_(std::move(sums)) {}
   absl::Status Attend() override { return step_->Attend(); }
   absl::Status SinkSums(absl::Span<int64_t> words) override {
-    if (const absl::Status status = step_->SinkSums(words); !status.ok()) return status;
+    if (absl::Status status = step_->SinkSums(words); !status.ok()) return status;
     return sums_(words);
   }
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override { return step_->SelectForMaximum(); }
@@ -546,6 +546,7 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
         LocalHub hub;
         MapRendezvous board;
         std::vector<std::thread> threads;
+        threads.reserve(ranks);
         for (int rank = 0; rank < ranks; ++rank) {
           threads.emplace_back([&, rank] {
             const absl::Time deadline = absl::Now() + absl::Seconds(60);

@@ -28,8 +28,9 @@ TEST(KeptPartials, HoldsNoMoreThanItMayAndGivesNoByteTwice) {
       }
       EXPECT_EQ(reinterpret_cast<uintptr_t>(memory) % 64, 0U);
       std::fill_n(memory, bytes, 'x');
-      for (const auto& [other, count] : taken)
+      for (const auto& [other, count] : taken) {
         EXPECT_TRUE(other + count <= memory || memory + bytes <= other);
+      }
       taken.emplace_back(memory, bytes);
     }
     for (size_t i = 0; i < taken.size(); ++i) kept.Return();
