@@ -19,7 +19,6 @@ struct SequenceSpec {
   int64_t window = 0;              // Positions a window query sees; 0: it may not ask.
   std::vector<float> sink_logits;  // Learned sinks: empty, or [query_heads].
 
-  bool has_sinks() const { return sink_tokens > 0 || !sink_logits.empty(); }
   // Elements of an exponent array over all layers, and of one layer's.
   int64_t exponents_per_layer() const { return int64_t{shape.kv_heads} * shape.value_dim; }
   int64_t exponents() const { return layers * exponents_per_layer(); }

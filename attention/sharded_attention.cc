@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "base/check.h"
 #include "base/pages.h"
@@ -18,47 +19,112 @@ absl::Span<const PageRef> PagesOf(absl::Span<const PageRef> pages, PositionRange
   return pages.subspan(begin - pages.begin(), end - begin);
 }
 
-// Everything up to the last collective.
-absl::Status Merge(AttentionStep& step, Communicator* communicator, const StepArgs& args, bool has_sinks,
-                   absl::Time deadline, AttentionAnswer& answer) {
-  EDUBA_RETURN_IF_ERROR(step.Attend());
-  if (has_sinks) {
-    EDUBA_ASSIGN_OR_RETURN(const absl::Span<int64_t> sums, step.SinkSums());
-    if (communicator != nullptr) EDUBA_RETURN_IF_ERROR(communicator->SumI64(sums, deadline));
-    ++answer.collectives;
+// One array for what several steps reduce together, one behind the other. Not cleared: each fills its own.
+template <class T>
+class Message {
+ public:
+  explicit Message(int64_t size) : numbers_(std::make_unique_for_overwrite<T[]>(size)), size_(size) {}
+
+  absl::Span<T> Next(int64_t count) {
+    const absl::Span<T> next(numbers_.get() + next_, count);
+    next_ += count;
+    return next;
   }
-  EDUBA_ASSIGN_OR_RETURN(const absl::Span<const int64_t> selected, step.SelectForMaximum());
-  for (const int64_t row_head : selected) ++answer.row_heads_maximum[row_head / args.shape.query_heads];
-  if (selected.empty()) return absl::OkStatus();
-  EDUBA_ASSIGN_OR_RETURN(const absl::Span<float> maxima, step.Maxima());
-  if (communicator != nullptr) EDUBA_RETURN_IF_ERROR(communicator->MaxF32(maxima, deadline));
-  EDUBA_ASSIGN_OR_RETURN(const absl::Span<int64_t> sums, step.MaximumSums());
-  if (communicator != nullptr) EDUBA_RETURN_IF_ERROR(communicator->SumI64(sums, deadline));
-  answer.collectives += 2;
-  return absl::OkStatus();
+  absl::Span<T> all() const { return {numbers_.get(), static_cast<size_t>(size_)}; }
+
+ private:
+  std::unique_ptr<T[]> numbers_;
+  int64_t size_;
+  int64_t next_ = 0;
+};
+
+struct MergingSteps {
+  // Outlive the steps.
+  Message<int64_t> sink_sums{0};
+  Message<float> maxima{0};
+  Message<int64_t> maximum_sums{0};
+  std::vector<std::unique_ptr<AttentionStep>> steps;
+};
+
+// Everything up to the last collective.
+absl::Status Merge(Backend& backend, Communicator* communicator, absl::Span<const StepArgs> args,
+                   absl::Time deadline, MergingSteps& merging, std::vector<AttentionAnswer>& answers) {
+  int64_t sink_words = 0;
+  for (const StepArgs& one : args) {
+    EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<AttentionStep> step, backend.StartStep(one));
+    merging.steps.push_back(std::move(step));
+    if (one.has_sinks()) sink_words += one.row_heads() * one.words_per_row_head();
+  }
+  merging.sink_sums = Message<int64_t>(sink_words);
+  for (size_t i = 0; i < args.size(); ++i) {
+    EDUBA_RETURN_IF_ERROR(merging.steps[i]->Attend());
+    if (!args[i].has_sinks()) continue;
+    // Now, while the device has what Attend made.
+    EDUBA_RETURN_IF_ERROR(merging.steps[i]->SinkSums(
+        merging.sink_sums.Next(args[i].row_heads() * args[i].words_per_row_head())));
+    ++answers[i].collectives;
+  }
+  if (communicator != nullptr && sink_words > 0) {
+    EDUBA_RETURN_IF_ERROR(communicator->SumI64(merging.sink_sums.all(), deadline));
+  }
+
+  std::vector<int64_t> selected(args.size());
+  int64_t floats = 0;
+  int64_t words = 0;
+  for (size_t i = 0; i < args.size(); ++i) {
+    EDUBA_ASSIGN_OR_RETURN(const absl::Span<const int64_t> own, merging.steps[i]->SelectForMaximum());
+    for (const int64_t row_head : own) ++answers[i].row_heads_maximum[row_head / args[i].shape.query_heads];
+    selected[i] = static_cast<int64_t>(own.size());
+    floats += selected[i] * args[i].maxima_per_row_head();
+    words += selected[i] * args[i].words_per_row_head();
+    if (selected[i] > 0) answers[i].collectives += 2;
+  }
+  if (words == 0) return absl::OkStatus();
+  merging.maxima = Message<float>(floats);
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (selected[i] == 0) continue;
+    EDUBA_RETURN_IF_ERROR(
+        merging.steps[i]->Maxima(merging.maxima.Next(selected[i] * args[i].maxima_per_row_head())));
+  }
+  if (communicator != nullptr) {
+    EDUBA_RETURN_IF_ERROR(communicator->MaxF32(merging.maxima.all(), deadline));
+  }
+  merging.maximum_sums = Message<int64_t>(words);
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (selected[i] == 0) continue;
+    EDUBA_RETURN_IF_ERROR(
+        merging.steps[i]->MaximumSums(merging.maximum_sums.Next(selected[i] * args[i].words_per_row_head())));
+  }
+  if (communicator == nullptr) return absl::OkStatus();
+  return communicator->SumI64(merging.maximum_sums.all(), deadline);
 }
 
 }  // namespace
 
-absl::StatusOr<AttentionAnswer> AttendPages(Backend& backend, Communicator* communicator,
-                                            const StepArgs& args, bool has_sinks, absl::Time deadline) {
-  AttentionAnswer answer;
-  const int64_t rows = args.rows;
-  answer.row_heads_maximum.resize(rows);
-  answer.outputs.resize(rows * args.shape.query_heads * args.shape.value_dim);
-  answer.lse.resize(rows * args.shape.query_heads);
-  answer.sink_mass.resize(rows * args.shape.query_heads);
-  auto step = backend.StartStep(args);
-  const absl::Status merged =
-      step.ok() ? Merge(**step, communicator, args, has_sinks, deadline, answer) : step.status();
+absl::StatusOr<std::vector<AttentionAnswer>> AttendPages(Backend& backend, Communicator* communicator,
+                                                         absl::Span<const StepArgs> steps,
+                                                         absl::Time deadline) {
+  std::vector<AttentionAnswer> answers(steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    answers[i].row_heads_maximum.resize(steps[i].rows);
+    answers[i].outputs.resize(steps[i].row_heads() * steps[i].shape.value_dim);
+    answers[i].lse.resize(steps[i].row_heads());
+    answers[i].sink_mass.resize(steps[i].row_heads());
+  }
+  MergingSteps merging;
+  const absl::Status merged = Merge(backend, communicator, steps, deadline, merging, answers);
   if (!merged.ok()) {
     if (communicator != nullptr) communicator->Abort(merged);
     return merged;
   }
-  // Non-finite arithmetic travels inside the sums: every rank learns of it here, and none is waiting.
-  EDUBA_RETURN_IF_ERROR((*step)->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data()));
-  answer.bytes_read = (*step)->bytes_read();
-  return answer;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    AttentionAnswer& answer = answers[i];
+    // Non-finite arithmetic travels inside the sums: every rank learns of it here, and none is waiting.
+    EDUBA_RETURN_IF_ERROR(
+        merging.steps[i]->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data()));
+    answer.bytes_read = merging.steps[i]->bytes_read();
+  }
+  return answers;
 }
 
 absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& communicator,
@@ -96,7 +162,9 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.first_row = query.first_row;
   args.cancelled = query.cancelled;
 
-  return AttendPages(backend, &communicator, args, spec.has_sinks(), deadline);
+  EDUBA_ASSIGN_OR_RETURN(std::vector<AttentionAnswer> answers,
+                         AttendPages(backend, &communicator, absl::MakeConstSpan(&args, 1), deadline));
+  return std::move(answers.front());
 }
 
 }  // namespace eduba

@@ -32,14 +32,17 @@ struct AttentionAnswer {
   std::vector<float> sink_mass;            // [rows, query_heads]
   std::vector<int32_t> row_heads_maximum;  // [rows]: heads of the row that took the maximum path
   int64_t bytes_read = 0;                  // Of keys and values, by this worker.
-  int collectives = 0;
+  int collectives = 0;                     // That its sums took part in.
 };
 
-// The half of AttendSharded that is not about sequences: one step over pages that the caller chose, merged
-// with the other ranks of `communicator`; null: with nobody, for keys that are all here. `has_sinks` (token
-// or learned) is the same on every rank.
-absl::StatusOr<AttentionAnswer> AttendPages(Backend& backend, Communicator* communicator,
-                                            const StepArgs& args, bool has_sinks, absl::Time deadline);
+// The half of AttendSharded that is not about sequences: steps over pages that the caller chose, merged with
+// the other ranks of `communicator`; null: with nobody, for keys that are all here. All steps share the
+// collectives, each of which is as long as theirs together: one, or three where any row of any step needs the
+// maximum path. A step's answer is what it would be alone. Errors as AttendSharded; INVALID_ARGUMENT is the
+// first step's whose arithmetic left the finite numbers.
+absl::StatusOr<std::vector<AttentionAnswer>> AttendPages(Backend& backend, Communicator* communicator,
+                                                         absl::Span<const StepArgs> steps,
+                                                         absl::Time deadline);
 
 // One step of docs/numerics.md: every rank reads its own pages, the sums meet in one all-reduce (three where
 // a row needs the maximum path, two without sinks), and every rank gets the same answer.

@@ -13,7 +13,10 @@
 #include "attention/page_store.h"
 #include "attention/staged_append.h"
 #include "base/check.h"
+#include "collective/gloo/gloo_communicator.h"
 #include "collective/local/local_communicator.h"
+#include "collective/map_rendezvous.h"
+#include "collective/testing/counting_communicator.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/attention.h"
@@ -172,6 +175,9 @@ class Cluster {
     ++epoch_;
     return answers;
   }
+
+  Backend& backend(int rank) { return *backends_[rank]; }
+  const Sequence& sequence(int rank) const { return *sequences_[rank]; }
 
   // A backend to use in place of a rank's own.
   std::function<Backend*(int rank, Backend& own)> wrap;
@@ -370,14 +376,13 @@ class FaultyStep : public AttentionStep {
   FaultyStep(std::unique_ptr<AttentionStep> step, Change sums)
       : step_(std::move(step)), sums_(std::move(sums)) {}
   absl::Status Attend() override { return step_->Attend(); }
-  absl::StatusOr<absl::Span<int64_t>> SinkSums() override {
-    auto sums = step_->SinkSums();
-    if (const absl::Status status = sums_(*sums); !status.ok()) return status;
-    return sums;
+  absl::Status SinkSums(absl::Span<int64_t> words) override {
+    if (absl::Status status = step_->SinkSums(words); !status.ok()) return status;
+    return sums_(words);
   }
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override { return step_->SelectForMaximum(); }
-  absl::StatusOr<absl::Span<float>> Maxima() override { return step_->Maxima(); }
-  absl::StatusOr<absl::Span<int64_t>> MaximumSums() override { return step_->MaximumSums(); }
+  absl::Status Maxima(absl::Span<float> maxima) override { return step_->Maxima(maxima); }
+  absl::Status MaximumSums(absl::Span<int64_t> words) override { return step_->MaximumSums(words); }
   absl::Status Finish(float* outputs, float* lse, float* sink_mass) override {
     return step_->Finish(outputs, lse, sink_mass);
   }
@@ -461,6 +466,125 @@ TEST(ShardedAttention, NonFiniteArithmeticIsAnErrorOnEveryRank) {
   for (const auto& answer : cluster.Attend(QueryOf(p))) {
     EXPECT_EQ(answer.status().code(), absl::StatusCode::kInvalidArgument) << answer.status();
   }
+}
+
+// The step of AttendSharded for the problem's query on one rank.
+struct RankStep {
+  RankStep(const Problem& p, const Sequence& sequence) {
+    for (const int64_t position : p.positions) {
+      const Visibility v = VisibleTo(p.policy, position, p.spec.sink_tokens, p.spec.window, p.length);
+      visible.push_back(v.keys);
+      visible_sinks.push_back(v.sinks);
+    }
+    args.shape = p.spec.shape;
+    args.rows = p.rows;
+    args.queries = p.queries.data();
+    args.visible = visible;
+    args.pages = sequence.pages(p.layer).refs();
+    args.sink_pages = sequence.sink_pages(p.layer).refs();
+    args.visible_sinks = visible_sinks;
+    args.sink_logits = sequence.spec().sink_logits;
+    args.exponents = sequence.exponents(p.layer, p.length);
+    args.positions = p.length;
+  }
+  RankStep(const RankStep&) = delete;
+
+  std::vector<PositionRange> visible;
+  std::vector<int32_t> visible_sinks;
+  StepArgs args;
+};
+
+// Steps of different sequences, shapes and paths.
+TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
+  int with_maximum = 0;
+  int without_maximum = 0;
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    std::vector<Problem> problems;
+    for (uint64_t i = 0; i < 4; ++i) {
+      problems.push_back(MakeProblem(1000 + 4 * seed + i));
+      problems.back().cpu = true;  // Their pages are read by one backend.
+      if (seed % 3 != 0) continue;
+      // Sinks about as heavy as the keys: these stay on the sink path.
+      problems.back().spec.sink_logits.assign(problems.back().spec.shape.query_heads, 3.0F);
+      problems.back().spec.shape.scale /= problems.back().logit_size;
+      problems.back().spec.sink_tokens = 0;
+    }
+    // The last one's arithmetic overflows.
+    problems.push_back(problems[seed % 4]);
+    Problem& harmed = problems.back();
+    harmed.spec.sink_tokens = 0;
+    harmed.spec.shape.softcap = 0;
+    harmed.spec.shape.scale = 1e3F;
+    std::fill(harmed.queries.begin(), harmed.queries.end(), 3e38F);
+
+    for (const int ranks : {1, 2, 3, 4}) {
+      SCOPED_TRACE(absl::StrCat("seed=", seed, " ranks=", ranks));
+      std::mt19937_64 random(seed);
+      std::vector<std::unique_ptr<Cluster>> clusters;
+      std::vector<AttentionAnswer> alone;
+      for (const Problem& p : problems) {
+        clusters.push_back(std::make_unique<Cluster>(p, ranks, 1, random));
+        const auto answers = clusters.back()->Attend(QueryOf(p));
+        if (&p == &harmed) {
+          EXPECT_EQ(answers[0].status().code(), absl::StatusCode::kInvalidArgument);
+          continue;
+        }
+        ASSERT_TRUE(answers[0].ok()) << p.Text() << answers[0].status();
+        alone.push_back(*answers[0]);
+      }
+      const bool any_sinks = std::any_of(problems.begin(), problems.end() - 1, [](const Problem& p) {
+        return p.spec.sink_tokens > 0 || !p.spec.sink_logits.empty();
+      });
+      const bool any_maximum = std::any_of(alone.begin(), alone.end(), [](const AttentionAnswer& answer) {
+        return std::any_of(answer.row_heads_maximum.begin(), answer.row_heads_maximum.end(),
+                           [](int32_t heads) { return heads > 0; });
+      });
+      ++(any_maximum ? with_maximum : without_maximum);
+
+      for (const bool gloo : {false, true}) {
+        SCOPED_TRACE(gloo ? "gloo" : "local");
+        LocalHub hub;
+        MapRendezvous board;
+        std::vector<std::thread> threads;
+        threads.reserve(ranks);
+        for (int rank = 0; rank < ranks; ++rank) {
+          threads.emplace_back([&, rank] {
+            const absl::Time deadline = absl::Now() + absl::Seconds(60);
+            auto communicator =
+                gloo ? ConnectGloo(rank, ranks, board, {}, deadline) : hub.Join(1, 1, rank, ranks, deadline);
+            ASSERT_TRUE(communicator.ok()) << communicator.status();
+            testing::CountingCommunicator counting(communicator->get());
+            std::vector<std::unique_ptr<RankStep>> steps;
+            std::vector<StepArgs> args;
+            for (size_t i = 0; i < problems.size(); ++i) {
+              steps.push_back(std::make_unique<RankStep>(problems[i], clusters[i]->sequence(rank)));
+              args.push_back(steps.back()->args);
+            }
+            const auto all = AttendPages(clusters[0]->backend(rank), &counting, args, deadline);
+            EXPECT_EQ(all.status().code(), absl::StatusCode::kInvalidArgument) << all.status();
+            // Nobody was left waiting, and the group goes on.
+            counting.TakeReductions();
+            args.pop_back();
+            const auto together = AttendPages(clusters[0]->backend(rank), &counting, args, deadline);
+            ASSERT_TRUE(together.ok()) << together.status();
+            EXPECT_EQ(counting.TakeReductions(), (any_sinks ? 1 : 0) + (any_maximum ? 2 : 0));
+            for (size_t i = 0; i < alone.size(); ++i) {
+              const AttentionAnswer& answer = (*together)[i];
+              EXPECT_TRUE(SameBytes(answer.outputs, alone[i].outputs)) << problems[i].Text();
+              EXPECT_TRUE(SameBytes(answer.lse, alone[i].lse));
+              EXPECT_TRUE(SameBytes(answer.sink_mass, alone[i].sink_mass));
+              EXPECT_EQ(answer.row_heads_maximum, alone[i].row_heads_maximum);
+              EXPECT_EQ(answer.collectives, alone[i].collectives);
+            }
+          });
+        }
+        for (std::thread& thread : threads) thread.join();
+        if (HasFailure()) return;
+      }
+    }
+  }
+  EXPECT_GT(with_maximum, 0);
+  EXPECT_GT(without_maximum, 0);
 }
 
 }  // namespace

@@ -57,6 +57,13 @@ struct StepArgs {
   // Looked at between units of work, if set; may become true on any thread. Calls of the step may return
   // CANCELLED then, and what they have made so far is worth nothing.
   const std::atomic<bool>* cancelled = nullptr;
+
+  // Whether there may be a sink path at all; the same on every rank.
+  bool has_sinks() const { return !sink_logits.empty() || !sink_pages.empty(); }
+  int64_t row_heads() const { return int64_t{rows} * shape.query_heads; }
+  // What AttentionStep says of one row and head: words of SinkSums and MaximumSums, floats of Maxima.
+  int64_t words_per_row_head() const { return int64_t{shape.value_dim} + 2; }
+  int64_t maxima_per_row_head() const { return int64_t{shape.value_dim} + 1; }
 };
 
 // Fraction bits of the sink path (docs/numerics.md).
@@ -76,9 +83,11 @@ struct PathCounts {
 };
 
 // One step in progress. Calls in this order (the caller owns the collectives between them):
-//   Attend; [SinkSums, all-reduce SUM of its span]; SelectForMaximum; [Maxima, MAX; MaximumSums, SUM, if any
-//   selected]; Finish.
-// SinkSums is skipped on every rank when the session has no sink of any kind. Spans are host memory.
+//   Attend; [SinkSums, all-reduce SUM of `words`]; SelectForMaximum; [Maxima, MAX of `maxima`; MaximumSums,
+//   SUM of `words`, if any selected]; Finish.
+// SinkSums is skipped on every rank when the step has no sink of any kind. The spans that a call fills are
+// the caller's host memory: they are reduced in place, so that many steps can share a message, and hold the
+// reduced numbers until the step is gone.
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;
@@ -93,7 +102,7 @@ class AttentionStep {
   // [rows, query_heads, value_dim + 2] int64: value_dim words O[c] = rint(o[c] exp(m - M) 2^(46 - e[c])), the
   // word L = rint(l exp(m - M) 2^46), both summed over this worker's pages, and the flag word. M = the row's
   // largest sink logit.
-  virtual absl::StatusOr<absl::Span<int64_t>> SinkSums() = 0;
+  virtual absl::Status SinkSums(absl::Span<int64_t> words) = 0;
 
   // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals
   // alone, which need the maximum path: out of range, or too coarse for the row's output. Returns them as row
@@ -103,13 +112,13 @@ class AttentionStep {
   // [selected, 1 + value_dim] f32, in the order of SelectForMaximum: this worker's largest visible key logit
   // (-inf where it has no visible key, +inf after a fault), then for each channel how large a page's o[c] may
   // be: the largest ln|o[c]| + m over its pages, rounded up a little (-inf where all are 0).
-  virtual absl::StatusOr<absl::Span<float>> Maxima() = 0;
+  virtual absl::Status Maxima(absl::Span<float> maxima) = 0;
 
   // [selected, value_dim + 2] int64, as SinkSums, but with the reduced maximum M' for M, in L
   // F' = 62 - ceil(log2(positions + 1)) for 46, and in O units that come from the reduced magnitudes instead
   // of `exponents`: the finest that no sum can overflow (docs/numerics.md section 3). Uses the partials that
   // Attend kept; a backend that had no room for them computes them again, to the same bits.
-  virtual absl::StatusOr<absl::Span<int64_t>> MaximumSums() = 0;
+  virtual absl::Status MaximumSums(absl::Span<int64_t> words) = 0;
 
   // Folds in the token sinks and learned sinks, computed in double, divides, and writes to host memory:
   //   outputs [rows, query_heads, value_dim], lse [rows, query_heads] (natural log), sink_mass [rows,
@@ -124,8 +133,8 @@ class AttentionStep {
   virtual int64_t bytes_read() const = 0;
 };
 
-// One device's kernels. Page memory functions may be called from any thread (on different pages); one step at
-// a time.
+// One device's kernels. Page memory functions may be called from any thread (on different pages). Any number
+// of steps may be in progress, one call at a time among them all.
 class Backend {
  public:
   virtual ~Backend() = default;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "base/parallel.h"
 #include "base/status_macros.h"
 #include "kernels/backend.h"
@@ -32,12 +33,15 @@ inline double Median(std::vector<double> values) {
 // A step on one rank, from StartStep to the answer.
 inline absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vector<float>& outputs) {
   EDUBA_ASSIGN_OR_RETURN(const std::unique_ptr<AttentionStep> step, backend.StartStep(args));
+  std::vector<int64_t> sink_words(args.has_sinks() ? args.row_heads() * args.words_per_row_head() : 0);
   EDUBA_RETURN_IF_ERROR(step->Attend());
-  if (!args.sink_logits.empty()) EDUBA_RETURN_IF_ERROR(step->SinkSums().status());
+  if (args.has_sinks()) EDUBA_RETURN_IF_ERROR(step->SinkSums(absl::MakeSpan(sink_words)));
   EDUBA_ASSIGN_OR_RETURN(const auto selected, step->SelectForMaximum());
+  std::vector<float> maxima(selected.size() * args.maxima_per_row_head());
+  std::vector<int64_t> maximum_words(selected.size() * args.words_per_row_head());
   if (!selected.empty()) {
-    EDUBA_RETURN_IF_ERROR(step->Maxima().status());
-    EDUBA_RETURN_IF_ERROR(step->MaximumSums().status());
+    EDUBA_RETURN_IF_ERROR(step->Maxima(absl::MakeSpan(maxima)));
+    EDUBA_RETURN_IF_ERROR(step->MaximumSums(absl::MakeSpan(maximum_words)));
   }
   const size_t row_heads = static_cast<size_t>(args.rows) * args.shape.query_heads;
   outputs.resize(row_heads * args.shape.value_dim);

@@ -52,20 +52,18 @@ struct Run {
 absl::StatusOr<Run> Attend(Backend& backend, const StepArgs& args) {
   EDUBA_ASSIGN_OR_RETURN(const std::unique_ptr<AttentionStep> step, backend.StartStep(args));
   Run run;
-  const auto keep = [&](absl::Span<const int64_t> words) {
-    run.words.insert(run.words.end(), words.begin(), words.end());
-  };
+  std::vector<int64_t> sink_words(args.has_sinks() ? args.row_heads() * args.words_per_row_head() : 0);
   EDUBA_RETURN_IF_ERROR(step->Attend());
-  if (!args.sink_pages.empty() || !args.sink_logits.empty()) {
-    EDUBA_ASSIGN_OR_RETURN(const auto words, step->SinkSums());
-    keep(words);
-  }
+  if (args.has_sinks()) EDUBA_RETURN_IF_ERROR(step->SinkSums(absl::MakeSpan(sink_words)));
   EDUBA_ASSIGN_OR_RETURN(const auto selected, step->SelectForMaximum());
+  std::vector<float> maxima(selected.size() * args.maxima_per_row_head());
+  std::vector<int64_t> maximum_words(selected.size() * args.words_per_row_head());
   if (!selected.empty()) {
-    EDUBA_RETURN_IF_ERROR(step->Maxima().status());
-    EDUBA_ASSIGN_OR_RETURN(const auto words, step->MaximumSums());
-    keep(words);
+    EDUBA_RETURN_IF_ERROR(step->Maxima(absl::MakeSpan(maxima)));
+    EDUBA_RETURN_IF_ERROR(step->MaximumSums(absl::MakeSpan(maximum_words)));
   }
+  run.words = sink_words;
+  run.words.insert(run.words.end(), maximum_words.begin(), maximum_words.end());
   const size_t heads = args.shape.query_heads;
   const size_t width = heads * args.shape.value_dim;
   std::vector<float> outputs(args.rows * width);

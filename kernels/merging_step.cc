@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/portable_exp.h"
 
@@ -214,13 +215,14 @@ absl::StatusOr<MergingStep::SumPlan> MergingStep::SinkPlan() {
   return plan;
 }
 
-absl::StatusOr<absl::Span<int64_t>> MergingStep::SinkSums() {
-  sink_sums_.assign(row_heads() * words_per_target(), 0);
+absl::Status MergingStep::SinkSums(absl::Span<int64_t> words) {
+  EDUBA_CHECK_EQ(static_cast<int64_t>(words.size()), row_heads() * words_per_target());
+  std::fill(words.begin(), words.end(), 0);
   EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
-  EDUBA_RETURN_IF_ERROR(SumPages(plan, sink_sums_.data()));
+  EDUBA_RETURN_IF_ERROR(SumPages(plan, words.data()));
   EDUBA_RETURN_IF_ERROR(CheckCancelled());
-  has_sink_sums_ = true;
-  return absl::MakeSpan(sink_sums_);
+  sink_sums_ = words;
+  return absl::OkStatus();
 }
 
 bool MergingStep::IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const {
@@ -245,7 +247,7 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
     return !visible_[row_head / args_.shape.query_heads].empty();
   };
   std::vector<char> fits(row_heads(), 0);
-  if (has_sink_sums_) {
+  if (!sink_sums_.empty()) {
     std::atomic<bool> fault = false;
     ForWords(row_heads(), [&](int64_t i) {
       const int64_t* words = &sink_sums_[i * words_per_target()];
@@ -271,19 +273,20 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
   return absl::MakeConstSpan(selected_);
 }
 
-absl::StatusOr<absl::Span<float>> MergingStep::Maxima() {
-  const int value_dim = args_.shape.value_dim;
+absl::Status MergingStep::Maxima(absl::Span<float> maxima) {
+  const int64_t value_dim = args_.shape.value_dim;
+  EDUBA_CHECK_EQ(maxima.size(), selected_.size() * (1 + value_dim));
   std::vector<float> largest(selected_.size());
   EDUBA_RETURN_IF_ERROR(LocalMaxima(selected_, largest.data()));
   std::vector<float> magnitudes(selected_.size() * value_dim, -std::numeric_limits<float>::infinity());
   EDUBA_RETURN_IF_ERROR(RaiseMagnitudes(selected_, magnitudes.data()));
-  maxima_.clear();
   for (size_t i = 0; i < selected_.size(); ++i) {
-    maxima_.push_back(largest[i]);
-    maxima_.insert(maxima_.end(), magnitudes.begin() + static_cast<int64_t>(i * value_dim),
-                   magnitudes.begin() + static_cast<int64_t>((i + 1) * value_dim));
+    float* const to = &maxima[i * (1 + value_dim)];
+    *to = largest[i];
+    std::copy_n(&magnitudes[i * value_dim], value_dim, to + 1);
   }
-  return absl::MakeSpan(maxima_);
+  maxima_ = maxima;
+  return absl::OkStatus();
 }
 
 int MergingStep::ValueFractionBits() const {
@@ -305,8 +308,10 @@ int MergingStep::MaximumExponent(size_t selected, int channel) const {
   return static_cast<int>(std::clamp<double>(exponent, kMinExponent, most));
 }
 
-absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
+absl::Status MergingStep::MaximumSums(absl::Span<int64_t> words) {
   const int value_dim = args_.shape.value_dim;
+  EDUBA_CHECK_EQ(static_cast<int64_t>(words.size()),
+                 static_cast<int64_t>(selected_.size()) * words_per_target());
   SumPlan plan;
   plan.fraction_bits = MaximumPathFractionBits(args_.positions);
   // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
@@ -322,10 +327,11 @@ absl::StatusOr<absl::Span<int64_t>> MergingStep::MaximumSums() {
       plan.units[i * value_dim + c] = PowerOfTwo(ValueFractionBits() - MaximumExponent(i, c));
     }
   });
-  maximum_sums_.assign(selected_.size() * words_per_target(), 0);
-  EDUBA_RETURN_IF_ERROR(SumPages(plan, maximum_sums_.data()));
+  std::fill(words.begin(), words.end(), 0);
+  EDUBA_RETURN_IF_ERROR(SumPages(plan, words.data()));
   EDUBA_RETURN_IF_ERROR(CheckCancelled());
-  return absl::MakeSpan(maximum_sums_);
+  maximum_sums_ = words;
+  return absl::OkStatus();
 }
 
 absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
@@ -361,7 +367,7 @@ absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
         keys.push_back(static_cast<double>(sums[c]) *
                        PowerOfTwo(MaximumExponent(j, c) - ValueFractionBits()));
       }
-    } else if (has_sink_sums_) {
+    } else if (!sink_sums_.empty()) {
       const int64_t* sums = &sink_sums_[i * words];
       reference = reference_[i];
       keys.push_back(static_cast<double>(sums[shape.value_dim]) * PowerOfTwo(-kSinkPathFractionBits));

@@ -57,10 +57,10 @@ class MergingStep : public AttentionStep {
     std::vector<double> units;  // [unit rows, value_dim]: O[c] = rint(o[c] exp(m - reference) units[c])
   };
 
-  absl::StatusOr<absl::Span<int64_t>> SinkSums() final;
+  absl::Status SinkSums(absl::Span<int64_t> words) final;
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() final;
-  absl::StatusOr<absl::Span<float>> Maxima() final;
-  absl::StatusOr<absl::Span<int64_t>> MaximumSums() final;
+  absl::Status Maxima(absl::Span<float> maxima) final;
+  absl::Status MaximumSums(absl::Span<int64_t> words) final;
   absl::Status Finish(float* outputs, float* lse, float* sink_mass) final;
   PathCounts paths() const final { return paths_; }
   int64_t bytes_read() const final { return bytes_read_; }
@@ -69,8 +69,7 @@ class MergingStep : public AttentionStep {
   // REQUIRES: ValidateStep(args) is OK. `pool` outlives the step.
   MergingStep(const StepArgs& args, ThreadPool& pool);
 
-  // Whether there may be a sink path at all, and its sums: every row and head, M for reference.
-  bool HasSinks() const { return !args_.sink_logits.empty() || !args_.sink_pages.empty(); }
+  // The sums of the sink path: every row and head, M for reference.
   absl::StatusOr<SumPlan> SinkPlan();
 
   // The first `tokens` stored rows of the sink pages, in f32: keys [tokens, kv_heads, head_dim], values
@@ -108,8 +107,8 @@ class MergingStep : public AttentionStep {
   // one row and head each.
   void ForWords(int64_t count, const std::function<void(int64_t i)>& body) const;
 
-  int64_t row_heads() const { return int64_t{args_.rows} * args_.shape.query_heads; }
-  int64_t words_per_target() const { return args_.shape.value_dim + 2; }
+  int64_t row_heads() const { return args_.row_heads(); }
+  int64_t words_per_target() const { return args_.words_per_row_head(); }
   // The pages that some row sees, in the order of args.pages.
   std::vector<PageRef> SeenPages() const;
 
@@ -150,13 +149,13 @@ class MergingStep : public AttentionStep {
   std::vector<double> reference_;    // [row_heads]: M; -inf without a sink
   bool sinks_loaded_ = false;
   bool sinks_finite_ = true;
-  bool has_sink_sums_ = false;
   bool fault_somewhere_ = false;
 
-  std::vector<int64_t> sink_sums_;     // [row_heads, words]
-  std::vector<int64_t> selected_;      // row_heads on the maximum path, ascending
-  std::vector<float> maxima_;          // [selected, 1 + value_dim]
-  std::vector<int64_t> maximum_sums_;  // [selected, words]
+  std::vector<int64_t> selected_;  // row_heads on the maximum path, ascending
+  // The caller's memory, empty before the call that fills it.
+  absl::Span<int64_t> sink_sums_;     // [row_heads, words]
+  absl::Span<float> maxima_;          // [selected, 1 + value_dim]
+  absl::Span<int64_t> maximum_sums_;  // [selected, words]
   PathCounts paths_;
   int64_t bytes_read_ = 0;
 

@@ -16,7 +16,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "collective/gloo/gloo_communicator.h"
 #include "collective/local/local_communicator.h"
+#include "collective/map_rendezvous.h"
+#include "collective/testing/counting_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "model/testing/dense_attention.h"
@@ -239,6 +242,88 @@ TEST(ModelEngine, AnyNumberOfWorkersGivesTheSameBits) {
       });
       if (HasFailure()) return;
     }
+  }
+}
+
+// RunGroup over sockets.
+void RunGlooGroup(int size, const std::function<void(int, Communicator*)>& body) {
+  MapRendezvous board;
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto communicator = ConnectGloo(rank, size, board, {}, absl::Now() + absl::Seconds(60));
+      ASSERT_TRUE(communicator.ok()) << communicator.status();
+      body(rank, communicator->get());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Contexts of every kind in one step: the sums of all those that see all keys come in one message a layer.
+TEST(ModelEngine, TheTurnsOfAStepShareTheirCollectives) {
+  constexpr uint64_t kSeed = 3;
+  constexpr int kSteps = 4;
+  ModelConfig config = RandomModel::RandomConfig(kSeed);
+  config.layers[0].window = 0;
+  config.layers.resize(3, config.layers[0]);
+  config.layers[1].window = 30;
+  config.attention_scale = 1e-3F;  // Sinks and keys count alike, which is the sink path's ground.
+  std::vector<ContextOptions> kinds(7);
+  kinds[1].sink_tokens = 1;
+  kinds[2] = {ContextPolicy::kStreaming, PositionMode::kRolling, 4, 20, 0};
+  kinds[3] = {ContextPolicy::kStar, PositionMode::kAbsolute, 4, 40, 0};
+  kinds[4].sink_tokens = 260;
+  kinds[6].sink_tokens = 0;  // No sinks: everything takes the maximum path.
+  const auto new_fixture = [&](Communicator* communicator) {
+    return Fixture(RandomModel(config, DType::kF32, kSeed), DType::kF32, 1, int64_t{256} << 20, communicator);
+  };
+  // What has been read before differs in length, too.
+  const auto open = [&](Fixture& f, size_t kind) {
+    Context context = f.Open(kinds[kind]);
+    EXPECT_TRUE(f.engine->Append(context, f.Text(200 + 90 * kind, kind)).ok());
+    return context;
+  };
+  std::vector<std::vector<float>> wanted;
+  {
+    Fixture f = new_fixture(nullptr);
+    for (size_t kind = 0; kind < kinds.size(); ++kind) {
+      Context context = open(f, kind);
+      wanted.push_back(f.Hidden(context, f.Text(kSteps, 50 + kind), 1, true));
+    }
+  }
+  const auto check = [&](int /*rank*/, Communicator* communicator) {
+    testing::CountingCommunicator counting(communicator);
+    Fixture f = new_fixture(&counting);
+    const auto width = static_cast<size_t>(config.hidden_size);
+    for (const size_t count : {kinds.size() - 1, kinds.size()}) {
+      std::vector<Context> contexts;
+      std::vector<std::vector<int32_t>> texts;
+      for (size_t kind = 0; kind < count; ++kind) {
+        contexts.push_back(open(f, kind));
+        texts.push_back(f.Text(kSteps, 50 + kind));
+      }
+      counting.TakeReductions();
+      for (int step = 0; step < kSteps; ++step) {
+        std::vector<Turn> turns;
+        for (size_t kind = 0; kind < count; ++kind) {
+          turns.push_back({&contexts[kind], absl::MakeConstSpan(texts[kind]).subspan(step, 1), true});
+        }
+        ASSERT_TRUE(f.engine->Step(turns).ok());
+        // The step's own, and one for each of two layers; three where anything takes the maximum path.
+        EXPECT_EQ(counting.TakeReductions(), count == kinds.size() ? 1 + 2 * 3 : 1 + 2);
+        for (size_t kind = 0; kind < count; ++kind) {
+          ASSERT_TRUE(SameBits(f.engine->hidden().subspan(kind * width, width),
+                               absl::MakeConstSpan(wanted[kind]).subspan(step * width, width)))
+              << "context " << kind << " at " << step;
+        }
+      }
+    }
+  };
+  for (const int size : {1, 2, 3, 4}) {
+    SCOPED_TRACE(absl::StrCat(size, " ranks"));
+    RunGroup(size, check);
+    RunGlooGroup(size, check);
+    if (HasFailure()) return;
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <utility>
 
 #include "attention/sharded_attention.h"
 #include "base/check.h"
@@ -34,69 +35,88 @@ absl::Status PagedAttention::Attend(const LayerRows& rows, float* outputs) {
 }
 
 absl::Status PagedAttention::AttendWritten(const LayerRows& rows, float* outputs) {
+  std::vector<Part> shared;
   int64_t step_row = 0;
-  for (const ContextRows& context : contexts_) {
+  for (size_t c = 0; c < contexts_.size(); ++c) {
+    const ContextRows& context = contexts_[c];
     for (int64_t row = 0; row < context.rows;) {
       const int64_t end = std::min(context.rows, PositionsFor(context.first + row) - context.first);
-      EDUBA_RETURN_IF_ERROR(AttendPart(rows, context, row, end - row, step_row + row, outputs));
+      Part part = MakePart(rows, c, row, end - row, step_row);
+      if (IsShared(context.views[rows.layer])) {
+        shared.push_back(std::move(part));
+      } else {
+        EDUBA_RETURN_IF_ERROR(AttendParts(rows, nullptr, absl::MakeConstSpan(&part, 1), outputs));
+      }
       row = end;
     }
     step_row += context.rows;
   }
   EDUBA_CHECK_EQ(step_row, rows.rows);
-  return absl::OkStatus();
+  return shared.empty() ? absl::OkStatus() : AttendParts(rows, communicator_, shared, outputs);
 }
 
-absl::Status PagedAttention::AttendPart(const LayerRows& rows, const ContextRows& context, int64_t row,
-                                        int64_t count, int64_t step_row, float* outputs) {
-  const LayerView& view = context.views[rows.layer];
-  const AttentionShape& shape = context.pages->shape();
-  const int64_t first = context.first + row;
+PagedAttention::Part PagedAttention::MakePart(const LayerRows& rows, size_t context, int64_t row,
+                                              int64_t count, int64_t step_row) const {
+  const ContextRows& own = contexts_[context];
+  const LayerView& view = own.views[rows.layer];
+  const AttentionShape& shape = own.pages->shape();
+  const int64_t first = own.first + row;
   const int64_t length = first + count;
-  std::vector<PositionRange> visible(count);
-  std::vector<int32_t> visible_sinks(count);
+  Part part;
+  part.context = context;
+  part.step_row = step_row + row;
+  part.visible.resize(count);
+  part.visible_sinks.resize(count);
   PositionRange seen{INT64_MAX, 0};
   for (int64_t i = 0; i < count; ++i) {
     const Visibility v = VisibleTo(view.policy, first + i, view.sink_tokens, view.window, length);
-    visible[i] = v.keys;
-    visible_sinks[i] = v.sinks;
+    part.visible[i] = v.keys;
+    part.visible_sinks[i] = v.sinks;
     if (!v.keys.empty()) seen = {std::min(seen.begin, v.keys.begin), std::max(seen.end, v.keys.end)};
   }
 
   const int64_t query_row = int64_t{shape.query_heads} * shape.head_dim;
-  StepArgs args;
+  StepArgs& args = part.args;
   args.shape = shape;
   args.rows = static_cast<int>(count);
-  args.queries = rows.queries + step_row * query_row;
-  if (rows.sink_queries != rows.queries) args.sink_queries = rows.sink_queries + step_row * query_row;
-  args.visible = visible;
-  // A window's pages are all here; of all pages, each rank adds up its own.
-  Communicator* const communicator = view.policy == Policy::kGlobal ? communicator_ : nullptr;
-  std::vector<PageRef> owned;
-  if (communicator != nullptr) {
-    owned = context.pages->OwnedPages(rows.layer, seen);
-    args.pages = owned;
+  args.queries = rows.queries + part.step_row * query_row;
+  if (rows.sink_queries != rows.queries) args.sink_queries = rows.sink_queries + part.step_row * query_row;
+  args.visible = part.visible;
+  if (IsShared(view)) {
+    part.owned = own.pages->OwnedPages(rows.layer, seen);
+    args.pages = part.owned;
   } else {
-    args.pages = context.pages->Pages(rows.layer, seen);
+    args.pages = own.pages->Pages(rows.layer, seen);
   }
-  args.sink_pages = context.pages->Pages(rows.layer, {0, std::min(view.sink_tokens, length)});
-  args.visible_sinks = visible_sinks;
+  args.sink_pages = own.pages->Pages(rows.layer, {0, std::min(view.sink_tokens, length)});
+  args.visible_sinks = part.visible_sinks;
   args.exponents = model_->value_exponents(rows.layer);
   args.positions = PositionsFor(first);
-  EDUBA_ASSIGN_OR_RETURN(const AttentionAnswer answer,
-                         AttendPages(*backend_, communicator, args, view.sink_tokens > 0, deadline_));
-  std::copy(answer.outputs.begin(), answer.outputs.end(), outputs + step_row * query_row);
-  AddSinkMass(rows, context, answer.sink_mass);
-  bytes_read_ += answer.bytes_read;
+  return part;
+}
+
+absl::Status PagedAttention::AttendParts(const LayerRows& rows, Communicator* communicator,
+                                         absl::Span<const Part> parts, float* outputs) {
+  std::vector<StepArgs> steps;
+  steps.reserve(parts.size());
+  for (const Part& part : parts) steps.push_back(part.args);
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<AttentionAnswer> answers,
+                         AttendPages(*backend_, communicator, steps, deadline_));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const AttentionShape& shape = parts[i].args.shape;
+    std::copy(answers[i].outputs.begin(), answers[i].outputs.end(),
+              outputs + parts[i].step_row * shape.query_heads * shape.value_dim);
+    AddSinkMass(rows, parts[i].context, answers[i].sink_mass);
+    bytes_read_ += answers[i].bytes_read;
+  }
   return absl::OkStatus();
 }
 
-void PagedAttention::AddSinkMass(const LayerRows& rows, const ContextRows& context,
-                                 absl::Span<const float> mass) {
+void PagedAttention::AddSinkMass(const LayerRows& rows, size_t context, absl::Span<const float> mass) {
   const auto layers = static_cast<int64_t>(model_->config().layers.size());
-  const int64_t heads = context.pages->shape().query_heads;
+  const int64_t heads = contexts_[context].pages->shape().query_heads;
   sink_mass_.resize(contexts_.size() * layers * heads);
-  int64_t* sums = &sink_mass_[((&context - contexts_.data()) * layers + rows.layer) * heads];
+  int64_t* sums = &sink_mass_[(static_cast<int64_t>(context) * layers + rows.layer) * heads];
   for (size_t i = 0; i < mass.size(); ++i) {
     sums[i % heads] += std::llrint(double{mass[i]} / kSinkMassUnit);
   }

@@ -36,7 +36,8 @@ struct ContextRows {
 
 // Attention of contexts for one step, on one worker or on the ranks of a group that all take the same step.
 // Windows are on every rank; where a row sees all keys, each rank adds up those of the pages that it owns,
-// and the sums meet (docs/numerics.md). A row's bits depend on its position and on what it sees, not on which
+// and the sums of all contexts meet in one all-reduce a layer, three where any row needs the maximum path
+// (docs/numerics.md). A row's bits depend on its position and on what it sees, not on which
 // rows came with it, nor on the number of ranks: channel exponents come from the weights
 // (Transformer::value_exponents), and the maximum path's unit from the row's own position.
 class PagedAttention final : public LayerAttention {
@@ -62,10 +63,31 @@ class PagedAttention final : public LayerAttention {
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
-  absl::Status AttendPart(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
-                          int64_t step_row, float* outputs);
+  // Neighbouring rows of a context that one step of the backend takes.
+  struct Part {
+    Part() = default;
+    Part(Part&&) = default;  // `args` points to the same then, and would not in a copy.
+
+    size_t context = 0;
+    int64_t step_row = 0;  // Of all contexts' rows.
+    StepArgs args;
+    // What `args` points to.
+    std::vector<PositionRange> visible;
+    std::vector<int32_t> visible_sinks;
+    std::vector<PageRef> owned;
+  };
+
+  // A window's pages are all here; of all pages, each rank adds up its own.
+  bool IsShared(const LayerView& view) const {
+    return communicator_ != nullptr && view.policy == Policy::kGlobal;
+  }
+  // Of rows [row, row + count) of the context, which begins at `step_row`.
+  Part MakePart(const LayerRows& rows, size_t context, int64_t row, int64_t count, int64_t step_row) const;
+  // Together with the other ranks, or with nobody.
+  absl::Status AttendParts(const LayerRows& rows, Communicator* communicator, absl::Span<const Part> parts,
+                           float* outputs);
   // `mass` [rows of the context, query_heads].
-  void AddSinkMass(const LayerRows& rows, const ContextRows& context, absl::Span<const float> mass);
+  void AddSinkMass(const LayerRows& rows, size_t context, absl::Span<const float> mass);
 
   Backend* const backend_;
   const Transformer* const model_;

@@ -9,6 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
+#include "collective/local/local_communicator.h"
+#include "collective/testing/counting_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "model/testing/random_model.h"
@@ -39,12 +42,14 @@ class SpyBackend final : public Backend {
       told[range.end] = {args.positions, {args.exponents.begin(), args.exponents.end()}};
       ++rows;
     }
+    ++steps;
     return backend_->StartStep(args);
   }
 
   // By the position behind the row's.
   std::map<int64_t, std::pair<int64_t, std::vector<int16_t>>> told;
   int64_t rows = 0;
+  int64_t steps = 0;
 
  private:
   std::unique_ptr<Backend> backend_;
@@ -90,6 +95,38 @@ TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
   EXPECT_EQ(told(77), whole);
   EXPECT_EQ(told(512), whole);
   for (const auto& [position, units] : whole) EXPECT_GE(units.first, position);
+}
+
+TEST(PagedAttention, RowsThatAreCutAtAPowerOfTwoShareTheirCollectives) {
+  ModelConfig config = RandomModel::RandomConfig(3);
+  config.layers.resize(1);
+  config.layers[0].window = 0;
+  const RandomModel random(config, DType::kF32, 3);
+  const auto kernels = MakeCpuLayerKernels(1);
+  const auto model = Transformer::Create(random.config, random.weights, kernels.get()).value();
+  AttentionShape shape{
+      config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32, 1, 0};
+  LocalHub hub;
+  const auto communicator = hub.Join(1, 1, 0, 1, absl::Now() + absl::Seconds(60)).value();
+  testing::CountingCommunicator counting(communicator.get());
+  SpyBackend backend(MakeCpuBackend(1));
+  PageStore store(&backend, int64_t{1} << 24);
+  const int64_t begin = (1 << 16) - 3;
+  const int64_t rows = 8;
+  KvPages pages(&backend, &store, shape, {}, {LayerPages()});
+  ASSERT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, begin + rows).ok());
+  const std::vector<LayerView> views = {{Policy::kGlobal, 0, 0}};
+  const ContextRows context{&pages, begin, rows, views};
+  const std::vector<float> numbers(rows * config.query_heads * config.head_dim, 0.5F);
+  std::vector<float> outputs(numbers.size());
+  PagedAttention attention(&backend, model.get(), absl::MakeConstSpan(&context, 1), &counting,
+                           absl::Now() + absl::Seconds(60));
+  ASSERT_TRUE(
+      attention
+          .Attend({0, rows, numbers.data(), numbers.data(), numbers.data(), numbers.data()}, outputs.data())
+          .ok());
+  EXPECT_EQ(backend.steps, 2);
+  EXPECT_EQ(counting.TakeReductions(), 2);  // Without sinks: maxima, sums.
 }
 
 }  // namespace

@@ -35,12 +35,12 @@ class EndlessStep final : public AttentionStep {
     while (!*cancelled_) absl::SleepFor(absl::Milliseconds(1));
     return absl::CancelledError("called off");
   }
-  absl::StatusOr<absl::Span<int64_t>> SinkSums() override { return absl::UnimplementedError(""); }
+  absl::Status SinkSums(absl::Span<int64_t>) override { return absl::UnimplementedError(""); }
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override {
     return absl::UnimplementedError("");
   }
-  absl::StatusOr<absl::Span<float>> Maxima() override { return absl::UnimplementedError(""); }
-  absl::StatusOr<absl::Span<int64_t>> MaximumSums() override { return absl::UnimplementedError(""); }
+  absl::Status Maxima(absl::Span<float>) override { return absl::UnimplementedError(""); }
+  absl::Status MaximumSums(absl::Span<int64_t>) override { return absl::UnimplementedError(""); }
   absl::Status Finish(float*, float*, float*) override { return absl::UnimplementedError(""); }
   PathCounts paths() const override { return {}; }
   int64_t bytes_read() const override { return 0; }

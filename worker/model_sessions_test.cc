@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "collective/local/local_communicator.h"
+#include "collective/testing/counting_communicator.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -56,12 +57,13 @@ class Rank {
       : backend_(MakeCpuBackend(1)),
         store_(backend_.get(), memory_bytes),
         model_(ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()),
-        group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()) {
+        group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()),
+        counting_(group_.get()) {
     ModelSessions::Options options;
     options.backend = backend_.get();
     options.store = &store_;
     options.model = model_.get();
-    options.group = group_.get();
+    options.group = &counting_;
     options.epoch = 1;
     options.chunk_rows = 50;
     options.send = [this](const v1::WorkerMessage& message) { said_.push_back(message); };
@@ -133,6 +135,7 @@ class Rank {
   PageStore store_;
   std::unique_ptr<ServedModel> model_;
   std::unique_ptr<Communicator> group_;
+  testing::CountingCommunicator counting_;
   std::vector<v1::WorkerMessage> said_;
   std::unique_ptr<ModelSessions> sessions_;
   uint64_t ordinal_ = 0;
@@ -256,6 +259,38 @@ TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
     EXPECT_GT(steps, 20);
     EXPECT_NE(steps, 40);
     rank.RunAll();
+  });
+}
+
+TEST(ModelSessionsOfTwo, SessionsThatGenerateTogetherShareTheirCollectives) {
+  OnTwoRanks([](Rank& rank) {
+    constexpr uint64_t kSessions = 8;
+    for (uint64_t id = 3; id <= kSessions; ++id) rank.Open(id);
+    for (uint64_t id = 1; id <= kSessions; ++id) {
+      rank.Append(id, std::vector<int32_t>(100 * id, static_cast<int32_t>(id)));
+      rank.RunAll();
+      v1::ForkSession fork;
+      fork.set_session_id(id);
+      fork.set_fork_id(100 + id);
+      ASSERT_TRUE(rank.sessions_->Fork(fork).ok());
+    }
+    std::vector<uint64_t> alone;
+    std::vector<uint64_t> together;
+    for (uint64_t id = 1; id <= kSessions; ++id) {
+      alone.push_back(rank.Generate(100 + id, 10));
+      rank.RunAll();
+    }
+    for (uint64_t id = 1; id <= kSessions; ++id) together.push_back(rank.Generate(id, 10));
+    const int layers = rank.model_->info().layer_windows_size();
+    for (int step = 0; step < 10; ++step) {
+      rank.counting_.TakeReductions();
+      ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
+      EXPECT_LE(rank.counting_.TakeReductions(), 1 + 3 * layers);
+    }
+    for (uint64_t i = 0; i < kSessions; ++i) {
+      EXPECT_EQ(rank.TextOf(together[i]), rank.TextOf(alone[i]));
+      EXPECT_EQ(rank.ResultOf(together[i]).model().digest(), rank.ResultOf(alone[i]).model().digest());
+    }
   });
 }
 

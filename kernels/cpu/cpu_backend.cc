@@ -11,6 +11,7 @@
 #include "base/parallel.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/huge_memory.h"
+#include "kernels/cpu/kept_partials.h"
 #include "kernels/cpu/page_kernels.h"
 #include "kernels/cpu/page_layout.h"
 #include "kernels/cpu/page_sums.h"
@@ -25,12 +26,14 @@ constexpr int64_t kUnitsPerTask = 32;
 // Tasks that each thread should have at least, so that none is idle for long at the end.
 constexpr int64_t kTasksPerThread = 16;
 
-// Lives as long as the backend; one step at a time uses it.
+// Lives as long as the backend. All steps use it, but for kept partials one call at a time.
 struct Workspace {
-  explicit Workspace(int threads) : pool(threads), page_scratch(threads) {}
+  Workspace(int threads, int64_t kept_partials_bytes)
+      : pool(threads), kept(kept_partials_bytes), page_scratch(threads) {}
 
   ThreadPool pool;
-  ScratchMemory partials;
+  KeptPartials kept;
+  ScratchMemory partials;  // Of a step whose partials are not kept: a unit's for each thread.
   std::vector<ScratchMemory> page_scratch;  // [threads]
 };
 
@@ -44,33 +47,34 @@ struct PartialView {
 // A unit of work is (page, KV head, block of rows): as many query vectors as a kernel takes at once.
 class CpuStep final : public MergingStep {
  public:
-  CpuStep(const StepArgs& args, const PageKernels& kernels, Workspace& workspace, int64_t kept_partials_bytes)
+  CpuStep(const StepArgs& args, const PageKernels& kernels, Workspace& workspace)
       : MergingStep(args, workspace.pool),
         layout_(args.shape),
         kernels_(kernels),
         workspace_(workspace),
         group_(args.shape.group()),
-        rows_per_block_(std::max(1, kMaxPageQueries / group_)) {
+        rows_per_block_(std::clamp(kMaxPageQueries / group_, 1, args.rows)) {
     pages_ = SeenPages();
     row_blocks_ = (args.rows + rows_per_block_ - 1) / rows_per_block_;
     unit_queries_ = int64_t{rows_per_block_} * group_;
-    keep_partials_ = units() * PartialBytes() <= kept_partials_bytes;
+  }
+
+  ~CpuStep() override {
+    if (kept_ != nullptr) workspace_.kept.Return();
   }
 
   // Takes the memory that the step needs.
   absl::Status Prepare() {
-    const int64_t kept = keep_partials_ ? units() : workspace_.pool.threads();
-    partials_ =
-        static_cast<float*>(workspace_.partials.Reserve(std::max<int64_t>(kept * PartialBytes(), 64)));
-    if (partials_ == nullptr) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("no memory for ", kept * PartialBytes(), " bytes of partials"));
+    if (units() > 0) kept_ = workspace_.kept.Take(units() * PartialBytes());
+    if (kept_ == nullptr &&
+        workspace_.partials.Reserve(workspace_.pool.threads() * PartialBytes()) == nullptr) {
+      return absl::ResourceExhaustedError("no memory for the threads' partials");
     }
     for (ScratchMemory& memory : workspace_.page_scratch) {
-      auto* scratch = static_cast<float*>(memory.Reserve(
-          PageScratchFloats(static_cast<int>(layout_.value_pitch)) * static_cast<int64_t>(sizeof(float))));
-      if (scratch == nullptr) return absl::ResourceExhaustedError("no memory for a thread's scratch");
-      scratch_.push_back(scratch);
+      const int64_t floats = PageScratchFloats(static_cast<int>(layout_.value_pitch));
+      if (memory.Reserve(floats * static_cast<int64_t>(sizeof(float))) == nullptr) {
+        return absl::ResourceExhaustedError("no memory for a thread's scratch");
+      }
     }
     return absl::OkStatus();
   }
@@ -80,7 +84,7 @@ class CpuStep final : public MergingStep {
     std::vector<float> maxima(threads * row_heads(), -kInfinity);
     // The sinks' reference is known already: the sink path's sums are made while the partials are in the
     // cache.
-    if (HasSinks()) {
+    if (args_.has_sinks()) {
       EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
       sink_sums_ = std::make_unique<PageSums>(MakeSums(plan));
     }
@@ -132,7 +136,7 @@ class CpuStep final : public MergingStep {
     ForEachUnit([&](int64_t unit, int thread) {
       std::vector<float>& own = threads[thread];
       if (own.empty()) own.assign(size, -kInfinity);
-      const PartialView view = keep_partials_ ? ViewOf(unit) : Compute(unit, thread);
+      const PartialView view = KeptOrComputed(unit, thread);
       ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
         if (index_of[row_head] < 0 || view.m[query] == -kInfinity) return;
         float* to = &own[index_of[row_head] * value_dim];
@@ -149,12 +153,11 @@ class CpuStep final : public MergingStep {
   absl::Status SumPages(const SumPlan& plan, int64_t* words) override {
     if (sink_sums_ && plan.value_limit == 0) {
       sink_sums_->Collect(words);
+      sink_sums_.reset();
       return absl::OkStatus();
     }
     PageSums sums = MakeSums(plan);
-    ForEachUnit([&](int64_t unit, int thread) {
-      AddUnit(unit, thread, keep_partials_ ? ViewOf(unit) : Compute(unit, thread), sums);
-    });
+    ForEachUnit([&](int64_t unit, int thread) { AddUnit(unit, thread, KeptOrComputed(unit, thread), sums); });
     sums.Collect(words);
     return absl::OkStatus();
   }
@@ -193,22 +196,28 @@ class CpuStep final : public MergingStep {
     }
   }
 
-  float* PartialMemory(int64_t slot) const {
-    return partials_ + slot * (PartialBytes() / static_cast<int64_t>(sizeof(float)));
+  // Of a unit. The workspace's memory is looked up anew each time: other steps may make it larger.
+  float* PartialMemory(int64_t unit, int thread) const {
+    float* const memory = kept_ != nullptr ? kept_ : static_cast<float*>(workspace_.partials.data());
+    const int64_t slot = kept_ != nullptr ? unit : thread;
+    return memory + slot * (PartialBytes() / static_cast<int64_t>(sizeof(float)));
   }
-  PartialView ViewOf(int64_t slot) const {
-    const float* memory = PartialMemory(slot);
+  PartialView ViewOf(const float* memory) const {
     return {memory, memory + unit_queries_, memory + 2 * unit_queries_};
+  }
+  // Behind Attend.
+  PartialView KeptOrComputed(int64_t unit, int thread) {
+    return kept_ != nullptr ? ViewOf(PartialMemory(unit, thread)) : Compute(unit, thread);
   }
 
   // Runs the kernel over the unit's queries, and returns where their partials are.
   PartialView Compute(int64_t unit, int thread) {
-    const int64_t slot = keep_partials_ ? unit : thread;
-    float* m = PartialMemory(slot);
+    float* m = PartialMemory(unit, thread);
     float* l = m + unit_queries_;
     float* o = l + unit_queries_;
     const PageRef& page = PageOfUnit(unit);
     const AttentionShape& shape = args_.shape;
+    auto* const scratch = static_cast<float*>(workspace_.page_scratch[thread].data());
 
     PageQueries call;
     call.dtype = shape.dtype;
@@ -237,12 +246,12 @@ class CpuStep final : public MergingStep {
       call.l[i] = l + query;
       call.o[i] = o + query * layout_.value_pitch;
       if (call.queries == kMaxPageQueries) {
-        kernels_.attend_page(call, scratch_[thread]);
+        kernels_.attend_page(call, scratch);
         call.queries = 0;
       }
     });
-    if (call.queries > 0) kernels_.attend_page(call, scratch_[thread]);
-    return ViewOf(slot);
+    if (call.queries > 0) kernels_.attend_page(call, scratch);
+    return ViewOf(m);
   }
 
   PageSums MakeSums(const SumPlan& plan) const {
@@ -264,13 +273,11 @@ class CpuStep final : public MergingStep {
   const int rows_per_block_;
   int64_t row_blocks_ = 0;
   int64_t unit_queries_ = 0;
-  bool keep_partials_ = true;
   std::vector<PageRef> pages_;  // Those that some row sees.
-  float* partials_ =
-      nullptr;  // [units or threads] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]
-  std::vector<float*> scratch_;          // [threads]
+  // [units] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]; null: not kept.
+  float* kept_ = nullptr;
   std::vector<float> maxima_;            // [row_heads]
-  std::unique_ptr<PageSums> sink_sums_;  // Made by Attend where there are sinks.
+  std::unique_ptr<PageSums> sink_sums_;  // Made by Attend where there are sinks, until they are asked for.
 };
 
 // Copies rows of one KV head's keys into the transposed blocks.
@@ -291,7 +298,7 @@ void WriteKeys(const CpuPageLayout& layout, T* page, int row, int rows, const T*
 class CpuBackend final : public Backend {
  public:
   CpuBackend(int threads, const PageKernels& kernels, int64_t kept_partials_bytes)
-      : kernels_(kernels), kept_partials_bytes_(kept_partials_bytes), workspace_(threads) {}
+      : kernels_(kernels), workspace_(threads, kept_partials_bytes) {}
 
   std::string name() const override { return absl::StrCat("cpu/", kernels_.target); }
 
@@ -337,14 +344,13 @@ class CpuBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
     if (absl::Status status = ValidateStep(args); !status.ok()) return status;
-    auto step = std::make_unique<CpuStep>(args, kernels_, workspace_, kept_partials_bytes_);
+    auto step = std::make_unique<CpuStep>(args, kernels_, workspace_);
     if (absl::Status status = step->Prepare(); !status.ok()) return status;
     return step;
   }
 
  private:
   const PageKernels& kernels_;
-  const int64_t kept_partials_bytes_;
   Workspace workspace_;
 };
 

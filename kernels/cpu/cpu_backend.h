@@ -10,9 +10,9 @@
 
 namespace eduba {
 
-// Partials that a step keeps, so that the maximum path need not read keys and values again. A step whose
-// partials would take more computes them once more for each pass instead: the same bits, for up to twice the
-// work.
+// Partials that the steps in progress keep, so that the maximum path need not read keys and values again. A
+// step for whose partials there is no room left computes them once more for each pass instead: the same bits,
+// for up to twice the work.
 inline constexpr int64_t kKeptPartialsBytesMax = int64_t{1} << 30;
 
 // SIMD kernels for this machine, on `threads` threads (at least 1) that live as long as the backend. A step's

@@ -43,9 +43,11 @@ void FreeHuge(void* memory, int64_t bytes) {
 
 void* ScratchMemory::Reserve(int64_t bytes) {
   if (bytes > bytes_) {
+    void* const larger = AllocateHuge(bytes);
+    if (larger == nullptr) return nullptr;
     FreeHuge(memory_, bytes_);
-    memory_ = AllocateHuge(bytes);
-    bytes_ = memory_ == nullptr ? 0 : bytes;
+    memory_ = larger;
+    bytes_ = bytes;
   }
   return memory_;
 }

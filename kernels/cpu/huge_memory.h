@@ -19,8 +19,9 @@ class ScratchMemory {
   ScratchMemory(const ScratchMemory&) = delete;
   ScratchMemory& operator=(const ScratchMemory&) = delete;
 
-  // At least `bytes`, or nullptr when the machine has none left.
+  // At least `bytes`, or nullptr when the machine has none left: then it stays as it is.
   void* Reserve(int64_t bytes);
+  void* data() const { return memory_; }
 
  private:
   void* memory_ = nullptr;

@@ -76,7 +76,9 @@ T* At(const Memory& memory, int64_t offset) {
   return reinterpret_cast<T*>(memory.data() + offset);
 }
 
-// What a step works with; one step at a time uses it.
+class CudaStep;
+
+// What steps work with: one of them has it, until another takes it.
 struct Workspace {
   Workspace(Device& owner, CudaPrecision how, int threads)
       : device(owner),
@@ -92,13 +94,14 @@ struct Workspace {
   Device& device;
   const CudaPrecision precision;
   ThreadPool pool;
-  Stream stream = nullptr;       // Of the step.
-  Stream sink_stream = nullptr;  // Reads sinks while the step's kernel runs.
-  Staging step;                  // In: queries, visible ranges, pages.
-  Staging sum;                   // In: targets and units.
-  Staging words;                 // Out: sums.
-  Staging sinks;                 // In: page addresses. Out: sinks' keys and values.
-  Staging state;                 // Out: the fault, and the maxima.
+  const CudaStep* owner = nullptr;  // Whose `step`, `state` and `partials` these are.
+  Stream stream = nullptr;          // Of the step.
+  Stream sink_stream = nullptr;     // Reads sinks while the step's kernel runs.
+  Staging step;                     // In: queries, visible ranges, pages.
+  Staging sum;                      // In: targets and units.
+  Staging words;                    // Out: sums.
+  Staging sinks;                    // In: page addresses. Out: sinks' keys and values.
+  Staging state;                    // Out: the fault, and the maxima.
   Memory partials;
 };
 
@@ -114,21 +117,21 @@ class CudaStep final : public MergingStep {
 
   // Nothing of the step is running any more when its memory is used again.
   ~CudaStep() override {
+    if (workspace_.owner == this) workspace_.owner = nullptr;
     if (!started_ || !device_.Attach().ok()) return;
     device_.Synchronize(workspace_.stream).IgnoreError();
     device_.Synchronize(workspace_.sink_stream).IgnoreError();
   }
 
-  // Queues the kernel and returns: the host prepares the sinks while it runs.
+  // Queues the kernel and returns: the host prepares the sinks while it runs. Where there are none, other
+  // steps may come before anything is asked of this one, so the kernel waits for that.
   absl::Status Attend() override {
     EDUBA_RETURN_IF_ERROR(CheckCancelled());
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     started_ = true;
     ChooseTile();
     EDUBA_RETURN_IF_ERROR(ChooseParts());
-    EDUBA_RETURN_IF_ERROR(SendStep());
-    if (!kept_) return absl::OkStatus();
-    return AttendPart(0);
+    return args_.has_sinks() ? TakeWorkspace() : absl::OkStatus();
   }
 
  protected:
@@ -162,7 +165,7 @@ class CudaStep final : public MergingStep {
   }
 
   absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) override {
-    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_RETURN_IF_ERROR(TakeWorkspace());
     if (!kept_ && !maxima_known_) {
       for (int64_t part = 0; part < parts(); ++part) EDUBA_RETURN_IF_ERROR(AttendPart(part));
       maxima_known_ = true;
@@ -174,7 +177,7 @@ class CudaStep final : public MergingStep {
   }
 
   absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
-    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_RETURN_IF_ERROR(TakeWorkspace());
     Packing packing;
     const auto count = static_cast<int64_t>(row_heads.size());
     const int64_t size = count * layout_.value_dim;
@@ -212,7 +215,7 @@ class CudaStep final : public MergingStep {
   }
 
   absl::Status SumPages(const SumPlan& plan, int64_t* words) override {
-    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_RETURN_IF_ERROR(TakeWorkspace());
     const auto count = static_cast<int64_t>(plan.targets.size());
     const int64_t bytes = count * words_per_target() * int64_t{sizeof(int64_t)};
     EDUBA_RETURN_IF_ERROR(workspace_.words.Reserve(bytes));
@@ -246,6 +249,18 @@ class CudaStep final : public MergingStep {
   // Of Workspace::state.
   static constexpr int64_t kFaultAt = 0;
   static constexpr int64_t kMaximaAt = 16;
+
+  // Has the step and, where they are kept, its partials on the device, also if another step took their place.
+  absl::Status TakeWorkspace() {
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    if (workspace_.owner == this) return absl::OkStatus();
+    // What the other has queued may still be reading there.
+    if (workspace_.owner != nullptr) EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
+    workspace_.owner = this;
+    maxima_known_ = false;
+    EDUBA_RETURN_IF_ERROR(SendStep());
+    return kept_ ? AttendPart(0) : absl::OkStatus();
+  }
 
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
   void ChooseTile() {

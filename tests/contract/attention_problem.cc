@@ -299,102 +299,130 @@ void RankGroup::Load(const Problem& problem) {
 
 absl::StatusOr<Answer> RankGroup::Attend(const Problem& problem, const std::vector<int>& owners,
                                          bool reversed) {
-  const AttentionShape& shape = problem.spec.shape;
-  const int64_t pages = PageCount(problem.spec.positions);
-  std::vector<std::vector<PageRef>> owned(backends_.size());
-  for (int64_t p = 0; p < pages; ++p) owned[owners[p % owners.size()]].push_back({page(p), p});
-  std::vector<PageRef> sink_pages;
-  for (int64_t p = 0; p < PageCount(std::min<int64_t>(problem.spec.sink_tokens, problem.spec.positions));
-       ++p) {
-    sink_pages.push_back({page(p), p});
-  }
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<Answer> answers,
+                         AttendTogether(absl::MakeConstSpan(&problem, 1), owners, reversed));
+  return answers[0];
+}
 
-  std::vector<std::unique_ptr<AttentionStep>> steps;
-  for (size_t rank = 0; rank < backends_.size(); ++rank) {
-    if (reversed) std::reverse(owned[rank].begin(), owned[rank].end());
+absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const Problem> problems,
+                                                              const std::vector<int>& owners, bool reversed) {
+  // One problem on all ranks.
+  struct Step {
     StepArgs args;
-    args.shape = shape;
+    std::vector<PageRef> sink_pages;
+    std::vector<std::vector<PageRef>> owned;  // [ranks]
+    std::vector<std::unique_ptr<AttentionStep>> ranks;
+    std::vector<std::vector<int64_t>> sink_words, maximum_words;  // [ranks]
+    std::vector<std::vector<float>> maxima;                       // [ranks]
+    std::vector<int64_t> selected;
+  };
+  std::vector<Step> steps(problems.size());
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const Problem& problem = problems[i];
+    Step& step = steps[i];
+    step.owned.resize(backends_.size());
+    for (int64_t p = 0; p < PageCount(problem.spec.positions); ++p) {
+      step.owned[owners[p % owners.size()]].push_back({page(p), p});
+    }
+    for (int64_t p = 0; p < PageCount(std::min<int64_t>(problem.spec.sink_tokens, problem.spec.positions));
+         ++p) {
+      step.sink_pages.push_back({page(p), p});
+    }
+    StepArgs& args = step.args;
+    args.shape = problem.spec.shape;
     args.rows = problem.spec.rows;
     args.queries = problem.queries.data();
     if (!problem.sink_queries.empty()) args.sink_queries = problem.sink_queries.data();
     args.visible = problem.visible;
-    args.pages = owned[rank];
-    args.sink_pages = sink_pages;
+    args.sink_pages = step.sink_pages;
     args.visible_sinks = problem.visible_sinks;
     args.sink_logits = problem.sink_logits;
     args.exponents = problem.exponents;
     args.positions = problem.spec.positions;
-    EDUBA_ASSIGN_OR_RETURN(auto step, backends_[rank]->StartStep(args));
-    steps.push_back(std::move(step));
+    for (size_t rank = 0; rank < backends_.size(); ++rank) {
+      if (reversed) std::reverse(step.owned[rank].begin(), step.owned[rank].end());
+      args.pages = step.owned[rank];
+      EDUBA_ASSIGN_OR_RETURN(auto on_rank, backends_[rank]->StartStep(args));
+      step.ranks.push_back(std::move(on_rank));
+    }
   }
 
-  // What an all-reduce does: afterwards every rank's span holds the same.
-  const auto reduce = [](auto& spans, auto combine) {
-    for (size_t i = 0; i < spans[0].size(); ++i) {
-      auto value = spans[0][i];
-      for (size_t rank = 1; rank < spans.size(); ++rank) value = combine(value, spans[rank][i]);
-      for (auto& span : spans) span[i] = value;
+  // What an all-reduce does: afterwards every rank's numbers are the same.
+  const auto reduce = [](auto& ranks, auto combine) {
+    for (size_t i = 0; i < ranks[0].size(); ++i) {
+      auto value = ranks[0][i];
+      for (size_t rank = 1; rank < ranks.size(); ++rank) value = combine(value, ranks[rank][i]);
+      for (auto& numbers : ranks) numbers[i] = value;
     }
   };
   const auto add = [](int64_t a, int64_t b) { return a + b; };
+  const auto largest = [](float a, float b) { return std::max(a, b); };
   words_.clear();
-  for (auto& step : steps) EDUBA_RETURN_IF_ERROR(step->Attend());
-  if (!sink_pages.empty() || !problem.sink_logits.empty()) {
-    std::vector<absl::Span<int64_t>> spans;
-    for (auto& step : steps) {
-      EDUBA_ASSIGN_OR_RETURN(auto span, step->SinkSums());
-      spans.push_back(span);
-    }
-    reduce(spans, add);
-    words_.insert(words_.end(), spans[0].begin(), spans[0].end());
+  for (Step& step : steps) {
+    for (auto& on_rank : step.ranks) EDUBA_RETURN_IF_ERROR(on_rank->Attend());
   }
-  std::optional<absl::Span<const int64_t>> selected;
-  for (auto& step : steps) {
-    EDUBA_ASSIGN_OR_RETURN(const auto own, step->SelectForMaximum());
-    EDUBA_CHECK(!selected || *selected == own);
-    selected = own;
+  for (Step& step : steps) {
+    if (!step.args.has_sinks()) continue;
+    for (auto& on_rank : step.ranks) {
+      auto& words = step.sink_words.emplace_back(step.args.row_heads() * step.args.words_per_row_head());
+      EDUBA_RETURN_IF_ERROR(on_rank->SinkSums(absl::MakeSpan(words)));
+    }
+    reduce(step.sink_words, add);
+    words_.insert(words_.end(), step.sink_words[0].begin(), step.sink_words[0].end());
   }
-  if (!selected->empty()) {
-    std::vector<absl::Span<float>> maxima;
-    for (auto& step : steps) {
-      EDUBA_ASSIGN_OR_RETURN(auto span, step->Maxima());
-      maxima.push_back(span);
+  for (Step& step : steps) {
+    for (auto& on_rank : step.ranks) {
+      EDUBA_ASSIGN_OR_RETURN(const auto own, on_rank->SelectForMaximum());
+      if (on_rank == step.ranks[0]) step.selected.assign(own.begin(), own.end());
+      EDUBA_CHECK(step.selected == own);
     }
-    reduce(maxima, [](float a, float b) { return std::max(a, b); });
-    std::vector<absl::Span<int64_t>> spans;
-    for (auto& step : steps) {
-      EDUBA_ASSIGN_OR_RETURN(auto span, step->MaximumSums());
-      spans.push_back(span);
+  }
+  for (Step& step : steps) {
+    if (step.selected.empty()) continue;
+    for (auto& on_rank : step.ranks) {
+      auto& maxima = step.maxima.emplace_back(step.selected.size() * step.args.maxima_per_row_head());
+      EDUBA_RETURN_IF_ERROR(on_rank->Maxima(absl::MakeSpan(maxima)));
     }
-    reduce(spans, add);
-    words_.insert(words_.end(), spans[0].begin(), spans[0].end());
+    reduce(step.maxima, largest);
+  }
+  for (Step& step : steps) {
+    if (step.selected.empty()) continue;
+    for (auto& on_rank : step.ranks) {
+      auto& words = step.maximum_words.emplace_back(step.selected.size() * step.args.words_per_row_head());
+      EDUBA_RETURN_IF_ERROR(on_rank->MaximumSums(absl::MakeSpan(words)));
+    }
+    reduce(step.maximum_words, add);
+    words_.insert(words_.end(), step.maximum_words[0].begin(), step.maximum_words[0].end());
   }
 
-  std::optional<Answer> first;
-  absl::Status status;
-  for (auto& step : steps) {
-    Answer answer;
-    const size_t row_heads = static_cast<size_t>(problem.spec.rows) * shape.query_heads;
-    answer.outputs.assign(row_heads * shape.value_dim, kNaN);
-    answer.lse.assign(row_heads, kNaN);
-    answer.sink_mass.assign(row_heads, kNaN);
-    const absl::Status finished =
-        step->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data());
-    answer.paths = step->paths();
-    if (!finished.ok()) {
-      // The rank that met the fault names the page: keep that message.
-      if (status.ok() || finished.message().size() > status.message().size()) status = finished;
-      continue;
+  std::vector<Answer> answers;
+  for (Step& step : steps) {
+    std::optional<Answer> first;
+    absl::Status status;
+    for (auto& on_rank : step.ranks) {
+      Answer answer;
+      answer.outputs.assign(step.args.row_heads() * step.args.shape.value_dim, kNaN);
+      answer.lse.assign(step.args.row_heads(), kNaN);
+      answer.sink_mass.assign(step.args.row_heads(), kNaN);
+      const absl::Status finished =
+          on_rank->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data());
+      answer.paths = on_rank->paths();
+      if (!finished.ok()) {
+        // The rank that met the fault names the page: keep that message.
+        if (status.ok() || finished.message().size() > status.message().size()) status = finished;
+        continue;
+      }
+      if (first) EDUBA_CHECK(*first == answer);  // Every rank can answer.
+      answer.bytes_read = on_rank->bytes_read() + (first ? first->bytes_read : 0);
+      first = answer;
     }
-    if (first) EDUBA_CHECK(*first == answer);  // Every rank can answer.
-    answer.bytes_read = step->bytes_read() + (first ? first->bytes_read : 0);
-    first = answer;
+    if (!status.ok()) {
+      EDUBA_CHECK(!first);  // All ranks fail together.
+      return status;
+    }
+    answers.push_back(*std::move(first));
   }
-  if (!status.ok()) {
-    EDUBA_CHECK(!first);  // All ranks fail together.
-    return status;
-  }
-  return *first;
+  return answers;
 }
 
 namespace {

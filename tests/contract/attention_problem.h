@@ -86,6 +86,10 @@ class RankGroup {
   // first. REQUIRES: Load was called with a problem of the same keys and values.
   absl::StatusOr<Answer> Attend(const Problem& problem, const std::vector<int>& owners,
                                 bool reversed = false);
+  // The same with a step for each problem, all in progress at once: every call comes to all of them before
+  // the next does.
+  absl::StatusOr<std::vector<Answer>> AttendTogether(absl::Span<const Problem> problems,
+                                                     const std::vector<int>& owners, bool reversed = false);
   // Page memory, to be harmed.
   void* page(int64_t index) { return static_cast<char*>(slab_) + index * page_bytes_; }
   Backend& backend(int rank) { return *backends_[rank]; }

@@ -239,6 +239,39 @@ TEST_P(BackendContract, ARowsBitsAreTheSameAloneAndInABatch) {
   }
 }
 
+// Steps of all kinds in progress at once: none notices the others.
+TEST_P(BackendContract, AStepsBitsAreTheSameAloneAndAmongOthersInProgress) {
+  RankGroup group = Group(GetParam(), 2, 2);
+  for (uint64_t seed = 8000; seed < 8030; ++seed) {
+    ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    const Problem problem(spec);
+    group.Load(problem);
+    std::mt19937_64 random(seed);
+    std::vector<Problem> problems;
+    for (int i = 0; i < 4; ++i) {
+      std::vector<int> rows(1 + random() % spec.rows);
+      for (int& row : rows) row = static_cast<int>(random() % spec.rows);
+      problems.push_back(problem.WithRows(rows));
+      // On the maximum path, without sinks at all, or as they come.
+      if (i == 1) problems[i].sink_logits.assign(spec.shape.query_heads, -300.0F);
+      if (i == 2) {
+        problems[i].sink_logits.clear();
+        problems[i].spec.sink_tokens = 0;
+        std::fill(problems[i].visible_sinks.begin(), problems[i].visible_sinks.end(), 0);
+      }
+    }
+    const auto together = group.AttendTogether(problems, {0, 1});
+    ASSERT_TRUE(together.ok()) << together.status();
+    for (size_t i = 0; i < problems.size(); ++i) {
+      const auto alone = group.Attend(problems[i], {0, 1});
+      ASSERT_TRUE(alone.ok()) << alone.status();
+      ASSERT_TRUE((*together)[i] == *alone) << "step " << i;
+      EXPECT_EQ((*together)[i].bytes_read, alone->bytes_read);
+    }
+  }
+}
+
 // Against queries of zeros, any sink is a sink with a key of zeros.
 TEST_P(BackendContract, TokenSinksAreScoredWithTheirOwnQueries) {
   RankGroup group = Group(GetParam(), 2);
@@ -291,9 +324,12 @@ TEST_P(BackendContract, AStepThatIsCalledOffSaysSo) {
     ASSERT_TRUE(step.ok()) << step.status();
     EXPECT_EQ((*step)->Attend(), absl::OkStatus());
     EXPECT_EQ((*step)->SelectForMaximum()->size(), 1U);
-    EXPECT_EQ((*step)->Maxima()->front(), 1);
+    std::vector<float> maxima(2);
+    EXPECT_EQ((*step)->Maxima(absl::MakeSpan(maxima)), absl::OkStatus());
+    EXPECT_EQ(maxima[0], 1);
     cancelled = true;
-    EXPECT_EQ((*step)->MaximumSums().status().code(), absl::StatusCode::kCancelled);
+    std::vector<int64_t> words(3);
+    EXPECT_EQ((*step)->MaximumSums(absl::MakeSpan(words)).code(), absl::StatusCode::kCancelled);
   }
   backend->FreeSlab(page, bytes);
 }
@@ -315,7 +351,7 @@ TEST_P(BackendContract, ThreadsDoNotChangeABit) {
   }
 }
 
-// Partials kept, or computed again for every pass.
+// Partials kept, or computed again for every pass, or kept of some of the steps in progress.
 TEST(CpuBackend, RecomputedPartialsGiveTheSameBits) {
   for (const std::string& target : CpuTargets()) {
     const auto group_with = [&](int64_t bytes) {
@@ -325,17 +361,22 @@ TEST(CpuBackend, RecomputedPartialsGiveTheSameBits) {
     };
     RankGroup kept = group_with(kKeptPartialsBytesMax);
     RankGroup recomputed = group_with(0);
+    RankGroup some = group_with(int64_t{64} << 10);
     for (uint64_t seed = 4000; seed < 4040; ++seed) {
       const ProblemSpec spec = RandomSpec(seed);
       SCOPED_TRACE(spec.ToString());
       const Problem problem(spec);
       kept.Load(problem);
       recomputed.Load(problem);
+      some.Load(problem);
       const auto a = kept.Attend(problem, {0});
       const auto b = recomputed.Attend(problem, {0});
-      ASSERT_TRUE(a.ok() && b.ok());
+      const auto c =
+          some.AttendTogether({problem, problem.WithRows({0}), problem, problem.WithRows({0})}, {0});
+      ASSERT_TRUE(a.ok() && b.ok() && c.ok());
       ASSERT_TRUE(*a == *b);
       ASSERT_EQ(kept.words(), recomputed.words());
+      ASSERT_TRUE((*c)[0] == *a && (*c)[2] == *a && (*c)[1] == (*c)[3]);
     }
   }
 }
@@ -539,7 +580,8 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
   if (!step.ok()) std::exit(2);
   absl::Status status = (*step)->Attend();
   if (status.ok()) status = (*step)->SelectForMaximum().status();
-  if (status.ok()) status = (*step)->Maxima().status();
+  std::vector<float> maxima(2);
+  if (status.ok()) status = (*step)->Maxima(absl::MakeSpan(maxima));
   if (!absl::IsUnavailable(status)) std::exit(3);
   if ((*backend)->health().ok()) std::exit(4);
   if (!absl::IsUnavailable((*backend)->StartStep(args).status())) std::exit(5);
