@@ -293,16 +293,18 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
       status = absl::Now() < options.deadline ? Step({Turn{&context, chunk, options.asks}})
                                               : absl::DeadlineExceededError("the deadline is over");
     }
+    if (status.ok() && options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
+    if (status.ok() && options.log_probs) {
+      before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
+      const auto some = eduba::LogProbs(*options_.model, before, chunk);
+      status = some.status();
+      if (some.ok()) log_probs.insert(log_probs.end(), some->begin(), some->end());
+    }
     if (!status.ok()) {
       return Annotate(status,
-                      absl::StrCat("append of ", count, " tokens, ", at, " of which are in the context (",
-                                   context.length_, " tokens long)"));
+                      absl::StrCat("append of ", count, " tokens, ", context.length_ - begin,
+                                   " of which are in the context (", context.length_, " tokens long)"));
     }
-    if (options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
-    if (!options.log_probs) continue;
-    before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
-    const std::vector<float> some = eduba::LogProbs(*options_.model, before, chunk);
-    log_probs.insert(log_probs.end(), some.begin(), some.end());
   }
   return log_probs;
 }
@@ -322,9 +324,15 @@ absl::StatusOr<Generation> ModelEngine::Generate(Context& context, const Generat
       generation.reason = FinishReason::kDeadline;
       break;
     }
-    const TokenChoice token = ChooseToken(NextLogits(context), options.sampling, context.length_);
-    EDUBA_RETURN_IF_ERROR(Annotate(Step({Turn{&context, absl::MakeConstSpan(&token.id, 1), true}}),
-                                   absl::StrCat("generation, ", n, " tokens of which are in the context")));
+    const absl::StatusOr<std::vector<float>> logits = NextLogits(context);
+    absl::Status status = logits.status();
+    TokenChoice token;
+    if (status.ok()) {
+      token = ChooseToken(*logits, options.sampling, context.length_);
+      status = Step({Turn{&context, absl::MakeConstSpan(&token.id, 1), true}});
+    }
+    EDUBA_RETURN_IF_ERROR(
+        Annotate(status, absl::StrCat("generation, ", n, " tokens of which are in the context")));
     generation.tokens.push_back(token);
     const bool go_on = !options.on_token || options.on_token(token);
     if (std::find(options.stop_ids.begin(), options.stop_ids.end(), token.id) != options.stop_ids.end()) {
@@ -359,15 +367,15 @@ absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, ab
   return pooler.Finish();
 }
 
-std::vector<float> ModelEngine::NextLogits(const Context& context) const {
+absl::StatusOr<std::vector<float>> ModelEngine::NextLogits(const Context& context) const {
   EDUBA_CHECK(context.length_ > 0);
   return Logits(context.last_);
 }
 
-std::vector<float> ModelEngine::Logits(absl::Span<const float> hidden) const {
+absl::StatusOr<std::vector<float>> ModelEngine::Logits(absl::Span<const float> hidden) const {
   const int64_t rows = static_cast<int64_t>(hidden.size()) / options_.model->config().hidden_size;
   std::vector<float> logits(rows * options_.model->config().vocab_size);
-  options_.model->Logits(hidden.data(), rows, logits.data());
+  EDUBA_RETURN_IF_ERROR(options_.model->Logits(hidden.data(), rows, logits.data()));
   return logits;
 }
 

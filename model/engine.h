@@ -163,8 +163,9 @@ class ModelEngine {
   void FinishWave(Wave& wave, Context& context, Pooler* pooler) const;
 
   // Wave by wave and chunk by chunk. A wave that fails is read again in chunks. An error leaves the context
-  // with the chunks that were done before; the message says how long it is. Also DEADLINE_EXCEEDED. Returns
-  // log-probs [ids] where they were wanted, else nothing.
+  // with the chunks that were done before (and with one that was read, but has no finite log-probs); the
+  // message says how long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else
+  // nothing.
   absl::StatusOr<std::vector<float>> Append(Context& context, absl::Span<const int32_t> ids,
                                             const ContextAppendOptions& options = {});
 
@@ -181,11 +182,11 @@ class ModelEngine {
   absl::StatusOr<std::vector<float>> Embed(const Context& context, absl::Span<const int32_t> ids,
                                            std::vector<PositionRange> ranges, Pool pool);
 
-  // [vocab_size] for the token behind the context, which is not empty.
-  std::vector<float> NextLogits(const Context& context) const;
+  // [vocab_size] for the token behind the context, which is not empty. INVALID_ARGUMENT as Logits.
+  absl::StatusOr<std::vector<float>> NextLogits(const Context& context) const;
   // [rows, vocab_size] from hidden states [rows, hidden_size]: those of several contexts read the weights
-  // once.
-  std::vector<float> Logits(absl::Span<const float> hidden) const;
+  // once. INVALID_ARGUMENT where one is not finite.
+  absl::StatusOr<std::vector<float>> Logits(absl::Span<const float> hidden) const;
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
   absl::Span<const float> hidden() const { return hidden_; }
   // Of the last step: the token sinks' share of each head's weights, summed over the rows of each turn, in

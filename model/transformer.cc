@@ -305,11 +305,15 @@ absl::Status Transformer::FinalNorm(int64_t rows, float* hidden) {
       "behind the last layer: a hidden state is not finite; are the weights whole?");
 }
 
-void Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
+absl::Status Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
   kernels_->Multiply({head_.weights.get(), rows, hidden, nullptr, logits});
+  if (!AllFinite(absl::MakeConstSpan(logits, rows * config_.vocab_size))) {
+    return absl::InvalidArgumentError("the last product: a logit is not finite; are the weights whole?");
+  }
   if (config_.logit_softcap > 0) {
     kernels_->Softcap({rows * config_.vocab_size, logits, config_.logit_softcap});
   }
+  return absl::OkStatus();
 }
 
 void Transformer::Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y) {

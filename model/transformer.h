@@ -73,8 +73,9 @@ class Transformer {
   void AfterAttention(int layer, int64_t rows, const float* attended, float* hidden);
   // INVALID_ARGUMENT where the result is not finite.
   absl::Status FinalNorm(int64_t rows, float* hidden);
-  // logits [rows, vocab_size] of rows that Forward made.
-  void Logits(const float* hidden, int64_t rows, float* logits);
+  // logits [rows, vocab_size] of rows that Forward made. INVALID_ARGUMENT where one is not finite, before the
+  // softcap, which would make a number of it.
+  absl::Status Logits(const float* hidden, int64_t rows, float* logits);
 
  private:
   struct Linear {

@@ -308,19 +308,21 @@ absl::Status Wave::Outputs() {
   const int64_t begin = plan_.positions.begin;
   const auto predict = [&](absl::Span<const float> hidden, PositionRange tokens) {
     const auto ids = absl::MakeConstSpan(rows_.ids).subspan(tokens.begin - begin, tokens.size());
-    const std::vector<float> some = LogProbs(*options_.model, hidden, ids);
+    EDUBA_ASSIGN_OR_RETURN(const std::vector<float> some, LogProbs(*options_.model, hidden, ids));
     for (size_t i = 0; i < some.size(); ++i) {
       log_prob_words_[tokens.begin - begin + static_cast<int64_t>(i)] = std::bit_cast<uint32_t>(some[i]);
     }
+    return absl::OkStatus();
   };
   if (chunk.begin == begin) {
     EDUBA_CHECK(!rows_.before.empty());
-    predict(rows_.before, {begin, begin + 1});
+    EDUBA_RETURN_IF_ERROR(Note(predict(rows_.before, {begin, begin + 1})));
   }
   // A row predicts the token behind it; the wave's last one is for who comes next.
   const PositionRange tokens = PositionRange{chunk.begin + 1, chunk.end + 1}.Intersect(plan_.positions);
   if (!tokens.empty()) {
-    predict(absl::MakeConstSpan(Hidden(chunk.begin), tokens.size() * width_), tokens);
+    const auto hidden = absl::MakeConstSpan(Hidden(chunk.begin), tokens.size() * width_);
+    EDUBA_RETURN_IF_ERROR(Note(predict(hidden, tokens)));
   }
   return absl::OkStatus();
 }

@@ -362,5 +362,48 @@ TEST(Wave, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheGroupLivesOn) {
   }
 }
 
+// The last product overflows behind some rows. All ranks say so, whoever computed them, and leave the context
+// as it was; a softcap does not hide it.
+TEST(Wave, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
+  for (const float softcap : {0.0F, 30.0F}) {
+    const auto model = [&] {
+      ModelConfig config = RandomModel::RandomConfig(5);
+      config.logit_softcap = softcap;
+      RandomModel random(config, DType::kF32, 5);
+      auto* head = static_cast<float*>(const_cast<void*>(random.weights.head.data));
+      head[0] = 3e38F;  // Times the hidden state's first channel, for token 0.
+      return random;
+    };
+    std::string alone;
+    for (const int ranks : {1, 3}) {
+      RunGroup(ranks, [&](int rank, Communicator* communicator) {
+        Fixture f(model(), DType::kF32, 1, int64_t{64} << 20, ranks == 1 ? nullptr : communicator);
+        const std::vector<int32_t> ids = f.Text(1000);
+        Context context = f.Open();
+        ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).first(1)).ok());
+        int64_t at = 0;  // Behind which the logits are not finite.
+        while (at < 1000 && f.engine->NextLogits(context).ok()) {
+          ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(++at, 1)).ok());
+        }
+        ASSERT_LT(at, 20);
+        const absl::Status next = f.engine->NextLogits(context).status();
+        EXPECT_EQ(next.code(), absl::StatusCode::kInvalidArgument) << next;
+        EXPECT_THAT(std::string(next.message()), ::testing::HasSubstr("a logit is not finite"));
+        GenerateOptions how;
+        how.max_tokens = 3;
+        EXPECT_EQ(f.engine->Generate(context, how).status().code(), absl::StatusCode::kInvalidArgument);
+        const absl::Status score = f.engine->Score(context, ids).status();
+        EXPECT_EQ(score.code(), absl::StatusCode::kInvalidArgument) << score;
+        EXPECT_THAT(std::string(score.message()), ::testing::HasSubstr("a logit is not finite"));
+        EXPECT_EQ(context.length(), at + 1);
+        ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(at + 1)).ok());
+        EXPECT_EQ(context.length(), 1000);
+        if (ranks == 1) alone = std::string(score.message());
+        EXPECT_EQ(std::string(score.message()), alone) << "rank " << rank;
+      });
+    }
+  }
+}
+
 }  // namespace
 }  // namespace eduba

@@ -244,22 +244,32 @@ std::vector<ModelSessions::Job*> ModelSessions::NextJobs() {
   return jobs;
 }
 
-void ModelSessions::ChooseTokens(const std::vector<Job*>& jobs) {
-  const int64_t vocab = options_.model->info().vocab_size();
-  for (size_t first = 0; first < jobs.size(); first += kLogitRows) {
-    const absl::Span<Job* const> some = absl::MakeConstSpan(jobs).subspan(first, kLogitRows);
+void ModelSessions::ChooseTokens(std::vector<Job*>& jobs) {
+  const auto choose = [&](absl::Span<Job* const> some) {
     std::vector<float> hidden;
     for (const Job* job : some) {
-      if (job->kind != Kind::kGenerate) continue;
       hidden.insert(hidden.end(), job->context->last().begin(), job->context->last().end());
     }
-    if (hidden.empty()) continue;
-    const std::vector<float> logits = engine_.Logits(hidden);
-    int64_t row = 0;
+    EDUBA_ASSIGN_OR_RETURN(const std::vector<float> logits, engine_.Logits(hidden));
+    const auto vocab = static_cast<int64_t>(logits.size() / some.size());
+    for (size_t i = 0; i < some.size(); ++i) {
+      const auto own = absl::MakeConstSpan(logits).subspan(static_cast<int64_t>(i) * vocab, vocab);
+      some[i]->chosen = ChooseToken(own, some[i]->sampling, some[i]->context->length());
+    }
+    return absl::OkStatus();
+  };
+  std::vector<Job*> generating;
+  for (Job* job : jobs) {
+    if (job->kind == Kind::kGenerate) generating.push_back(job);
+  }
+  for (size_t first = 0; first < generating.size(); first += kLogitRows) {
+    const absl::Span<Job* const> some = absl::MakeConstSpan(generating).subspan(first, kLogitRows);
+    if (choose(some).ok()) continue;
     for (Job* job : some) {
-      if (job->kind != Kind::kGenerate) continue;
-      const auto own = absl::MakeConstSpan(logits).subspan(row++ * vocab, vocab);
-      job->chosen = ChooseToken(own, job->sampling, job->context->length());
+      const absl::Status status = choose({job});
+      if (status.ok()) continue;
+      jobs.erase(std::find(jobs.begin(), jobs.end(), job));
+      Finish(*job, status, v1::FINISH_REASON_UNSPECIFIED, false);
     }
   }
 }
@@ -358,12 +368,12 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
 
 absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
   std::vector<Job*> jobs = NextJobs();
-  ChooseTokens(jobs);
   absl::Duration patience;
   for (const Job* job : jobs) patience = std::max(patience, job->patience);
+  ChooseTokens(jobs);
   Job* waver = nullptr;
   bool room = false;
-  if (GoesByWave(*jobs.back(), room)) {  // Who reads comes last.
+  if (!jobs.empty() && GoesByWave(*jobs.back(), room)) {  // Who reads comes last.
     waver = jobs.back();
     jobs.pop_back();
   }
@@ -439,8 +449,9 @@ void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
   }
   if (job.kind == Kind::kScore) {
     job.before.insert(job.before.end(), hidden, hidden + (rows - 1) * width);
-    const std::vector<float> some = LogProbs(options_.model->transformer(), job.before, turn.ids);
-    job.log_probs.insert(job.log_probs.end(), some.begin(), some.end());
+    const auto some = LogProbs(options_.model->transformer(), job.before, turn.ids);
+    if (!some.ok()) return Finish(job, some.status(), v1::FINISH_REASON_UNSPECIFIED, false);
+    job.log_probs.insert(job.log_probs.end(), some->begin(), some->end());
   }
   if (job.kind == Kind::kEmbed) job.pooler->Add(job.done, rows, hidden);
   AdvanceReading(job, rows);

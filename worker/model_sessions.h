@@ -105,8 +105,9 @@ class ModelSessions {
   absl::Status StartEmbed(const v1::ModelEmbed& request, Job& job);
   // The jobs that have a turn in the next step: all that generate, and one that reads.
   std::vector<Job*> NextJobs();
-  // The next token of every job that generates.
-  void ChooseTokens(const std::vector<Job*>& jobs);
+  // The next token of every job that generates. Those that have none, because logits are not finite, end and
+  // leave `jobs`.
+  void ChooseTokens(std::vector<Job*>& jobs);
   // Whether the job, which reads, goes on by a wave, under way or begun here; else by a chunk. `room`:
   // whether this rank can go on with it.
   bool GoesByWave(Job& job, bool& room);

@@ -27,8 +27,9 @@ using ::testing::HasSubstr;
 
 constexpr int32_t kPoison = 96;  // A token whose embedding is infinite.
 
-// A golden model with a tokenizer (token i is "g<i>") and a poisonous last token.
-std::string ModelFolder() {
+// A golden model with a tokenizer (token i is "g<i>") and a poisonous last token. `head_overflows`: the
+// logit of token 1 is not finite where a hidden state's first channel is larger than 1.13.
+std::string ModelFolder(bool head_overflows = false) {
   const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "model_sessions_test";
   std::filesystem::remove_all(folder);
   std::filesystem::copy(absl::StrCat(EDUBA_GOLDEN_MODELS, "/llama"), folder);
@@ -39,11 +40,17 @@ std::string ModelFolder() {
   std::string file((std::istreambuf_iterator<char>(in)), {});
   uint64_t header = 0;
   std::memcpy(&header, file.data(), 8);
-  const auto tensor = nlohmann::json::parse(file.substr(8, header))["model.embed_tokens.weight"];
-  const auto width = tensor["shape"][1].get<size_t>();
-  const size_t begin = 8 + header + tensor["data_offsets"][0].get<size_t>();
-  const float huge = std::numeric_limits<float>::infinity();
-  for (size_t i = 0; i < width; ++i) std::memcpy(&file[begin + 4 * (kPoison * width + i)], &huge, 4);
+  const auto tensors = nlohmann::json::parse(file.substr(8, header));
+  const auto set_row = [&](const char* name, int32_t row, float first, float others) {
+    const auto width = tensors[name]["shape"][1].get<size_t>();
+    const size_t begin = 8 + header + tensors[name]["data_offsets"][0].get<size_t>();
+    for (size_t i = 0; i < width; ++i) {
+      std::memcpy(&file[begin + 4 * (row * width + i)], i == 0 ? &first : &others, 4);
+    }
+  };
+  const float infinity = std::numeric_limits<float>::infinity();
+  set_row("model.embed_tokens.weight", kPoison, infinity, infinity);
+  if (head_overflows) set_row("lm_head.weight", 1, 3e38F, 0);
   std::ofstream(folder / "model.safetensors", std::ios::binary) << file;
   return folder.string();
 }
@@ -99,6 +106,13 @@ class Rank {
     for (const std::string& string : stop) {
       command.mutable_model_generate()->mutable_request()->add_stop_strings(string);
     }
+    EXPECT_TRUE(sessions_->Start(command).ok());
+    return ordinal_;
+  }
+  uint64_t Score(uint64_t session, const std::vector<int32_t>& ids) {
+    v1::Command command = NewCommand();
+    command.mutable_model_score()->set_session_id(session);
+    command.mutable_model_score()->set_ids(ids.data(), ids.size() * 4);
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
@@ -184,6 +198,46 @@ TEST_F(ModelSessionsTest, AJobWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
   const uint64_t again = Append(2, {5, 6});
   RunAll();
   EXPECT_EQ(ResultOf(again).model().length(), 2);
+}
+
+TEST(ModelSessions, AJobWhoseLogitsAreNotFiniteEndsAloneAndItsSessionGoesOn) {
+  LocalHub hub;
+  Rank rank(hub, ModelFolder(/*head_overflows=*/true), 0, 1);
+  const auto fails = [&](uint64_t session) {
+    const uint64_t generation = rank.Generate(session, 1);
+    rank.RunAll();
+    return rank.ResultOf(generation).code() != 0;
+  };
+  // One session behind which the logits are finite, and one behind which they are not.
+  uint64_t good = 0;
+  uint64_t bad = 0;
+  for (int32_t token = 1; good == 0 || bad == 0; ++token) {
+    ASSERT_LT(token, kPoison);
+    for (const uint64_t session : {100 + token, 200 + token}) {
+      rank.Open(session);
+      rank.Append(session, {token});
+    }
+    rank.RunAll();
+    (fails(100 + token) ? bad : good) = 200 + token;
+  }
+  const uint64_t reading = rank.Append(1, std::vector<int32_t>(120, 7));
+  const uint64_t failed = rank.Generate(bad, 3);
+  const uint64_t generated = rank.Generate(good, 1);
+  rank.RunAll();
+  EXPECT_EQ(rank.ResultOf(failed).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(rank.ResultOf(failed).message(), HasSubstr("a logit is not finite"));
+  EXPECT_EQ(rank.ResultOf(failed).model().done(), 0);
+  EXPECT_EQ(rank.ResultOf(failed).model().length(), 1);
+  EXPECT_EQ(rank.ResultOf(generated).code(), 0) << rank.ResultOf(generated).message();
+  EXPECT_EQ(rank.TokensOf(generated), 1);
+  EXPECT_EQ(rank.ResultOf(reading).model().done(), 120);
+  // A score of it says the same; what needs no logits goes on.
+  const uint64_t scored = rank.Score(bad, {5, 6});
+  const uint64_t appended = rank.Append(bad, {5, 6});
+  rank.RunAll();
+  EXPECT_EQ(rank.ResultOf(scored).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(rank.ResultOf(scored).message(), HasSubstr("a logit is not finite"));
+  EXPECT_EQ(rank.ResultOf(appended).model().length(), 3);
 }
 
 TEST_F(ModelSessionsTest, AStopStringEndsItWhereTheTextHasIt) {
