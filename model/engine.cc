@@ -196,6 +196,13 @@ void ModelEngine::DropUnseen(Context& context) const {
   }
 }
 
+int64_t ModelEngine::NextChunk(const Context& context, int64_t left) const {
+  const int64_t stripe_rows = context.pages_.share().stripe_pages * kPageRows;
+  const int64_t in_stripe = context.length_ % stripe_rows;
+  const int64_t end = std::min(stripe_rows, (in_stripe / options_.chunk_rows + 1) * options_.chunk_rows);
+  return std::min(left, end - in_stripe);
+}
+
 std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<const int32_t> ids, bool asks,
                                              bool log_probs, const Pooler* pooler) const {
   if (options_.communicator == nullptr) return nullptr;
@@ -285,7 +292,7 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
       if (waved.ok() && *waved) continue;
       status = waved.status();
     }
-    const int64_t rows = std::min(options_.chunk_rows, count - at);
+    const int64_t rows = NextChunk(context, count - at);
     const absl::Span<const int32_t> chunk = ids.subspan(at, rows);
     if (options.log_probs) before = context.last_;
     const int64_t first = context.length_;

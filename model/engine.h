@@ -153,6 +153,11 @@ class ModelEngine {
   // `deadline` is for the collectives.
   absl::Status StepPrepared(absl::Span<const Turn> turns, absl::Time deadline);
 
+  // Of `left` more tokens of an append, as many as its next chunk has. Chunks end at multiples of chunk_rows
+  // from where a stripe begins, and where it ends. A wave ends there too: so an append that fails at some
+  // token has read as much on any number of ranks.
+  int64_t NextChunk(const Context& context, int64_t left) const;
+
   // A part of an append that the ranks share out; null where it is too short for that. `ids` go on behind the
   // context, as a Turn's do, and are taken from their beginning as far as the wave's plan says. `pooler` (or
   // null) takes the states with FinishWave; nothing else of the context changes before.

@@ -310,7 +310,8 @@ Turn ModelSessions::MakeTurn(Job& job) {
     turn.asks = true;
     return turn;
   }
-  turn.ids = absl::MakeConstSpan(job.ids).subspan(job.done, options_.chunk_rows);
+  const absl::Span<const int32_t> left = absl::MakeConstSpan(job.ids).subspan(job.done);
+  turn.ids = left.first(engine_.NextChunk(*job.context, static_cast<int64_t>(left.size())));
   turn.asks = job.kind == Kind::kScore;
   if (job.kind == Kind::kScore) job.before.assign(job.context->last().begin(), job.context->last().end());
   return turn;

@@ -163,9 +163,9 @@ class ModelSessionsTest : private Hub, public Rank, public ::testing::Test {
 TEST_F(ModelSessionsTest, AGenerationWaitsForNoMoreThanOneChunkOfAPrompt) {
   Append(1, {1, 2, 3});
   RunAll();
-  const uint64_t prompt = Append(2, std::vector<int32_t>(400, 7));  // 8 chunks.
+  const uint64_t prompt = Append(2, std::vector<int32_t>(400, 7));  // 6 chunks to the end of a stripe, and 3.
   const uint64_t generation = Generate(1, 20);
-  for (int64_t step = 1; step <= 7; ++step) {
+  for (int64_t step = 1; step <= 8; ++step) {
     ASSERT_TRUE(sessions_->Step(ordinal_).ok());
     EXPECT_EQ(TokensOf(generation), step);
   }
@@ -278,18 +278,22 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   EXPECT_EQ(store_.used_bytes(), 0);
 }
 
-// Runs body(rank) as each of two ranks, which make the same calls.
-void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
+// Runs body(rank) as each of some ranks, which make the same calls.
+void OnRanks(int ranks, const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
   const std::string folder = ModelFolder();
   LocalHub hub;
   std::vector<std::thread> threads;
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < ranks; ++i) {
     threads.emplace_back([&, i] {
-      Rank rank(hub, folder, i, 2, memory_bytes);
+      Rank rank(hub, folder, i, ranks, memory_bytes);
       body(rank);
     });
   }
   for (std::thread& thread : threads) thread.join();
+}
+
+void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
+  OnRanks(2, body, memory_bytes);
 }
 
 TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
@@ -307,7 +311,7 @@ TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
     EXPECT_EQ(rank.ResultOf(prompt).model().done(), 2000);
     // A step is never more than a chunk's work, and this was not done by the chunk.
     EXPECT_GT(steps, 20);
-    EXPECT_NE(steps, 40);
+    EXPECT_NE(steps, 47);
     rank.RunAll();
   });
 }
@@ -346,6 +350,32 @@ TEST(ModelSessionsOfTwo, AJobWhoseArithmeticLeavesTheFiniteNumbersSaysHowFarItCa
     EXPECT_EQ(rank.ResultOf(append).model().done(), 512);
     EXPECT_EQ(rank.ResultOf(append).model().length(), 512);
   });
+}
+
+TEST(ModelSessionsOfAny, AnAppendThatFailsHasReadAsMuchOnAnyNumberOfRanksAndSaysTheSame) {
+  for (const int64_t at : {40, 560, 1100}) {
+    int64_t length = 0;
+    std::string message;
+    for (const int ranks : {1, 2, 3}) {
+      OnRanks(ranks, [&](Rank& rank) {
+        rank.Append(1, {1, 2, 3});
+        rank.RunAll();
+        std::vector<int32_t> ids(1400, 7);
+        ids[at] = kPoison;
+        const uint64_t append = rank.Append(1, ids);
+        rank.RunAll();
+        const v1::CommandResult& result = rank.ResultOf(append);
+        if (ranks == 1) {
+          length = result.model().length();
+          message = result.message();
+        }
+        EXPECT_EQ(result.code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+        EXPECT_EQ(result.model().length(), length) << ranks << " ranks, poison at " << at;
+        EXPECT_EQ(result.model().done(), length - 3);
+        EXPECT_EQ(result.message(), message);
+      });
+    }
+  }
 }
 
 TEST(ModelSessionsOfTwo, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
