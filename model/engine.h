@@ -146,6 +146,7 @@ class ModelEngine {
 
   // Step in two parts, for a caller whose ranks agree on memory by themselves, turn by turn.
   //   OUT_OF_RANGE, RESOURCE_EXHAUSTED  as Step's, for this rank; nothing was taken
+  // Any other error is that of this rank's device; the communicator is dead then.
   absl::Status Prepare(const Turn& turn) const;
   // Gives the memory back: the step will not come.
   void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }

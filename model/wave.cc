@@ -65,7 +65,12 @@ absl::Status Wave::Reserve() {
     kept.push_back(pages.kept);
     spare = std::max(spare, static_cast<int64_t>(pages.lent.size()));
   }
-  EDUBA_ASSIGN_OR_RETURN(spare_, pages_.Reserve(plan_.positions.begin, kept, spare));
+  auto reserved = pages_.Reserve(plan_.positions.begin, kept, spare);
+  if (!reserved.ok()) {
+    if (!absl::IsResourceExhausted(reserved.status())) options_.communicator->Abort(reserved.status());
+    return reserved.status();
+  }
+  spare_ = *std::move(reserved);
   return absl::OkStatus();
 }
 

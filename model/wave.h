@@ -50,7 +50,7 @@ class Wave {
   const WavePlan& plan() const { return plan_; }
 
   // Takes all the memory that the wave needs. RESOURCE_EXHAUSTED: this rank has not enough, and took none. No
-  // rank may go on then.
+  // rank may go on then. Any other error is that of its device; the communicator is dead then.
   absl::Status Reserve();
 
   // Goes on by `units` at least: each is a chunk's way through one half of a layer, or as much work. Errors

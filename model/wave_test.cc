@@ -433,8 +433,12 @@ TEST(Wave, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
             }
             EXPECT_EQ(context.length(), length) << "rank " << rank << " of " << ranks;
             // A rank that others told says so.
-            if (poison != Poison::kAttention) EXPECT_EQ(std::string(status.message()), message);
-            if (ranks > 1) EXPECT_GT(courier.received(), 0) << "no waves?";
+            if (poison != Poison::kAttention) {
+              EXPECT_EQ(std::string(status.message()), message);
+            }
+            if (ranks > 1) {
+              EXPECT_GT(courier.received(), 0) << "no waves?";
+            }
           });
           if (HasFailure()) return;
         }

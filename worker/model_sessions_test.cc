@@ -55,17 +55,39 @@ std::string ModelFolder(bool head_overflows = false) {
   return folder.string();
 }
 
+// A backend that fails to copy pages when it is told to.
+class CopyBackend final : public Backend {
+ public:
+  std::string name() const override { return own_->name(); }
+  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return own_->AllocateSlab(bytes); }
+  void FreeSlab(void* slab, int64_t bytes) override { own_->FreeSlab(slab, bytes); }
+  int64_t PageBytes(const AttentionShape& shape) const override { return own_->PageBytes(shape); }
+  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
+                         const void* values) override {
+    return own_->WriteRows(shape, page, row, rows, keys, values);
+  }
+  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
+    return broken ? absl::InternalError("the device is broken") : own_->CopyPage(shape, from, to);
+  }
+  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
+    return own_->StartStep(args);
+  }
+  bool broken = false;
+
+ private:
+  std::unique_ptr<Backend> own_ = MakeCpuBackend(1);
+};
+
 // One rank's sessions, and what they say.
 class Rank {
  public:
   Rank(LocalHub& hub, const std::string& folder, int rank, int ranks,
        int64_t memory_bytes = int64_t{64} << 20)
-      : backend_(MakeCpuBackend(1)),
-        store_(backend_.get(), memory_bytes),
+      : store_(&backend_, memory_bytes),
         model_(ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()),
         group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()) {
     ModelSessions::Options options;
-    options.backend = backend_.get();
+    options.backend = &backend_;
     options.store = &store_;
     options.model = model_.get();
     options.group = group_.get();
@@ -143,7 +165,7 @@ class Rank {
     return text;
   }
 
-  std::unique_ptr<Backend> backend_;
+  CopyBackend backend_;
   PageStore store_;
   std::unique_ptr<ServedModel> model_;
   std::unique_ptr<Communicator> group_;
@@ -375,6 +397,30 @@ TEST(ModelSessionsOfAny, AnAppendThatFailsHasReadAsMuchOnAnyNumberOfRanksAndSays
         EXPECT_EQ(result.message(), message);
       });
     }
+  }
+}
+
+// Whoever has no memory says so in a step; who has a broken device ends the group, with that error.
+TEST(ModelSessionsOfTwo, ABrokenDeviceIsNotAWantOfMemory) {
+  for (const int64_t length : {300, 1500}) {  // By a chunk, by a wave.
+    OnTwoRanks([&](Rank& rank) {
+      rank.Append(1, std::vector<int32_t>(300, 5));
+      rank.RunAll();
+      v1::ForkSession fork;
+      fork.set_session_id(1);
+      fork.set_fork_id(3);
+      ASSERT_TRUE(rank.sessions_->Fork(fork).ok());
+      const uint64_t append = rank.Append(3, std::vector<int32_t>(length - 200, 7));
+      const bool broken = rank.group_->rank() == 1;
+      rank.backend_.broken = broken;
+      const absl::Status status = rank.sessions_->Step(rank.ordinal_).status();
+      EXPECT_FALSE(status.ok());
+      if (broken) {
+        EXPECT_THAT(std::string(status.message()), HasSubstr("the device is broken"));
+      }
+      EXPECT_EQ(rank.ResultOf(append, false).ordinal(), 0U) << "the group's end is the caller's to tell";
+      rank.sessions_->FailAll(status);
+    });
   }
 }
 
