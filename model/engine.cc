@@ -222,19 +222,20 @@ std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<
   rows.ids.assign(taken.begin(), taken.end());
   rows.views = asks ? context.ask_views_ : context.append_views_;
   rows.keeping = context.keeping_;
-  bool differ = false;
   const PositionRange& own = plan->slices[options_.communicator->rank()];
-  for (int64_t position = own.begin; position < own.end; ++position) {
-    rows.sink_positions.push_back(SinkPosition(context.options_, position));
-    differ |= rows.sink_positions.back() != position;
+  // Where the last row's is its own position, all are.
+  if (!own.empty() && SinkPosition(context.options_, own.end - 1) != own.end - 1) {
+    rows.sink_positions.reserve(own.size());
+    for (int64_t position = own.begin; position < own.end; ++position) {
+      rows.sink_positions.push_back(SinkPosition(context.options_, position));
+    }
   }
-  if (!differ) rows.sink_positions.clear();
   rows.before = context.last_;
   rows.log_probs = log_probs;
   if (pooler != nullptr) rows.part = pooler->Part(plan->positions);
-  return std::make_unique<Wave>(
-      Wave::Options{options_.backend, options_.model, options_.communicator, options_.chunk_rows}, *plan,
-      context.pages_.Fork(), std::move(rows));
+  return std::make_unique<Wave>(Wave::Options{options_.backend, options_.store, options_.model,
+                                              options_.communicator, options_.chunk_rows},
+                                *plan, context.pages_.Fork(), std::move(rows));
 }
 
 void ModelEngine::FinishWave(Wave& wave, Context& context, Pooler* pooler) const {

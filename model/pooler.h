@@ -29,6 +29,8 @@ class Pooler {
 
   // For positions of `range` that ranks share: a pooler of what the ranges have there, with nothing in it.
   Pooler Part(PositionRange range) const;
+  // Of memory.
+  int64_t bytes() const { return static_cast<int64_t>(words_.size() * sizeof(int64_t)); }
   // [ranges, dim + 1]: what it has seen. Summed over the ranks' parts they are those of one part that saw
   // all.
   absl::Span<int64_t> words() { return absl::MakeSpan(words_); }

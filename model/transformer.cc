@@ -350,6 +350,12 @@ void Transformer::NormaliseHeads(const Norm& norm, int64_t rows, int heads, floa
   kernels_->Normalise(args);
 }
 
+int64_t Transformer::angle_bytes() const {
+  size_t frequencies = 0;
+  for (const std::vector<double>& rope : ropes_) frequencies += rope.size();
+  return static_cast<int64_t>(2 * frequencies * sizeof(float));
+}
+
 RowAngles Transformer::Angles(const RowPositions& at) const {
   RowAngles angles;
   for (const std::vector<double>& frequencies : ropes_) {

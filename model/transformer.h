@@ -65,6 +65,8 @@ class Transformer {
   absl::Status Forward(const RowPositions& at, LayerAttention& attention, float* hidden);
   // Its parts, for callers that take a long prompt layer by layer.
   RowAngles Angles(const RowPositions& at) const;
+  // Of Angles, for each row; twice as many with sink positions.
+  int64_t angle_bytes() const;
   // What attention gets of `rows` rows, whose angles are those of `angles` from the row `first` on; in memory
   // that the next call uses again. INVALID_ARGUMENT where it is not finite.
   absl::StatusOr<LayerRows> BeforeAttention(int layer, const RowAngles& angles, int64_t first, int64_t rows,

@@ -288,8 +288,9 @@ TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
       int64_t most = 0;
       while (context.length() < 32 * kPageRows) {
         WaveStepper stepper(f, context, std::vector<int32_t>(ids.begin() + context.length(), ids.end()));
-        most = std::max(most, f.store->used_bytes());
-        while (stepper.Step()) most = std::max(most, f.store->used_bytes());
+        const auto page_bytes = [&] { return f.store->used_bytes() - stepper.wave->buffer_bytes(); };
+        most = std::max(most, page_bytes());
+        while (stepper.Step()) most = std::max(most, page_bytes());
         f.engine->FinishWave(*stepper.wave, context, nullptr);
       }
       EXPECT_EQ(f.store->used_bytes(), context.page_bytes());
@@ -304,6 +305,37 @@ TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
     // halo.
     EXPECT_LE(most_while_reading(streaming), 3 * 5 + 4 + 2);
   });
+}
+
+// One byte makes the difference between a wave and chunks, and not for want of pages.
+TEST(Wave, WithoutRoomForItsBuffersAnAppendGoesOnInChunksToTheSameBits) {
+  ModelConfig config = RandomModel::RandomConfig(4);
+  config.layers.resize(1);
+  Fixture alone(RandomModel(config, DType::kF32, 4), DType::kF32, 1, int64_t{64} << 20);
+  const std::vector<int32_t> ids = alone.Text(8 * kPageRows);  // One wave.
+  Context judge = alone.Open();
+  ASSERT_TRUE(alone.engine->Append(judge, ids).ok());
+  int64_t needed = 0;  // By rank 1.
+  for (const int64_t short_of : {-1, 0, 1}) {
+    RunGroup(2, [&](int rank, Communicator* communicator) {
+      Courier courier(communicator);
+      const bool small = rank == 1 && short_of >= 0;
+      Fixture f(RandomModel(config, DType::kF32, 4), DType::kF32, 1,
+                small ? needed - short_of : int64_t{64} << 20, &courier, /*stripe_pages=*/4);
+      Context context = f.Open();
+      if (short_of < 0 && rank == 1) {
+        const auto wave = f.engine->StartWave(context, ids, false, false, nullptr);
+        ASSERT_TRUE(wave->Reserve().ok());
+        needed = f.store->used_bytes();
+        EXPECT_GT(wave->buffer_bytes(),
+                  4 * kPageRows * 4 * (config.hidden_size + config.query_heads * config.head_dim));
+      }
+      const auto appended = f.engine->Append(context, ids);
+      ASSERT_TRUE(appended.ok()) << appended.status();
+      EXPECT_TRUE(SameBits(context.last(), judge.last()));
+      EXPECT_EQ(courier.received() > 0, short_of <= 0) << "short of " << short_of;
+    });
+  }
 }
 
 TEST(Wave, WithoutRoomForItAnAppendGoesOnInChunksToTheSameBits) {
