@@ -203,14 +203,28 @@ absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) 
                                               ranges.empty() ? 0 : ranges.back().end, ", the session has ",
                                               session->context.length(), " positions"));
   }
+  EDUBA_RETURN_IF_ERROR(Pooler::CheckRanges(ranges));
+  EDUBA_ASSIGN_OR_RETURN(job.fork, engine_.Open(session->context.options(), session->stripe_pages));
+  job.kind = Kind::kEmbed;
+  job.session_id = request.session_id();
+  // A chunk first: where this rank has no memory, only the ranks that have it would know how to begin a wave.
+  job.in_chunks_until = 1;
+  // Ids; for every range a word and a float a channel, and a count.
+  const int64_t width = options_.model->info().hidden_size();
+  const int64_t bytes = 4 * ranges.back().end + static_cast<int64_t>(ranges.size()) * (12 * width + 8);
+  auto memory = options_.store->ReserveBytes(bytes);
+  if (!memory.ok()) {
+    // The others do not know, so the job begins. Nothing of it will be read.
+    job.ids = {session->ids.front()};
+    job.no_memory = memory.status();
+    return absl::OkStatus();
+  }
+  job.memory = *std::move(memory);
   job.ids.assign(session->ids.begin(), session->ids.begin() + ranges.back().end);
   EDUBA_ASSIGN_OR_RETURN(
       job.pooler,
       Pooler::Create(std::move(ranges), request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean,
                      options_.model->transformer().hidden_exponents()));
-  EDUBA_ASSIGN_OR_RETURN(job.fork, engine_.Open(session->context.options(), session->stripe_pages));
-  job.kind = Kind::kEmbed;
-  job.session_id = request.session_id();
   return absl::OkStatus();
 }
 
@@ -335,7 +349,7 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
   std::vector<absl::Status> prepared;
   if (options_.group->rank() == 0) words[0] = static_cast<int64_t>(newest);
   for (size_t i = 0; i < turns.size(); ++i) {
-    prepared.push_back(engine_.Prepare(turns[i]));
+    prepared.push_back(jobs[i]->no_memory.ok() ? engine_.Prepare(turns[i]) : jobs[i]->no_memory);
     if (!prepared.back().ok()) words[1 + i] = 1;
   }
   EDUBA_RETURN_IF_ERROR(options_.group->SumI64(absl::MakeSpan(words), deadline));

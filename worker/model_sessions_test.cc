@@ -138,6 +138,16 @@ class Rank {
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
+  // Every position of the session by itself.
+  uint64_t Embed(uint64_t session, int64_t positions) {
+    std::vector<int64_t> ranges;
+    for (int64_t i = 0; i < positions; ++i) ranges.insert(ranges.end(), {i, i + 1});
+    v1::Command command = NewCommand();
+    command.mutable_model_embed()->set_session_id(session);
+    command.mutable_model_embed()->set_ranges(ranges.data(), ranges.size() * 8);
+    EXPECT_TRUE(sessions_->Start(command).ok());
+    return ordinal_;
+  }
   void RunAll() {
     while (sessions_->busy()) ASSERT_TRUE(sessions_->Step(ordinal_).ok());
   }
@@ -420,6 +430,39 @@ TEST(ModelSessionsOfTwo, ABrokenDeviceIsNotAWantOfMemory) {
       }
       EXPECT_EQ(rank.ResultOf(append, false).ordinal(), 0U) << "the group's end is the caller's to tell";
       rank.sessions_->FailAll(status);
+    });
+  }
+}
+
+TEST(ModelSessionsOfTwo, AnEmbeddingNeedsMemoryForWhatItAnswers) {
+  constexpr int64_t kLength = 5000;
+  for (const bool fits : {false, true}) {
+    OnTwoRanks([&](Rank& rank) {
+      const bool scarce = rank.group_->rank() == 1;
+      rank.Open(3, /*window=*/20);
+      rank.Append(3, std::vector<int32_t>(kLength, 7));
+      rank.RunAll();
+      // Ids, sums with a count, and the answer. Pages of a window are little beside it.
+      const int64_t bytes = 4 * kLength + kLength * (12 * rank.model_->info().hidden_size() + 8);
+      const int64_t used = rank.store_.used_bytes();
+      const int64_t left = fits ? bytes + (int64_t{1} << 20) : bytes - 1;
+      auto taken = rank.store_.ReserveBytes(scarce ? rank.store_.memory_bytes() - used - left : 0);
+      ASSERT_TRUE(taken.ok()) << taken.status();
+      const uint64_t embedded = rank.Embed(3, kLength);
+      const uint64_t generated = rank.Generate(3, 3);
+      rank.RunAll();
+      const v1::CommandResult& result = rank.ResultOf(embedded);
+      const auto code = static_cast<absl::StatusCode>(result.code());
+      EXPECT_EQ(code, fits ? absl::StatusCode::kOk : absl::StatusCode::kResourceExhausted)
+          << result.message();
+      EXPECT_EQ(result.model().done(), fits ? kLength : 0);
+      if (!fits) {
+        EXPECT_THAT(result.message(),
+                    HasSubstr(scarce ? absl::StrCat("needs ", bytes, " bytes") : "1 other ranks"));
+      }
+      EXPECT_EQ(rank.ResultOf(generated).model().length(), kLength + 3);
+      *taken = ReservedBytes();
+      EXPECT_LT(rank.store_.used_bytes() - used, bytes / 4);
     });
   }
 }
