@@ -120,8 +120,7 @@ absl::Status ModelEngine::Prepare(const Turn& turn) const {
     return absl::OutOfRangeError(absl::StrCat("context of ", turn.context->length_, " tokens and ", count,
                                               " more; at most ", kMaxPositions, " are possible"));
   }
-  const absl::Status status =
-      turn.context->pages_.Reserve(turn.context->length_, turn.context->length_ + count);
+  absl::Status status = turn.context->pages_.Reserve(turn.context->length_, turn.context->length_ + count);
   // A rank whose device is broken is not one without memory, and cannot go on with the others.
   if (!status.ok() && !absl::IsResourceExhausted(status) && options_.communicator != nullptr) {
     options_.communicator->Abort(status);

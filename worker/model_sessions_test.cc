@@ -315,6 +315,7 @@ void OnRanks(int ranks, const std::function<void(Rank&)>& body, int64_t memory_b
   const std::string folder = ModelFolder();
   LocalHub hub;
   std::vector<std::thread> threads;
+  threads.reserve(ranks);
   for (int i = 0; i < ranks; ++i) {
     threads.emplace_back([&, i] {
       Rank rank(hub, folder, i, ranks, memory_bytes);
