@@ -19,6 +19,16 @@ Page::~Page() {
   if (data_ != nullptr) store_->Release(data_);
 }
 
+ReservedBytes& ReservedBytes::operator=(ReservedBytes&& other) noexcept {
+  std::swap(store_, other.store_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+ReservedBytes::~ReservedBytes() {
+  if (store_ != nullptr) store_->ReleaseBytes(bytes_);
+}
+
 PageStore::PageStore(Backend* backend, int64_t memory_bytes)
     : backend_(backend), memory_bytes_(memory_bytes) {
   EDUBA_CHECK(memory_bytes >= 0);
@@ -34,9 +44,9 @@ absl::StatusOr<std::vector<Page>> PageStore::Reserve(int64_t page_bytes, int64_t
 
   const std::scoped_lock lock(mutex_);
   SizeClass& sizes = classes_[page_bytes];
-  const int64_t free_bytes = memory_bytes_ - slab_bytes_ + sizes.free_pages * page_bytes;
+  const int64_t free_bytes = memory_bytes_ - taken_bytes_ + sizes.free_pages * page_bytes;
   // In pages, because `count * page_bytes` may not fit into int64.
-  if (count > sizes.free_pages + (memory_bytes_ - slab_bytes_) / page_bytes) {
+  if (count > sizes.free_pages + (memory_bytes_ - taken_bytes_) / page_bytes) {
     return absl::ResourceExhaustedError(
         absl::StrCat("needs ", count, " pages of ", page_bytes, " bytes, ", free_bytes, " of ", memory_bytes_,
                      " bytes free; delete a session or start the worker with more --memory-bytes"));
@@ -63,6 +73,25 @@ absl::StatusOr<std::vector<Page>> PageStore::Reserve(int64_t page_bytes, int64_t
   return pages;
 }
 
+absl::StatusOr<ReservedBytes> PageStore::ReserveBytes(int64_t bytes) {
+  EDUBA_CHECK(bytes >= 0);
+  const std::scoped_lock lock(mutex_);
+  if (bytes > memory_bytes_ - taken_bytes_) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("needs ", bytes, " bytes, ", memory_bytes_ - taken_bytes_, " of ", memory_bytes_,
+                     " bytes free; delete a session or start the worker with more --memory-bytes"));
+  }
+  taken_bytes_ += bytes;
+  used_bytes_ += bytes;
+  return ReservedBytes(this, bytes);
+}
+
+void PageStore::ReleaseBytes(int64_t bytes) {
+  const std::scoped_lock lock(mutex_);
+  taken_bytes_ -= bytes;
+  used_bytes_ -= bytes;
+}
+
 int64_t PageStore::used_bytes() const {
   const std::scoped_lock lock(mutex_);
   return used_bytes_;
@@ -86,13 +115,13 @@ absl::Status PageStore::AddSlab(int64_t page_bytes, int64_t pages_wanted) {
   SizeClass& sizes = classes_.at(page_bytes);
   const int64_t target = std::clamp(sizes.slab_bytes, kSlabBytesMin, kSlabBytesMax);
   const int64_t pages =
-      std::min(std::max<int64_t>(1, target / page_bytes), (memory_bytes_ - slab_bytes_) / page_bytes);
+      std::min(std::max<int64_t>(1, target / page_bytes), (memory_bytes_ - taken_bytes_) / page_bytes);
   EDUBA_CHECK(pages > 0 && pages_wanted > 0);
   const int64_t bytes = pages * page_bytes;
   auto memory = backend_->AllocateSlab(bytes);
   if (!memory.ok()) {
-    return Annotate(memory.status(),
-                    absl::StrCat("page memory, ", slab_bytes_, " of ", memory_bytes_, " bytes taken before"));
+    return Annotate(memory.status(), absl::StrCat("page memory, ", taken_bytes_, " of ", memory_bytes_,
+                                                  " bytes taken before"));
   }
   char* const base = static_cast<char*>(*memory);
   Slab& slab = slabs_[base];
@@ -103,7 +132,7 @@ absl::Status PageStore::AddSlab(int64_t page_bytes, int64_t pages_wanted) {
   sizes.with_free.insert(base);
   sizes.free_pages += pages;
   sizes.slab_bytes += bytes;
-  slab_bytes_ += bytes;
+  taken_bytes_ += bytes;
   return absl::OkStatus();
 }
 
@@ -114,7 +143,7 @@ void PageStore::DropSlab(Slabs::iterator slab) {
   sizes->second.with_free.erase(slab->first);
   sizes->second.free_pages -= bytes / page_bytes;
   sizes->second.slab_bytes -= bytes;
-  slab_bytes_ -= bytes;
+  taken_bytes_ -= bytes;
   backend_->FreeSlab(slab->first, bytes);
   slabs_.erase(slab);
   if (sizes->second.slab_bytes == 0) classes_.erase(sizes);

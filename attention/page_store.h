@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -34,6 +35,25 @@ class Page {
   void* data_ = nullptr;
 };
 
+// Bytes of a store's budget that are memory of another kind than pages: what whoever asked for them may
+// allocate. Given back when it is destroyed. Must not outlive its PageStore.
+class ReservedBytes {
+ public:
+  ReservedBytes() = default;
+  ReservedBytes(ReservedBytes&& other) noexcept { *this = std::move(other); }
+  ReservedBytes& operator=(ReservedBytes&& other) noexcept;
+  ReservedBytes(const ReservedBytes&) = delete;
+  ReservedBytes& operator=(const ReservedBytes&) = delete;
+  ~ReservedBytes();
+
+ private:
+  friend class PageStore;
+  ReservedBytes(PageStore* store, int64_t bytes) : store_(store), bytes_(bytes) {}
+
+  PageStore* store_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
 // Pages from a byte budget that is fixed at the start. Memory comes from the backend in slabs, each cut into
 // pages of one size: a small slab first, then as much again as the size has already, up to kSlabBytesMax (or
 // one page, where a page is larger). A slab goes back to the backend when its last page does. Thread-safe.
@@ -42,9 +62,9 @@ class PageStore {
   static constexpr int64_t kSlabBytesMin = int64_t{256} << 10;
   static constexpr int64_t kSlabBytesMax = int64_t{16} << 20;
 
-  // The slabs' bytes never exceed `memory_bytes`. `backend` must outlive the store.
+  // The bytes of slabs and those reserved never exceed `memory_bytes`. `backend` must outlive the store.
   PageStore(Backend* backend, int64_t memory_bytes);
-  // REQUIRES: every Page is gone.
+  // REQUIRES: every Page and all ReservedBytes are gone.
   ~PageStore();
   PageStore(const PageStore&) = delete;
   PageStore& operator=(const PageStore&) = delete;
@@ -53,12 +73,16 @@ class PageStore {
   // is undefined.
   absl::StatusOr<std::vector<Page>> Reserve(int64_t page_bytes, int64_t count);
 
+  // `bytes`, or none: RESOURCE_EXHAUSTED when they do not fit. REQUIRES: bytes >= 0.
+  absl::StatusOr<ReservedBytes> ReserveBytes(int64_t bytes);
+
   int64_t memory_bytes() const { return memory_bytes_; }
-  // Bytes of the pages that exist.
+  // Bytes of the pages that exist, and those reserved.
   int64_t used_bytes() const;
 
  private:
   friend class Page;
+  friend class ReservedBytes;
   struct Slab {
     int64_t bytes = 0;
     int64_t page_bytes = 0;
@@ -74,6 +98,7 @@ class PageStore {
   };
 
   void Release(void* page);
+  void ReleaseBytes(int64_t bytes);
   absl::Status AddSlab(int64_t page_bytes, int64_t pages_wanted);
   void DropSlab(Slabs::iterator slab);
   void DropFreeSlabs(int64_t page_bytes);
@@ -83,7 +108,7 @@ class PageStore {
   mutable std::mutex mutex_;  // Guards all below.
   Slabs slabs_;
   std::map<int64_t, SizeClass> classes_;  // By page bytes.
-  int64_t slab_bytes_ = 0;
+  int64_t taken_bytes_ = 0;               // Of slabs, and reserved.
   int64_t used_bytes_ = 0;
 };
 

@@ -106,6 +106,31 @@ TEST(PageStore, ARefusalTakesNothing) {
   EXPECT_TRUE(store.Reserve(4096, 90).ok());
 }
 
+TEST(PageStore, ReservedBytesAndPagesShareTheBudget) {
+  SlabBackend backend;
+  PageStore store(&backend, 1000 * 4096);
+  auto reserved = store.ReserveBytes(400 * 4096 - 1);
+  ASSERT_TRUE(reserved.ok()) << reserved.status();
+  EXPECT_EQ(store.used_bytes(), 400 * 4096 - 1);
+  EXPECT_EQ(backend.bytes(), 0);
+  {
+    auto pages = store.Reserve(4096, 600);
+    ASSERT_TRUE(pages.ok()) << pages.status();
+    EXPECT_EQ(store.Reserve(4096, 1).status().code(), absl::StatusCode::kResourceExhausted);
+    auto last = store.ReserveBytes(1);
+    ASSERT_TRUE(last.ok()) << last.status();
+    const auto more = store.ReserveBytes(1);
+    EXPECT_EQ(more.status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(more.status().message()), HasSubstr("needs 1 bytes, 0 of 4096000 bytes free"));
+    *reserved = ReservedBytes();
+    EXPECT_EQ(store.used_bytes(), 600 * 4096 + 1);
+    EXPECT_TRUE(store.Reserve(4096, 399).ok());
+  }
+  EXPECT_EQ(store.ReserveBytes(INT64_MAX).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(store.ReserveBytes(1000 * 4096).ok());
+  EXPECT_EQ(store.used_bytes(), 0);
+}
+
 TEST(PageStore, AFullDeviceLeavesNoSlabBehind) {
   SlabBackend backend;
   backend.limit = int64_t{3} << 20;

@@ -147,7 +147,7 @@ int Run(int threads, bool nano, Activations activations) {
     for (int i = 0; i < (nano ? 200 : 24); ++i) {
       begin = std::chrono::steady_clock::now();
       if (!engine.Step(turns).ok()) return 1;
-      model->Logits(engine.hidden().data(), contexts, logits.data());
+      if (!model->Logits(engine.hidden().data(), contexts, logits.data()).ok()) return 1;
       times.push_back(Seconds(begin));
     }
     std::sort(times.begin(), times.end());

@@ -39,6 +39,12 @@ absl::Status CheckIds(const std::vector<int32_t>& ids, int64_t vocab, const std:
   return absl::OkStatus();
 }
 
+std::string Outcome(const v1::CommandResult& result) {
+  const auto code = static_cast<absl::StatusCode>(result.code());
+  return result.code() == 0 ? "OK"
+                            : absl::StrCat(absl::StatusCodeToString(code), " (", result.message(), ")");
+}
+
 absl::Status WorkerGaveNonsense() {
   return absl::InternalError("worker 0 gave an answer that makes no sense: the group starts anew; retry");
 }
@@ -345,15 +351,21 @@ void ClusterState::OnModelJob(const PendingCommand& command, int64_t now_ms) {
   const v1::CommandResult& first = *command.results[0];
   for (const WorkerEntry* worker : Ranks()) {
     const v1::CommandResult& result = *command.results[worker->rank];
-    if (result.code() == first.code() && result.model().digest() == first.model().digest() &&
-        result.model().done() == first.model().done()) {
+    std::string differs;
+    if (result.code() != first.code()) {
+      differs = absl::StrCat("ended with ", Outcome(result), ", and worker 0 with ", Outcome(first));
+    } else if (result.model().done() != first.model().done()) {
+      differs = absl::StrCat("did ", result.model().done(), " tokens, and worker 0 ", first.model().done());
+    } else if (result.model().digest() != first.model().digest()) {
+      differs = "computed other bits than worker 0";
+    } else {
       continue;
     }
-    Respond(job.request, absl::InternalError(absl::StrCat(
-                             NameOf(*worker),
-                             " computed other bits than worker 0; this is a fault of the machine "
-                             "or of Eduba: the group starts anew")));
-    return EndEpoch(absl::StrCat(NameOf(*worker), " computed other bits than worker 0"), now_ms);
+    differs = absl::StrCat(NameOf(*worker), " ", differs);
+    Respond(job.request, absl::InternalError(absl::StrCat(differs,
+                                                          "; this is a fault of the machine "
+                                                          "or of Eduba: the group starts anew")));
+    return EndEpoch(differs, now_ms);
   }
   SessionEntry* session = SessionById(job.session_id);
   if (session == nullptr) return;  // Deleted meanwhile; its calls have been told.

@@ -331,6 +331,15 @@ TEST_F(ModelStateTest, RanksThatComputeOtherBitsEndTheEpoch) {
   EXPECT_FALSE(cluster_.serving);
 }
 
+TEST_F(ModelStateTest, RanksWhoseOutcomesDifferAreQuoted) {
+  cluster_.workers[b_].rank->failures[v1::Command::kModelAppend] = absl::InternalError("the disk is on fire");
+  const absl::Status status = Append("s", {}, {1}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("ended with INTERNAL (the disk is on fire), and worker 0 with OK"));
+  EXPECT_FALSE(cluster_.serving);
+}
+
 TEST_F(ModelStateTest, AnEpochsEndEndsItsJobs) {
   ASSERT_TRUE(Append("s", {}, {1}).ok());
   const RequestId generation = AskGenerate(5);

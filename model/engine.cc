@@ -120,7 +120,12 @@ absl::Status ModelEngine::Prepare(const Turn& turn) const {
     return absl::OutOfRangeError(absl::StrCat("context of ", turn.context->length_, " tokens and ", count,
                                               " more; at most ", kMaxPositions, " are possible"));
   }
-  return turn.context->pages_.Reserve(turn.context->length_, turn.context->length_ + count);
+  absl::Status status = turn.context->pages_.Reserve(turn.context->length_, turn.context->length_ + count);
+  // A rank whose device is broken is not one without memory, and cannot go on with the others.
+  if (!status.ok() && !absl::IsResourceExhausted(status) && options_.communicator != nullptr) {
+    options_.communicator->Abort(status);
+  }
+  return status;
 }
 
 RowPositions ModelEngine::Positions(absl::Span<const Turn> turns) {
@@ -196,6 +201,13 @@ void ModelEngine::DropUnseen(Context& context) const {
   }
 }
 
+int64_t ModelEngine::NextChunk(const Context& context, int64_t left) const {
+  const int64_t stripe_rows = context.pages_.share().stripe_pages * kPageRows;
+  const int64_t in_stripe = context.length_ % stripe_rows;
+  const int64_t end = std::min(stripe_rows, (in_stripe / options_.chunk_rows + 1) * options_.chunk_rows);
+  return std::min(left, end - in_stripe);
+}
+
 std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<const int32_t> ids, bool asks,
                                              bool log_probs, const Pooler* pooler) const {
   if (options_.communicator == nullptr) return nullptr;
@@ -209,19 +221,20 @@ std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<
   rows.ids.assign(taken.begin(), taken.end());
   rows.views = asks ? context.ask_views_ : context.append_views_;
   rows.keeping = context.keeping_;
-  bool differ = false;
   const PositionRange& own = plan->slices[options_.communicator->rank()];
-  for (int64_t position = own.begin; position < own.end; ++position) {
-    rows.sink_positions.push_back(SinkPosition(context.options_, position));
-    differ |= rows.sink_positions.back() != position;
+  // Where the last row's is its own position, all are.
+  if (!own.empty() && SinkPosition(context.options_, own.end - 1) != own.end - 1) {
+    rows.sink_positions.reserve(own.size());
+    for (int64_t position = own.begin; position < own.end; ++position) {
+      rows.sink_positions.push_back(SinkPosition(context.options_, position));
+    }
   }
-  if (!differ) rows.sink_positions.clear();
   rows.before = context.last_;
   rows.log_probs = log_probs;
   if (pooler != nullptr) rows.part = pooler->Part(plan->positions);
-  return std::make_unique<Wave>(
-      Wave::Options{options_.backend, options_.model, options_.communicator, options_.chunk_rows}, *plan,
-      context.pages_.Fork(), std::move(rows));
+  return std::make_unique<Wave>(Wave::Options{options_.backend, options_.store, options_.model,
+                                              options_.communicator, options_.chunk_rows},
+                                *plan, context.pages_.Fork(), std::move(rows));
 }
 
 void ModelEngine::FinishWave(Wave& wave, Context& context, Pooler* pooler) const {
@@ -285,7 +298,7 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
       if (waved.ok() && *waved) continue;
       status = waved.status();
     }
-    const int64_t rows = std::min(options_.chunk_rows, count - at);
+    const int64_t rows = NextChunk(context, count - at);
     const absl::Span<const int32_t> chunk = ids.subspan(at, rows);
     if (options.log_probs) before = context.last_;
     const int64_t first = context.length_;
@@ -293,16 +306,18 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
       status = absl::Now() < options.deadline ? Step({Turn{&context, chunk, options.asks}})
                                               : absl::DeadlineExceededError("the deadline is over");
     }
+    if (status.ok() && options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
+    if (status.ok() && options.log_probs) {
+      before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
+      const auto some = eduba::LogProbs(*options_.model, before, chunk);
+      status = some.status();
+      if (some.ok()) log_probs.insert(log_probs.end(), some->begin(), some->end());
+    }
     if (!status.ok()) {
       return Annotate(status,
-                      absl::StrCat("append of ", count, " tokens, ", at, " of which are in the context (",
-                                   context.length_, " tokens long)"));
+                      absl::StrCat("append of ", count, " tokens, ", context.length_ - begin,
+                                   " of which are in the context (", context.length_, " tokens long)"));
     }
-    if (options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
-    if (!options.log_probs) continue;
-    before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
-    const std::vector<float> some = eduba::LogProbs(*options_.model, before, chunk);
-    log_probs.insert(log_probs.end(), some.begin(), some.end());
   }
   return log_probs;
 }
@@ -322,9 +337,15 @@ absl::StatusOr<Generation> ModelEngine::Generate(Context& context, const Generat
       generation.reason = FinishReason::kDeadline;
       break;
     }
-    const TokenChoice token = ChooseToken(NextLogits(context), options.sampling, context.length_);
-    EDUBA_RETURN_IF_ERROR(Annotate(Step({Turn{&context, absl::MakeConstSpan(&token.id, 1), true}}),
-                                   absl::StrCat("generation, ", n, " tokens of which are in the context")));
+    const absl::StatusOr<std::vector<float>> logits = NextLogits(context);
+    absl::Status status = logits.status();
+    TokenChoice token;
+    if (status.ok()) {
+      token = ChooseToken(*logits, options.sampling, context.length_);
+      status = Step({Turn{&context, absl::MakeConstSpan(&token.id, 1), true}});
+    }
+    EDUBA_RETURN_IF_ERROR(
+        Annotate(status, absl::StrCat("generation, ", n, " tokens of which are in the context")));
     generation.tokens.push_back(token);
     const bool go_on = !options.on_token || options.on_token(token);
     if (std::find(options.stop_ids.begin(), options.stop_ids.end(), token.id) != options.stop_ids.end()) {
@@ -359,15 +380,15 @@ absl::StatusOr<std::vector<float>> ModelEngine::Embed(const Context& context, ab
   return pooler.Finish();
 }
 
-std::vector<float> ModelEngine::NextLogits(const Context& context) const {
+absl::StatusOr<std::vector<float>> ModelEngine::NextLogits(const Context& context) const {
   EDUBA_CHECK(context.length_ > 0);
   return Logits(context.last_);
 }
 
-std::vector<float> ModelEngine::Logits(absl::Span<const float> hidden) const {
+absl::StatusOr<std::vector<float>> ModelEngine::Logits(absl::Span<const float> hidden) const {
   const int64_t rows = static_cast<int64_t>(hidden.size()) / options_.model->config().hidden_size;
   std::vector<float> logits(rows * options_.model->config().vocab_size);
-  options_.model->Logits(hidden.data(), rows, logits.data());
+  EDUBA_RETURN_IF_ERROR(options_.model->Logits(hidden.data(), rows, logits.data()));
   return logits;
 }
 

@@ -146,12 +146,18 @@ class ModelEngine {
 
   // Step in two parts, for a caller whose ranks agree on memory by themselves, turn by turn.
   //   OUT_OF_RANGE, RESOURCE_EXHAUSTED  as Step's, for this rank; nothing was taken
+  // Any other error is that of this rank's device; the communicator is dead then.
   absl::Status Prepare(const Turn& turn) const;
   // Gives the memory back: the step will not come.
   void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
   // REQUIRES: every rank has prepared all turns. INVALID_ARGUMENT or the communicator's errors, as Step's;
   // `deadline` is for the collectives.
   absl::Status StepPrepared(absl::Span<const Turn> turns, absl::Time deadline);
+
+  // Of `left` more tokens of an append, as many as its next chunk has. Chunks end at multiples of chunk_rows
+  // from where a stripe begins, and where it ends. A wave ends there too: so an append that fails at some
+  // token has read as much on any number of ranks.
+  int64_t NextChunk(const Context& context, int64_t left) const;
 
   // A part of an append that the ranks share out; null where it is too short for that. `ids` go on behind the
   // context, as a Turn's do, and are taken from their beginning as far as the wave's plan says. `pooler` (or
@@ -163,8 +169,9 @@ class ModelEngine {
   void FinishWave(Wave& wave, Context& context, Pooler* pooler) const;
 
   // Wave by wave and chunk by chunk. A wave that fails is read again in chunks. An error leaves the context
-  // with the chunks that were done before; the message says how long it is. Also DEADLINE_EXCEEDED. Returns
-  // log-probs [ids] where they were wanted, else nothing.
+  // with the chunks that were done before (and with one that was read, but has no finite log-probs); the
+  // message says how long it is. Also DEADLINE_EXCEEDED. Returns log-probs [ids] where they were wanted, else
+  // nothing.
   absl::StatusOr<std::vector<float>> Append(Context& context, absl::Span<const int32_t> ids,
                                             const ContextAppendOptions& options = {});
 
@@ -181,11 +188,11 @@ class ModelEngine {
   absl::StatusOr<std::vector<float>> Embed(const Context& context, absl::Span<const int32_t> ids,
                                            std::vector<PositionRange> ranges, Pool pool);
 
-  // [vocab_size] for the token behind the context, which is not empty.
-  std::vector<float> NextLogits(const Context& context) const;
+  // [vocab_size] for the token behind the context, which is not empty. INVALID_ARGUMENT as Logits.
+  absl::StatusOr<std::vector<float>> NextLogits(const Context& context) const;
   // [rows, vocab_size] from hidden states [rows, hidden_size]: those of several contexts read the weights
-  // once.
-  std::vector<float> Logits(absl::Span<const float> hidden) const;
+  // once. INVALID_ARGUMENT where one is not finite.
+  absl::StatusOr<std::vector<float>> Logits(absl::Span<const float> hidden) const;
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
   absl::Span<const float> hidden() const { return hidden_; }
   // Of the last step: the token sinks' share of each head's weights, summed over the rows of each turn, in

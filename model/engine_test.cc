@@ -400,7 +400,7 @@ TEST(ModelEngine, GreedyGenerationTakesTheLikeliestTokenAndItsLogProb) {
   EXPECT_EQ(context.length(), 70);
   std::vector<int32_t> ids;
   for (const TokenChoice& token : generation->tokens) {
-    const std::vector<float> logits = f.engine->NextLogits(again);
+    const std::vector<float> logits = f.engine->NextLogits(again).value();
     EXPECT_EQ(token.id, std::max_element(logits.begin(), logits.end()) - logits.begin());
     f.Hidden(again, {token.id}, 1);
     ids.push_back(token.id);

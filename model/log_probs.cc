@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "base/status_macros.h"
 #include "model/sampler.h"
 
 namespace eduba {
@@ -13,8 +14,8 @@ constexpr int64_t kLogitRows = 32;
 
 }  // namespace
 
-std::vector<float> LogProbs(Transformer& model, absl::Span<const float> hidden,
-                            absl::Span<const int32_t> ids) {
+absl::StatusOr<std::vector<float>> LogProbs(Transformer& model, absl::Span<const float> hidden,
+                                            absl::Span<const int32_t> ids) {
   const int64_t width = model.config().hidden_size;
   const int64_t vocab = model.config().vocab_size;
   const auto rows = static_cast<int64_t>(ids.size());
@@ -23,7 +24,7 @@ std::vector<float> LogProbs(Transformer& model, absl::Span<const float> hidden,
   std::vector<float> log_probs;
   for (int64_t row = 0; row < rows; row += kLogitRows) {
     const int64_t some = std::min(kLogitRows, rows - row);
-    model.Logits(&hidden[row * width], some, logits.data());
+    EDUBA_RETURN_IF_ERROR(model.Logits(&hidden[row * width], some, logits.data()));
     for (int64_t i = 0; i < some; ++i) {
       log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), ids[row + i]));
     }

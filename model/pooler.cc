@@ -6,11 +6,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/status_macros.h"
 
 namespace eduba {
 
-absl::StatusOr<Pooler> Pooler::Create(std::vector<PositionRange> ranges, Pool pool,
-                                      absl::Span<const int16_t> exponents) {
+absl::Status Pooler::CheckRanges(absl::Span<const PositionRange> ranges) {
   int64_t before = 0;
   for (size_t i = 0; i < ranges.size(); ++i) {
     const PositionRange& range = ranges[i];
@@ -21,6 +21,12 @@ absl::StatusOr<Pooler> Pooler::Create(std::vector<PositionRange> ranges, Pool po
     }
     before = range.end;
   }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Pooler> Pooler::Create(std::vector<PositionRange> ranges, Pool pool,
+                                      absl::Span<const int16_t> exponents) {
+  EDUBA_RETURN_IF_ERROR(CheckRanges(ranges));
   return Pooler(std::move(ranges), pool, exponents);
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "base/pages.h"
@@ -20,6 +21,9 @@ class Pooler {
  public:
   // Ranges ascend and do not overlap: INVALID_ARGUMENT names the first that is empty,
   // negative, or begins before its predecessor's end.
+  static absl::Status CheckRanges(absl::Span<const PositionRange> ranges);
+
+  // INVALID_ARGUMENT as CheckRanges.
   // `exponents` [dim]: |hidden[., c]| <= 2^e[c] (Transformer::hidden_exponents).
   static absl::StatusOr<Pooler> Create(std::vector<PositionRange> ranges, Pool pool,
                                        absl::Span<const int16_t> exponents);
@@ -29,6 +33,8 @@ class Pooler {
 
   // For positions of `range` that ranks share: a pooler of what the ranges have there, with nothing in it.
   Pooler Part(PositionRange range) const;
+  // Of memory, its answer not counted.
+  int64_t bytes() const { return static_cast<int64_t>(words_.size() * sizeof(int64_t)); }
   // [ranges, dim + 1]: what it has seen. Summed over the ranks' parts they are those of one part that saw
   // all.
   absl::Span<int64_t> words() { return absl::MakeSpan(words_); }

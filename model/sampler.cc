@@ -51,7 +51,6 @@ TokenChoice ChooseToken(absl::Span<const float> logits, const SamplingOptions& o
   }
   std::vector<int32_t> ids(logits.size());
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
-  if (!std::isfinite(LogSumExp(logits))) return choice(0);  // There is no order among them.
   // Of equals the smaller id.
   const auto likelier = [&](int32_t a, int32_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;

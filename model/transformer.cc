@@ -305,11 +305,15 @@ absl::Status Transformer::FinalNorm(int64_t rows, float* hidden) {
       "behind the last layer: a hidden state is not finite; are the weights whole?");
 }
 
-void Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
+absl::Status Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
   kernels_->Multiply({head_.weights.get(), rows, hidden, nullptr, logits});
+  if (!AllFinite(absl::MakeConstSpan(logits, rows * config_.vocab_size))) {
+    return absl::InvalidArgumentError("the last product: a logit is not finite; are the weights whole?");
+  }
   if (config_.logit_softcap > 0) {
     kernels_->Softcap({rows * config_.vocab_size, logits, config_.logit_softcap});
   }
+  return absl::OkStatus();
 }
 
 void Transformer::Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y) {
@@ -344,6 +348,12 @@ void Transformer::NormaliseHeads(const Norm& norm, int64_t rows, int heads, floa
   args.weight_offset = config_.norm_plus_one ? 1.0F : 0.0F;
   args.epsilon = config_.norm_eps;
   kernels_->Normalise(args);
+}
+
+int64_t Transformer::angle_bytes() const {
+  size_t frequencies = 0;
+  for (const std::vector<double>& rope : ropes_) frequencies += rope.size();
+  return static_cast<int64_t>(2 * frequencies * sizeof(float));
 }
 
 RowAngles Transformer::Angles(const RowPositions& at) const {

@@ -65,6 +65,8 @@ class Transformer {
   absl::Status Forward(const RowPositions& at, LayerAttention& attention, float* hidden);
   // Its parts, for callers that take a long prompt layer by layer.
   RowAngles Angles(const RowPositions& at) const;
+  // Of Angles, for each row; twice as many with sink positions.
+  int64_t angle_bytes() const;
   // What attention gets of `rows` rows, whose angles are those of `angles` from the row `first` on; in memory
   // that the next call uses again. INVALID_ARGUMENT where it is not finite.
   absl::StatusOr<LayerRows> BeforeAttention(int layer, const RowAngles& angles, int64_t first, int64_t rows,
@@ -73,8 +75,9 @@ class Transformer {
   void AfterAttention(int layer, int64_t rows, const float* attended, float* hidden);
   // INVALID_ARGUMENT where the result is not finite.
   absl::Status FinalNorm(int64_t rows, float* hidden);
-  // logits [rows, vocab_size] of rows that Forward made.
-  void Logits(const float* hidden, int64_t rows, float* logits);
+  // logits [rows, vocab_size] of rows that Forward made. INVALID_ARGUMENT where one is not finite, before the
+  // softcap, which would make a number of it.
+  absl::Status Logits(const float* hidden, int64_t rows, float* logits);
 
  private:
   struct Linear {

@@ -49,13 +49,42 @@ Wave::Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows)
   for (size_t layer = 0; layer < rows_.views.size(); ++layer) {
     layer_pages_.push_back(PagesFor(plan_, rows_.views[layer], rows_.keeping[layer], pages_.share()));
   }
-  std::vector<int64_t> positions(own_.size());
-  std::iota(positions.begin(), positions.end(), own_.begin);
-  angles_ = options_.model->Angles({positions, rows_.sink_positions});
-  hidden_.resize(own_.size() * width_);
-  queries_.resize(own_.size() * query_row_);
-  if (!rows_.sink_positions.empty()) sink_queries_.resize(queries_.size());
-  if (rows_.log_probs) log_prob_words_.resize(rows_.ids.size());
+}
+
+int64_t Wave::ExchangeRows(int layer) const {
+  const auto rows_between = [&](int from, int to) {
+    return Count(RowsToSend(plan_, rows_.views[layer], rows_.keeping[layer], from, to));
+  };
+  // What goes out to all, and of one message what is sent, and what is received and taken in.
+  int64_t outgoing = 0;
+  int64_t message = 0;
+  for (int shift = 1; shift < ranks(); ++shift) {
+    const int64_t sent = rows_between(rank(), (rank() + shift) % ranks());
+    const int64_t received = rows_between((rank() + ranks() - shift) % ranks(), rank());
+    outgoing += sent;
+    message = std::max(message, sent + 2 * received);
+  }
+  return outgoing + message;
+}
+
+int64_t Wave::buffer_bytes() const {
+  const auto tokens = static_cast<int64_t>(rows_.ids.size());
+  const bool sinks = !rows_.sink_positions.empty();
+  // Hidden states, queries, angles and positions of a row.
+  int64_t row_bytes = 4 * (width_ + query_row_) + options_.model->angle_bytes() + 8;
+  if (sinks) row_bytes += 4 * query_row_ + options_.model->angle_bytes() + 8;
+  int64_t bytes = own_.size() * row_bytes + 4 * tokens;
+  // Chunks of everybody's queries, and answers to one of them.
+  bytes += (ranks() + 1) * std::min(options_.chunk_rows, LongestSlice(plan_)) * 4 * query_row_;
+  int64_t exchange_rows = 0;
+  for (int layer = 0; layer < static_cast<int>(rows_.views.size()); ++layer) {
+    exchange_rows = std::max(exchange_rows, ExchangeRows(layer));
+  }
+  bytes += exchange_rows * (pages_.key_bytes() + pages_.value_bytes());
+  // As words, as words to be summed, and as floats.
+  if (rows_.log_probs) bytes += tokens * (8 + 8 + 4);
+  if (rows_.part) bytes += rows_.part->bytes();
+  return bytes;
 }
 
 absl::Status Wave::Reserve() {
@@ -65,7 +94,21 @@ absl::Status Wave::Reserve() {
     kept.push_back(pages.kept);
     spare = std::max(spare, static_cast<int64_t>(pages.lent.size()));
   }
-  EDUBA_ASSIGN_OR_RETURN(spare_, pages_.Reserve(plan_.positions.begin, kept, spare));
+  EDUBA_ASSIGN_OR_RETURN(ReservedBytes buffers, options_.store->ReserveBytes(buffer_bytes()));
+  auto reserved = pages_.Reserve(plan_.positions.begin, kept, spare);
+  if (!reserved.ok()) {
+    if (!absl::IsResourceExhausted(reserved.status())) options_.communicator->Abort(reserved.status());
+    return reserved.status();
+  }
+  spare_ = *std::move(reserved);
+  buffers_ = std::move(buffers);
+  std::vector<int64_t> positions(own_.size());
+  std::iota(positions.begin(), positions.end(), own_.begin);
+  angles_ = options_.model->Angles({positions, rows_.sink_positions});
+  hidden_.resize(own_.size() * width_);
+  queries_.resize(own_.size() * query_row_);
+  if (!rows_.sink_positions.empty()) sink_queries_.resize(queries_.size());
+  if (rows_.log_probs) log_prob_words_.resize(rows_.ids.size());
   return absl::OkStatus();
 }
 
@@ -145,7 +188,6 @@ void Wave::BeginLayer() {
     const auto rows = RowsToSend(plan_, view(), rows_.keeping[layer_], rank(), to);
     wanted.insert(wanted.end(), rows.begin(), rows.end());
   }
-  outgoing_.clear();
   for (const PositionRange& range : Union(std::move(wanted))) {
     outgoing_.push_back({range,
                          {range.size(), std::vector<char>(range.size() * pages_.key_bytes()),
@@ -153,7 +195,10 @@ void Wave::BeginLayer() {
   }
 }
 
-void Wave::EndLayer() { pages_.TakeBack(layer_, layer_pages_[layer_].lent, spare_); }
+void Wave::EndLayer() {
+  pages_.TakeBack(layer_, layer_pages_[layer_].lent, spare_);
+  outgoing_.clear();
+}
 
 absl::Status Wave::Project() {
   const PositionRange chunk = ChunkOf(rank());
@@ -308,19 +353,21 @@ absl::Status Wave::Outputs() {
   const int64_t begin = plan_.positions.begin;
   const auto predict = [&](absl::Span<const float> hidden, PositionRange tokens) {
     const auto ids = absl::MakeConstSpan(rows_.ids).subspan(tokens.begin - begin, tokens.size());
-    const std::vector<float> some = LogProbs(*options_.model, hidden, ids);
+    EDUBA_ASSIGN_OR_RETURN(const std::vector<float> some, LogProbs(*options_.model, hidden, ids));
     for (size_t i = 0; i < some.size(); ++i) {
       log_prob_words_[tokens.begin - begin + static_cast<int64_t>(i)] = std::bit_cast<uint32_t>(some[i]);
     }
+    return absl::OkStatus();
   };
   if (chunk.begin == begin) {
     EDUBA_CHECK(!rows_.before.empty());
-    predict(rows_.before, {begin, begin + 1});
+    EDUBA_RETURN_IF_ERROR(Note(predict(rows_.before, {begin, begin + 1})));
   }
   // A row predicts the token behind it; the wave's last one is for who comes next.
   const PositionRange tokens = PositionRange{chunk.begin + 1, chunk.end + 1}.Intersect(plan_.positions);
   if (!tokens.empty()) {
-    predict(absl::MakeConstSpan(Hidden(chunk.begin), tokens.size() * width_), tokens);
+    const auto hidden = absl::MakeConstSpan(Hidden(chunk.begin), tokens.size() * width_);
+    EDUBA_RETURN_IF_ERROR(Note(predict(hidden, tokens)));
   }
   return absl::OkStatus();
 }

@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "attention/page_store.h"
 #include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/kv_pages.h"
@@ -32,6 +33,7 @@ class Wave {
   // All outlive the wave.
   struct Options {
     Backend* backend = nullptr;
+    PageStore* store = nullptr;  // Whose budget the wave's buffers count in, beside its pages.
     Transformer* model = nullptr;
     Communicator* communicator = nullptr;
     int64_t chunk_rows = 256;
@@ -49,9 +51,13 @@ class Wave {
 
   const WavePlan& plan() const { return plan_; }
 
-  // Takes all the memory that the wave needs. RESOURCE_EXHAUSTED: this rank has not enough, and took none. No
-  // rank may go on then.
+  // Takes all the memory that the wave needs: pages, and buffer_bytes() beside them. RESOURCE_EXHAUSTED: this
+  // rank has not enough, and took none. No rank may go on then. Any other error is that of its device; the
+  // communicator is dead then.
   absl::Status Reserve();
+
+  // Of hidden states and queries of this rank's rows, of messages, and of all else that grows with the wave.
+  int64_t buffer_bytes() const;
 
   // Goes on by `units` at least: each is a chunk's way through one half of a layer, or as much work. Errors
   // as a Communicator's, which is dead then.
@@ -79,6 +85,8 @@ class Wave {
     StoredRows stored;
   };
 
+  // Of the rows that a layer's exchange holds at once, at most.
+  int64_t ExchangeRows(int layer) const;
   int rank() const { return options_.communicator->rank(); }
   int ranks() const { return options_.communicator->size(); }
   // The rank's rows of the chunk under way; may be empty.
@@ -108,6 +116,7 @@ class Wave {
   const PositionRange own_;
   const int64_t width_;      // hidden_size
   const int64_t query_row_;  // Floats of a row's queries.
+  ReservedBytes buffers_;
   KvPages pages_;
   Rows rows_;
   std::vector<WavePages> layer_pages_;  // [layers]

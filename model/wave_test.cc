@@ -288,8 +288,9 @@ TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
       int64_t most = 0;
       while (context.length() < 32 * kPageRows) {
         WaveStepper stepper(f, context, std::vector<int32_t>(ids.begin() + context.length(), ids.end()));
-        most = std::max(most, f.store->used_bytes());
-        while (stepper.Step()) most = std::max(most, f.store->used_bytes());
+        const auto page_bytes = [&] { return f.store->used_bytes() - stepper.wave->buffer_bytes(); };
+        most = std::max(most, page_bytes());
+        while (stepper.Step()) most = std::max(most, page_bytes());
         f.engine->FinishWave(*stepper.wave, context, nullptr);
       }
       EXPECT_EQ(f.store->used_bytes(), context.page_bytes());
@@ -304,6 +305,37 @@ TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
     // halo.
     EXPECT_LE(most_while_reading(streaming), 3 * 5 + 4 + 2);
   });
+}
+
+// One byte makes the difference between a wave and chunks, and not for want of pages.
+TEST(Wave, WithoutRoomForItsBuffersAnAppendGoesOnInChunksToTheSameBits) {
+  ModelConfig config = RandomModel::RandomConfig(4);
+  config.layers.resize(1);
+  Fixture alone(RandomModel(config, DType::kF32, 4), DType::kF32, 1, int64_t{64} << 20);
+  const std::vector<int32_t> ids = alone.Text(8 * kPageRows);  // One wave.
+  Context judge = alone.Open();
+  ASSERT_TRUE(alone.engine->Append(judge, ids).ok());
+  int64_t needed = 0;  // By rank 1.
+  for (const int64_t short_of : {-1, 0, 1}) {
+    RunGroup(2, [&](int rank, Communicator* communicator) {
+      Courier courier(communicator);
+      const bool small = rank == 1 && short_of >= 0;
+      Fixture f(RandomModel(config, DType::kF32, 4), DType::kF32, 1,
+                small ? needed - short_of : int64_t{64} << 20, &courier, /*stripe_pages=*/4);
+      Context context = f.Open();
+      if (short_of < 0 && rank == 1) {
+        const auto wave = f.engine->StartWave(context, ids, false, false, nullptr);
+        ASSERT_TRUE(wave->Reserve().ok());
+        needed = f.store->used_bytes();
+        EXPECT_GT(wave->buffer_bytes(),
+                  4 * kPageRows * 4 * (config.hidden_size + config.query_heads * config.head_dim));
+      }
+      const auto appended = f.engine->Append(context, ids);
+      ASSERT_TRUE(appended.ok()) << appended.status();
+      EXPECT_TRUE(SameBits(context.last(), judge.last()));
+      EXPECT_EQ(courier.received() > 0, short_of <= 0) << "short of " << short_of;
+    });
+  }
 }
 
 TEST(Wave, WithoutRoomForItAnAppendGoesOnInChunksToTheSameBits) {
@@ -355,10 +387,138 @@ TEST(Wave, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheGroupLivesOn) {
       const absl::Status status = f.engine->Append(context, poisoned).status();
       EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
       EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("layer 0"));
-      EXPECT_EQ(context.length(), 600);  // In chunks of 100, as far as there is nothing wrong.
-      ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(600)).ok());
+      EXPECT_EQ(context.length(), 512);  // In chunks, as far as there is nothing wrong.
+      ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(512)).ok());
       EXPECT_TRUE(SameBits(context.last(), whole.last()));
     });
+  }
+}
+
+// Three ways for arithmetic to fail at one token: its embedding, its attention, the logits behind it.
+TEST(Wave, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
+  enum class Poison { kEmbedding, kAttention, kLogits };
+  const auto model = [](Poison poison, int64_t window) {
+    ModelConfig config = RandomModel::RandomConfig(5);
+    config.norm = NormKind::kRms;
+    config.norm_plus_one = config.qk_norm = config.parallel_residual = false;
+    config.attention_softcap = config.logit_softcap = 0;
+    config.layers.resize(1);
+    config.layers[0].window = window;
+    RandomModel random(config, DType::kF32, 5);
+    const auto column = [&](const WeightView& weights, int64_t first, int64_t last, float value) {
+      for (int64_t row = first; row < last; ++row) {
+        static_cast<float*>(const_cast<void*>(weights.data))[row * weights.shape[1]] = value;
+      }
+    };
+    const WeightView& embeddings = random.weights.embeddings;
+    const LayerWeights& layer = random.weights.layers[0];
+    switch (poison) {
+      case Poison::kEmbedding:
+        column(embeddings, 0, 1, std::numeric_limits<float>::infinity());
+        break;
+      case Poison::kAttention:
+        // Only token 0 has a first channel, and its product with itself is too large.
+        column(embeddings, 0, 1, 1);
+        column(embeddings, 1, config.vocab_size, 0);
+        column(layer.q.weight, 0, layer.q.weight.shape[0], 1e22F);
+        column(layer.k.weight, 0, layer.k.weight.shape[0], 1e22F);
+        break;
+      case Poison::kLogits:
+        // Only token 0 has a first channel, which nothing else adds to.
+        column(embeddings, 0, 1, 30);
+        column(embeddings, 1, config.vocab_size, 0);
+        for (const LinearWeights* linear : {&layer.attention_map, &layer.down}) {
+          std::fill_n(static_cast<float*>(const_cast<void*>(linear->weight.data)), linear->weight.shape[1],
+                      0);
+          if (!linear->bias.present()) continue;
+          static_cast<float*>(const_cast<void*>(linear->bias.data))[0] = 0;
+        }
+        column(random.weights.head, 0, 1, 3e38F);
+        break;
+    }
+    return random;
+  };
+  for (const Poison poison : {Poison::kEmbedding, Poison::kAttention, Poison::kLogits}) {
+    for (const int64_t window : {0, 30}) {
+      for (const int64_t at : {5, 300, 563, 1000, 1279}) {
+        SCOPED_TRACE(absl::StrCat("poison ", static_cast<int>(poison), " window ", window, " at ", at));
+        int64_t length = 0;
+        std::string message;
+        for (const int ranks : {1, 2, 3}) {
+          RunGroup(ranks, [&](int rank, Communicator* communicator) {
+            Courier courier(communicator);
+            Fixture f(model(poison, window), DType::kF32, 1, int64_t{64} << 20,
+                      ranks == 1 ? nullptr : &courier);
+            std::vector<int32_t> ids = f.Text(1400);
+            for (int32_t& id : ids) id = std::max(id, 1);
+            Context context = f.Open();
+            ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).first(3)).ok());
+            ids[at] = 0;
+            ContextAppendOptions how;
+            how.log_probs = poison == Poison::kLogits;
+            const absl::Status status =
+                f.engine->Append(context, absl::MakeConstSpan(ids).subspan(3), how).status();
+            ASSERT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+            if (ranks == 1) {
+              length = context.length();
+              message = std::string(status.message());
+            }
+            EXPECT_EQ(context.length(), length) << "rank " << rank << " of " << ranks;
+            // A rank that others told says so.
+            if (poison != Poison::kAttention) {
+              EXPECT_EQ(std::string(status.message()), message);
+            }
+            if (ranks > 1) {
+              EXPECT_GT(courier.received(), 0) << "no waves?";
+            }
+          });
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+// The last product overflows behind some rows. All ranks say so, whoever computed them, and leave the context
+// as it was; a softcap does not hide it.
+TEST(Wave, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
+  for (const float softcap : {0.0F, 30.0F}) {
+    const auto model = [&] {
+      ModelConfig config = RandomModel::RandomConfig(5);
+      config.logit_softcap = softcap;
+      RandomModel random(config, DType::kF32, 5);
+      auto* head = static_cast<float*>(const_cast<void*>(random.weights.head.data));
+      head[0] = 3e38F;  // Times the hidden state's first channel, for token 0.
+      return random;
+    };
+    std::string alone;
+    for (const int ranks : {1, 3}) {
+      RunGroup(ranks, [&](int rank, Communicator* communicator) {
+        Fixture f(model(), DType::kF32, 1, int64_t{64} << 20, ranks == 1 ? nullptr : communicator);
+        const std::vector<int32_t> ids = f.Text(1000);
+        Context context = f.Open();
+        ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).first(1)).ok());
+        int64_t at = 0;  // Behind which the logits are not finite.
+        while (at < 1000 && f.engine->NextLogits(context).ok()) {
+          ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(++at, 1)).ok());
+        }
+        ASSERT_LT(at, 20);
+        const absl::Status next = f.engine->NextLogits(context).status();
+        EXPECT_EQ(next.code(), absl::StatusCode::kInvalidArgument) << next;
+        EXPECT_THAT(std::string(next.message()), ::testing::HasSubstr("a logit is not finite"));
+        GenerateOptions how;
+        how.max_tokens = 3;
+        EXPECT_EQ(f.engine->Generate(context, how).status().code(), absl::StatusCode::kInvalidArgument);
+        const absl::Status score = f.engine->Score(context, ids).status();
+        EXPECT_EQ(score.code(), absl::StatusCode::kInvalidArgument) << score;
+        EXPECT_THAT(std::string(score.message()), ::testing::HasSubstr("a logit is not finite"));
+        EXPECT_EQ(context.length(), at + 1);
+        ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(at + 1)).ok());
+        EXPECT_EQ(context.length(), 1000);
+        if (ranks == 1) alone = std::string(score.message());
+        EXPECT_EQ(std::string(score.message()), alone) << "rank " << rank;
+      });
+    }
   }
 }
 

@@ -203,14 +203,28 @@ absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) 
                                               ranges.empty() ? 0 : ranges.back().end, ", the session has ",
                                               session->context.length(), " positions"));
   }
+  EDUBA_RETURN_IF_ERROR(Pooler::CheckRanges(ranges));
+  EDUBA_ASSIGN_OR_RETURN(job.fork, engine_.Open(session->context.options(), session->stripe_pages));
+  job.kind = Kind::kEmbed;
+  job.session_id = request.session_id();
+  // A chunk first: where this rank has no memory, only the ranks that have it would know how to begin a wave.
+  job.in_chunks_until = 1;
+  // Ids; for every range a word and a float a channel, and a count.
+  const int64_t width = options_.model->info().hidden_size();
+  const int64_t bytes = 4 * ranges.back().end + static_cast<int64_t>(ranges.size()) * (12 * width + 8);
+  auto memory = options_.store->ReserveBytes(bytes);
+  if (!memory.ok()) {
+    // The others do not know, so the job begins. Nothing of it will be read.
+    job.ids = {session->ids.front()};
+    job.no_memory = memory.status();
+    return absl::OkStatus();
+  }
+  job.memory = *std::move(memory);
   job.ids.assign(session->ids.begin(), session->ids.begin() + ranges.back().end);
   EDUBA_ASSIGN_OR_RETURN(
       job.pooler,
       Pooler::Create(std::move(ranges), request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean,
                      options_.model->transformer().hidden_exponents()));
-  EDUBA_ASSIGN_OR_RETURN(job.fork, engine_.Open(session->context.options(), session->stripe_pages));
-  job.kind = Kind::kEmbed;
-  job.session_id = request.session_id();
   return absl::OkStatus();
 }
 
@@ -244,22 +258,32 @@ std::vector<ModelSessions::Job*> ModelSessions::NextJobs() {
   return jobs;
 }
 
-void ModelSessions::ChooseTokens(const std::vector<Job*>& jobs) {
-  const int64_t vocab = options_.model->info().vocab_size();
-  for (size_t first = 0; first < jobs.size(); first += kLogitRows) {
-    const absl::Span<Job* const> some = absl::MakeConstSpan(jobs).subspan(first, kLogitRows);
+void ModelSessions::ChooseTokens(std::vector<Job*>& jobs) {
+  const auto choose = [&](absl::Span<Job* const> some) {
     std::vector<float> hidden;
     for (const Job* job : some) {
-      if (job->kind != Kind::kGenerate) continue;
       hidden.insert(hidden.end(), job->context->last().begin(), job->context->last().end());
     }
-    if (hidden.empty()) continue;
-    const std::vector<float> logits = engine_.Logits(hidden);
-    int64_t row = 0;
+    EDUBA_ASSIGN_OR_RETURN(const std::vector<float> logits, engine_.Logits(hidden));
+    const auto vocab = static_cast<int64_t>(logits.size() / some.size());
+    for (size_t i = 0; i < some.size(); ++i) {
+      const auto own = absl::MakeConstSpan(logits).subspan(static_cast<int64_t>(i) * vocab, vocab);
+      some[i]->chosen = ChooseToken(own, some[i]->sampling, some[i]->context->length());
+    }
+    return absl::OkStatus();
+  };
+  std::vector<Job*> generating;
+  for (Job* job : jobs) {
+    if (job->kind == Kind::kGenerate) generating.push_back(job);
+  }
+  for (size_t first = 0; first < generating.size(); first += kLogitRows) {
+    const absl::Span<Job* const> some = absl::MakeConstSpan(generating).subspan(first, kLogitRows);
+    if (choose(some).ok()) continue;
     for (Job* job : some) {
-      if (job->kind != Kind::kGenerate) continue;
-      const auto own = absl::MakeConstSpan(logits).subspan(row++ * vocab, vocab);
-      job->chosen = ChooseToken(own, job->sampling, job->context->length());
+      const absl::Status status = choose({job});
+      if (status.ok()) continue;
+      jobs.erase(std::find(jobs.begin(), jobs.end(), job));
+      Finish(*job, status, v1::FINISH_REASON_UNSPECIFIED, false);
     }
   }
 }
@@ -300,7 +324,8 @@ Turn ModelSessions::MakeTurn(Job& job) {
     turn.asks = true;
     return turn;
   }
-  turn.ids = absl::MakeConstSpan(job.ids).subspan(job.done, options_.chunk_rows);
+  const absl::Span<const int32_t> left = absl::MakeConstSpan(job.ids).subspan(job.done);
+  turn.ids = left.first(engine_.NextChunk(*job.context, static_cast<int64_t>(left.size())));
   turn.asks = job.kind == Kind::kScore;
   if (job.kind == Kind::kScore) job.before.assign(job.context->last().begin(), job.context->last().end());
   return turn;
@@ -324,7 +349,7 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
   std::vector<absl::Status> prepared;
   if (options_.group->rank() == 0) words[0] = static_cast<int64_t>(newest);
   for (size_t i = 0; i < turns.size(); ++i) {
-    prepared.push_back(engine_.Prepare(turns[i]));
+    prepared.push_back(jobs[i]->no_memory.ok() ? engine_.Prepare(turns[i]) : jobs[i]->no_memory);
     if (!prepared.back().ok()) words[1 + i] = 1;
   }
   EDUBA_RETURN_IF_ERROR(options_.group->SumI64(absl::MakeSpan(words), deadline));
@@ -358,12 +383,12 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
 
 absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
   std::vector<Job*> jobs = NextJobs();
-  ChooseTokens(jobs);
   absl::Duration patience;
   for (const Job* job : jobs) patience = std::max(patience, job->patience);
+  ChooseTokens(jobs);
   Job* waver = nullptr;
   bool room = false;
-  if (GoesByWave(*jobs.back(), room)) {  // Who reads comes last.
+  if (!jobs.empty() && GoesByWave(*jobs.back(), room)) {  // Who reads comes last.
     waver = jobs.back();
     jobs.pop_back();
   }
@@ -440,8 +465,9 @@ void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
   }
   if (job.kind == Kind::kScore) {
     job.before.insert(job.before.end(), hidden, hidden + (rows - 1) * width);
-    const std::vector<float> some = LogProbs(options_.model->transformer(), job.before, turn.ids);
-    job.log_probs.insert(job.log_probs.end(), some.begin(), some.end());
+    const auto some = LogProbs(options_.model->transformer(), job.before, turn.ids);
+    if (!some.ok()) return Finish(job, some.status(), v1::FINISH_REASON_UNSPECIFIED, false);
+    job.log_probs.insert(job.log_probs.end(), some->begin(), some->end());
   }
   if (job.kind == Kind::kEmbed) job.pooler->Add(job.done, rows, hidden);
   AdvanceReading(job, rows);

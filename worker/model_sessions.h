@@ -88,7 +88,9 @@ class ModelSessions {
     int64_t in_chunks_until = 0;   // In `done`: a wave that failed goes in chunks.
     std::vector<float> before;     // kScore: the hidden state ahead of the chunk under way.
     std::vector<float> log_probs;  // kScore
-    std::optional<Pooler> pooler;  // kEmbed
+    std::optional<Pooler> pooler;  // kEmbed; none where this rank has no memory for it.
+    ReservedBytes memory;          // kEmbed: for its ids, its pooler and the answer, ...
+    absl::Status no_memory;        // ... or why there is none, which the next step tells the others.
     v1::GenerateRequest generate;  // kGenerate, as the next ones.
     SamplingOptions sampling;
     TokenChoice chosen;  // To be read in the step under way.
@@ -105,8 +107,9 @@ class ModelSessions {
   absl::Status StartEmbed(const v1::ModelEmbed& request, Job& job);
   // The jobs that have a turn in the next step: all that generate, and one that reads.
   std::vector<Job*> NextJobs();
-  // The next token of every job that generates.
-  void ChooseTokens(const std::vector<Job*>& jobs);
+  // The next token of every job that generates. Those that have none, because logits are not finite, end and
+  // leave `jobs`.
+  void ChooseTokens(std::vector<Job*>& jobs);
   // Whether the job, which reads, goes on by a wave, under way or begun here; else by a chunk. `room`:
   // whether this rank can go on with it.
   bool GoesByWave(Job& job, bool& room);

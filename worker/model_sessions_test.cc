@@ -28,8 +28,9 @@ using ::testing::HasSubstr;
 
 constexpr int32_t kPoison = 96;  // A token whose embedding is infinite.
 
-// A golden model with a tokenizer (token i is "g<i>") and a poisonous last token.
-std::string ModelFolder() {
+// A golden model with a tokenizer (token i is "g<i>") and a poisonous last token. `head_overflows`: the
+// logit of token 1 is not finite where a hidden state's first channel is larger than 1.13.
+std::string ModelFolder(bool head_overflows = false) {
   const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "model_sessions_test";
   std::filesystem::remove_all(folder);
   std::filesystem::copy(absl::StrCat(EDUBA_GOLDEN_MODELS, "/llama"), folder);
@@ -40,27 +41,55 @@ std::string ModelFolder() {
   std::string file((std::istreambuf_iterator<char>(in)), {});
   uint64_t header = 0;
   std::memcpy(&header, file.data(), 8);
-  const auto tensor = nlohmann::json::parse(file.substr(8, header))["model.embed_tokens.weight"];
-  const auto width = tensor["shape"][1].get<size_t>();
-  const size_t begin = 8 + header + tensor["data_offsets"][0].get<size_t>();
-  const float huge = std::numeric_limits<float>::infinity();
-  for (size_t i = 0; i < width; ++i) std::memcpy(&file[begin + 4 * (kPoison * width + i)], &huge, 4);
+  const auto tensors = nlohmann::json::parse(file.substr(8, header));
+  const auto set_row = [&](const char* name, int32_t row, float first, float others) {
+    const auto width = tensors[name]["shape"][1].get<size_t>();
+    const size_t begin = 8 + header + tensors[name]["data_offsets"][0].get<size_t>();
+    for (size_t i = 0; i < width; ++i) {
+      std::memcpy(&file[begin + 4 * (row * width + i)], i == 0 ? &first : &others, 4);
+    }
+  };
+  const float infinity = std::numeric_limits<float>::infinity();
+  set_row("model.embed_tokens.weight", kPoison, infinity, infinity);
+  if (head_overflows) set_row("lm_head.weight", 1, 3e38F, 0);
   std::ofstream(folder / "model.safetensors", std::ios::binary) << file;
   return folder.string();
 }
+
+// A backend that fails to copy pages when it is told to.
+class CopyBackend final : public Backend {
+ public:
+  std::string name() const override { return own_->name(); }
+  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return own_->AllocateSlab(bytes); }
+  void FreeSlab(void* slab, int64_t bytes) override { own_->FreeSlab(slab, bytes); }
+  int64_t PageBytes(const AttentionShape& shape) const override { return own_->PageBytes(shape); }
+  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
+                         const void* values) override {
+    return own_->WriteRows(shape, page, row, rows, keys, values);
+  }
+  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
+    return broken ? absl::InternalError("the device is broken") : own_->CopyPage(shape, from, to);
+  }
+  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
+    return own_->StartStep(args);
+  }
+  bool broken = false;
+
+ private:
+  std::unique_ptr<Backend> own_ = MakeCpuBackend(1);
+};
 
 // One rank's sessions, and what they say.
 class Rank {
  public:
   Rank(LocalHub& hub, const std::string& folder, int rank, int ranks,
        int64_t memory_bytes = int64_t{64} << 20)
-      : backend_(MakeCpuBackend(1)),
-        store_(backend_.get(), memory_bytes),
+      : store_(&backend_, memory_bytes),
         model_(ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()),
         group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()),
         counting_(group_.get()) {
     ModelSessions::Options options;
-    options.backend = backend_.get();
+    options.backend = &backend_;
     options.store = &store_;
     options.model = model_.get();
     options.group = &counting_;
@@ -104,6 +133,23 @@ class Rank {
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
+  uint64_t Score(uint64_t session, const std::vector<int32_t>& ids) {
+    v1::Command command = NewCommand();
+    command.mutable_model_score()->set_session_id(session);
+    command.mutable_model_score()->set_ids(ids.data(), ids.size() * 4);
+    EXPECT_TRUE(sessions_->Start(command).ok());
+    return ordinal_;
+  }
+  // Every position of the session by itself.
+  uint64_t Embed(uint64_t session, int64_t positions) {
+    std::vector<int64_t> ranges;
+    for (int64_t i = 0; i < positions; ++i) ranges.insert(ranges.end(), {i, i + 1});
+    v1::Command command = NewCommand();
+    command.mutable_model_embed()->set_session_id(session);
+    command.mutable_model_embed()->set_ranges(ranges.data(), ranges.size() * 8);
+    EXPECT_TRUE(sessions_->Start(command).ok());
+    return ordinal_;
+  }
   void RunAll() {
     while (sessions_->busy()) ASSERT_TRUE(sessions_->Step(ordinal_).ok());
   }
@@ -131,7 +177,7 @@ class Rank {
     return text;
   }
 
-  std::unique_ptr<Backend> backend_;
+  CopyBackend backend_;
   PageStore store_;
   std::unique_ptr<ServedModel> model_;
   std::unique_ptr<Communicator> group_;
@@ -152,9 +198,9 @@ class ModelSessionsTest : private Hub, public Rank, public ::testing::Test {
 TEST_F(ModelSessionsTest, AGenerationWaitsForNoMoreThanOneChunkOfAPrompt) {
   Append(1, {1, 2, 3});
   RunAll();
-  const uint64_t prompt = Append(2, std::vector<int32_t>(400, 7));  // 8 chunks.
+  const uint64_t prompt = Append(2, std::vector<int32_t>(400, 7));  // 6 chunks to the end of a stripe, and 3.
   const uint64_t generation = Generate(1, 20);
-  for (int64_t step = 1; step <= 7; ++step) {
+  for (int64_t step = 1; step <= 8; ++step) {
     ASSERT_TRUE(sessions_->Step(ordinal_).ok());
     EXPECT_EQ(TokensOf(generation), step);
   }
@@ -187,6 +233,46 @@ TEST_F(ModelSessionsTest, AJobWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
   const uint64_t again = Append(2, {5, 6});
   RunAll();
   EXPECT_EQ(ResultOf(again).model().length(), 2);
+}
+
+TEST(ModelSessions, AJobWhoseLogitsAreNotFiniteEndsAloneAndItsSessionGoesOn) {
+  LocalHub hub;
+  Rank rank(hub, ModelFolder(/*head_overflows=*/true), 0, 1);
+  const auto fails = [&](uint64_t session) {
+    const uint64_t generation = rank.Generate(session, 1);
+    rank.RunAll();
+    return rank.ResultOf(generation).code() != 0;
+  };
+  // One session behind which the logits are finite, and one behind which they are not.
+  uint64_t good = 0;
+  uint64_t bad = 0;
+  for (int32_t token = 1; good == 0 || bad == 0; ++token) {
+    ASSERT_LT(token, kPoison);
+    for (const uint64_t session : {100 + token, 200 + token}) {
+      rank.Open(session);
+      rank.Append(session, {token});
+    }
+    rank.RunAll();
+    (fails(100 + token) ? bad : good) = 200 + token;
+  }
+  const uint64_t reading = rank.Append(1, std::vector<int32_t>(120, 7));
+  const uint64_t failed = rank.Generate(bad, 3);
+  const uint64_t generated = rank.Generate(good, 1);
+  rank.RunAll();
+  EXPECT_EQ(rank.ResultOf(failed).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(rank.ResultOf(failed).message(), HasSubstr("a logit is not finite"));
+  EXPECT_EQ(rank.ResultOf(failed).model().done(), 0);
+  EXPECT_EQ(rank.ResultOf(failed).model().length(), 1);
+  EXPECT_EQ(rank.ResultOf(generated).code(), 0) << rank.ResultOf(generated).message();
+  EXPECT_EQ(rank.TokensOf(generated), 1);
+  EXPECT_EQ(rank.ResultOf(reading).model().done(), 120);
+  // A score of it says the same; what needs no logits goes on.
+  const uint64_t scored = rank.Score(bad, {5, 6});
+  const uint64_t appended = rank.Append(bad, {5, 6});
+  rank.RunAll();
+  EXPECT_EQ(rank.ResultOf(scored).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(rank.ResultOf(scored).message(), HasSubstr("a logit is not finite"));
+  EXPECT_EQ(rank.ResultOf(appended).model().length(), 3);
 }
 
 TEST_F(ModelSessionsTest, AStopStringEndsItWhereTheTextHasIt) {
@@ -227,19 +313,23 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   EXPECT_EQ(store_.used_bytes(), 0);
 }
 
-// Runs body(rank) as each of two ranks, which make the same calls.
-void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
+// Runs body(rank) as each of some ranks, which make the same calls.
+void OnRanks(int ranks, const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
   const std::string folder = ModelFolder();
   LocalHub hub;
   std::vector<std::thread> threads;
-  threads.reserve(2);
-  for (int i = 0; i < 2; ++i) {
+  threads.reserve(ranks);
+  for (int i = 0; i < ranks; ++i) {
     threads.emplace_back([&, i] {
-      Rank rank(hub, folder, i, 2, memory_bytes);
+      Rank rank(hub, folder, i, ranks, memory_bytes);
       body(rank);
     });
   }
   for (std::thread& thread : threads) thread.join();
+}
+
+void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
+  OnRanks(2, body, memory_bytes);
 }
 
 TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
@@ -257,7 +347,7 @@ TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
     EXPECT_EQ(rank.ResultOf(prompt).model().done(), 2000);
     // A step is never more than a chunk's work, and this was not done by the chunk.
     EXPECT_GT(steps, 20);
-    EXPECT_NE(steps, 40);
+    EXPECT_NE(steps, 47);
     rank.RunAll();
   });
 }
@@ -328,6 +418,89 @@ TEST(ModelSessionsOfTwo, AJobWhoseArithmeticLeavesTheFiniteNumbersSaysHowFarItCa
     EXPECT_EQ(rank.ResultOf(append).model().done(), 512);
     EXPECT_EQ(rank.ResultOf(append).model().length(), 512);
   });
+}
+
+TEST(ModelSessionsOfAny, AnAppendThatFailsHasReadAsMuchOnAnyNumberOfRanksAndSaysTheSame) {
+  for (const int64_t at : {40, 560, 1100}) {
+    int64_t length = 0;
+    std::string message;
+    for (const int ranks : {1, 2, 3}) {
+      OnRanks(ranks, [&](Rank& rank) {
+        rank.Append(1, {1, 2, 3});
+        rank.RunAll();
+        std::vector<int32_t> ids(1400, 7);
+        ids[at] = kPoison;
+        const uint64_t append = rank.Append(1, ids);
+        rank.RunAll();
+        const v1::CommandResult& result = rank.ResultOf(append);
+        if (ranks == 1) {
+          length = result.model().length();
+          message = result.message();
+        }
+        EXPECT_EQ(result.code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+        EXPECT_EQ(result.model().length(), length) << ranks << " ranks, poison at " << at;
+        EXPECT_EQ(result.model().done(), length - 3);
+        EXPECT_EQ(result.message(), message);
+      });
+    }
+  }
+}
+
+// Whoever has no memory says so in a step; who has a broken device ends the group, with that error.
+TEST(ModelSessionsOfTwo, ABrokenDeviceIsNotAWantOfMemory) {
+  for (const int64_t length : {300, 1500}) {  // By a chunk, by a wave.
+    OnTwoRanks([&](Rank& rank) {
+      rank.Append(1, std::vector<int32_t>(300, 5));
+      rank.RunAll();
+      v1::ForkSession fork;
+      fork.set_session_id(1);
+      fork.set_fork_id(3);
+      ASSERT_TRUE(rank.sessions_->Fork(fork).ok());
+      const uint64_t append = rank.Append(3, std::vector<int32_t>(length - 200, 7));
+      const bool broken = rank.group_->rank() == 1;
+      rank.backend_.broken = broken;
+      const absl::Status status = rank.sessions_->Step(rank.ordinal_).status();
+      EXPECT_FALSE(status.ok());
+      if (broken) {
+        EXPECT_THAT(std::string(status.message()), HasSubstr("the device is broken"));
+      }
+      EXPECT_EQ(rank.ResultOf(append, false).ordinal(), 0U) << "the group's end is the caller's to tell";
+      rank.sessions_->FailAll(status);
+    });
+  }
+}
+
+TEST(ModelSessionsOfTwo, AnEmbeddingNeedsMemoryForWhatItAnswers) {
+  constexpr int64_t kLength = 5000;
+  for (const bool fits : {false, true}) {
+    OnTwoRanks([&](Rank& rank) {
+      const bool scarce = rank.group_->rank() == 1;
+      rank.Open(3, /*window=*/20);
+      rank.Append(3, std::vector<int32_t>(kLength, 7));
+      rank.RunAll();
+      // Ids, sums with a count, and the answer. Pages of a window are little beside it.
+      const int64_t bytes = 4 * kLength + kLength * (12 * rank.model_->info().hidden_size() + 8);
+      const int64_t used = rank.store_.used_bytes();
+      const int64_t left = fits ? bytes + (int64_t{1} << 20) : bytes - 1;
+      auto taken = rank.store_.ReserveBytes(scarce ? rank.store_.memory_bytes() - used - left : 0);
+      ASSERT_TRUE(taken.ok()) << taken.status();
+      const uint64_t embedded = rank.Embed(3, kLength);
+      const uint64_t generated = rank.Generate(3, 3);
+      rank.RunAll();
+      const v1::CommandResult& result = rank.ResultOf(embedded);
+      const auto code = static_cast<absl::StatusCode>(result.code());
+      EXPECT_EQ(code, fits ? absl::StatusCode::kOk : absl::StatusCode::kResourceExhausted)
+          << result.message();
+      EXPECT_EQ(result.model().done(), fits ? kLength : 0);
+      if (!fits) {
+        EXPECT_THAT(result.message(),
+                    HasSubstr(scarce ? absl::StrCat("needs ", bytes, " bytes") : "1 other ranks"));
+      }
+      EXPECT_EQ(rank.ResultOf(generated).model().length(), kLength + 3);
+      *taken = ReservedBytes();
+      EXPECT_LT(rank.store_.used_bytes() - used, bytes / 4);
+    });
+  }
 }
 
 TEST(ModelSessionsOfTwo, WavesGiveWayToAGenerationThatNeedsTheirMemory) {

@@ -90,7 +90,9 @@ struct Fixture {
       const absl::Status status = engine->Step({Turn{&context, some, false}});
       EXPECT_TRUE(status.ok()) << status;
       logits.resize((at + some.size()) * vocab);
-      model->Logits(engine->hidden().data(), static_cast<int64_t>(some.size()), &logits[at * vocab]);
+      EXPECT_TRUE(
+          model->Logits(engine->hidden().data(), static_cast<int64_t>(some.size()), &logits[at * vocab])
+              .ok());
     }
     return logits;
   }
@@ -238,7 +240,7 @@ NanoErrors ErrorsOfNano(DType kv_dtype, Activations activations) {
     for (size_t i = 0; i < ids.size(); ++i) sum += hidden[i * width + c];
     mean.push_back(static_cast<float>(sum / static_cast<double>(ids.size())));
   }
-  const std::vector<float> logits = f.engine->Logits(chosen);
+  const std::vector<float> logits = f.engine->Logits(chosen).value();
   const int64_t vocab = f.model->config().vocab_size;
   const auto top = static_cast<int64_t>(top_ids.size() / positions.size());
   std::vector<float> top_logits;

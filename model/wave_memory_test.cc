@@ -1,0 +1,115 @@
+// What a wave allocates beside its pages is what it has reserved.
+#include <gtest/gtest.h>
+#include <malloc.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "model/testing/engine_fixture.h"
+
+namespace eduba {
+namespace {
+
+// Of this thread: bytes from operator new that are in use, and the most since it was set.
+thread_local int64_t in_use = 0;
+thread_local int64_t most_in_use = 0;
+
+void* Allocate(size_t bytes) {
+  void* const memory = std::malloc(std::max<size_t>(bytes, 1));
+  if (memory == nullptr) std::abort();
+  in_use += static_cast<int64_t>(malloc_usable_size(memory));
+  most_in_use = std::max(most_in_use, in_use);
+  return memory;
+}
+void Free(void* memory) {
+  if (memory != nullptr) in_use -= static_cast<int64_t>(malloc_usable_size(memory));
+  std::free(memory);
+}
+
+}  // namespace
+}  // namespace eduba
+
+void* operator new(size_t bytes) { return eduba::Allocate(bytes); }
+void* operator new[](size_t bytes) { return eduba::Allocate(bytes); }
+void operator delete(void* memory) noexcept { eduba::Free(memory); }
+void operator delete[](void* memory) noexcept { eduba::Free(memory); }
+void operator delete(void* memory, size_t /*bytes*/) noexcept { eduba::Free(memory); }
+void operator delete[](void* memory, size_t /*bytes*/) noexcept { eduba::Free(memory); }
+
+namespace eduba {
+namespace {
+
+using testing::Fixture;
+using testing::RandomModel;
+using testing::RunGroup;
+
+struct Case {
+  int64_t window;  // Of the model's layers, 0: none.
+  ContextOptions options;
+  bool log_probs;
+  bool pools;
+};
+
+TEST(WaveMemory, IsWhatItReserves) {
+  ContextOptions rolling;
+  rolling.policy = ContextPolicy::kStreaming;
+  rolling.positions = PositionMode::kRolling;
+  rolling.window = 3000;
+  const Case cases[] = {{0, {}, false, false},
+                        {2000, {}, false, false},
+                        {0, rolling, false, false},
+                        {0, {}, true, false},
+                        {700, {}, false, true}};
+  for (const Case& c : cases) {
+    SCOPED_TRACE(absl::StrCat("window ", c.window, " ", testing::ToString(c.options), " log_probs ",
+                              c.log_probs, " pools ", c.pools));
+    ModelConfig config = RandomModel::RandomConfig(5);
+    config.hidden_size = 64;
+    config.query_heads = 4;
+    config.kv_heads = 2;
+    config.head_dim = 32;
+    config.layers.resize(2, config.layers[0]);
+    for (LayerConfig& layer : config.layers) layer.window = c.window;
+    RunGroup(3, [&](int rank, Communicator* communicator) {
+      Fixture f(RandomModel(config, DType::kF32, 5), DType::kF32, 1, int64_t{256} << 20, communicator,
+                /*stripe_pages=*/12);
+      const std::vector<int32_t> ids = f.Text(3 * 12 * kPageRows);
+      Context context = f.Open(c.options);
+      // The first chunk makes the workspace of a step, which is not the wave's.
+      f.Hidden(context, absl::MakeConstSpan(ids).first(100), 100);
+      std::optional<Pooler> pooler;
+      if (c.pools) {
+        std::vector<PositionRange> ranges;
+        for (int64_t i = 100; i + 1 < static_cast<int64_t>(ids.size()); i += 4) ranges.push_back({i, i + 4});
+        pooler = Pooler::Create(ranges, Pool::kMean, f.model->hidden_exponents()).value();
+      }
+      const int64_t before = in_use;
+      most_in_use = in_use;
+      const auto wave = f.engine->StartWave(context, absl::MakeConstSpan(ids).subspan(100), false,
+                                            c.log_probs, pooler ? &*pooler : nullptr);
+      ASSERT_TRUE(wave != nullptr && wave->Reserve().ok());
+      while (!wave->done()) ASSERT_TRUE(wave->Run(1, absl::Now() + absl::Seconds(60)).ok());
+      ASSERT_TRUE(wave->status().ok());
+      const int64_t most = most_in_use - before;
+      // What a step of a chunk takes while it runs, at this length.
+      f.engine->FinishWave(*wave, context, nullptr);
+      const int64_t idle = in_use;
+      most_in_use = in_use;
+      ASSERT_TRUE(f.engine->Step({Turn{&context, absl::MakeConstSpan(ids).first(100)}}).ok());
+      const int64_t chunk = most_in_use - idle;
+      EXPECT_LE(most, wave->buffer_bytes() + chunk + (int64_t{64} << 10)) << "rank " << rank;
+      EXPECT_GE(most, wave->buffer_bytes() / 2) << "rank " << rank;
+      EXPECT_GT(wave->buffer_bytes(), 3 * chunk) << "rank " << rank;
+    });
+    if (HasFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace eduba
