@@ -1,21 +1,24 @@
 #include "base/parallel.h"
 
+#include <chrono>
 #include <thread>
 
 namespace eduba {
 namespace {
 
-// Before a thread sleeps it looks around this often, giving its core to whoever wants it in between. A layer
-// of a model is a dozen short loops, one after another, and waking a thread takes as long as some of them.
-constexpr int kLooks = 100;
+// Before a thread sleeps it looks around for so long, giving its core to whoever wants it in between. A layer
+// of a model is a dozen short loops, one after another, and waking a thread takes as long as some of them. A
+// time and not a number of looks, because where many want the cores each look may cost milliseconds.
+constexpr std::chrono::microseconds kLookAround(50);
 
 template <class Ready>
 bool ComesSoon(const Ready& ready) {
-  for (int look = 0; look < kLooks; ++look) {
+  const auto end = std::chrono::steady_clock::now() + kLookAround;
+  do {
     if (ready()) return true;
     std::this_thread::yield();
-  }
-  return false;
+  } while (std::chrono::steady_clock::now() < end);
+  return ready();
 }
 
 }  // namespace
