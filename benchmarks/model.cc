@@ -88,7 +88,7 @@ int Run(int threads, bool nano, Activations activations) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const ModelConfig config = Shape(nano);
   const RandomWeights random(config);
-  const auto backend = MakeCpuBackend(threads);
+  const auto backend = MakeCpuBackend(threads, activations);
   const auto kernels = MakeCpuLayerKernels(threads, activations);
   PageStore store(backend.get(), int64_t{2} << 30);
   const auto model = Transformer::Create(config, random.weights, kernels.get()).value();

@@ -108,8 +108,8 @@ void AddModelOption(CLI::App& command, std::string& folder) {
 void AddActivationsOption(CLI::App& command, std::string& activations) {
   command
       .add_option("--activations", activations,
-                  "What bf16 weights are multiplied with: f32, or rounded to bf16, as PyTorch does with such "
-                  "models: faster prompts where the CPU has AVX512_BF16. The same for all workers")
+                  "What bf16 weights and keys are multiplied with: f32, or rounded to bf16, as PyTorch does "
+                  "with such models: faster prompts where the CPU has AVX512_BF16. The same for all workers")
       ->check(CLI::IsMember({"f32", "bf16"}))
       ->capture_default_str();
 }

@@ -31,5 +31,16 @@ TEST(Fingerprint, TellsBackendsApartExactlyWhereTheirArithmeticDiffers) {
   for (const auto& [fma, print] : by_fma) EXPECT_NE(print, Fingerprint(*MakeReferenceBackend()).value());
 }
 
+// With and without the chip's dot products.
+TEST(Fingerprint, TellsWorkersThatRoundToBf16FromOthers) {
+  const uint64_t rounded = Fingerprint(*MakeCpuBackend(1, Activations::kBf16)).value();
+  for (const std::string& target : CpuTargets()) {
+    EXPECT_NE(Fingerprint(*MakeCpuBackendForTest(1, target)).value(), rounded) << target;
+    const auto backend = MakeCpuBackendForTest(1, target, kKeptPartialsBytesMax, Activations::kBf16);
+    const uint64_t print = Fingerprint(*backend).value();
+    EXPECT_EQ(print == rounded, CpuTargetHasFma(target) == CpuTargetHasFma(CpuTargets().front())) << target;
+  }
+}
+
 }  // namespace
 }  // namespace eduba

@@ -38,7 +38,8 @@ class PackedMatrix {
   const int64_t bytes_;
 };
 
-// What a product with bf16 weights makes of the activations; with other weights they are always f32.
+// What a product with bf16 weights makes of the activations, and attention over bf16 keys of the queries;
+// with other weights and keys they are always f32.
 enum class Activations : uint8_t {
   kF32,   // Takes them as they are.
   kBf16,  // Rounds them to bf16 (to nearest, ties to even), for the dot products that some chips have.

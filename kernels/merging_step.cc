@@ -7,9 +7,11 @@
 #include <limits>
 #include <utility>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/cpu/merge_kernels.h"
 #include "kernels/portable_exp.h"
 
 namespace eduba {
@@ -22,7 +24,8 @@ constexpr int kMinExponent = -900;
 constexpr int kMaxExponent = 900;
 // The sums' rounding may be this share of a row's output on the sink path (docs/numerics.md section 4).
 constexpr double kRoundingShare = 0x1p-22;
-constexpr double kLog2E = 1.4426950408889634;
+// Token sinks whose dot products with a query are summed side by side.
+constexpr int64_t kSinksTogether = 4;
 
 int MaximumPathFractionBits(int64_t positions) {
   return 62 - static_cast<int>(
@@ -96,7 +99,11 @@ PositionRange RowsInPage(PositionRange visible, int64_t page) {
 double PowerOfTwo(int power) { return std::bit_cast<double>(static_cast<uint64_t>(power + 1023) << 52); }
 
 MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
-    : args_(args), pool_(pool), visible_(ClipToSequence(args)), bytes_read_(CountBytes()) {}
+    : args_(args),
+      pool_(pool),
+      visible_(ClipToSequence(args)),
+      merge_kernels_(BestMergeKernels()),
+      bytes_read_(CountBytes()) {}
 
 void MergingStep::ForWords(int64_t count, const std::function<void(int64_t)>& body) const {
   // Waking a thread takes as long as going through about so many words.
@@ -176,6 +183,15 @@ absl::Status MergingStep::LoadSinks() {
   sinks_finite_ = std::all_of(sink_keys_.begin(), sink_keys_.end(), finite) &&
                   std::all_of(sink_values_.begin(), sink_values_.end(), finite);
 
+  // [kv_heads, head_dim, tokens]: a row's dot products with some tokens wait for each other no longer than
+  // one with one.
+  const int64_t together = (sink_tokens_ + kSinksTogether - 1) / kSinksTogether * kSinksTogether;
+  std::vector<double> keys(shape.kv_heads * shape.head_dim * together);
+  for (int64_t i = 0; i < sink_tokens_ * shape.kv_heads * shape.head_dim; ++i) {
+    const int64_t token = i / (shape.kv_heads * shape.head_dim);
+    keys[i % (shape.kv_heads * shape.head_dim) * together + token] = sink_keys_[i];
+  }
+
   sink_logits_.resize(row_heads() * sink_tokens_);
   reference_.assign(row_heads(), -kInfinity);
   const float* queries = args_.sink_queries != nullptr ? args_.sink_queries : args_.queries;
@@ -186,14 +202,18 @@ absl::Status MergingStep::LoadSinks() {
     const float* query = queries + row_head * shape.head_dim;
     double largest = args_.sink_logits.empty() ? -kInfinity : args_.sink_logits[head];
     const int64_t seen = sink_tokens_ == 0 ? 0 : args_.visible_sinks[row];
-    for (int64_t token = 0; token < seen; ++token) {
-      const float* key = &sink_keys_[(token * shape.kv_heads + head / shape.group()) * shape.head_dim];
-      double dot = 0;
-      for (int d = 0; d < shape.head_dim; ++d) dot += static_cast<double>(query[d]) * key[d];
-      double logit = shape.scale * dot;
-      if (shape.softcap > 0) logit = shape.softcap * PortableTanh(logit / shape.softcap);
-      sink_logits_[row_head * sink_tokens_ + token] = logit;
-      largest = std::max(largest, logit);
+    for (int64_t first = 0; first < seen; first += kSinksTogether) {
+      const double* key = keys.data() + KvHead(row_head) * shape.head_dim * together + first;
+      double dots[kSinksTogether] = {};
+      for (int d = 0; d < shape.head_dim; ++d, key += together) {
+        for (int64_t i = 0; i < kSinksTogether; ++i) dots[i] += static_cast<double>(query[d]) * key[i];
+      }
+      for (int64_t token = first; token < std::min(seen, first + kSinksTogether); ++token) {
+        double logit = shape.scale * dots[token - first];
+        if (shape.softcap > 0) logit = shape.softcap * PortableTanh(logit / shape.softcap);
+        sink_logits_[row_head * sink_tokens_ + token] = logit;
+        largest = std::max(largest, logit);
+      }
     }
     reference_[row_head] = largest;
   });
@@ -201,25 +221,29 @@ absl::Status MergingStep::LoadSinks() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<MergingStep::SumPlan> MergingStep::SinkPlan() {
+absl::StatusOr<const MergingStep::SumPlan*> MergingStep::SinkPlan() {
+  if (!sink_plan_.targets.empty()) return &sink_plan_;
   EDUBA_RETURN_IF_ERROR(LoadSinks());
-  SumPlan plan;
-  plan.fraction_bits = kSinkPathFractionBits;
-  plan.limit = kSinkPathMax;
-  for (int64_t i = 0; i < row_heads(); ++i) plan.targets.push_back({i, reference_[i], KvHead(i)});
+  sink_plan_.fraction_bits = kSinkPathFractionBits;
+  sink_plan_.limit = kSinkPathMax;
+  for (int64_t i = 0; i < row_heads(); ++i) sink_plan_.targets.push_back({i, reference_[i], KvHead(i)});
   for (int64_t head = 0; head < args_.shape.kv_heads; ++head) {
+    double rounding = 0;
     for (int c = 0; c < args_.shape.value_dim; ++c) {
-      plan.units.push_back(PowerOfTwo(kSinkPathFractionBits - Exponent(head, c)));
+      const double unit = PowerOfTwo(Exponent(head, c) - kSinkPathFractionBits);
+      sink_plan_.units.push_back(1 / unit);
+      rounding += unit * unit;
     }
+    sink_rounding_.push_back(rounding);
   }
-  return plan;
+  return &sink_plan_;
 }
 
 absl::Status MergingStep::SinkSums(absl::Span<int64_t> words) {
   EDUBA_CHECK_EQ(static_cast<int64_t>(words.size()), row_heads() * words_per_target());
   std::fill(words.begin(), words.end(), 0);
-  EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
-  EDUBA_RETURN_IF_ERROR(SumPages(plan, words.data()));
+  EDUBA_ASSIGN_OR_RETURN(const SumPlan* plan, SinkPlan());
+  EDUBA_RETURN_IF_ERROR(SumPages(*plan, words.data()));
   EDUBA_RETURN_IF_ERROR(CheckCancelled());
   sink_sums_ = words;
   return absl::OkStatus();
@@ -228,15 +252,10 @@ absl::Status MergingStep::SinkSums(absl::Span<int64_t> words) {
 bool MergingStep::IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const {
   const PositionRange keys = visible_[row_head / args_.shape.query_heads];
   const auto pages = static_cast<double>(PageOf(keys.end - 1) - PageOf(keys.begin) + 1);
-  double output = 0;
-  double rounding = 0;
-  for (int c = 0; c < args_.shape.value_dim; ++c) {
-    const double unit = PowerOfTwo(Exponent(KvHead(row_head), c) - kSinkPathFractionBits);
-    const double o = static_cast<double>(words[c]) * unit;
-    output += o * o;
-    rounding += unit * unit;
-  }
-  return rounding * pages <= output * (kRoundingShare * kRoundingShare);
+  const int64_t head = KvHead(row_head);
+  const double* units = &sink_plan_.units[head * args_.shape.value_dim];
+  const double output = merge_kernels_.sum_squares(words.data(), units, args_.shape.value_dim);
+  return sink_rounding_[head] * pages <= output * (kRoundingShare * kRoundingShare);
 }
 
 absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
@@ -294,41 +313,33 @@ int MergingStep::ValueFractionBits() const {
                   std::bit_width(static_cast<uint64_t>((args_.positions + kPageRows - 1) / kPageRows)));
 }
 
-int MergingStep::MaximumExponent(size_t selected, int channel) const {
-  const float* maxima = &maxima_[selected * (1 + args_.shape.value_dim)];
-  const double m = maxima[0];
-  const double magnitude = maxima[1 + channel];
-  // A page's l is 256 at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
-  const int most = Exponent(KvHead(selected_[selected]), channel) + 9;
-  if (!(std::abs(m) < kInfinity) || !(magnitude < kInfinity)) return most;  // After a fault.
-  if (magnitude == -kInfinity) return kMinExponent;                         // All zeros.
-  // LogMagnitude was rounded to fp32.
-  const double slack = 0x1p-21 * (std::abs(m) + std::abs(magnitude) + 100);
-  const double exponent = std::ceil((magnitude - m + slack) * kLog2E);
-  return static_cast<int>(std::clamp<double>(exponent, kMinExponent, most));
-}
-
 absl::Status MergingStep::MaximumSums(absl::Span<int64_t> words) {
-  const int value_dim = args_.shape.value_dim;
+  const int64_t value_dim = args_.shape.value_dim;
   EDUBA_CHECK_EQ(static_cast<int64_t>(words.size()),
                  static_cast<int64_t>(selected_.size()) * words_per_target());
-  SumPlan plan;
-  plan.fraction_bits = MaximumPathFractionBits(args_.positions);
+  maximum_plan_.fraction_bits = MaximumPathFractionBits(args_.positions);
   // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
   // much.
-  plan.limit = int64_t{1} << 62;
-  plan.value_limit = 1.001 * PowerOfTwo(ValueFractionBits()) + 1;
+  maximum_plan_.limit = int64_t{1} << 62;
+  maximum_plan_.value_limit = 1.001 * PowerOfTwo(ValueFractionBits()) + 1;
+  maximum_plan_.targets.clear();
   for (size_t i = 0; i < selected_.size(); ++i) {
-    plan.targets.push_back({selected_[i], maxima_[i * (1 + value_dim)], static_cast<int64_t>(i)});
+    maximum_plan_.targets.push_back({selected_[i], maxima_[i * (1 + value_dim)], static_cast<int64_t>(i)});
   }
-  plan.units.resize(selected_.size() * value_dim);
-  pool_.ParallelFor(static_cast<int64_t>(selected_.size()), [&](int64_t i, int) {
-    for (int c = 0; c < value_dim; ++c) {
-      plan.units[i * value_dim + c] = PowerOfTwo(ValueFractionBits() - MaximumExponent(i, c));
-    }
+  // A page's l is 256 at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
+  std::vector<double> most;
+  for (int64_t i = 0; i < args_.shape.kv_heads * value_dim; ++i) {
+    most.push_back(Exponent(i / value_dim, static_cast<int>(i % value_dim)) + 9);
+  }
+  maximum_plan_.units.resize(selected_.size() * value_dim);
+  ForWords(static_cast<int64_t>(selected_.size()), [&](int64_t i) {
+    const float* maxima = &maxima_[i * (1 + value_dim)];
+    merge_kernels_.maximum_units(maxima[0], maxima + 1, static_cast<int>(value_dim), ValueFractionBits(),
+                                 kMinExponent, &most[KvHead(selected_[i]) * value_dim],
+                                 &maximum_plan_.units[i * value_dim]);
   });
   std::fill(words.begin(), words.end(), 0);
-  EDUBA_RETURN_IF_ERROR(SumPages(plan, words.data()));
+  EDUBA_RETURN_IF_ERROR(SumPages(maximum_plan_, words.data()));
   EDUBA_RETURN_IF_ERROR(CheckCancelled());
   maximum_sums_ = words;
   return absl::OkStatus();
@@ -354,41 +365,30 @@ absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
 
   std::vector<int64_t> selected_index(row_heads(), -1);
   for (size_t i = 0; i < selected_.size(); ++i) selected_index[selected_[i]] = static_cast<int64_t>(i);
-  pool_.ParallelFor(row_heads(), [&](int64_t i, int) {
-    float* output = outputs + i * shape.value_dim;
-    std::vector<double> keys;
-    double reference = -kInfinity;
+  ForWords(row_heads(), [&](int64_t i) {
+    Keys keys;
     if (const int64_t j = selected_index[i]; j >= 0) {
-      const int64_t* sums = &maximum_sums_[j * words];
-      reference = maxima_[j * (1 + shape.value_dim)];
-      keys.push_back(static_cast<double>(sums[shape.value_dim]) *
-                     PowerOfTwo(-MaximumPathFractionBits(args_.positions)));
-      for (int c = 0; c < shape.value_dim; ++c) {
-        keys.push_back(static_cast<double>(sums[c]) *
-                       PowerOfTwo(MaximumExponent(j, c) - ValueFractionBits()));
-      }
+      keys.words = &maximum_sums_[j * words];
+      keys.plan = &maximum_plan_;
+      keys.unit_row = j;
+      keys.reference = maxima_[j * (1 + shape.value_dim)];
     } else if (!sink_sums_.empty()) {
-      const int64_t* sums = &sink_sums_[i * words];
-      reference = reference_[i];
-      keys.push_back(static_cast<double>(sums[shape.value_dim]) * PowerOfTwo(-kSinkPathFractionBits));
-      for (int c = 0; c < shape.value_dim; ++c) {
-        keys.push_back(static_cast<double>(sums[c]) *
-                       PowerOfTwo(Exponent(KvHead(i), c) - kSinkPathFractionBits));
-      }
+      keys.words = &sink_sums_[i * words];
+      keys.plan = &sink_plan_;
+      keys.unit_row = KvHead(i);
+      keys.reference = reference_[i];
     }
-    FinishRowHead(i, keys, reference, output, lse + i, sink_mass + i);
+    FinishRowHead(i, keys, outputs + i * shape.value_dim, lse + i, sink_mass + i);
   });
   return absl::OkStatus();
 }
 
-void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const double> keys, double reference,
-                                float* output, float* lse, float* sink_mass) const {
+void MergingStep::FinishRowHead(int64_t row_head, const Keys& keys, float* output, float* lse,
+                                float* sink_mass) const {
   const AttentionShape& shape = args_.shape;
-  const int row = static_cast<int>(row_head / shape.query_heads);
-  const int head = static_cast<int>(row_head % shape.query_heads);
-  const auto kv_head = static_cast<int>(KvHead(row_head));
-  const double sink_reference = reference_[row_head];
-  const double common = std::max(reference, sink_reference);
+  const int64_t row = row_head / shape.query_heads;
+  const int64_t head = row_head % shape.query_heads;
+  const double common = std::max(keys.reference, reference_[row_head]);
   if (common == -kInfinity) {
     std::fill_n(output, shape.value_dim, 0.0F);
     *lse = -std::numeric_limits<float>::infinity();
@@ -396,25 +396,31 @@ void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const double> keys,
     return;
   }
 
-  std::vector<double> sum(shape.value_dim, 0.0);
+  FoldCall fold;
+  fold.count = shape.value_dim;
   double key_total = 0;
-  if (!keys.empty()) {
-    const double weight = PortableExp(reference - common);
-    key_total = weight * keys[0];
-    for (int c = 0; c < shape.value_dim; ++c) sum[c] = weight * keys[1 + c];
+  if (keys.words != nullptr) {
+    fold.words = keys.words;
+    fold.units = &keys.plan->units[keys.unit_row * shape.value_dim];
+    fold.weight = PortableExp(keys.reference - common);
+    key_total = fold.weight *
+                (static_cast<double>(keys.words[shape.value_dim]) * PowerOfTwo(-keys.plan->fraction_bits));
   }
   double sinks = args_.sink_logits.empty() ? 0 : PortableExp(args_.sink_logits[head] - common);
-  const int64_t seen = sink_tokens_ == 0 ? 0 : args_.visible_sinks[row];
-  for (int64_t token = 0; token < seen; ++token) {
-    const double weight = PortableExp(sink_logits_[row_head * sink_tokens_ + token] - common);
-    const float* value = &sink_values_[(token * shape.kv_heads + kv_head) * shape.value_dim];
-    sinks += weight;
-    for (int c = 0; c < shape.value_dim; ++c) sum[c] += weight * value[c];
+  absl::InlinedVector<double, 16> weights(sink_tokens_ == 0 ? 0 : args_.visible_sinks[row]);
+  for (size_t token = 0; token < weights.size(); ++token) {
+    weights[token] = PortableExp(sink_logits_[row_head * sink_tokens_ + token] - common);
+    sinks += weights[token];
   }
-  const double total = key_total + sinks;
-  for (int c = 0; c < shape.value_dim; ++c) output[c] = static_cast<float>(sum[c] / total);
-  *lse = static_cast<float>(common + std::log(total));
-  *sink_mass = static_cast<float>(sinks / total);
+  fold.sinks = static_cast<int>(weights.size());
+  fold.sink_weights = weights.data();
+  fold.sink_values = sink_values_.data() + KvHead(row_head) * shape.value_dim;
+  fold.sink_stride = int64_t{shape.kv_heads} * shape.value_dim;
+  fold.total = key_total + sinks;
+  fold.out = output;
+  merge_kernels_.fold(fold);
+  *lse = static_cast<float>(common + std::log(fold.total));
+  *sink_mass = static_cast<float>(sinks / fold.total);
 }
 
 absl::Status MergingStep::CheckCancelled() const {

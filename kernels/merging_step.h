@@ -16,6 +16,7 @@
 #include "absl/types/span.h"
 #include "base/parallel.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/merge_kernels.h"
 
 namespace eduba {
 
@@ -54,7 +55,8 @@ class MergingStep : public AttentionStep {
     // The largest word of O that one page can make where the units come from what the pages hold. 0: the
     // units come from the session's exponents, so |O[c]| <= L.
     double value_limit = 0;
-    std::vector<double> units;  // [unit rows, value_dim]: O[c] = rint(o[c] exp(m - reference) units[c])
+    // [unit rows, value_dim], powers of two: O[c] = rint(o[c] exp(m - reference) units[c])
+    std::vector<double> units;
   };
 
   absl::Status SinkSums(absl::Span<int64_t> words) final;
@@ -70,7 +72,7 @@ class MergingStep : public AttentionStep {
   MergingStep(const StepArgs& args, ThreadPool& pool);
 
   // The sums of the sink path: every row and head, M for reference.
-  absl::StatusOr<SumPlan> SinkPlan();
+  absl::StatusOr<const SumPlan*> SinkPlan();
 
   // The first `tokens` stored rows of the sink pages, in f32: keys [tokens, kv_heads, head_dim], values
   // [tokens, kv_heads, value_dim].
@@ -121,6 +123,13 @@ class MergingStep : public AttentionStep {
     int64_t page;
     int64_t row_head;
   };
+  // What came of the keys of one row and head.
+  struct Keys {
+    const int64_t* words = nullptr;  // [words_per_target()], or none
+    const SumPlan* plan = nullptr;   // Of the path that they are of.
+    int64_t unit_row = 0;
+    double reference = -std::numeric_limits<double>::infinity();
+  };
 
   absl::Status LoadSinks();
   // Positions that some row sees, as ranges that neither touch nor overlap, ascending.
@@ -133,25 +142,23 @@ class MergingStep : public AttentionStep {
   bool IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const;
   // Fraction bits of O on the maximum path.
   int ValueFractionBits() const;
-  // The exponent of a selected row's channel, from the reduced maxima_: |o[c]| exp(m - M') <= 2^e on every
-  // page.
-  int MaximumExponent(size_t selected, int channel) const;
-  // `keys`: the denominator's share of the keys, then the output's, relative to exp(reference); empty when no
-  // key is seen.
-  void FinishRowHead(int64_t row_head, absl::Span<const double> keys, double reference, float* output,
-                     float* lse, float* sink_mass) const;
+  void FinishRowHead(int64_t row_head, const Keys& keys, float* output, float* lse, float* sink_mass) const;
   absl::Status FaultStatus() const;
 
-  int64_t sink_tokens_ = 0;          // Most that any row sees.
-  std::vector<float> sink_keys_;     // [sink tokens, kv_heads, head_dim]
-  std::vector<float> sink_values_;   // [sink tokens, kv_heads, value_dim]
-  std::vector<double> sink_logits_;  // [row_heads, sink tokens]
-  std::vector<double> reference_;    // [row_heads]: M; -inf without a sink
+  const MergeKernels& merge_kernels_;
+  int64_t sink_tokens_ = 0;            // Most that any row sees.
+  std::vector<float> sink_keys_;       // [sink tokens, kv_heads, head_dim]
+  std::vector<float> sink_values_;     // [sink tokens, kv_heads, value_dim]
+  std::vector<double> sink_logits_;    // [row_heads, sink tokens]
+  std::vector<double> reference_;      // [row_heads]: M; -inf without a sink
+  SumPlan sink_plan_;                  // Empty before SinkPlan.
+  std::vector<double> sink_rounding_;  // [kv_heads]: the sum of its channels' squared units.
   bool sinks_loaded_ = false;
   bool sinks_finite_ = true;
   bool fault_somewhere_ = false;
 
   std::vector<int64_t> selected_;  // row_heads on the maximum path, ascending
+  SumPlan maximum_plan_;
   // The caller's memory, empty before the call that fills it.
   absl::Span<int64_t> sink_sums_;     // [row_heads, words]
   absl::Span<float> maxima_;          // [selected, 1 + value_dim]

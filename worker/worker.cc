@@ -41,7 +41,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Worker::Options& opti
                                                    " is for GPUs, and this worker's ", "device is ",
                                                    options.backend, "; use --device cuda:N"));
   }
-  if (options.backend == "cpu") return MakeCpuBackend(options.threads);
+  if (options.backend == "cpu") return MakeCpuBackend(options.threads, options.activations);
   if (options.backend == "reference") return MakeReferenceBackend();
   EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(options.backend));
   CudaOptions cuda;

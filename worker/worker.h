@@ -43,8 +43,9 @@ class Worker {
     // How it meets workers that are other processes: "gloo", or "nccl", which only GPUs can.
     std::string transport = "gloo";
     std::string model;  // A folder as Hugging Face's; empty: this worker serves tensor sessions only.
-    Activations activations = Activations::kF32;  // Of the model's products. The same in all of a group.
-    std::string version;                          // Of the program.
+    Activations activations =
+        Activations::kF32;  // Of the model's products and of attention's queries. The same in all of a group.
+    std::string version;    // Of the program.
     // Where the workers of this process meet; outlives them. Null: the ranks are processes, and `transport`
     // connects them.
     LocalHub* hub = nullptr;

@@ -4,12 +4,14 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/parallel.h"
 #include "base/status_macros.h"
+#include "hwy/targets.h"
 #include "kernels/cpu/huge_memory.h"
 #include "kernels/cpu/kept_partials.h"
 #include "kernels/cpu/page_kernels.h"
@@ -21,7 +23,7 @@ namespace eduba {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Most units of work that one thread takes at a time: neighbours in memory, so that one fetches the next.
+// Most units of work that one thread takes at a time: pages for the same rows, so that one fetches the next.
 constexpr int64_t kUnitsPerTask = 32;
 // Tasks that each thread should have at least, so that none is idle for long at the end.
 constexpr int64_t kTasksPerThread = 16;
@@ -44,19 +46,35 @@ struct PartialView {
   const float* o;  // [rows * group, value_pitch]
 };
 
+// Rounding is the same on every target.
+RoundToPairsFunction RoundQueries() {
+  static const RoundToPairsFunction round = RoundToPairsFor(hwy::SupportedAndGeneratedTargets().front());
+  return round;
+}
+
 // A unit of work is (page, KV head, block of rows): as many query vectors as a kernel takes at once.
 class CpuStep final : public MergingStep {
  public:
-  CpuStep(const StepArgs& args, const PageKernels& kernels, Workspace& workspace)
+  // `score_dots`: what multiplies bf16 keys with rounded queries; null: queries are not rounded.
+  CpuStep(const StepArgs& args, const PageKernels& kernels, const ScoreDotFunction* score_dots,
+          Workspace& workspace)
       : MergingStep(args, workspace.pool),
         layout_(args.shape),
         kernels_(kernels),
+        score_dots_(args.shape.dtype == DType::kBf16 ? score_dots : nullptr),
         workspace_(workspace),
         group_(args.shape.group()),
         rows_per_block_(std::clamp(kMaxPageQueries / group_, 1, args.rows)) {
     pages_ = SeenPages();
     row_blocks_ = (args.rows + rows_per_block_ - 1) / rows_per_block_;
     unit_queries_ = int64_t{rows_per_block_} * group_;
+    if (score_dots_ != nullptr) {
+      query_pairs_.resize(row_heads() * QueryPairs());
+      const RoundToPairsFunction round = RoundQueries();
+      ForWords(row_heads(), [&](int64_t i) {
+        round(args_.queries + i * layout_.head_dim, layout_.head_dim, &query_pairs_[i * QueryPairs()]);
+      });
+    }
   }
 
   ~CpuStep() override {
@@ -80,29 +98,35 @@ class CpuStep final : public MergingStep {
   }
 
   absl::Status Attend() override {
-    const int threads = workspace_.pool.threads();
-    std::vector<float> maxima(threads * row_heads(), -kInfinity);
+    maxima_.assign(row_heads(), -kInfinity);
     // The sinks' reference is known already: the sink path's sums are made while the partials are in the
     // cache.
+    std::unique_ptr<PageSums> sums;
     if (args_.has_sinks()) {
-      EDUBA_ASSIGN_OR_RETURN(const SumPlan plan, SinkPlan());
-      sink_sums_ = std::make_unique<PageSums>(MakeSums(plan));
+      EDUBA_ASSIGN_OR_RETURN(const SumPlan* plan, SinkPlan());
+      sink_words_.assign(row_heads() * words_per_target(), 0);
+      sums = MakeSums(*plan, sink_words_.data());
     }
-    ForEachUnit([&](int64_t unit, int thread) {
-      const PartialView view = Compute(unit, thread);
-      if (sink_sums_) AddUnit(unit, thread, view, *sink_sums_);
-      float* maximum = &maxima[thread * row_heads()];
-      ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
-        maximum[row_head] = std::max(maximum[row_head], view.m[query]);
-        if (view.m[query] == kInfinity) RecordFault(PageOfUnit(unit).index, row_head);
-      });
-    });
-    maxima_.assign(maxima.begin(), maxima.begin() + row_heads());
-    for (int thread = 1; thread < threads; ++thread) {
-      for (int64_t i = 0; i < row_heads(); ++i) {
-        maxima_[i] = std::max(maxima_[i], maxima[thread * row_heads() + i]);
-      }
-    }
+    std::vector<std::vector<float>> largest(workspace_.pool.threads());
+    ForEachUnit(
+        [&](int thread, const RowHeads& row_heads) {
+          if (sums) sums->Begin(thread, row_heads);
+          largest[thread].assign(row_heads.size(), -kInfinity);
+        },
+        [&](int64_t unit, int thread, const RowHeads& row_heads, int64_t first) {
+          const PartialView view = Compute(unit, thread);
+          if (sums) AddUnit(unit, thread, row_heads, first, view, *sums);
+          for (int64_t i = 0; i < QueriesOfUnit(unit); ++i) {
+            largest[thread][first + i] = std::max(largest[thread][first + i], view.m[i]);
+            if (view.m[i] == kInfinity) RecordFault(PageOfUnit(unit).index, row_heads[first + i]);
+          }
+        },
+        [&](int thread, const RowHeads& row_heads) {
+          if (sums) sums->End(thread);
+          for (size_t i = 0; i < row_heads.size(); ++i) {
+            maxima_[row_heads[i]] = std::max(maxima_[row_heads[i]], largest[thread][i]);
+          }
+        });
     return CheckCancelled();
   }
 
@@ -130,42 +154,64 @@ class CpuStep final : public MergingStep {
   absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
     std::vector<int32_t> index_of(this->row_heads(), -1);
     for (size_t i = 0; i < row_heads.size(); ++i) index_of[row_heads[i]] = static_cast<int32_t>(i);
-    const int64_t value_dim = layout_.value_dim;
-    const int64_t size = static_cast<int64_t>(row_heads.size()) * value_dim;
-    std::vector<std::vector<float>> threads(workspace_.pool.threads());
-    ForEachUnit([&](int64_t unit, int thread) {
-      std::vector<float>& own = threads[thread];
-      if (own.empty()) own.assign(size, -kInfinity);
-      const PartialView view = KeptOrComputed(unit, thread);
-      ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
-        if (index_of[row_head] < 0 || view.m[query] == -kInfinity) return;
-        float* to = &own[index_of[row_head] * value_dim];
-        const float* o = view.o + query * layout_.value_pitch;
-        for (int64_t c = 0; c < value_dim; ++c) to[c] = std::max(to[c], LogMagnitude(view.m[query], o[c]));
-      });
-    });
-    for (const std::vector<float>& own : threads) {
-      for (size_t i = 0; i < own.size(); ++i) magnitudes[i] = std::max(magnitudes[i], own[i]);
-    }
+    const int64_t pitch = layout_.value_pitch;
+    std::vector<std::vector<float>> largest(workspace_.pool.threads());
+    ForEachUnit(
+        [&](int thread, const RowHeads& all) { largest[thread].assign(all.size() * pitch, -kInfinity); },
+        [&](int64_t unit, int thread, const RowHeads& all, int64_t first) {
+          const PartialView view = KeptOrComputed(unit, thread);
+          for (int64_t i = 0; i < QueriesOfUnit(unit); ++i) {
+            if (index_of[all[first + i]] < 0 || view.m[i] == -kInfinity) continue;
+            kernels_.raise_magnitudes(view.m[i], view.o + i * pitch, static_cast<int>(pitch),
+                                      &largest[thread][(first + i) * pitch]);
+          }
+        },
+        [&](int thread, const RowHeads& all) {
+          for (size_t i = 0; i < all.size(); ++i) {
+            if (index_of[all[i]] < 0) continue;
+            float* to = magnitudes + index_of[all[i]] * layout_.value_dim;
+            for (int64_t c = 0; c < layout_.value_dim; ++c)
+              to[c] = std::max(to[c], largest[thread][i * pitch + c]);
+          }
+        });
     return absl::OkStatus();
   }
 
   absl::Status SumPages(const SumPlan& plan, int64_t* words) override {
-    if (sink_sums_ && plan.value_limit == 0) {
-      sink_sums_->Collect(words);
-      sink_sums_.reset();
+    if (plan.value_limit == 0) {
+      std::copy(sink_words_.begin(), sink_words_.end(), words);
+      sink_words_ = {};
       return absl::OkStatus();
     }
-    PageSums sums = MakeSums(plan);
-    ForEachUnit([&](int64_t unit, int thread) { AddUnit(unit, thread, KeptOrComputed(unit, thread), sums); });
-    sums.Collect(words);
+    const std::unique_ptr<PageSums> sums = MakeSums(plan, words);
+    ForEachUnit([&](int thread, const RowHeads& row_heads) { sums->Begin(thread, row_heads); },
+                [&](int64_t unit, int thread, const RowHeads& row_heads, int64_t first) {
+                  AddUnit(unit, thread, row_heads, first, KeptOrComputed(unit, thread), *sums);
+                },
+                [&](int thread, const RowHeads&) { sums->End(thread); });
     return absl::OkStatus();
   }
 
  private:
-  int64_t units() const { return static_cast<int64_t>(pages_.size()) * layout_.kv_heads * row_blocks_; }
-  const PageRef& PageOfUnit(int64_t unit) const { return pages_[unit / (layout_.kv_heads * row_blocks_)]; }
-  int64_t KvHeadOfUnit(int64_t unit) const { return unit / row_blocks_ % layout_.kv_heads; }
+  using RowHeads = std::vector<int64_t>;
+
+  int64_t QueryPairs() const { return (layout_.head_dim + 1) / 2; }
+  int64_t pages() const { return static_cast<int64_t>(pages_.size()); }
+  int64_t units() const { return pages() * layout_.kv_heads * row_blocks_; }
+  // One block of rows reads every page once, best in the order of memory. Of several, each takes all pages
+  // before the next: what pages add to a row is summed while it is in the first cache, and the pages of a KV
+  // head stay in the second.
+  bool IsByPage() const { return row_blocks_ == 1; }
+  const PageRef& PageOfUnit(int64_t unit) const {
+    return pages_[IsByPage() ? unit / layout_.kv_heads : unit % pages()];
+  }
+  int64_t BlockOfUnit(int64_t unit) const { return IsByPage() ? 0 : unit / pages() % row_blocks_; }
+  int64_t KvHeadOfUnit(int64_t unit) const {
+    return IsByPage() ? unit % layout_.kv_heads : unit / pages() / row_blocks_;
+  }
+  int64_t QueriesOfUnit(int64_t unit) const {
+    return std::min<int64_t>(rows_per_block_, args_.rows - BlockOfUnit(unit) * rows_per_block_) * group_;
+  }
   const char* KeysOfUnit(int64_t unit) const {
     return static_cast<const char*>(PageOfUnit(unit).data) + layout_.keys(KvHeadOfUnit(unit));
   }
@@ -173,20 +219,53 @@ class CpuStep final : public MergingStep {
     return unit_queries_ * (layout_.value_pitch + 2) * static_cast<int64_t>(sizeof(float));
   }
 
-  template <class Body>
-  void ForEachUnit(const Body& body) {
-    const int64_t per_task =
-        std::clamp<int64_t>(units() / (kTasksPerThread * workspace_.pool.threads()), 1, kUnitsPerTask);
-    workspace_.pool.ParallelFor((units() + per_task - 1) / per_task, [&](int64_t task, int thread) {
-      const int64_t end = std::min(units(), (task + 1) * per_task);
-      for (int64_t unit = task * per_task; unit < end && !Cancelled(); ++unit) body(unit, thread);
+  // Units on threads: between begin(thread, row_heads) and end(thread, row_heads), which are for what a
+  // thread keeps of these rows and heads, body(unit, thread, row_heads, first) for some units, whose queries
+  // are row_heads from `first` on. Different threads' ends for the same rows do not meet.
+  template <class Begin, class Body, class End>
+  void ForEachUnit(const Begin& begin, const Body& body, const End& end) {
+    const int threads = workspace_.pool.threads();
+    const int64_t per_task = std::clamp<int64_t>(units() / (kTasksPerThread * threads), 1, kUnitsPerTask);
+    std::vector<RowHeads> row_heads(threads);
+    const auto add_queries = [&](int64_t unit, int thread) {
+      ForEachQuery(unit, [&](int64_t, int64_t row_head) { row_heads[thread].push_back(row_head); });
+    };
+    const auto run = [&](int64_t first, int64_t stop, int thread) {
+      for (int64_t unit = first; unit < stop && !Cancelled(); ++unit) {
+        body(unit, thread, row_heads[thread], IsByPage() ? KvHeadOfUnit(unit) * QueriesOfUnit(unit) : 0);
+      }
+    };
+    if (IsByPage()) {
+      // All tasks are for all rows, so a thread begins once.
+      workspace_.pool.ParallelFor((units() + per_task - 1) / per_task, [&](int64_t task, int thread) {
+        if (row_heads[thread].empty()) {
+          for (int64_t head = 0; head < layout_.kv_heads; ++head) add_queries(head, thread);
+          begin(thread, row_heads[thread]);
+        }
+        run(task * per_task, std::min(units(), (task + 1) * per_task), thread);
+      });
+      for (int thread = 0; thread < threads; ++thread) {
+        if (!row_heads[thread].empty()) end(thread, row_heads[thread]);
+      }
+      return;
+    }
+    const int64_t parts = (pages() + per_task - 1) / per_task;
+    workspace_.pool.ParallelFor(layout_.kv_heads * row_blocks_ * parts, [&](int64_t task, int thread) {
+      const int64_t rows = task / parts;
+      const int64_t part = task % parts;
+      row_heads[thread].clear();
+      add_queries(rows * pages(), thread);
+      begin(thread, row_heads[thread]);
+      run(rows * pages() + pages() * part / parts, rows * pages() + pages() * (part + 1) / parts, thread);
+      const std::scoped_lock lock(end_mutexes_[rows % std::size(end_mutexes_)]);
+      end(thread, row_heads[thread]);
     });
   }
 
   // body(index among the unit's queries, row_head)
   template <class Body>
   void ForEachQuery(int64_t unit, const Body& body) const {
-    const int64_t first_row = unit % row_blocks_ * rows_per_block_;
+    const int64_t first_row = BlockOfUnit(unit) * rows_per_block_;
     const int64_t end_row = std::min<int64_t>(first_row + rows_per_block_, args_.rows);
     int64_t query = 0;
     for (int64_t row = first_row; row < end_row; ++row) {
@@ -223,9 +302,7 @@ class CpuStep final : public MergingStep {
     call.dtype = shape.dtype;
     call.keys = KeysOfUnit(unit);
     call.values = static_cast<const char*>(call.keys) + layout_.key_bytes();
-    // The last rows that read these keys fetch the next unit's.
-    const int64_t next = unit + 1;
-    if (next % row_blocks_ == 0 && next < units()) {
+    if (const int64_t next = unit + 1; next < units()) {
       call.ahead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(KeysOfUnit(next)) -
                                         reinterpret_cast<uintptr_t>(KeysOfUnit(unit)));
     }
@@ -233,6 +310,7 @@ class CpuStep final : public MergingStep {
     call.value_pitch = static_cast<int>(layout_.value_pitch);
     call.scale = shape.scale;
     call.softcap = shape.softcap;
+    call.score_dots = score_dots_;
     ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
       m[query] = -kInfinity;
       l[query] = 0;
@@ -240,6 +318,7 @@ class CpuStep final : public MergingStep {
       if (rows.empty()) return;
       const int i = call.queries++;
       call.query[i] = args_.queries + row_head * shape.head_dim;
+      if (score_dots_ != nullptr) call.rounded[i] = &query_pairs_[row_head * QueryPairs()];
       call.begin[i] = static_cast<int>(rows.begin);
       call.end[i] = static_cast<int>(rows.end);
       call.m[i] = m + query;
@@ -254,30 +333,35 @@ class CpuStep final : public MergingStep {
     return ViewOf(m);
   }
 
-  PageSums MakeSums(const SumPlan& plan) const {
-    return {kernels_, workspace_.pool.threads(), row_heads(), plan, layout_.value_dim, layout_.value_pitch};
+  std::unique_ptr<PageSums> MakeSums(const SumPlan& plan, int64_t* words) const {
+    return std::make_unique<PageSums>(kernels_, workspace_.pool.threads(), row_heads(), plan,
+                                      layout_.value_dim, layout_.value_pitch, words);
   }
 
-  void AddUnit(int64_t unit, int thread, const PartialView& view, PageSums& sums) {
-    ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
-      if (!sums.Add(thread, row_head, view.m[query], view.l[query], view.o + query * layout_.value_pitch)) {
-        RecordFault(PageOfUnit(unit).index, row_head);
+  void AddUnit(int64_t unit, int thread, const RowHeads& row_heads, int64_t first, const PartialView& view,
+               PageSums& sums) {
+    for (int64_t i = 0; i < QueriesOfUnit(unit); ++i) {
+      if (!sums.Add(thread, first + i, view.m[i], view.l[i], view.o + i * layout_.value_pitch)) {
+        RecordFault(PageOfUnit(unit).index, row_heads[first + i]);
       }
-    });
+    }
   }
 
   const CpuPageLayout layout_;
   const PageKernels& kernels_;
+  const ScoreDotFunction* const score_dots_;  // With rounded queries; or null.
   Workspace& workspace_;
   const int group_;
   const int rows_per_block_;
   int64_t row_blocks_ = 0;
   int64_t unit_queries_ = 0;
-  std::vector<PageRef> pages_;  // Those that some row sees.
+  std::vector<PageRef> pages_;         // Those that some row sees.
+  std::vector<Bf16Pair> query_pairs_;  // [row_heads, QueryPairs()] where score_dots_.
   // [units] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]; null: not kept.
   float* kept_ = nullptr;
-  std::vector<float> maxima_;            // [row_heads]
-  std::unique_ptr<PageSums> sink_sums_;  // Made by Attend where there are sinks, until they are asked for.
+  std::mutex end_mutexes_[32];       // ForEachUnit's; rows share them.
+  std::vector<float> maxima_;        // [row_heads]
+  std::vector<int64_t> sink_words_;  // Of SinkSums; made by Attend where there are sinks, until asked for.
 };
 
 // Copies rows of one KV head's keys into the transposed blocks.
@@ -297,10 +381,13 @@ void WriteKeys(const CpuPageLayout& layout, T* page, int row, int rows, const T*
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(int threads, const PageKernels& kernels, int64_t kept_partials_bytes)
-      : kernels_(kernels), workspace_(threads, kept_partials_bytes) {}
+  CpuBackend(int threads, const PageKernels& kernels, const ScoreDotFunction* score_dots,
+             int64_t kept_partials_bytes)
+      : kernels_(kernels), score_dots_(score_dots), workspace_(threads, kept_partials_bytes) {}
 
-  std::string name() const override { return absl::StrCat("cpu/", kernels_.target); }
+  std::string name() const override {
+    return absl::StrCat("cpu/", kernels_.target, score_dots_ != nullptr ? "/bf16" : "");
+  }
 
   absl::StatusOr<void*> AllocateSlab(int64_t bytes) override {
     void* slab = AllocateHuge(bytes);
@@ -344,13 +431,14 @@ class CpuBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
     if (absl::Status status = ValidateStep(args); !status.ok()) return status;
-    auto step = std::make_unique<CpuStep>(args, kernels_, workspace_);
+    auto step = std::make_unique<CpuStep>(args, kernels_, score_dots_, workspace_);
     if (absl::Status status = step->Prepare(); !status.ok()) return status;
     return step;
   }
 
  private:
   const PageKernels& kernels_;
+  const ScoreDotFunction* const score_dots_;
   Workspace workspace_;
 };
 
@@ -363,8 +451,13 @@ const PageKernels& KernelsFor(const std::string& target) {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeCpuBackend(int threads) {
-  return MakeCpuBackendForTest(threads, CpuTargets().front());
+std::unique_ptr<Backend> MakeCpuBackend(int threads, Activations activations) {
+  EDUBA_CHECK(threads >= 1);
+  const PageKernels& kernels = KernelsFor(CpuTargets().front());
+  const ScoreDotFunction* const chip = ScoreDotsOfTheChip();
+  const ScoreDotFunction* const score_dots = chip != nullptr ? chip : kernels.score_dots;
+  return std::make_unique<CpuBackend>(
+      threads, kernels, activations == Activations::kBf16 ? score_dots : nullptr, kKeptPartialsBytesMax);
 }
 
 std::vector<std::string> CpuTargets() {
@@ -376,9 +469,12 @@ std::vector<std::string> CpuTargets() {
 std::vector<std::string> BuiltCpuTargets() { return BuiltPageKernels(); }
 
 std::unique_ptr<Backend> MakeCpuBackendForTest(int threads, const std::string& target,
-                                               int64_t kept_partials_bytes) {
+                                               int64_t kept_partials_bytes, Activations activations) {
   EDUBA_CHECK(threads >= 1);
-  return std::make_unique<CpuBackend>(threads, KernelsFor(target), kept_partials_bytes);
+  const PageKernels& kernels = KernelsFor(target);
+  return std::make_unique<CpuBackend>(threads, kernels,
+                                      activations == Activations::kBf16 ? kernels.score_dots : nullptr,
+                                      kept_partials_bytes);
 }
 
 bool CpuTargetHasFma(const std::string& target) { return KernelsFor(target).has_fma; }

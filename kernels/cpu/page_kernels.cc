@@ -1,6 +1,7 @@
 #include "kernels/cpu/page_kernels.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -12,6 +13,7 @@
 #include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // must precede highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/flushed_subnormals.h"
 #include "kernels/cpu/for_target.h"
 #include "kernels/cpu/page_layout.h"
 #include "kernels/cpu/simd_math-inl.h"
@@ -200,6 +202,41 @@ void ScoreBlock(const void* block, int head_dim, const float* const* query, int6
   for (int p = 0; p < kPasses; ++p) {
     ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * kPairs, head_dim,
                                       query, ahead, scores);
+  }
+}
+
+// score_dot.h's products: a pair of dimensions is two multiply-adds, the second dimension's first.
+template <int kQueries>
+void ScoreDot(const ScoreDotCall& call) {
+  const DF d;
+  const auto* keys = static_cast<const Bf16::T*>(call.keys);
+  for (int first = 0; first < kHalfBlock; first += kLanes) {
+    VF sum[kQueries][2];
+    HWY_UNROLL(kMaxTile)
+    for (auto& row : sum) row[0] = row[1] = hn::Zero(d);
+    for (int i = 0; i < call.head_dim; i += 2) {
+      HWY_UNROLL(2)
+      for (int s = 1; s >= 0; --s) {
+        VF low = hn::Zero(d);
+        VF high = low;
+        if (i + s < call.head_dim) {
+          Bf16::LoadKeys(d, keys + static_cast<int64_t>(i + s) * kKeyBlockRows + first * Bf16::kKeyStride,
+                         low, high);
+        }
+        HWY_UNROLL(kMaxTile)
+        for (int q = 0; q < kQueries; ++q) {
+          const Bf16Pair pair = call.queries[q][i / 2];
+          const VF x = hn::Set(d, std::bit_cast<float>(s == 0 ? pair << 16 : pair & 0xffff0000U));
+          sum[q][0] = hn::MulAdd(x, low, sum[q][0]);
+          sum[q][1] = hn::MulAdd(x, high, sum[q][1]);
+        }
+      }
+    }
+    HWY_UNROLL(kMaxTile)
+    for (int q = 0; q < kQueries; ++q) {
+      hn::StoreU(sum[q][0], d, call.scores + q * call.score_pitch + first);
+      hn::StoreU(sum[q][1], d, call.scores + q * call.score_pitch + first + kHalfBlock);
+    }
   }
 }
 
@@ -402,6 +439,12 @@ WeighFunction WeighFor(int queries, std::integer_sequence<int, kCounts...> /*cou
   return kTable[queries - 1];
 }
 
+template <int... kCounts>
+const ScoreDotFunction* ScoreDots(std::integer_sequence<int, kCounts...> /*counts*/) {
+  static constexpr ScoreDotFunction kTable[] = {ScoreDot<kCounts + 1>...};
+  return kTable;
+}
+
 // Some neighbouring queries that share loads.
 struct Tile {
   int first;
@@ -429,22 +472,34 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     tile.end = *std::max_element(page.end + tile.first, page.end + tile.first + tile.count);
   }
 
-  // Keys: block by block, so that all tiles find a block in the first-level cache.
-  for (int block = 0; block < kPageRows / kKeyBlockRows; ++block) {
-    const int begin = block * kKeyBlockRows;
-    const auto* keys =
-        static_cast<const typename Type::T*>(page.keys) + static_cast<int64_t>(begin) * page.head_dim;
-    for (int t = 0; t < tile_count; ++t) {
-      const Tile& tile = tiles[t];
-      if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
-      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first,
-                                          t == 0 ? page.ahead : 0, scores + tile.first * kScorePitch + begin);
+  // Block by block, so that all tiles find a block in the first-level cache.
+  const auto score = [&](const auto& multiply) {
+    for (int begin = 0; begin < kPageRows; begin += kKeyBlockRows) {
+      const auto* keys =
+          static_cast<const typename Type::T*>(page.keys) + static_cast<int64_t>(begin) * page.head_dim;
+      for (int t = 0; t < tile_count; ++t) {
+        const Tile& tile = tiles[t];
+        if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
+        multiply(keys, tile, t == 0 ? page.ahead : 0, scores + tile.first * kScorePitch + begin);
+      }
     }
+  };
+  if (page.score_dots != nullptr) {
+    const FlushedSubnormals flushed;
+    score([&](const void* keys, const Tile& tile, int64_t ahead, float* to) {
+      page.score_dots[tile.count - 1](
+          {keys, page.head_dim, page.rounded + tile.first, ahead, to, kScorePitch});
+    });
+  } else {
+    score([&](const void* keys, const Tile& tile, int64_t ahead, float* to) {
+      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first, ahead, to);
+    });
   }
 
-  const auto softmax = page.softcap > 0                          ? Softmax<true, false>
-                       : page.head_dim > DotGroup(page.head_dim) ? Softmax<false, true>
-                                                                 : Softmax<false, false>;
+  const bool low = page.score_dots == nullptr && page.head_dim > DotGroup(page.head_dim);
+  const auto softmax = page.softcap > 0 ? Softmax<true, false>
+                       : low            ? Softmax<false, true>
+                                        : Softmax<false, false>;
   bool finite[kMaxPageQueries];
   for (int t = 0; t < tile_count; ++t) {
     const Tile& tile = tiles[t];
@@ -538,6 +593,22 @@ bool AddQuantised(const float* o, int count, double weight, const double* unit, 
   return hn::AllTrue(d, fits);
 }
 
+void RaiseMagnitudes(float m, const float* o, int count, float* magnitudes) {
+  const DF d;
+  const hn::RebindToUnsigned<DF> du;
+  const hn::RebindToSigned<DF> di;
+  const VF reference = hn::Set(d, m);
+  const VF nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
+  for (int c = 0; c < count; c += kLanes) {
+    const VF value = hn::LoadU(d, o + c);
+    const auto biased = hn::And(hn::ShiftRight<23>(hn::BitCast(du, value)), hn::Set(du, 0xff));
+    const VF power = hn::ConvertTo(d, hn::Sub(hn::BitCast(di, biased), hn::Set(di, 126)));
+    const VF size = hn::Add(reference, hn::Mul(power, hn::Set(d, 0.693147181F)));
+    const VF magnitude = hn::IfThenElse(hn::Eq(value, hn::Zero(d)), nothing, size);
+    hn::StoreU(hn::Max(hn::LoadU(d, magnitudes + c), magnitude), d, magnitudes + c);
+  }
+}
+
 uint64_t SumWords(const void* data, int64_t bytes) {
   const hn::ScalableTag<uint64_t> d;
   constexpr int kN = static_cast<int>(hn::MaxLanes(d));
@@ -563,7 +634,12 @@ uint64_t SumWords(const void* data, int64_t bytes) {
 const PageKernels* Kernels() {
   // HWY_NATIVE_FMA is missing in Highway 1.0.3; AVX2 and better have it on x86.
   static constexpr bool kHasFma = HWY_TARGET <= HWY_AVX2 || HWY_TARGET == HWY_NEON;
-  static const PageKernels kKernels = {hwy::TargetName(HWY_TARGET), kHasFma, AttendPage, AddQuantised,
+  static const PageKernels kKernels = {hwy::TargetName(HWY_TARGET),
+                                       kHasFma,
+                                       AttendPage,
+                                       ScoreDots(std::make_integer_sequence<int, kMaxTile>()),
+                                       AddQuantised,
+                                       RaiseMagnitudes,
                                        SumWords};
   return &kKernels;
 }

@@ -7,6 +7,8 @@
 
 #include "base/dtype.h"
 #include "base/pages.h"
+#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/score_dot.h"
 
 namespace eduba {
 
@@ -27,7 +29,11 @@ struct PageQueries {
   int64_t ahead = 0;
   int queries = 0;                      // In [1, kMaxPageQueries].
   const float* query[kMaxPageQueries];  // Each [head_dim].
-  int begin[kMaxPageQueries];           // Rows [begin, end) are visible; not empty.
+  // Where set, keys are multiplied with queries rounded to bf16 by these (PageKernels::score_dots, or the
+  // chip's) instead. REQUIRES: bf16 keys.
+  const ScoreDotFunction* score_dots = nullptr;
+  const Bf16Pair* rounded[kMaxPageQueries];  // The queries: each [(head_dim + 1) / 2].
+  int begin[kMaxPageQueries];                // Rows [begin, end) are visible; not empty.
   int end[kMaxPageQueries];
   float* m[kMaxPageQueries];  // Out: largest logit; +inf when anything was not finite.
   float* l[kMaxPageQueries];  // Out
@@ -53,10 +59,16 @@ struct PageKernels {
   bool has_fma;
   // Reads rows that at least one query sees (keys of the 32-row blocks around them, values exactly).
   void (*attend_page)(const PageQueries& page, float* scratch);
+  // score_dot.h's products by this target's own means: entry n - 1 takes n queries, as many as attend_page
+  // asks for.
+  const ScoreDotFunction* score_dots;
   // words[c] += rint(o[c] * weight * unit[c]) for count values, a multiple of 16. False when one of them
   // exceeds `limit` in magnitude or is NaN; words are then undefined. REQUIRES: limit < 2^62 * 1.5.
   bool (*add_quantised)(const float* o, int count, double weight, const double* unit, double limit,
                         int64_t* words);
+  // magnitudes[c] = the larger of it and LogMagnitude(m, o[c]) (merging_step.h), for count values, a multiple
+  // of 16.
+  void (*raise_magnitudes)(float m, const float* o, int count, float* magnitudes);
   // Sums `bytes` (a multiple of 256) of memory as uint64: the read-only loop that stream bandwidth is
   // measured with.
   uint64_t (*sum_words)(const void* data, int64_t bytes);

@@ -38,12 +38,32 @@ struct BackendChoice {
   std::function<std::unique_ptr<Backend>(int threads)> make;
   bool fused = true;       // Its chip multiplies and adds in one operation.
   bool is_tensor = false;  // It multiplies on tensor cores where keys and values are 16 bits.
+  // It rounds queries to bf16 where keys are bf16.
+  bool is_rounded = false;
 
   bool IsEmulated() const { return name.starts_with("cuda_emulated"); }
   // The largest error relative to the magnitudes, and the largest of a logit's exponential.
-  double Error(DType dtype) const { return is_tensor && dtype != DType::kF32 ? 3e-4 : 3e-6; }
-  double LogitError(DType dtype) const { return is_tensor && dtype != DType::kF32 ? 5e-5 : 1e-6; }
+  double Error(DType dtype) const {
+    if (is_rounded && dtype == DType::kBf16) return 3e-5;
+    return is_tensor && dtype != DType::kF32 ? 3e-4 : 3e-6;
+  }
+  double LogitError(DType dtype) const {
+    if (is_rounded && dtype == DType::kBf16) return 1e-5;
+    return is_tensor && dtype != DType::kF32 ? 5e-5 : 1e-6;
+  }
+  // With queries that a backend does not have to round.
+  Problem MakeProblem(const ProblemSpec& spec) const {
+    Problem problem(spec);
+    if (is_rounded && spec.shape.dtype == DType::kBf16) {
+      for (float& q : problem.queries) q = F32FromBf16(Bf16FromF32(q));
+    }
+    return problem;
+  }
 };
+
+std::unique_ptr<Backend> RoundedCpu(int threads, const std::string& target) {
+  return MakeCpuBackendForTest(threads, target, kKeptPartialsBytesMax, Activations::kBf16);
+}
 
 // Small, because a test has many.
 CudaOptions SmallCuda(int threads, CudaPrecision precision = CudaPrecision::kExact) {
@@ -71,6 +91,20 @@ std::vector<BackendChoice> AllBackends() {
     all.push_back({"cpu_" + target, [target](int threads) { return MakeCpuBackendForTest(threads, target); },
                    CpuTargetHasFma(target)});
   }
+  // The chip's dot products, where it has them, and targets with and without fused multiply-add by their own
+  // means.
+  BackendChoice rounded = {"cpu_bf16",
+                           [](int threads) { return MakeCpuBackend(threads, Activations::kBf16); },
+                           CpuTargetHasFma(CpuTargets().front())};
+  rounded.is_rounded = true;
+  all.push_back(rounded);
+  for (const std::string& target : CpuTargets()) {
+    if (target != "AVX2" && target != "SSE4") continue;
+    rounded.name = "cpu_bf16_" + target;
+    rounded.make = [target](int threads) { return RoundedCpu(threads, target); };
+    rounded.fused = CpuTargetHasFma(target);
+    all.push_back(rounded);
+  }
   if (cuda::EmulatedDeviceRuns()) {
     all.push_back({"cuda_emulated", [](int threads) { return EmulatedCuda(SmallCuda(threads)); }});
     all.push_back({"cuda_emulated_tensor",
@@ -88,6 +122,12 @@ RankGroup Group(const BackendChoice& choice, int ranks, int threads = 1) {
   std::vector<std::unique_ptr<Backend>> backends;
   backends.reserve(ranks);
   for (int i = 0; i < ranks; ++i) backends.push_back(choice.make(threads));
+  return RankGroup(std::move(backends));
+}
+
+RankGroup GroupOf(std::unique_ptr<Backend> backend) {
+  std::vector<std::unique_ptr<Backend>> backends;
+  backends.push_back(std::move(backend));
   return RankGroup(std::move(backends));
 }
 
@@ -154,6 +194,7 @@ TEST(Backends, AreTheOnesThisBuildPromises) {
 #endif
   EXPECT_EQ(MakeReferenceBackend()->name(), "reference");
   EXPECT_EQ(MakeCpuBackend(1)->name(), "cpu/" + CpuTargets().front());
+  EXPECT_EQ(MakeCpuBackend(1, Activations::kBf16)->name(), "cpu/" + CpuTargets().front() + "/bf16");
 }
 
 TEST_P(BackendContract, RandomProblemsMatchTheDefinition) {
@@ -161,7 +202,7 @@ TEST_P(BackendContract, RandomProblemsMatchTheDefinition) {
   for (uint64_t seed = 1; seed <= 250; ++seed) {
     const ProblemSpec spec = RandomSpec(seed);
     SCOPED_TRACE(spec.ToString());
-    const Problem problem(spec);
+    const Problem problem = GetParam().MakeProblem(spec);
     group.Load(problem);
     const auto answer = group.Attend(problem, {0, 1});
     ASSERT_TRUE(answer.ok()) << answer.status();
@@ -354,30 +395,51 @@ TEST_P(BackendContract, ThreadsDoNotChangeABit) {
 // Partials kept, or computed again for every pass, or kept of some of the steps in progress.
 TEST(CpuBackend, RecomputedPartialsGiveTheSameBits) {
   for (const std::string& target : CpuTargets()) {
-    const auto group_with = [&](int64_t bytes) {
-      std::vector<std::unique_ptr<Backend>> backends;
-      backends.push_back(MakeCpuBackendForTest(2, target, bytes));
-      return RankGroup(std::move(backends));
-    };
-    RankGroup kept = group_with(kKeptPartialsBytesMax);
-    RankGroup recomputed = group_with(0);
-    RankGroup some = group_with(int64_t{64} << 10);
-    for (uint64_t seed = 4000; seed < 4040; ++seed) {
-      const ProblemSpec spec = RandomSpec(seed);
-      SCOPED_TRACE(spec.ToString());
-      const Problem problem(spec);
-      kept.Load(problem);
-      recomputed.Load(problem);
-      some.Load(problem);
-      const auto a = kept.Attend(problem, {0});
-      const auto b = recomputed.Attend(problem, {0});
-      const auto c =
-          some.AttendTogether({problem, problem.WithRows({0}), problem, problem.WithRows({0})}, {0});
-      ASSERT_TRUE(a.ok() && b.ok() && c.ok());
-      ASSERT_TRUE(*a == *b);
-      ASSERT_EQ(kept.words(), recomputed.words());
-      ASSERT_TRUE((*c)[0] == *a && (*c)[2] == *a && (*c)[1] == (*c)[3]);
+    for (const Activations activations : {Activations::kF32, Activations::kBf16}) {
+      const auto group_with = [&](int64_t bytes) {
+        return GroupOf(MakeCpuBackendForTest(2, target, bytes, activations));
+      };
+      RankGroup kept = group_with(kKeptPartialsBytesMax);
+      RankGroup recomputed = group_with(0);
+      RankGroup some = group_with(int64_t{64} << 10);
+      for (uint64_t seed = 4000; seed < 4040; ++seed) {
+        const ProblemSpec spec = RandomSpec(seed);
+        SCOPED_TRACE(spec.ToString());
+        const Problem problem(spec);
+        kept.Load(problem);
+        recomputed.Load(problem);
+        some.Load(problem);
+        const auto a = kept.Attend(problem, {0});
+        const auto b = recomputed.Attend(problem, {0});
+        const auto c =
+            some.AttendTogether({problem, problem.WithRows({0}), problem, problem.WithRows({0})}, {0});
+        ASSERT_TRUE(a.ok() && b.ok() && c.ok());
+        ASSERT_TRUE(*a == *b);
+        ASSERT_EQ(kept.words(), recomputed.words());
+        ASSERT_TRUE((*c)[0] == *a && (*c)[2] == *a && (*c)[1] == (*c)[3]);
+      }
     }
+  }
+}
+
+// Random problems, of `dtype` where it is given.
+void ExpectSameBits(std::unique_ptr<Backend> first, std::unique_ptr<Backend> second,
+                    std::optional<DType> dtype) {
+  const std::string names = absl::StrCat(first->name(), " and ", second->name());
+  RankGroup a = GroupOf(std::move(first));
+  RankGroup b = GroupOf(std::move(second));
+  for (uint64_t seed = 5000; seed < 5100; ++seed) {
+    ProblemSpec spec = RandomSpec(seed);
+    if (dtype) spec.shape.dtype = *dtype;
+    SCOPED_TRACE(absl::StrCat(names, ": ", spec.ToString()));
+    const Problem problem(spec);
+    a.Load(problem);
+    b.Load(problem);
+    const auto from_a = a.Attend(problem, {0});
+    const auto from_b = b.Attend(problem, {0});
+    ASSERT_TRUE(from_a.ok() && from_b.ok());
+    ASSERT_TRUE(*from_a == *from_b);
+    ASSERT_EQ(a.words(), b.words());
   }
 }
 
@@ -388,25 +450,40 @@ TEST(CpuBackend, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
       if (CpuTargetHasFma(target) == fma) targets.push_back(target);
     }
     for (size_t i = 1; i < targets.size(); ++i) {
-      std::vector<std::unique_ptr<Backend>> first;
-      first.push_back(MakeCpuBackendForTest(1, targets[0]));
-      std::vector<std::unique_ptr<Backend>> second;
-      second.push_back(MakeCpuBackendForTest(1, targets[i]));
-      RankGroup a(std::move(first));
-      RankGroup b(std::move(second));
-      for (uint64_t seed = 5000; seed < 5100; ++seed) {
-        const ProblemSpec spec = RandomSpec(seed);
-        SCOPED_TRACE(absl::StrCat(targets[0], " and ", targets[i], ": ", spec.ToString()));
-        const Problem problem(spec);
-        a.Load(problem);
-        b.Load(problem);
-        const auto from_a = a.Attend(problem, {0});
-        const auto from_b = b.Attend(problem, {0});
-        ASSERT_TRUE(from_a.ok() && from_b.ok());
-        ASSERT_TRUE(*from_a == *from_b);
-        ASSERT_EQ(a.words(), b.words());
-      }
+      ExpectSameBits(MakeCpuBackendForTest(1, targets[0]), MakeCpuBackendForTest(1, targets[i]),
+                     std::nullopt);
+      ExpectSameBits(RoundedCpu(1, targets[0]), RoundedCpu(1, targets[i]), DType::kBf16);
     }
+  }
+}
+
+// Where this machine has no such dot products, its best target is compared with itself.
+TEST(CpuBackend, RoundedProductsGiveTheBitsOfTheChipsDotProducts) {
+  ExpectSameBits(MakeCpuBackend(1, Activations::kBf16), RoundedCpu(1, CpuTargets().front()), DType::kBf16);
+}
+
+// Queries and keys below the normal numbers count as zeros, because the chip's dot products take them
+// so.
+TEST(CpuBackend, RoundedProductsTakeSubnormalNumbersForZerosOnEveryTargetThatFuses) {
+  ProblemSpec spec;
+  spec.shape = {2, 1, 19, 20, DType::kBf16, 1, 0};
+  spec.positions = 300;
+  spec.rows = 3;
+  Problem problem(spec);
+  for (size_t i = 0; i < problem.queries.size(); i += 3) problem.queries[i] = 0x1p-130F;
+  for (size_t i = 0; i < problem.keys.size(); i += 2) problem.keys[i] = i % 4 == 0 ? 0x1p-131F : 0x1p120F;
+  std::fill(problem.queries.begin() + 1, problem.queries.begin() + 19, 0x1p-127F);
+  for (const std::string& target : CpuTargets()) {
+    if (CpuTargetHasFma(target) != CpuTargetHasFma(CpuTargets().front())) continue;
+    RankGroup group = GroupOf(RoundedCpu(1, target));
+    RankGroup chip = GroupOf(MakeCpuBackend(1, Activations::kBf16));
+    group.Load(problem);
+    chip.Load(problem);
+    const auto answer = group.Attend(problem, {0});
+    const auto wanted = chip.Attend(problem, {0});
+    ASSERT_TRUE(answer.ok() && wanted.ok()) << answer.status() << wanted.status();
+    EXPECT_TRUE(*answer == *wanted) << target;
+    EXPECT_EQ(group.words(), chip.words()) << target;
   }
 }
 
@@ -419,12 +496,6 @@ std::vector<BackendChoice> CudaBackends() {
     }
   }
   return some;
-}
-
-RankGroup GroupOf(std::unique_ptr<Backend> backend) {
-  std::vector<std::unique_ptr<Backend>> backends;
-  backends.push_back(std::move(backend));
-  return RankGroup(std::move(backends));
 }
 
 // Chips, and ways to compute on one, must not meet in a group: their fingerprints are how it knows. Each of
@@ -450,9 +521,11 @@ TEST_P(BackendContract, QueriesOfAnySizeKeepTheirDigits) {
       spec.rows = 5;
       spec.logit_size = 5;
       SCOPED_TRACE(absl::StrCat("size=", size, " ", spec.ToString()));
-      Problem problem(spec);
-      for (float& q : problem.queries) q *= size;
-      problem.spec.shape.scale /= size;
+      // By a power of two, so that queries that are rounded already stay so.
+      const float factor = std::exp2(std::round(std::log2(size)));
+      Problem problem = GetParam().MakeProblem(spec);
+      for (float& q : problem.queries) q *= factor;
+      problem.spec.shape.scale /= factor;
       group.Load(problem);
       const auto answer = group.Attend(problem, {0});
       ASSERT_TRUE(answer.ok()) << answer.status();
@@ -634,7 +707,7 @@ TEST_P(BackendContract, ErrorStaysWithin3e6ForModerateLogits) {
         ProblemSpec spec = AccuracySpec(head_dim, positions, 20, positions + head_dim);
         if (sink > -1000) spec.sink_logit = sink;
         SCOPED_TRACE(spec.ToString());
-        const Problem problem(spec);
+        const Problem problem = GetParam().MakeProblem(spec);
         group.Load(problem);
         const auto answer = group.Attend(problem, {0});
         ASSERT_TRUE(answer.ok()) << answer.status();
@@ -693,7 +766,9 @@ TEST_P(BackendContract, AHugeValueThatHardlyCountsCostsNoPrecision) {
 }
 
 TEST_P(BackendContract, ErrorIsNeverAbovePlainFloatAttentionForExtremeLogits) {
-  if (GetParam().is_tensor) GTEST_SKIP() << "tensor cores promise nothing for extreme logits";
+  if (GetParam().is_tensor || GetParam().is_rounded) {
+    GTEST_SKIP() << "rounded factors promise nothing for extreme logits";
+  }
   constexpr int kSeeds = 8;
   RankGroup group = Group(GetParam(), 1);
   for (const int head_dim : {16, 64, 128, 256}) {

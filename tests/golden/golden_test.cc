@@ -208,7 +208,8 @@ struct NanoErrors {
 };
 
 NanoErrors ErrorsOfNano(DType kv_dtype, Activations activations) {
-  Fixture f(EDUBA_NANO_WEIGHTS, MakeCpuBackend(2), MakeCpuLayerKernels(2, activations), kv_dtype);
+  Fixture f(EDUBA_NANO_WEIGHTS, MakeCpuBackend(2, activations), MakeCpuLayerKernels(2, activations),
+            kv_dtype);
   const std::string golden = std::string(EDUBA_GOLDEN_MODELS) + "/../nano/";
   const auto ids = ReadNpy<int32_t>(golden + "ids.npy");
   const auto positions = ReadNpy<int32_t>(golden + "positions.npy");
