@@ -10,7 +10,7 @@ scaled_dot_product_attention and its own cache, in bf16 and with the weights wid
 Checked first: Eduba gives the same greedy continuation of the prompt as PyTorch in f32, and the log-probabilities of that continuation
 are compared: the worst error against PyTorch in f32. Prefill is the prompt into an empty context; decode is tokens behind it, one
 context. The rounds alternate, best of each counts. Eduba is run twice: as it is, with f32 activations whatever the weights' type, and
-with `--activations bf16`, which rounds what the bf16 weights are multiplied with; PyTorch's bf16 rounds everything to bf16."""
+with `--activations bf16`, which rounds what bf16 weights and keys are multiplied with; PyTorch's bf16 rounds everything to bf16."""
 
 import argparse
 import contextlib
