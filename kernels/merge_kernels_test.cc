@@ -32,14 +32,14 @@ TEST(MergeKernels, FoldIsItsDefinitionBitForBitOnEveryTarget) {
         const int64_t stride = count + 3;
         std::vector<int64_t> words;
         std::vector<double> units;
-        std::vector<double> sink_weights;
-        std::vector<float> sink_values;
+        std::vector<double> sink_weights(sinks);
+        std::vector<float> sink_values(sinks * stride);
         for (int c = 0; c < count; ++c) {
           words.push_back(static_cast<int64_t>(random()) >> random() % 62);
           units.push_back(std::ldexp(1.0, static_cast<int>(random() % 120) - 20));
         }
-        for (int t = 0; t < sinks; ++t) sink_weights.push_back(std::exp(normal(random)));
-        for (int64_t i = 0; i < sinks * stride; ++i) sink_values.push_back(normal(random));
+        for (double& weight : sink_weights) weight = std::exp(normal(random));
+        for (float& value : sink_values) value = normal(random);
         std::vector<float> out(count);
         FoldCall call;
         call.count = count;
@@ -91,8 +91,8 @@ TEST(MergeKernels, MaximumUnitsHoldEveryPageAndAreTheSameOnEveryTarget) {
   constexpr int kFractionBits = 50;
   constexpr double kLeast = -900;
   for (const int count : kCounts) {
-    std::vector<float> magnitudes;
-    for (int c = 0; c < count; ++c) magnitudes.push_back(random() % 8 == 0 ? -kInfinity : uniform(random));
+    std::vector<float> magnitudes(count);
+    for (float& magnitude : magnitudes) magnitude = random() % 8 == 0 ? -kInfinity : uniform(random);
     if (count > 5) magnitudes[5] = kInfinity;
     if (count > 6) magnitudes[6] = std::nanf("");
     const std::vector<double> most(count, 60.0);

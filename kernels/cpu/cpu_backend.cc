@@ -170,8 +170,9 @@ class CpuStep final : public MergingStep {
           for (size_t i = 0; i < all.size(); ++i) {
             if (index_of[all[i]] < 0) continue;
             float* to = magnitudes + index_of[all[i]] * layout_.value_dim;
-            for (int64_t c = 0; c < layout_.value_dim; ++c)
+            for (int64_t c = 0; c < layout_.value_dim; ++c) {
               to[c] = std::max(to[c], largest[thread][i * pitch + c]);
+            }
           }
         });
     return absl::OkStatus();
