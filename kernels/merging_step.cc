@@ -10,7 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "kernels/portable_exp.h"
+#include "kernels/portable_math.h"
 
 namespace eduba {
 namespace {
@@ -413,7 +413,7 @@ void MergingStep::FinishRowHead(int64_t row_head, absl::Span<const double> keys,
   }
   const double total = key_total + sinks;
   for (int c = 0; c < shape.value_dim; ++c) output[c] = static_cast<float>(sum[c] / total);
-  *lse = static_cast<float>(common + std::log(total));
+  *lse = static_cast<float>(common + PortableLog(total));
   *sink_mass = static_cast<float>(sinks / total);
 }
 
