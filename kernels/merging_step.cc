@@ -20,8 +20,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // double's range.
 constexpr int kMinExponent = -900;
 constexpr int kMaxExponent = 900;
-// The sums' rounding may be this share of a row's output on the sink path (docs/numerics.md section 4).
-constexpr double kRoundingShare = 0x1p-22;
+// Of a sum of squares, so that no order of the machine shows.
+constexpr int kNormLanes = 8;
 constexpr double kLog2E = 1.4426950408889634;
 
 int MaximumPathFractionBits(int64_t positions) {
@@ -96,7 +96,14 @@ PositionRange RowsInPage(PositionRange visible, int64_t page) {
 double PowerOfTwo(int power) { return std::bit_cast<double>(static_cast<uint64_t>(power + 1023) << 52); }
 
 MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
-    : args_(args), pool_(pool), visible_(ClipToSequence(args)), bytes_read_(CountBytes()) {}
+    : args_(args), pool_(pool), visible_(ClipToSequence(args)), bytes_read_(CountBytes()) {
+  if (args_.sink_pages.empty()) return;
+  for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
+}
+
+absl::Status MergingStep::ReadSinks(int64_t /*tokens*/, float* /*keys*/, float* /*values*/) {
+  return absl::InternalError("a backend that has no sinks on the host was asked for them");
+}
 
 void MergingStep::ForWords(int64_t count, const std::function<void(int64_t)>& body) const {
   // Waking a thread takes as long as going through about so many words.
@@ -164,8 +171,6 @@ void MergingStep::RecordFault(int64_t page, int64_t row_head) {
 absl::Status MergingStep::LoadSinks() {
   if (sinks_loaded_) return absl::OkStatus();
   const AttentionShape& shape = args_.shape;
-  for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
-  if (args_.sink_pages.empty()) sink_tokens_ = 0;
   sink_keys_.resize(sink_tokens_ * shape.kv_heads * shape.head_dim);
   sink_values_.resize(sink_tokens_ * shape.kv_heads * shape.value_dim);
   if (sink_tokens_ > 0) {
@@ -228,21 +233,22 @@ absl::Status MergingStep::SinkSums(absl::Span<int64_t> words) {
 bool MergingStep::IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const {
   const PositionRange keys = visible_[row_head / args_.shape.query_heads];
   const auto pages = static_cast<double>(PageOf(keys.end - 1) - PageOf(keys.begin) + 1);
-  double output = 0;
+  double lanes[kNormLanes] = {};
   double rounding = 0;
   for (int c = 0; c < args_.shape.value_dim; ++c) {
     const double unit = PowerOfTwo(Exponent(KvHead(row_head), c) - kSinkPathFractionBits);
     const double o = static_cast<double>(words[c]) * unit;
-    output += o * o;
+    lanes[c % kNormLanes] += o * o;
     rounding += unit * unit;
   }
-  return rounding * pages <= output * (kRoundingShare * kRoundingShare);
+  for (int width = kNormLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return rounding * pages <= lanes[0] * kRoundingShareSquared;
 }
 
 absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
   EDUBA_RETURN_IF_ERROR(LoadSinks());
-  paths_ = {};
-  selected_.clear();
   const auto sees_keys = [&](int64_t row_head) {
     return !visible_[row_head / args_.shape.query_heads].empty();
   };
@@ -262,15 +268,23 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
     });
     fault_somewhere_ |= fault;
   }
+  std::vector<char> takes_maximum(row_heads());
+  for (int64_t i = 0; i < row_heads(); ++i) takes_maximum[i] = sees_keys(i) && fits[i] == 0 ? 1 : 0;
+  Select(takes_maximum);
+  return absl::MakeConstSpan(selected_);
+}
+
+void MergingStep::Select(absl::Span<const char> takes_maximum) {
+  paths_ = {};
+  selected_.clear();
   for (int64_t i = 0; i < row_heads(); ++i) {
-    if (sees_keys(i) && fits[i] == 0) {
+    if (takes_maximum[i] != 0) {
       selected_.push_back(i);
       ++paths_.maximum;
     } else {
       ++paths_.sink;
     }
   }
-  return absl::MakeConstSpan(selected_);
 }
 
 absl::Status MergingStep::Maxima(absl::Span<float> maxima) {
@@ -334,12 +348,11 @@ absl::Status MergingStep::MaximumSums(absl::Span<int64_t> words) {
   return absl::OkStatus();
 }
 
-absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
-  EDUBA_RETURN_IF_ERROR(LoadSinks());
+absl::Status MergingStep::CheckSums(bool sinks_finite) {
   const AttentionShape& shape = args_.shape;
   const int64_t words = words_per_target();
   const auto is_fault = [&](const int64_t* sums) { return sums[shape.value_dim + 1] != 0; };
-  if (!sinks_finite_) {
+  if (!sinks_finite) {
     return absl::InvalidArgumentError(
         absl::StrCat("a token sink's key or value is not finite: one of positions 0 to ", sink_tokens_ - 1));
   }
@@ -351,7 +364,14 @@ absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
                                               " sees keys, but no worker of the group holds any of them"));
     }
   }
+  return absl::OkStatus();
+}
 
+absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
+  EDUBA_RETURN_IF_ERROR(CheckSums(sinks_finite_));
+  const AttentionShape& shape = args_.shape;
+  const int64_t words = words_per_target();
   std::vector<int64_t> selected_index(row_heads(), -1);
   for (size_t i = 0; i < selected_.size(); ++i) selected_index[selected_[i]] = static_cast<int64_t>(i);
   pool_.ParallelFor(row_heads(), [&](int64_t i, int) {
