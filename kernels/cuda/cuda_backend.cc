@@ -360,6 +360,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   absl::StatusOr<int64_t> PartPages(int rows, int tile) const {
     const int64_t page_bytes = int64_t{rows} * args_.shape.query_heads * (layout_.value_pitch + 2) *
                                static_cast<int64_t>(sizeof(float));
+    EDUBA_CHECK(page_bytes > 0);
     const int64_t fit = std::min(workspace_.partials.bytes() / page_bytes,
                                  kBlocksMax / (int64_t{layout_.kv_heads} * TilesFor(rows, tile)));
     if (fit == 0) {

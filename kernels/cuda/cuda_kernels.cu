@@ -5,9 +5,16 @@
 namespace eduba::cuda {
 namespace {
 
-// Two blocks of 256 threads on a multiprocessor at least, so that one loads while the other computes.
+// Blocks of 256 threads that a multiprocessor holds at least, so that some load while others compute: as many
+// as the compiler finds registers for without spilling.
 template <class Type, int kTile>
-__global__ void __launch_bounds__(kAttendThreads, 2) AttendKernel(const __grid_constant__ AttendArgs args) {
+constexpr int kAttendBlocks = Type::kElement == 4 || kTile > 2 ? 2
+                              : kTile == 2                     ? 3
+                                                               : 4;
+
+template <class Type, int kTile>
+__global__ void __launch_bounds__(kAttendThreads, (kAttendBlocks<Type, kTile>))
+    AttendKernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ float4 shared[];
   AttendPages<Type, kTile>(GpuBlock(shared), args);
 }

@@ -121,8 +121,9 @@ EDUBA_DEVICE void FoldRowHead(const Block& block, const FoldArgs& args) {
       for (int width = kNormLanes / 2; width > 0; width /= 2) {
         for (int i = 0; i < width; ++i) shared.square[i] = Add(shared.square[i], shared.square[i + width]);
       }
-      const auto pages = static_cast<double>((keys.end - 1) / kPageRows - keys.begin / kPageRows + 1);
-      const bool is_precise = Mul(args.rounding[kv_head], pages) <= Mul(shared.square[0], args.share);
+      const int64_t pages = (keys.end - 1) / kPageRows - keys.begin / kPageRows + 1;
+      const bool is_precise =
+          Mul(args.rounding[kv_head], static_cast<double>(pages)) <= Mul(shared.square[0], args.share);
       const uint64_t total = words[value_dim];
       const uint64_t flags = words[value_dim + 1];
       const bool fits = flags == 0 && total >= args.total_min && total <= args.total_max && is_precise;
