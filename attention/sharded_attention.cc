@@ -46,6 +46,44 @@ struct MergingSteps {
   std::vector<std::unique_ptr<AttentionStep>> steps;
 };
 
+// The sink path of all steps, through host memory.
+absl::Status SumOnHost(Communicator* communicator, absl::Span<const StepArgs> args, int64_t sink_words,
+                       absl::Time deadline, MergingSteps& merging) {
+  merging.sink_sums = Message<int64_t>(sink_words);
+  for (size_t i = 0; i < args.size(); ++i) {
+    EDUBA_RETURN_IF_ERROR(merging.steps[i]->Attend());
+    if (!args[i].has_sinks()) continue;
+    // Now, while the device has what Attend made.
+    EDUBA_RETURN_IF_ERROR(merging.steps[i]->SinkSums(
+        merging.sink_sums.Next(args[i].row_heads() * args[i].words_per_row_head())));
+  }
+  if (communicator == nullptr || sink_words == 0) return absl::OkStatus();
+  return communicator->SumI64(merging.sink_sums.all(), deadline);
+}
+
+// The same without leaving the GPU. `sums` is null where there is nobody to sum with.
+absl::Status SumOnGpu(Backend& backend, Communicator* communicator, DeviceSums* sums,
+                      absl::Span<const StepArgs> args, int64_t sink_words, absl::Time deadline,
+                      MergingSteps& merging) {
+  int64_t* words = nullptr;
+  if (sums != nullptr && sink_words > 0) {
+    EDUBA_ASSIGN_OR_RETURN(words, sums->Words(sink_words));
+  }
+  for (size_t i = 0; i < args.size(); ++i) {
+    EDUBA_RETURN_IF_ERROR(merging.steps[i]->Attend());
+    if (!args[i].has_sinks()) continue;
+    EDUBA_RETURN_IF_ERROR(merging.steps[i]->queued()->QueueSums(words));
+    if (words != nullptr) words += args[i].row_heads() * args[i].words_per_row_head();
+  }
+  if (words != nullptr) EDUBA_RETURN_IF_ERROR(sums->Start(backend.stream(), deadline));
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (args[i].has_sinks()) EDUBA_RETURN_IF_ERROR(merging.steps[i]->queued()->QueueFold());
+  }
+  if (words != nullptr) return sums->Finish(deadline);
+  // A group of one may have been ended all the same.
+  return communicator == nullptr || sink_words == 0 ? absl::OkStatus() : communicator->SumI64({}, deadline);
+}
+
 // Everything up to the last collective.
 absl::Status Merge(Backend& backend, Communicator* communicator, absl::Span<const StepArgs> args,
                    absl::Time deadline, MergingSteps& merging, std::vector<AttentionAnswer>& answers) {
@@ -55,18 +93,12 @@ absl::Status Merge(Backend& backend, Communicator* communicator, absl::Span<cons
     merging.steps.push_back(std::move(step));
     if (one.has_sinks()) sink_words += one.row_heads() * one.words_per_row_head();
   }
-  merging.sink_sums = Message<int64_t>(sink_words);
-  for (size_t i = 0; i < args.size(); ++i) {
-    EDUBA_RETURN_IF_ERROR(merging.steps[i]->Attend());
-    if (!args[i].has_sinks()) continue;
-    // Now, while the device has what Attend made.
-    EDUBA_RETURN_IF_ERROR(merging.steps[i]->SinkSums(
-        merging.sink_sums.Next(args[i].row_heads() * args[i].words_per_row_head())));
-    ++answers[i].collectives;
-  }
-  if (communicator != nullptr && sink_words > 0) {
-    EDUBA_RETURN_IF_ERROR(communicator->SumI64(merging.sink_sums.all(), deadline));
-  }
+  const bool is_alone = communicator == nullptr || communicator->size() == 1;
+  DeviceSums* const sums = is_alone ? nullptr : communicator->device_sums();
+  const bool stays = backend.gpu() >= 0 && (is_alone || (sums != nullptr && sums->gpu() == backend.gpu()));
+  EDUBA_RETURN_IF_ERROR(stays ? SumOnGpu(backend, communicator, sums, args, sink_words, deadline, merging)
+                              : SumOnHost(communicator, args, sink_words, deadline, merging));
+  for (size_t i = 0; i < args.size(); ++i) answers[i].collectives += args[i].has_sinks() ? 1 : 0;
 
   std::vector<int64_t> selected(args.size());
   int64_t floats = 0;

@@ -4,10 +4,30 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
 namespace eduba {
+
+// SumI64 of words in a GPU's memory, without the host in between: for transports that reduce there. A sum
+// takes three calls, and there is no other call (but Abort) from Start to Finish. Ranks that call SumI64 with
+// as many words take part alike. Errors are a communicator's, as its own calls'.
+class DeviceSums {
+ public:
+  virtual ~DeviceSums() = default;
+
+  // CUDA's number of the GPU.
+  virtual int gpu() const = 0;
+  // Memory for `count` words, for work on a stream to fill; the communicator's own, because an all-reduce
+  // that is aborted late may still write there. Valid until the next call of Words.
+  virtual absl::StatusOr<int64_t*> Words(int64_t count) = 0;
+  // Queues their sum on `stream` (cudaStream_t), behind what fills them. More may be queued there that reads
+  // the sums; what it makes of them counts only when Finish has returned OK.
+  virtual absl::Status Start(void* stream, absl::Time deadline) = 0;
+  // Returns when all that is queued on the stream is done.
+  virtual absl::Status Finish(absl::Time deadline) = 0;
+};
 
 // The ranks of one epoch. One-shot: after any error the group is dead, and every later call returns ABORTED
 // with the first error's text until a new group is formed at a new epoch.
@@ -25,7 +45,7 @@ namespace eduba {
 // right result; it then meets the error in its next call. Destroying a Communicator is leaving the group; a
 // rank may do so as soon as its last call has returned, and the others still complete that call.
 //
-// Memory: `data` is host memory, for every transport (docs/adr/0005-gpu.md says why on GPUs too).
+// Memory: `data` is host memory, for every transport; device_sums takes a GPU's (docs/adr/0005-gpu.md).
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -37,6 +57,8 @@ class Communicator {
 
   // data[i] becomes the sum of data[i] over all ranks, modulo 2^64. An empty span takes part like any other.
   virtual absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) = 0;
+  // SumI64 in a GPU's memory; null where this transport has none.
+  virtual DeviceSums* device_sums() { return nullptr; }
   // data[i] becomes the largest data[i] of all ranks. REQUIRES: no NaN.
   virtual absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) = 0;
   // One message from each rank to one other, all at the same time: `send` goes to rank `to`, and `receive` is

@@ -82,6 +82,21 @@ struct PathCounts {
   int64_t maximum = 0;  // Maximum path.
 };
 
+// The sink path of a step on a GPU (Backend::gpu), as one queue of work without the host in between.
+class QueuedStep {
+ public:
+  virtual ~QueuedStep() = default;
+
+  // In place of SinkSums: queues the same sums, on Backend::stream, into `words` of the GPU's memory: [rows,
+  // query_heads, value_dim + 2], which stay until SelectForMaximum has returned. Null: into memory of the
+  // step's own, where there is nobody to sum with. Where a flag is not 0, the other words of the row and head
+  // mean nothing, and may wrap around.
+  virtual absl::Status QueueSums(int64_t* words) = 0;
+  // Queues all that SelectForMaximum and Finish need of the reduced words, behind the all-reduce that the
+  // caller has queued on the same stream.
+  virtual absl::Status QueueFold() = 0;
+};
+
 // One step in progress. Calls in this order (the caller owns the collectives between them):
 //   Attend; [SinkSums, all-reduce SUM of `words`]; SelectForMaximum; [Maxima, MAX of `maxima`; MaximumSums,
 //   SUM of `words`, if any selected]; Finish.
@@ -128,6 +143,9 @@ class AttentionStep {
   // the message, the others say it was another rank. Nothing is written then.
   virtual absl::Status Finish(float* outputs, float* lse, float* sink_mass) = 0;
 
+  // This step's way to stay on its GPU between Attend and SelectForMaximum; null where there is none.
+  virtual QueuedStep* queued() { return nullptr; }
+
   virtual PathCounts paths() const = 0;
   // Bytes of keys and values that Attend read: whole visible rows, per page and KV head, counted once.
   virtual int64_t bytes_read() const = 0;
@@ -141,6 +159,11 @@ class Backend {
 
   // "cpu/AVX2", "cuda/sm_90", "reference".
   virtual std::string name() const = 0;
+
+  // CUDA's number of the GPU that steps run on, and the stream (cudaStream_t) of their work; -1 and null
+  // where they run on the host.
+  virtual int gpu() const { return -1; }
+  virtual void* stream() const { return nullptr; }
 
   // Not OK once the device has failed for good: then every call fails, and only a new process can use the
   // device again.

@@ -30,12 +30,18 @@ inline double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// A step on one rank, from StartStep to the answer.
+// A step on one rank, from StartStep to the answer, with nobody to sum with.
 inline absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vector<float>& outputs) {
   EDUBA_ASSIGN_OR_RETURN(const std::unique_ptr<AttentionStep> step, backend.StartStep(args));
-  std::vector<int64_t> sink_words(args.has_sinks() ? args.row_heads() * args.words_per_row_head() : 0);
+  std::vector<int64_t> sink_words;
   EDUBA_RETURN_IF_ERROR(step->Attend());
-  if (args.has_sinks()) EDUBA_RETURN_IF_ERROR(step->SinkSums(absl::MakeSpan(sink_words)));
+  if (QueuedStep* const queued = step->queued(); args.has_sinks() && queued != nullptr) {
+    EDUBA_RETURN_IF_ERROR(queued->QueueSums(nullptr));
+    EDUBA_RETURN_IF_ERROR(queued->QueueFold());
+  } else if (args.has_sinks()) {
+    sink_words.resize(args.row_heads() * args.words_per_row_head());
+    EDUBA_RETURN_IF_ERROR(step->SinkSums(absl::MakeSpan(sink_words)));
+  }
   EDUBA_ASSIGN_OR_RETURN(const auto selected, step->SelectForMaximum());
   std::vector<float> maxima(selected.size() * args.maxima_per_row_head());
   std::vector<int64_t> maximum_words(selected.size() * args.words_per_row_head());

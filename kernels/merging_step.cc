@@ -12,7 +12,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/merge_kernels.h"
-#include "kernels/portable_exp.h"
+#include "kernels/portable_math.h"
 
 namespace eduba {
 namespace {
@@ -22,8 +22,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // double's range.
 constexpr int kMinExponent = -900;
 constexpr int kMaxExponent = 900;
-// The sums' rounding may be this share of a row's output on the sink path (docs/numerics.md section 4).
-constexpr double kRoundingShare = 0x1p-22;
 // Token sinks whose dot products with a query are summed side by side.
 constexpr int64_t kSinksTogether = 4;
 
@@ -103,7 +101,14 @@ MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
       pool_(pool),
       visible_(ClipToSequence(args)),
       merge_kernels_(BestMergeKernels()),
-      bytes_read_(CountBytes()) {}
+      bytes_read_(CountBytes()) {
+  if (args_.sink_pages.empty()) return;
+  for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
+}
+
+absl::Status MergingStep::ReadSinks(int64_t /*tokens*/, float* /*keys*/, float* /*values*/) {
+  return absl::InternalError("a backend that has no sinks on the host was asked for them");
+}
 
 void MergingStep::ForWords(int64_t count, const std::function<void(int64_t)>& body) const {
   // Waking a thread takes as long as going through about so many words.
@@ -171,8 +176,6 @@ void MergingStep::RecordFault(int64_t page, int64_t row_head) {
 absl::Status MergingStep::LoadSinks() {
   if (sinks_loaded_) return absl::OkStatus();
   const AttentionShape& shape = args_.shape;
-  for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
-  if (args_.sink_pages.empty()) sink_tokens_ = 0;
   sink_keys_.resize(sink_tokens_ * shape.kv_heads * shape.head_dim);
   sink_values_.resize(sink_tokens_ * shape.kv_heads * shape.value_dim);
   if (sink_tokens_ > 0) {
@@ -255,13 +258,11 @@ bool MergingStep::IsPrecise(int64_t row_head, absl::Span<const int64_t> words) c
   const int64_t head = KvHead(row_head);
   const double* units = &sink_plan_.units[head * args_.shape.value_dim];
   const double output = merge_kernels_.sum_squares(words.data(), units, args_.shape.value_dim);
-  return sink_rounding_[head] * pages <= output * (kRoundingShare * kRoundingShare);
+  return sink_rounding_[head] * pages <= output * kRoundingShareSquared;
 }
 
 absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
   EDUBA_RETURN_IF_ERROR(LoadSinks());
-  paths_ = {};
-  selected_.clear();
   const auto sees_keys = [&](int64_t row_head) {
     return !visible_[row_head / args_.shape.query_heads].empty();
   };
@@ -281,15 +282,23 @@ absl::StatusOr<absl::Span<const int64_t>> MergingStep::SelectForMaximum() {
     });
     fault_somewhere_ |= fault;
   }
+  std::vector<char> takes_maximum(row_heads());
+  for (int64_t i = 0; i < row_heads(); ++i) takes_maximum[i] = sees_keys(i) && fits[i] == 0 ? 1 : 0;
+  Select(takes_maximum);
+  return absl::MakeConstSpan(selected_);
+}
+
+void MergingStep::Select(absl::Span<const char> takes_maximum) {
+  paths_ = {};
+  selected_.clear();
   for (int64_t i = 0; i < row_heads(); ++i) {
-    if (sees_keys(i) && fits[i] == 0) {
+    if (takes_maximum[i] != 0) {
       selected_.push_back(i);
       ++paths_.maximum;
     } else {
       ++paths_.sink;
     }
   }
-  return absl::MakeConstSpan(selected_);
 }
 
 absl::Status MergingStep::Maxima(absl::Span<float> maxima) {
@@ -345,12 +354,11 @@ absl::Status MergingStep::MaximumSums(absl::Span<int64_t> words) {
   return absl::OkStatus();
 }
 
-absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
-  EDUBA_RETURN_IF_ERROR(LoadSinks());
+absl::Status MergingStep::CheckSums(bool sinks_finite) {
   const AttentionShape& shape = args_.shape;
   const int64_t words = words_per_target();
   const auto is_fault = [&](const int64_t* sums) { return sums[shape.value_dim + 1] != 0; };
-  if (!sinks_finite_) {
+  if (!sinks_finite) {
     return absl::InvalidArgumentError(
         absl::StrCat("a token sink's key or value is not finite: one of positions 0 to ", sink_tokens_ - 1));
   }
@@ -362,7 +370,14 @@ absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
                                               " sees keys, but no worker of the group holds any of them"));
     }
   }
+  return absl::OkStatus();
+}
 
+absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
+  EDUBA_RETURN_IF_ERROR(LoadSinks());
+  EDUBA_RETURN_IF_ERROR(CheckSums(sinks_finite_));
+  const AttentionShape& shape = args_.shape;
+  const int64_t words = words_per_target();
   std::vector<int64_t> selected_index(row_heads(), -1);
   for (size_t i = 0; i < selected_.size(); ++i) selected_index[selected_[i]] = static_cast<int64_t>(i);
   ForWords(row_heads(), [&](int64_t i) {
@@ -419,7 +434,7 @@ void MergingStep::FinishRowHead(int64_t row_head, const Keys& keys, float* outpu
   fold.total = key_total + sinks;
   fold.out = output;
   merge_kernels_.fold(fold);
-  *lse = static_cast<float>(common + std::log(fold.total));
+  *lse = static_cast<float>(common + PortableLog(fold.total));
   *sink_mass = static_cast<float>(sinks / fold.total);
 }
 

@@ -29,6 +29,10 @@ PositionRange RowsInPage(PositionRange visible, int64_t page);
 // 2^power, exact, for the powers that value exponents and fraction bits can make.
 double PowerOfTwo(int power);
 
+// The square of what the sums' rounding may be of a row's output on the sink path, both as norms
+// (docs/numerics.md section 4).
+inline constexpr double kRoundingShareSquared = 0x1p-44;
+
 // At least ln(|o| exp(m)), by less than ln 2 and fp32's rounding: what a page's o[c] may reach relative to
 // any reference. -inf for 0.
 inline float LogMagnitude(float m, float o) {
@@ -38,7 +42,8 @@ inline float LogMagnitude(float m, float o) {
 }
 
 // The half of a step that is the same in every backend that computes on the host: sinks, the choice of path,
-// and the fold, in double. A backend derives from it and brings the pages (its partials).
+// and the fold, in double. A backend derives from it and brings the pages (its partials). One that does these
+// three on a device overrides SinkSums, SelectForMaximum and Finish, and leaves the rest to it.
 class MergingStep : public AttentionStep {
  public:
   // A row and head whose pages are to be summed with weights exp(m - reference).
@@ -59,11 +64,11 @@ class MergingStep : public AttentionStep {
     std::vector<double> units;
   };
 
-  absl::Status SinkSums(absl::Span<int64_t> words) final;
-  absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() final;
+  absl::Status SinkSums(absl::Span<int64_t> words) override;
+  absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override;
   absl::Status Maxima(absl::Span<float> maxima) final;
   absl::Status MaximumSums(absl::Span<int64_t> words) final;
-  absl::Status Finish(float* outputs, float* lse, float* sink_mass) final;
+  absl::Status Finish(float* outputs, float* lse, float* sink_mass) override;
   PathCounts paths() const final { return paths_; }
   int64_t bytes_read() const final { return bytes_read_; }
 
@@ -75,8 +80,8 @@ class MergingStep : public AttentionStep {
   absl::StatusOr<const SumPlan*> SinkPlan();
 
   // The first `tokens` stored rows of the sink pages, in f32: keys [tokens, kv_heads, head_dim], values
-  // [tokens, kv_heads, value_dim].
-  virtual absl::Status ReadSinks(int64_t tokens, float* keys, float* values) = 0;
+  // [tokens, kv_heads, value_dim]. Not asked for where the three calls above are overridden.
+  virtual absl::Status ReadSinks(int64_t tokens, float* keys, float* values);
   // maxima[i] = the largest visible logit of row_heads[i] over this worker's pages; -inf without one, +inf
   // after a fault.
   virtual absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) = 0;
@@ -114,9 +119,21 @@ class MergingStep : public AttentionStep {
   // The pages that some row sees, in the order of args.pages.
   std::vector<PageRef> SeenPages() const;
 
+  // The exponent of a channel in the sink path's units.
+  int Exponent(int64_t kv_head, int channel) const;
+  // Of every row and head: whether it takes the maximum path.
+  void Select(absl::Span<const char> takes_maximum);
+  // What Finish answers before there is anything to fold, if that is an error. `sinks_finite`: all token
+  // sinks' keys and values that some row sees are.
+  absl::Status CheckSums(bool sinks_finite);
+
   const StepArgs args_;
   ThreadPool& pool_;
   const std::vector<PositionRange> visible_;  // args_.visible without positions that do not exist.
+  int64_t sink_tokens_ = 0;                   // Token sinks that some row sees.
+  bool fault_somewhere_ = false;              // Some rank met one.
+  std::vector<int64_t> selected_;             // row_heads on the maximum path, ascending
+  absl::Span<int64_t> maximum_sums_;          // [selected, words], the caller's; empty before MaximumSums
 
  private:
   struct Fault {
@@ -135,8 +152,6 @@ class MergingStep : public AttentionStep {
   // Positions that some row sees, as ranges that neither touch nor overlap, ascending.
   std::vector<PositionRange> SeenRanges() const;
   int64_t CountBytes() const;
-  // The exponent of a channel in the sink path's units.
-  int Exponent(int64_t kv_head, int channel) const;
   int64_t KvHead(int64_t row_head) const { return row_head % args_.shape.query_heads / args_.shape.group(); }
   // Whether the sums' rounding is too small to be seen in the row's output.
   bool IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const;
@@ -146,7 +161,6 @@ class MergingStep : public AttentionStep {
   absl::Status FaultStatus() const;
 
   const MergeKernels& merge_kernels_;
-  int64_t sink_tokens_ = 0;            // Most that any row sees.
   std::vector<float> sink_keys_;       // [sink tokens, kv_heads, head_dim]
   std::vector<float> sink_values_;     // [sink tokens, kv_heads, value_dim]
   std::vector<double> sink_logits_;    // [row_heads, sink tokens]
@@ -155,14 +169,11 @@ class MergingStep : public AttentionStep {
   std::vector<double> sink_rounding_;  // [kv_heads]: the sum of its channels' squared units.
   bool sinks_loaded_ = false;
   bool sinks_finite_ = true;
-  bool fault_somewhere_ = false;
 
-  std::vector<int64_t> selected_;  // row_heads on the maximum path, ascending
   SumPlan maximum_plan_;
   // The caller's memory, empty before the call that fills it.
-  absl::Span<int64_t> sink_sums_;     // [row_heads, words]
-  absl::Span<float> maxima_;          // [selected, 1 + value_dim]
-  absl::Span<int64_t> maximum_sums_;  // [selected, words]
+  absl::Span<int64_t> sink_sums_;  // [row_heads, words]
+  absl::Span<float> maxima_;       // [selected, 1 + value_dim]
   PathCounts paths_;
   int64_t bytes_read_ = 0;
 

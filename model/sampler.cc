@@ -7,7 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/log_sum.h"
-#include "kernels/portable_exp.h"
+#include "kernels/portable_math.h"
 
 namespace eduba {
 namespace {

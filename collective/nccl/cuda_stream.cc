@@ -19,11 +19,13 @@ absl::Status Check(cudaError_t error, const char* what) {
 
 class CudaStream final : public GpuStream {
  public:
-  explicit CudaStream(int device) : device_(device) {}
+  // Null: a stream of its own.
+  CudaStream(int device, cudaStream_t another)
+      : device_(device), is_own_(another == nullptr), stream_(another) {}
   ~CudaStream() override {
     cudaSetDevice(device_);
     if (mark_ != nullptr) cudaEventDestroy(mark_);
-    if (stream_ != nullptr) cudaStreamDestroy(stream_);
+    if (is_own_ && stream_ != nullptr) cudaStreamDestroy(stream_);
   }
 
   absl::Status Init() {
@@ -34,13 +36,20 @@ class CudaStream final : public GpuStream {
                                                         "; 'eduba doctor' lists what this machine has"));
     }
     // Not ordered behind the default stream, which nobody here uses.
-    EDUBA_RETURN_IF_ERROR(
-        Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
+    if (is_own_) {
+      EDUBA_RETURN_IF_ERROR(
+          Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));
+    }
     return Check(cudaEventCreateWithFlags(&mark_, cudaEventDisableTiming), "creating an event");
   }
 
   absl::Status Attach() override { return Check(cudaSetDevice(device_), "choosing the device"); }
   void* handle() override { return stream_; }
+  absl::StatusOr<std::unique_ptr<GpuStream>> Over(void* stream) override {
+    auto view = std::make_unique<CudaStream>(device_, static_cast<cudaStream_t>(stream));
+    EDUBA_RETURN_IF_ERROR(view->Init());
+    return view;
+  }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
     void* data = nullptr;
@@ -85,6 +94,7 @@ class CudaStream final : public GpuStream {
 
  private:
   const int device_;
+  const bool is_own_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t mark_ = nullptr;
 };
@@ -92,7 +102,7 @@ class CudaStream final : public GpuStream {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<GpuStream>> OpenCudaStream(int device) {
-  auto stream = std::make_unique<CudaStream>(device);
+  auto stream = std::make_unique<CudaStream>(device, nullptr);
   EDUBA_RETURN_IF_ERROR(stream->Init());
   return stream;
 }

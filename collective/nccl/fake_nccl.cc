@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -16,6 +16,7 @@
 
 #include "absl/time/clock.h"
 #include "base/check.h"
+#include "base/played_queue.h"
 
 namespace eduba {
 namespace {
@@ -59,9 +60,16 @@ std::map<std::string, std::weak_ptr<Group>>& Groups() {
 
 class FakeStream final : public GpuStream {
  public:
-  ~FakeStream() override { Drain(); }
+  // Null: a queue of its own.
+  explicit FakeStream(PlayedQueue* another) : queue_(another != nullptr ? *another : own_) {}
+  ~FakeStream() override {
+    if (&queue_ == &own_) Drain();
+  }
   absl::Status Attach() override { return absl::OkStatus(); }
-  void* handle() override { return this; }
+  void* handle() override { return &queue_; }
+  absl::StatusOr<std::unique_ptr<GpuStream>> Over(void* stream) override {
+    return std::make_unique<FakeStream>(static_cast<PlayedQueue*>(stream));
+  }
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override { return std::calloc(1, bytes); }
   absl::StatusOr<void*> AllocateHost(int64_t bytes) override { return std::calloc(1, bytes); }
   void FreeDevice(void* data) override {
@@ -70,7 +78,7 @@ class FakeStream final : public GpuStream {
   }
   void FreeHost(void* data) override { FreeDevice(data); }
   absl::Status CopyIn(void* device, const void* host, int64_t bytes) override {
-    Push([=] {
+    queue_.Push([=] {
       std::memcpy(device, host, bytes);
       return true;
     });
@@ -80,10 +88,9 @@ class FakeStream final : public GpuStream {
     return CopyIn(host, device, bytes);
   }
   absl::Status Mark() override {
-    const std::scoped_lock lock(mutex_);
-    ++mark_;
-    work_.push_back([this, mark = mark_] {
-      reached_ = mark;
+    mark_ = std::make_shared<std::atomic<bool>>(false);
+    queue_.Push([mark = mark_] {
+      *mark = true;
       return true;
     });
     return absl::OkStatus();
@@ -91,32 +98,17 @@ class FakeStream final : public GpuStream {
   absl::StatusOr<bool> Reached() override {
     if (TheFakeNccl().device_fails) return absl::UnavailableError("CUDA: waiting: the device is lost");
     if (TheFakeNccl().look_takes_ms > 0) absl::SleepFor(absl::Milliseconds(int{TheFakeNccl().look_takes_ms}));
-    const std::scoped_lock lock(mutex_);
-    RunWhatCan();
-    return reached_ == mark_;
-  }
-
-  // `work` says whether it could be done; what is behind it waits.
-  void Push(std::function<bool()> work) {
-    const std::scoped_lock lock(mutex_);
-    work_.push_back(std::move(work));
+    queue_.Run();
+    return mark_->load();
   }
 
  private:
-  void RunWhatCan() {
-    while (!work_.empty() && work_.front()()) work_.pop_front();
-  }
-  void Drain() {
-    const std::scoped_lock lock(mutex_);
-    RunWhatCan();
-    // Whoever frees has aborted before, so that everything can end.
-    EDUBA_CHECK(work_.empty());
-  }
+  // Whoever frees has aborted before, so that everything can end.
+  void Drain() { EDUBA_CHECK(own_.Run()); }
 
-  std::mutex mutex_;
-  std::deque<std::function<bool()>> work_;
-  int64_t mark_ = 0;
-  int64_t reached_ = 0;
+  PlayedQueue own_;
+  PlayedQueue& queue_;
+  std::shared_ptr<std::atomic<bool>> mark_;  // Outlives this, in the queue.
 };
 
 // As a ring does it: every rank combines what came so far with what it has, in its own way.
@@ -216,14 +208,14 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
   };
   const std::scoped_lock lock(member->mutex);
   EDUBA_CHECK(member->to_queue == nullptr);
-  member->to_queue = [=] { static_cast<FakeStream*>(stream)->Push(work); };
+  member->to_queue = [=] { static_cast<PlayedQueue*>(stream)->Push(work); };
   return kNcclInProgress;
 }
 
 // What the calling thread has put into its group so far.
 struct OpenGroup {
   NcclComm comm = nullptr;
-  FakeStream* stream = nullptr;
+  PlayedQueue* stream = nullptr;
   std::vector<std::function<bool()>> parts;
 };
 thread_local std::unique_ptr<OpenGroup> open_group;
@@ -239,7 +231,7 @@ int Send(const void* data, size_t count, int type, int peer, NcclComm comm, void
   const std::shared_ptr<Member> member = comm->member;
   const Message message = {member->rank, peer, member->sent[peer]++};
   open_group->comm = comm;
-  open_group->stream = static_cast<FakeStream*>(stream);
+  open_group->stream = static_cast<PlayedQueue*>(stream);
   open_group->parts.push_back([=] {
     const char* const bytes = static_cast<const char*>(data);
     const std::scoped_lock lock(member->group->mutex);
@@ -254,7 +246,7 @@ int Receive(void* data, size_t count, int type, int peer, NcclComm comm, void* s
   const std::shared_ptr<Member> member = comm->member;
   const Message message = {peer, member->rank, member->received[peer]++};
   open_group->comm = comm;
-  open_group->stream = static_cast<FakeStream*>(stream);
+  open_group->stream = static_cast<PlayedQueue*>(stream);
   open_group->parts.push_back([=] {
     const std::scoped_lock lock(member->group->mutex);
     const auto found = member->group->messages.find(message);
@@ -325,7 +317,7 @@ const NcclApi& FakeNcclApi() {
   return api;
 }
 
-std::unique_ptr<GpuStream> NewFakeStream() { return std::make_unique<FakeStream>(); }
+std::unique_ptr<GpuStream> NewFakeStream() { return std::make_unique<FakeStream>(nullptr); }
 
 NcclParts FakeNcclParts() {
   NcclParts parts;

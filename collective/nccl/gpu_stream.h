@@ -19,6 +19,8 @@ class GpuStream {
   virtual absl::Status Attach() = 0;
   // cudaStream_t
   virtual void* handle() = 0;
+  // Another queue of the same device, somebody else's, who keeps it as long as the result is used.
+  virtual absl::StatusOr<std::unique_ptr<GpuStream>> Over(void* stream) = 0;
 
   // Memory of the device, zeroed, and page-locked memory of the host. RESOURCE_EXHAUSTED when there is none
   // left. Freeing waits for what is queued.

@@ -91,14 +91,44 @@ struct Buffers {
   }
 };
 
-class NcclCommunicator final : public Communicator {
+// A block of the device that grows.
+struct DeviceBlock {
+  GpuStream& stream;
+  int64_t bytes = 0;
+  void* device = nullptr;
+
+  explicit DeviceBlock(GpuStream& gpu) : stream(gpu) {}
+  ~DeviceBlock() {
+    if (device != nullptr) stream.FreeDevice(device);
+  }
+  DeviceBlock(const DeviceBlock&) = delete;
+  DeviceBlock& operator=(const DeviceBlock&) = delete;
+
+  absl::Status Reserve(int64_t wanted) {
+    if (wanted <= bytes) return absl::OkStatus();
+    if (device != nullptr) stream.FreeDevice(std::exchange(device, nullptr));
+    bytes = 0;
+    EDUBA_ASSIGN_OR_RETURN(device, stream.AllocateDevice(wanted + wanted / 2));
+    bytes = wanted + wanted / 2;
+    // It was zeroed on this stream, and will be used on others.
+    EDUBA_RETURN_IF_ERROR(stream.Mark());
+    while (true) {
+      EDUBA_ASSIGN_OR_RETURN(const bool reached, stream.Reached());
+      if (reached) return absl::OkStatus();
+    }
+  }
+};
+
+class NcclCommunicator final : public Communicator, public DeviceSums {
  public:
   NcclCommunicator(int rank, int size, NcclParts parts)
       : rank_(rank),
         size_(size),
+        gpu_(parts.gpu),
         stream_(std::move(parts.stream)),
         frame_(*stream_),
         piece_(*stream_),
+        words_(*stream_),
         link_(*parts.api, *stream_, parts.abort_limit, std::move(parts.on_stuck_abort)) {}
 
   absl::Status Join(const NcclUniqueId& id, absl::Time deadline) {
@@ -126,21 +156,43 @@ class NcclCommunicator final : public Communicator {
     return Once([&] { return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline); });
   }
 
+  DeviceSums* device_sums() override { return this; }
+  int gpu() const override { return gpu_; }
+  absl::StatusOr<int64_t*> Words(int64_t count) override {
+    EDUBA_RETURN_IF_ERROR(stream_->Attach());
+    count_ = count;
+    const int64_t words = std::max(kFrameWords, kHeaderWords + count);
+    EDUBA_RETURN_IF_ERROR(words_.Reserve(words * static_cast<int64_t>(sizeof(int64_t))));
+    return static_cast<int64_t*>(words_.device) + kHeaderWords;
+  }
+  // The first frame and the pieces are those of Reduce.
+  absl::Status Start(void* stream, absl::Time deadline) override {
+    return Once([&] { return StartSums(stream, deadline); }, /*goes_on=*/true);
+  }
+  absl::Status Finish(absl::Time deadline) override {
+    return Once([&] {
+      EDUBA_RETURN_IF_ERROR(stream_->Attach());
+      EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, DescribeCall(Operation::kSumI64, count_), deadline));
+      return CheckHeader<Sum>(started_, DescribeCall(Operation::kSumI64, count_));
+    });
+  }
+
   void Abort(const absl::Status& reason) override {
     link_.Fail(absl::AbortedError(std::string(reason.message())));
   }
 
  private:
-  // After the first error every call returns ABORTED with its text.
+  // After the first error every call returns ABORTED with its text. `goes_on`: the next call is a part of
+  // this one.
   template <typename Call>
-  absl::Status Once(const Call& call) {
+  absl::Status Once(const Call& call, bool goes_on = false) {
     if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
     first_error_ = link_.failure();
     if (!first_error_.ok()) return first_error_;
     if (size_ == 1) return absl::OkStatus();
     link_.SetBusy(true);
     first_error_ = call();
-    link_.SetBusy(false);
+    if (!goes_on) link_.SetBusy(false);
     if (!first_error_.ok()) link_.Fail(first_error_);
     return first_error_;
   }
@@ -152,9 +204,7 @@ class NcclCommunicator final : public Communicator {
     const auto count = static_cast<int64_t>(data.size());
     const std::string what = DescribeCall(operation, count);
     const uint64_t number = CallNumber(operation, count, call_++);
-    auto* header = static_cast<uint64_t*>(frame_.host);
-    header[0] = number;
-    header[1] = ~number;  // A maximum of different calls may keep one of the two, but not both.
+    uint64_t* const header = WriteHeader(number);
     auto* elements = reinterpret_cast<Wire*>(header + kHeaderWords);
     constexpr int64_t kFrameBytes = kFrameWords * sizeof(int64_t);
     constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
@@ -163,10 +213,7 @@ class NcclCommunicator final : public Communicator {
     std::transform(data.begin(), data.begin() + first, elements, Kind::Encode);
     EDUBA_RETURN_IF_ERROR(Exchange<Kind>(frame_, kHeaderBytes + first * sizeof(Wire),
                                          kFrameBytes / sizeof(Wire), what, deadline));
-    if (header[0] != Kind::Together(number, size_) || header[1] != Kind::Together(~number, size_)) {
-      return absl::InternalError(absl::StrCat("the ranks made different calls: rank ", rank_, " ", what,
-                                              " (call ", call_ - 1, "), another something else"));
-    }
+    EDUBA_RETURN_IF_ERROR(CheckHeader<Kind>(number, what));
     std::transform(elements, elements + first, data.begin(), Kind::Decode);
 
     if (first < count) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
@@ -178,6 +225,49 @@ class NcclCommunicator final : public Communicator {
       const auto size = static_cast<int64_t>(part.size());
       EDUBA_RETURN_IF_ERROR(Exchange<Kind>(piece_, size * sizeof(Wire), size, what, deadline));
       std::transform(wire, wire + size, part.begin(), Kind::Decode);
+    }
+    return absl::OkStatus();
+  }
+
+  uint64_t* WriteHeader(uint64_t number) {
+    auto* const header = static_cast<uint64_t*>(frame_.host);
+    header[0] = number;
+    header[1] = ~number;  // A maximum of different calls may keep one of the two, but not both.
+    return header;
+  }
+
+  template <typename Kind>
+  absl::Status CheckHeader(uint64_t number, const std::string& what) const {
+    const auto* const header = static_cast<const uint64_t*>(frame_.host);
+    if (header[0] == Kind::Together(number, size_) && header[1] == Kind::Together(~number, size_)) {
+      return absl::OkStatus();
+    }
+    return absl::InternalError(absl::StrCat("the ranks made different calls: rank ", rank_, " ", what,
+                                            " (call ", call_ - 1, "), another something else"));
+  }
+
+  absl::Status StartSums(void* stream, absl::Time deadline) {
+    EDUBA_RETURN_IF_ERROR(stream_->Attach());
+    if (queue_ == nullptr || queue_->handle() != stream) {
+      EDUBA_ASSIGN_OR_RETURN(queue_, stream_->Over(stream));
+    }
+    const std::string what = DescribeCall(Operation::kSumI64, count_);
+    started_ = CallNumber(Operation::kSumI64, count_, call_++);
+    uint64_t* const header = WriteHeader(started_);
+    auto* const words = static_cast<int64_t*>(words_.device);
+    constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
+    EDUBA_RETURN_IF_ERROR(queue_->CopyIn(words, header, kHeaderBytes));
+    EDUBA_RETURN_IF_ERROR(link_.AllReduce(words, kFrameWords, kNcclInt64, kNcclSum, *queue_, deadline));
+    EDUBA_RETURN_IF_ERROR(queue_->CopyOut(header, words, kHeaderBytes));
+    const int64_t end = kHeaderWords + count_;
+    if (end <= kFrameWords) return absl::OkStatus();
+    // What follows is as long as the call, so the ranks have to be known to agree.
+    EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, what, deadline));
+    EDUBA_RETURN_IF_ERROR(CheckHeader<Sum>(started_, what));
+    constexpr int64_t kPiece = kPieceBytes / sizeof(int64_t);
+    for (int64_t begin = kFrameWords; begin < end; begin += kPiece) {
+      EDUBA_RETURN_IF_ERROR(link_.AllReduce(words + begin, std::min(kPiece, end - begin), kNcclInt64,
+                                            kNcclSum, *queue_, deadline));
     }
     return absl::OkStatus();
   }
@@ -215,7 +305,7 @@ class NcclCommunicator final : public Communicator {
       }
       EDUBA_RETURN_IF_ERROR(link_.SendReceive(piece_.device, out, own.to, device_in, in, own.from, deadline));
       if (in > 0) EDUBA_RETURN_IF_ERROR(stream_->CopyOut(host_in, device_in, in));
-      EDUBA_RETURN_IF_ERROR(WaitForStream(DescribeCall(Operation::kSendReceive, 0), deadline));
+      EDUBA_RETURN_IF_ERROR(WaitForStream(*stream_, DescribeCall(Operation::kSendReceive, 0), deadline));
       if (in > 0) std::memcpy(receive.data() + at, host_in, in);
     }
     // Who has sent and received all of its own could leave while another still takes in what it sent, and
@@ -229,18 +319,19 @@ class NcclCommunicator final : public Communicator {
                         absl::Time deadline) {
     EDUBA_RETURN_IF_ERROR(stream_->CopyIn(buffers.device, buffers.host, bytes));
     // Returns when NCCL has put it into the stream, so the copy back is queued behind it.
-    EDUBA_RETURN_IF_ERROR(link_.AllReduce(buffers.device, count, Kind::kType, Kind::kOperation, deadline));
+    EDUBA_RETURN_IF_ERROR(
+        link_.AllReduce(buffers.device, count, Kind::kType, Kind::kOperation, *stream_, deadline));
     EDUBA_RETURN_IF_ERROR(stream_->CopyOut(buffers.host, buffers.device, bytes));
-    return WaitForStream(what, deadline);
+    return WaitForStream(*stream_, what, deadline);
   }
 
-  absl::Status WaitForStream(const std::string& what, absl::Time deadline) {
-    EDUBA_RETURN_IF_ERROR(stream_->Mark());
+  absl::Status WaitForStream(GpuStream& stream, const std::string& what, absl::Time deadline) {
+    EDUBA_RETURN_IF_ERROR(stream.Mark());
     const absl::Time spin_until = absl::Now() + kSpin;
     while (true) {
       // In this order: aborted work reaches the mark too, without a result, but an abort begins only
       // after its reason can be seen here.
-      EDUBA_ASSIGN_OR_RETURN(const bool reached, stream_->Reached());
+      EDUBA_ASSIGN_OR_RETURN(const bool reached, stream.Reached());
       EDUBA_RETURN_IF_ERROR(link_.failure());
       if (reached) return absl::OkStatus();
       const absl::Time now = absl::Now();
@@ -254,9 +345,14 @@ class NcclCommunicator final : public Communicator {
 
   const int rank_;
   const int size_;
+  const int gpu_;
   const std::unique_ptr<GpuStream> stream_;
   Buffers frame_;
   Buffers piece_;
+  DeviceBlock words_;                 // A header, and what Words gave away.
+  int64_t count_ = 0;                 // Words of that.
+  uint64_t started_ = 0;              // The number of the call that Start began.
+  std::unique_ptr<GpuStream> queue_;  // Where it was queued.
   // Behind the buffers: it goes first, and nothing is queued on them any more then.
   NcclLink link_;
   uint64_t call_ = 0;
@@ -313,6 +409,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectNccl(int rank, int size, Re
   NcclParts parts;
   EDUBA_ASSIGN_OR_RETURN(parts.api, LoadNccl());
   EDUBA_ASSIGN_OR_RETURN(parts.stream, OpenCudaStream(options.device));
+  parts.gpu = options.device;
   parts.on_stuck_abort = ExitStuck;
   return ConnectNcclForTest(rank, size, rendezvous, std::move(parts), deadline);
 }

@@ -21,7 +21,8 @@ struct NcclOptions {
 // unique id and leaves it at `rendezvous`, which is used only during the call.
 //
 // `data` of the calls is host memory: a call copies it to the device, reduces it there in one all-reduce (a
-// second one for what exceeds the first frame) and copies it back.
+// second one for what exceeds the first frame) and copies it back. device_sums leaves out the copies, and
+// runs the all-reduce on the caller's stream; an abort ends what is queued there too.
 //
 // What NCCL cannot promise of communicator.h: where its links are memory (NVLink, PCIe), a rank that dies or
 // leaves is not told to the others, so their calls end with DEADLINE_EXCEEDED, or ABORTED when the
@@ -39,6 +40,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectNccl(int rank, int size, Re
 struct NcclParts {
   const NcclApi* api = nullptr;
   std::unique_ptr<GpuStream> stream;
+  int gpu = -1;  // CUDA's number of the device.
   absl::Duration abort_limit = absl::Seconds(2);
   std::function<void()> on_stuck_abort;  // Must not return to a service that goes on.
 };

@@ -52,9 +52,9 @@ absl::Status NcclLink::Join(int rank, int size, const NcclUniqueId& id, absl::Ti
 }
 
 absl::Status NcclLink::AllReduce(void* data, size_t count, NcclType type, NcclOperation operation,
-                                 absl::Time deadline) {
+                                 GpuStream& stream, absl::Time deadline) {
   const int result = Ask([&](NcclComm comm) {
-    return api_.all_reduce(data, data, count, type, operation, comm, stream_.handle());
+    return api_.all_reduce(data, data, count, type, operation, comm, stream.handle());
   });
   return WaitWhileInProgress(result, "all-reduce", deadline);
 }

@@ -35,8 +35,9 @@ class NcclLink {
   // Once, before all else. Returns when the group has formed.
   absl::Status Join(int rank, int size, const NcclUniqueId& id, absl::Time deadline);
 
-  // Queues an all-reduce in place; returns when NCCL has queued it. The calling thread is attached.
-  absl::Status AllReduce(void* data, size_t count, NcclType type, NcclOperation operation,
+  // Queues an all-reduce in place on `stream`; returns when NCCL has queued it. The calling thread is
+  // attached.
+  absl::Status AllReduce(void* data, size_t count, NcclType type, NcclOperation operation, GpuStream& stream,
                          absl::Time deadline);
 
   // Queues `send_bytes` of `send` for rank `to` and `receive_bytes` from rank `from`, which does its part

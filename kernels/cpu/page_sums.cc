@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "kernels/backend.h"
-#include "kernels/portable_exp.h"
+#include "kernels/portable_math.h"
 
 namespace eduba {
 namespace {

@@ -60,11 +60,39 @@ EDUBA_DEVICE float Fma(float a, float b, float c) {
   return std::fma(a, b, c);
 #endif
 }
+EDUBA_DEVICE double Add(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+EDUBA_DEVICE double Sub(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
 EDUBA_DEVICE double Mul(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
 #else
   return a * b;
+#endif
+}
+EDUBA_DEVICE double Div(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __ddiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+EDUBA_DEVICE double Fma(double a, double b, double c) {
+#ifdef __CUDA_ARCH__
+  return __fma_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
 #endif
 }
 // To the nearest integer, ties to even. REQUIRES: |x| < 2^63.

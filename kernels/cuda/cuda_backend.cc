@@ -5,6 +5,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -26,13 +28,15 @@ namespace {
 using cuda::AttendArgs;
 using cuda::Device;
 using cuda::Element;
+using cuda::FoldArgs;
 using cuda::Memory;
 using cuda::PageEntry;
 using cuda::PageLayout;
+using cuda::SinkArgs;
 using cuda::Staging;
+using cuda::StepState;
 using cuda::Stream;
 using cuda::SumArgs;
-using cuda::SumTarget;
 
 static_assert(cuda::kFault == uint64_t{kFaultFlag});
 static_assert(static_cast<int>(Element::kF32) == static_cast<int>(DType::kF32) &&
@@ -78,340 +82,676 @@ T* At(const Memory& memory, int64_t offset) {
 
 class CudaStep;
 
-// What steps work with: one of them has it, until another takes it.
+// What one step has on the device and beside it. Steps in progress have one each; they keep their size.
+struct StepMemory {
+  explicit StepMemory(Device& device)
+      : in(device),
+        scores(device, Memory::Kind::kDevice),
+        words(device),
+        out(device),
+        plan(device),
+        selected(device) {}
+
+  Staging in;        // In: what the caller gave.
+  Memory scores;     // Sinks' logits and references.
+  Staging words;     // Sums of one path.
+  Staging out;       // Out: outcomes and answers.
+  Staging plan;      // In: the targets of the maximum path, and their units.
+  Staging selected;  // In: rows of the maximum path. Out: what was found in their pages.
+};
+
+// What the steps of a backend share.
 struct Workspace {
   Workspace(Device& owner, CudaPrecision how, int threads)
-      : device(owner),
-        precision(how),
-        pool(threads),
-        step(owner),
-        sum(owner),
-        words(owner),
-        sinks(owner),
-        state(owner),
-        partials(owner, Memory::Kind::kDevice) {}
+      : device(owner), precision(how), pool(threads), partials(owner, Memory::Kind::kDevice) {}
+
+  std::unique_ptr<StepMemory> Take() {
+    const std::scoped_lock lock(mutex);
+    if (free.empty()) return std::make_unique<StepMemory>(device);
+    std::unique_ptr<StepMemory> memory = std::move(free.back());
+    free.pop_back();
+    return memory;
+  }
+  void Give(std::unique_ptr<StepMemory> memory) {
+    const std::scoped_lock lock(mutex);
+    free.push_back(std::move(memory));
+  }
 
   Device& device;
   const CudaPrecision precision;
   ThreadPool pool;
-  const CudaStep* owner = nullptr;  // Whose `step`, `state` and `partials` these are.
-  Stream stream = nullptr;          // Of the step.
-  Stream sink_stream = nullptr;     // Reads sinks while the step's kernel runs.
-  Staging step;                     // In: queries, visible ranges, pages.
-  Staging sum;                      // In: targets and units.
-  Staging words;                    // Out: sums.
-  Staging sinks;                    // In: page addresses. Out: sinks' keys and values.
-  Staging state;                    // Out: the fault, and the maxima.
+  Stream stream = nullptr;  // Of all steps: their work is done in the order in which it was queued.
   Memory partials;
+  const CudaStep* partials_of = nullptr;  // Whose partials of the maximum path lie there, if all do.
+  std::mutex mutex;
+  std::vector<std::unique_ptr<StepMemory>> free;  // Guarded by mutex.
 };
 
-class CudaStep final : public MergingStep {
+// The sink path goes through the device in three kernels, or two and one for each part of partials on tensor
+// cores: ScoreSinks, Attend, and, behind the all-reduce, Fold. The maximum path computes partials of the rows
+// that have selected heads, twice where they do not fit at once, and the host makes its plan in between.
+class CudaStep final : public MergingStep, public QueuedStep {
  public:
   CudaStep(const StepArgs& args, Workspace& workspace)
       : MergingStep(args, workspace.pool),
         layout_(LayoutOf(args.shape)),
+        element_(ElementOf(args.shape)),
         on_tensor_cores_(workspace.precision == CudaPrecision::kTensor && args.shape.dtype != DType::kF32),
         workspace_(workspace),
         device_(workspace.device),
+        memory_(workspace.Take()),
         pages_(SeenPages()) {}
 
   // Nothing of the step is running any more when its memory is used again.
   ~CudaStep() override {
-    if (workspace_.owner == this) workspace_.owner = nullptr;
-    if (!started_ || !device_.Attach().ok()) return;
-    device_.Synchronize(workspace_.stream).IgnoreError();
-    device_.Synchronize(workspace_.sink_stream).IgnoreError();
+    if (workspace_.partials_of == this) workspace_.partials_of = nullptr;
+    if (started_ && device_.Attach().ok()) device_.Synchronize(workspace_.stream).IgnoreError();
+    workspace_.Give(std::move(memory_));
   }
 
-  // Queues the kernel and returns: the host prepares the sinks while it runs. Where there are none, other
-  // steps may come before anything is asked of this one, so the kernel waits for that.
+  // Sends what the kernels need; these wait for what is asked.
   absl::Status Attend() override {
     EDUBA_RETURN_IF_ERROR(CheckCancelled());
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     started_ = true;
-    ChooseTile();
-    EDUBA_RETURN_IF_ERROR(ChooseParts());
-    return args_.has_sinks() ? TakeWorkspace() : absl::OkStatus();
+    EDUBA_RETURN_IF_ERROR(PartPages(args_.rows, TileFor(args_.rows, false)).status());
+    return Send();
   }
 
- protected:
-  absl::Status ReadSinks(int64_t tokens, float* keys, float* values) override {
+  QueuedStep* queued() override { return this; }
+
+  absl::Status QueueSums(int64_t* words) override {
+    EDUBA_RETURN_IF_ERROR(CheckCancelled());
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    const int64_t key_bytes = tokens * layout_.kv_heads * layout_.head_dim * int64_t{sizeof(float)};
-    const int64_t value_bytes = tokens * layout_.kv_heads * layout_.value_dim * int64_t{sizeof(float)};
-    const int64_t page_count = PageCount(tokens);
-    Packing packing;
-    const int64_t key_at = packing.Add(key_bytes);
-    const int64_t value_at = packing.Add(value_bytes);
-    const int64_t page_at = packing.Add(page_count * int64_t{sizeof(PageEntry)});
-    Staging& staging = workspace_.sinks;
-    EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
-    for (int64_t p = 0; p < page_count; ++p) {
-      At<PageEntry>(staging.host, page_at)[p] = {args_.sink_pages[p].data, args_.sink_pages[p].index};
+    words_ = reinterpret_cast<uint64_t*>(words);
+    if (words_ == nullptr) {
+      EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
+      words_ = At<uint64_t>(memory_->words.device, 0);
     }
-    const Stream stream = workspace_.sink_stream;
-    EDUBA_RETURN_IF_ERROR(device_.CopyIn(stream, At<char>(staging.device, page_at),
-                                         At<char>(staging.host, page_at),
-                                         page_count * int64_t{sizeof(PageEntry)}));
-    const cuda::ReadArgs read = {layout_, At<PageEntry>(staging.device, page_at), tokens,
-                                 At<float>(staging.device, key_at), At<float>(staging.device, value_at)};
-    EDUBA_RETURN_IF_ERROR(device_.Read(stream, ElementOf(args_.shape), read));
-    EDUBA_RETURN_IF_ERROR(
-        device_.CopyOut(stream, staging.host.data(), staging.device.data(), value_at + value_bytes));
-    EDUBA_RETURN_IF_ERROR(device_.Synchronize(stream));
-    std::memcpy(keys, At<char>(staging.host, key_at), key_bytes);
-    std::memcpy(values, At<char>(staging.host, value_at), value_bytes);
+    EDUBA_RETURN_IF_ERROR(ScoreSinks());
+    return on_tensor_cores_ ? SumPartials() : SumDirectly();
+  }
+
+  absl::Status SinkSums(absl::Span<int64_t> words) override {
+    EDUBA_CHECK_EQ(static_cast<int64_t>(words.size()), row_heads() * words_per_target());
+    EDUBA_RETURN_IF_ERROR(QueueSums(nullptr));
+    EDUBA_RETURN_IF_ERROR(TakeWords(row_heads(), words.data()).status());
+    EDUBA_RETURN_IF_ERROR(CheckCancelled());
+    host_words_ = words;
     return absl::OkStatus();
   }
 
-  absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) override {
-    EDUBA_RETURN_IF_ERROR(TakeWorkspace());
-    if (!kept_ && !maxima_known_) {
-      for (int64_t part = 0; part < parts(); ++part) EDUBA_RETURN_IF_ERROR(AttendPart(part));
-      maxima_known_ = true;
+  absl::Status QueueFold() override {
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_RETURN_IF_ERROR(ReserveOut());
+    FoldArgs args = FoldOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
+    args.visible = At<PositionRange>(memory_->in.device, in_.visible);
+    args.total_min = static_cast<uint64_t>(kSinkPathMin);
+    args.total_max = static_cast<uint64_t>(kSinkPathMax);
+    args.rounding = At<double>(memory_->in.device, in_.rounding);
+    args.share = kRoundingShareSquared;
+    args.outcome = At<uint8_t>(memory_->out.device, out_.outcome);
+    args.state = At<StepState>(memory_->in.device, in_.state);
+    args.state_out = At<StepState>(memory_->out.device, out_.state);
+    EDUBA_RETURN_IF_ERROR(device_.Fold(workspace_.stream, element_, args));
+    is_folded_ = true;
+    return TakeOut();
+  }
+
+  // Of all that is queued.
+  absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override {
+    std::vector<char> takes_maximum(row_heads());
+    if (!args_.has_sinks()) {
+      for (int64_t i = 0; i < row_heads(); ++i) takes_maximum[i] = SeesKeys(i) ? 1 : 0;
+      Select(takes_maximum);
+      return absl::MakeConstSpan(selected_);
     }
-    EDUBA_RETURN_IF_ERROR(ReadState());
-    const auto* orders = At<uint32_t>(workspace_.state.host, kMaximaAt);
-    for (const int64_t row_head : row_heads) *maxima++ = cuda::FloatOfOrder(orders[row_head]);
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    if (!is_folded_) {
+      EDUBA_RETURN_IF_ERROR(SendWords(row_heads(), host_words_.data()));
+      EDUBA_RETURN_IF_ERROR(QueueFold());
+    }
+    EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
+    const auto* const outcomes = At<uint8_t>(memory_->out.host, out_.outcome);
+    for (int64_t i = 0; i < row_heads(); ++i) {
+      takes_maximum[i] = outcomes[i] == cuda::kNeedsMaximum ? 1 : 0;
+      fault_somewhere_ |= outcomes[i] == cuda::kHasFault;
+    }
+    Select(takes_maximum);
+    if (const uint64_t key = At<StepState>(memory_->out.host, out_.state)->fault; key != 0) {
+      RecordFault(static_cast<int64_t>(~key >> 32), static_cast<int64_t>(~key & 0xffffffffU));
+    }
+    return absl::MakeConstSpan(selected_);
+  }
+
+  absl::Status Finish(float* outputs, float* lse, float* sink_mass) override {
+    const bool has_sinks = args_.has_sinks();
+    EDUBA_RETURN_IF_ERROR(
+        CheckSums(!has_sinks || At<StepState>(memory_->out.host, out_.state)->has_bad_sinks == 0));
+    const auto count = static_cast<int64_t>(selected_.size());
+    if (count > 0) {
+      EDUBA_RETURN_IF_ERROR(device_.Attach());
+      EDUBA_RETURN_IF_ERROR(ReserveOut());
+      EDUBA_RETURN_IF_ERROR(SendWords(count, maximum_sums_.data()));
+      FoldArgs args = FoldOf(count, At<uint64_t>(memory_->words.device, 0),
+                             At<double>(memory_->plan.device, plan_.reference),
+                             At<double>(memory_->plan.device, plan_.unit), plan_.fraction_bits);
+      args.row_head = At<int64_t>(memory_->plan.device, plan_.row_head);
+      EDUBA_RETURN_IF_ERROR(device_.Fold(workspace_.stream, element_, args));
+      EDUBA_RETURN_IF_ERROR(TakeOut());
+      EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
+    }
+    const int64_t value_dim = layout_.value_dim;
+    ForWords(row_heads(), [&](int64_t i) {
+      if (!has_sinks && !SeesKeys(i)) {
+        std::fill_n(outputs + i * value_dim, value_dim, 0.0F);
+        lse[i] = -std::numeric_limits<float>::infinity();
+        sink_mass[i] = 0;
+        return;
+      }
+      std::copy_n(At<float>(memory_->out.host, out_.outputs) + i * value_dim, value_dim,
+                  outputs + i * value_dim);
+      lse[i] = At<float>(memory_->out.host, out_.lse)[i];
+      sink_mass[i] = At<float>(memory_->out.host, out_.sink_mass)[i];
+    });
+    return absl::OkStatus();
+  }
+
+ protected:
+  // Finds the magnitudes as well.
+  absl::Status LocalMaxima(absl::Span<const int64_t> row_heads, float* maxima) override {
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
+    EDUBA_RETURN_IF_ERROR(SendSelected(row_heads));
+    cuda::MagnitudeArgs args = {};
+    args.value_dim = layout_.value_dim;
+    args.value_pitch = layout_.value_pitch;
+    args.row_heads = selected_rows_.row_heads(args_);
+    args.targets = static_cast<int64_t>(row_heads.size());
+    args.row_head = At<int64_t>(memory_->selected.device, selected_in_.row_head);
+    args.magnitudes = At<uint32_t>(memory_->selected.device, selected_in_.magnitudes);
+    EDUBA_RETURN_IF_ERROR(ForParts(selected_rows_, [&](const Partials& partials) {
+      args.pages = partials.pages;
+      args.m = partials.m;
+      args.o = partials.o;
+      return device_.Magnitudes(workspace_.stream, args);
+    }));
+    EDUBA_RETURN_IF_ERROR(TakeFound());
+    const auto* const orders = At<uint32_t>(memory_->selected.host, selected_in_.maxima);
+    for (size_t i = 0; i < row_heads.size(); ++i) {
+      maxima[i] = cuda::FloatOfOrder(orders[At<int64_t>(memory_->selected.host, selected_in_.row_head)[i]]);
+    }
     return absl::OkStatus();
   }
 
   absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
-    EDUBA_RETURN_IF_ERROR(TakeWorkspace());
-    Packing packing;
-    const auto count = static_cast<int64_t>(row_heads.size());
-    const int64_t size = count * layout_.value_dim;
-    const int64_t row_head_at = packing.Add(count * int64_t{sizeof(int64_t)});
-    const int64_t magnitude_at = packing.Add(size * int64_t{sizeof(uint32_t)});
-    Staging& staging = workspace_.sum;
-    EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
-    std::copy(row_heads.begin(), row_heads.end(), At<int64_t>(staging.host, row_head_at));
-    std::fill_n(At<uint32_t>(staging.host, magnitude_at), size, 0U);
-    EDUBA_RETURN_IF_ERROR(
-        device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes()));
-    cuda::MagnitudeArgs args = {};
-    args.value_dim = layout_.value_dim;
-    args.value_pitch = layout_.value_pitch;
-    args.row_heads = this->row_heads();
-    args.targets = count;
-    args.row_head = At<int64_t>(staging.device, row_head_at);
-    args.m = m();
-    args.o = o();
-    args.magnitudes = At<uint32_t>(staging.device, magnitude_at);
-    for (int64_t part = 0; part < parts(); ++part) {
-      if (!kept_) EDUBA_RETURN_IF_ERROR(AttendPart(part));
-      args.pages = PagesOf(part);
-      EDUBA_RETURN_IF_ERROR(device_.Magnitudes(workspace_.stream, args));
-    }
-    EDUBA_RETURN_IF_ERROR(device_.CopyOut(workspace_.stream, At<char>(staging.host, magnitude_at),
-                                          At<char>(staging.device, magnitude_at),
-                                          size * int64_t{sizeof(uint32_t)}));
-    EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
-    const auto* orders = At<uint32_t>(staging.host, magnitude_at);
-    for (int64_t i = 0; i < size; ++i) {
+    const auto* const orders = At<uint32_t>(memory_->selected.host, selected_in_.magnitudes);
+    for (int64_t i = 0; i < static_cast<int64_t>(row_heads.size()) * layout_.value_dim; ++i) {
       magnitudes[i] = std::max(magnitudes[i], cuda::FloatOfOrder(orders[i]));
     }
     return absl::OkStatus();
   }
 
   absl::Status SumPages(const SumPlan& plan, int64_t* words) override {
-    EDUBA_RETURN_IF_ERROR(TakeWorkspace());
+    EDUBA_RETURN_IF_ERROR(device_.Attach());
     const auto count = static_cast<int64_t>(plan.targets.size());
-    const int64_t bytes = count * words_per_target() * int64_t{sizeof(int64_t)};
-    EDUBA_RETURN_IF_ERROR(workspace_.words.Reserve(bytes));
-    EDUBA_ASSIGN_OR_RETURN(SumArgs args, SendPlan(plan));
-    args.words = At<uint64_t>(workspace_.words.device, 0);
-    EDUBA_RETURN_IF_ERROR(device_.Zero(workspace_.stream, args.words, bytes));
-    for (int64_t part = 0; part < parts(); ++part) {
-      if (!kept_) EDUBA_RETURN_IF_ERROR(AttendPart(part));
-      args.pages = PagesOf(part);
-      args.page = page_entries() + part * part_pages_;
-      EDUBA_RETURN_IF_ERROR(device_.Sum(workspace_.stream, args));
-    }
-    maxima_known_ = true;
-    EDUBA_RETURN_IF_ERROR(device_.CopyOut(workspace_.stream, workspace_.words.host.data(),
-                                          workspace_.words.device.data(), bytes));
-    EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
-
-    std::atomic<bool> fault = false;
-    ForWords(count, [&](int64_t i) {
-      const int64_t* const from = At<int64_t>(workspace_.words.host, 0) + i * words_per_target();
-      int64_t* const to = words + i * words_per_target();
-      std::copy_n(from, words_per_target(), to);
-      const int64_t flag = from[layout_.value_dim + 1];
-      if (flag != 0) std::fill_n(to, layout_.value_dim + 1, 0);
-      if (flag >= kFaultFlag) fault = true;
-    });
-    return fault ? LookForFault() : absl::OkStatus();
+    EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(count * words_per_target() * kWordBytes));
+    auto* const sums = At<uint64_t>(memory_->words.device, 0);
+    EDUBA_RETURN_IF_ERROR(device_.Zero(workspace_.stream, sums, count * words_per_target() * kWordBytes));
+    EDUBA_RETURN_IF_ERROR(SendPlan(plan));
+    SumArgs args = SumOf(selected_rows_, At<double>(memory_->plan.device, plan_.reference),
+                         At<double>(memory_->plan.device, plan_.unit), plan.fraction_bits, sums);
+    args.limit = static_cast<uint64_t>(plan.limit);
+    args.value_limit = plan.value_limit;
+    args.targets = count;
+    args.row_head = At<int64_t>(memory_->selected.device, selected_in_.row_head);
+    EDUBA_RETURN_IF_ERROR(SumParts(selected_rows_, args));
+    EDUBA_ASSIGN_OR_RETURN(const bool has_fault, TakeWords(count, words));
+    return has_fault ? LookForFault() : absl::OkStatus();
   }
 
  private:
-  // Of Workspace::state.
-  static constexpr int64_t kFaultAt = 0;
-  static constexpr int64_t kMaximaAt = 16;
+  static constexpr int64_t kWordBytes = sizeof(int64_t);
 
-  // Has the step and, where they are kept, its partials on the device, also if another step took their place.
-  absl::Status TakeWorkspace() {
-    EDUBA_RETURN_IF_ERROR(device_.Attach());
-    if (workspace_.owner == this) return absl::OkStatus();
-    // What the other has queued may still be reading there.
-    if (workspace_.owner != nullptr) EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
-    workspace_.owner = this;
-    maxima_known_ = false;
-    EDUBA_RETURN_IF_ERROR(SendStep());
-    return kept_ ? AttendPart(0) : absl::OkStatus();
-  }
+  // Rows on the device, some or all of the step's.
+  struct Rows {
+    int count = 0;
+    const float* queries = nullptr;
+    const PositionRange* visible = nullptr;
+    uint32_t* maxima = nullptr;
+    uint64_t* fault = nullptr;
+    bool is_kept = false;  // Their partials may stay for another pass.
+
+    int64_t row_heads(const StepArgs& args) const { return int64_t{count} * args.shape.query_heads; }
+  };
+  // Of one part of the pages.
+  struct Partials {
+    int64_t first = 0;  // Of pages_.
+    int64_t pages = 0;
+    float* m = nullptr;
+    float* l = nullptr;
+    float* o = nullptr;
+  };
+
+  bool SeesKeys(int64_t row_head) const { return !visible_[row_head / args_.shape.query_heads].empty(); }
 
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
-  void ChooseTile() {
-    const int64_t vectors = int64_t{args_.rows} * args_.shape.group();
+  int TileFor(int rows, bool is_summed) const {
+    const int64_t vectors = int64_t{rows} * args_.shape.group();
     if (on_tensor_cores_) {
-      tile_ = cuda::kTileRows;
-      while (tile_ < vectors && tile_ < cuda::kTensorWarpsMax * cuda::kTileRows) tile_ *= 2;
-      tiles_ = static_cast<int>((vectors + tile_ - 1) / tile_);
-      return;
+      int tile = cuda::kTileRows;
+      while (tile < vectors && tile < cuda::kTensorWarpsMax * cuda::kTileRows) tile *= 2;
+      return tile;
     }
     const int64_t most = std::min(kSharedBytesMax, device_.shared_bytes_max());
     const auto fits = [&](int tile) {
-      return cuda::MakeAttendShared(tile, layout_.head_pitch, layout_.value_pitch).floats *
+      return cuda::MakeAttendShared(tile, layout_.head_pitch, layout_.value_pitch, is_summed).floats *
                  int64_t{sizeof(float)} <=
              most;
     };
-    tile_ = 1;
-    while (2 * tile_ <= cuda::kMaxTile && tile_ < vectors && fits(2 * tile_)) tile_ *= 2;
-    tiles_ = static_cast<int>((vectors + tile_ - 1) / tile_);
+    int tile = 1;
+    while (2 * tile <= cuda::kMaxTile && tile < vectors && fits(2 * tile)) tile *= 2;
+    return tile;
+  }
+  int64_t TilesFor(int rows, int tile) const {
+    return (int64_t{rows} * args_.shape.group() + tile - 1) / tile;
   }
 
-  absl::Status ChooseParts() {
-    const int64_t page_bytes = row_heads() * (layout_.value_pitch + 2) * int64_t{sizeof(float)};
-    const int64_t fit =
-        std::min(workspace_.partials.bytes() / page_bytes, kBlocksMax / (int64_t{layout_.kv_heads} * tiles_));
+  // Pages whose partials of so many rows fit at a time.
+  absl::StatusOr<int64_t> PartPages(int rows, int tile) const {
+    const int64_t page_bytes = int64_t{rows} * args_.shape.query_heads * (layout_.value_pitch + 2) *
+                               static_cast<int64_t>(sizeof(float));
+    EDUBA_CHECK(page_bytes > 0);
+    const int64_t fit = std::min(workspace_.partials.bytes() / page_bytes,
+                                 kBlocksMax / (int64_t{layout_.kv_heads} * TilesFor(rows, tile)));
     if (fit == 0) {
       return absl::ResourceExhaustedError(
           absl::StrCat("a step of ", args_.rows, " rows and ", args_.shape.query_heads,
                        " heads leaves partials of ", page_bytes, " bytes a page, the device has room for ",
                        workspace_.partials.bytes(), "; send steps of fewer rows"));
     }
-    part_pages_ = std::clamp<int64_t>(static_cast<int64_t>(pages_.size()), 1, fit);
-    kept_ = parts() <= 1;
-    return absl::OkStatus();
+    return std::clamp<int64_t>(static_cast<int64_t>(pages_.size()), 1, fit);
   }
 
-  int64_t parts() const { return (static_cast<int64_t>(pages_.size()) + part_pages_ - 1) / part_pages_; }
-  int64_t PagesOf(int64_t part) const {
-    return std::min(part_pages_, static_cast<int64_t>(pages_.size()) - part * part_pages_);
-  }
-  const PageEntry* page_entries() const { return At<PageEntry>(workspace_.step.device, page_at_); }
-
-  absl::Status SendStep() {
+  absl::Status Send() {
+    const AttentionShape& shape = args_.shape;
+    const bool has_sinks = args_.has_sinks();
+    const int64_t query_bytes = row_heads() * shape.head_dim * static_cast<int64_t>(sizeof(float));
     Packing packing;
-    const int64_t query_bytes = row_heads() * args_.shape.head_dim * static_cast<int64_t>(sizeof(float));
-    query_at_ = packing.Add(query_bytes);
-    visible_at_ = packing.Add(static_cast<int64_t>(visible_.size() * sizeof(PositionRange)));
-    page_at_ = packing.Add(static_cast<int64_t>(pages_.size() * sizeof(PageEntry)));
-    Staging& staging = workspace_.step;
+    in_.page = packing.Add(static_cast<int64_t>(pages_.size() * sizeof(PageEntry)));
+    const int64_t sink_page_count = PageCount(sink_tokens_);
+    if (has_sinks) {
+      in_.state = packing.Add(sizeof(StepState));
+      in_.queries = packing.Add(query_bytes);
+      in_.sink_queries = args_.sink_queries == nullptr ? in_.queries : packing.Add(query_bytes);
+      in_.visible = packing.Add(static_cast<int64_t>(visible_.size() * sizeof(PositionRange)));
+      in_.visible_sinks = packing.Add(static_cast<int64_t>(args_.visible_sinks.size() * sizeof(int32_t)));
+      in_.learned = packing.Add(static_cast<int64_t>(args_.sink_logits.size() * sizeof(float)));
+      in_.unit = packing.Add(static_cast<int64_t>(args_.exponents.size() * sizeof(double)));
+      in_.rounding = packing.Add(shape.kv_heads * static_cast<int64_t>(sizeof(double)));
+      in_.sink_page = packing.Add(sink_page_count * static_cast<int64_t>(sizeof(PageEntry)));
+    }
+    Staging& staging = memory_->in;
     EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
-    std::memcpy(At<char>(staging.host, query_at_), args_.queries, query_bytes);
-    std::copy(visible_.begin(), visible_.end(), At<PositionRange>(staging.host, visible_at_));
-    auto* entries = At<PageEntry>(staging.host, page_at_);
+    auto* entries = At<PageEntry>(staging.host, in_.page);
     for (const PageRef& page : pages_) *entries++ = {page.data, page.index};
-    EDUBA_RETURN_IF_ERROR(
-        device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes()));
-    state_bytes_ = kMaximaAt + row_heads() * static_cast<int64_t>(sizeof(uint32_t));
-    EDUBA_RETURN_IF_ERROR(workspace_.state.Reserve(state_bytes_));
-    return device_.Zero(workspace_.stream, workspace_.state.device.data(), state_bytes_);
+    if (has_sinks) {
+      *At<StepState>(staging.host, in_.state) = {};
+      std::memcpy(At<char>(staging.host, in_.queries), args_.queries, query_bytes);
+      if (args_.sink_queries != nullptr) {
+        std::memcpy(At<char>(staging.host, in_.sink_queries), args_.sink_queries, query_bytes);
+      }
+      std::copy(visible_.begin(), visible_.end(), At<PositionRange>(staging.host, in_.visible));
+      std::copy(args_.visible_sinks.begin(), args_.visible_sinks.end(),
+                At<int32_t>(staging.host, in_.visible_sinks));
+      std::copy(args_.sink_logits.begin(), args_.sink_logits.end(), At<float>(staging.host, in_.learned));
+      auto* units = At<double>(staging.host, in_.unit);
+      for (int64_t head = 0; head < shape.kv_heads; ++head) {
+        double rounding = 0;
+        for (int c = 0; c < shape.value_dim; ++c) {
+          const int exponent = Exponent(head, c);
+          const double unit = PowerOfTwo(exponent - kSinkPathFractionBits);
+          rounding += unit * unit;
+          *units++ = PowerOfTwo(kSinkPathFractionBits - exponent);
+        }
+        At<double>(staging.host, in_.rounding)[head] = rounding;
+      }
+      for (int64_t p = 0; p < sink_page_count; ++p) {
+        At<PageEntry>(staging.host, in_.sink_page)[p] = {args_.sink_pages[p].data, args_.sink_pages[p].index};
+      }
+    }
+    return device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes());
   }
 
-  absl::Status AttendPart(int64_t part) {
-    EDUBA_RETURN_IF_ERROR(CheckCancelled());
-    if (part >= parts()) return absl::OkStatus();  // No page that a row sees.
-    AttendArgs args;
+  // Of the sink path, on the device.
+  double* reference() const { return At<double>(memory_->scores, 0); }
+  double* sink_logits() const { return reference() + row_heads(); }
+  const double* SinkUnits() const { return At<double>(memory_->in.device, in_.unit); }
+  const float* learned() const {
+    return args_.sink_logits.empty() ? nullptr : At<float>(memory_->in.device, in_.learned);
+  }
+  const PageEntry* page_entries() const { return At<PageEntry>(memory_->in.device, in_.page); }
+
+  absl::Status ScoreSinks() {
+    EDUBA_RETURN_IF_ERROR(
+        memory_->scores.Reserve(row_heads() * (1 + sink_tokens_) * static_cast<int64_t>(sizeof(double))));
+    SinkArgs args = {};
+    args.layout = layout_;
+    args.scale = args_.shape.scale;
+    args.softcap = args_.shape.softcap;
+    args.rows = args_.rows;
+    args.query_heads = args_.shape.query_heads;
+    args.group = args_.shape.group();
+    args.width = cuda::SinkWidth(sink_tokens_);
+    args.tokens = sink_tokens_;
+    args.queries = At<float>(memory_->in.device, in_.sink_queries);
+    args.visible = At<int32_t>(memory_->in.device, in_.visible_sinks);
+    args.learned = learned();
+    args.page = At<PageEntry>(memory_->in.device, in_.sink_page);
+    args.logits = sink_logits();
+    args.reference = reference();
+    args.has_bad_sinks = &At<StepState>(memory_->in.device, in_.state)->has_bad_sinks;
+    args.words = words_;
+    return device_.ScoreSinks(workspace_.stream, element_, args);
+  }
+
+  AttendArgs AttendOf(const Rows& rows, bool is_summed) const {
+    AttendArgs args = {};
     args.layout = layout_;
     args.scale = args_.shape.scale;
     args.softcap = args_.shape.softcap;
     args.dot_segment = args_.shape.head_dim <= 16 ? 8 : 16;
     args.dot_group = args_.shape.head_dim <= 32 ? args.dot_segment : 32;
-    args.rows = args_.rows;
+    args.rows = rows.count;
     args.query_heads = args_.shape.query_heads;
     args.group = args_.shape.group();
-    args.tile = tile_;
-    args.tiles = tiles_;
-    args.pages = PagesOf(part);
-    args.queries = At<float>(workspace_.step.device, query_at_);
-    args.visible = At<PositionRange>(workspace_.step.device, visible_at_);
-    args.page = page_entries() + part * part_pages_;
-    args.m = m();
-    args.l = l();
-    args.o = o();
-    args.maxima = At<uint32_t>(workspace_.state.device, kMaximaAt);
-    args.fault = At<uint64_t>(workspace_.state.device, kFaultAt);
-    return on_tensor_cores_ ? device_.AttendTensor(workspace_.stream, ElementOf(args_.shape), args)
-                            : device_.Attend(workspace_.stream, ElementOf(args_.shape), args);
-  }
-
-  // Partials of one part.
-  float* m() const { return At<float>(workspace_.partials, 0); }
-  float* l() const { return m() + part_pages_ * row_heads(); }
-  float* o() const { return l() + part_pages_ * row_heads(); }
-
-  absl::StatusOr<SumArgs> SendPlan(const SumPlan& plan) {
-    Packing packing;
-    const int64_t target_at = packing.Add(static_cast<int64_t>(plan.targets.size() * sizeof(SumTarget)));
-    const int64_t unit_at = packing.Add(static_cast<int64_t>(plan.units.size() * sizeof(double)));
-    Staging& staging = workspace_.sum;
-    EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
-    auto* to = At<SumTarget>(staging.host, target_at);
-    for (const Target& target : plan.targets) *to++ = {target.row_head, target.reference, target.unit_row};
-    std::copy(plan.units.begin(), plan.units.end(), At<double>(staging.host, unit_at));
-    EDUBA_RETURN_IF_ERROR(
-        device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes()));
-    SumArgs args = {};
-    args.value_dim = layout_.value_dim;
-    args.value_pitch = layout_.value_pitch;
-    args.one = PowerOfTwo(plan.fraction_bits);
-    args.limit = static_cast<uint64_t>(plan.limit);
-    args.value_limit = plan.value_limit;
-    args.row_heads = row_heads();
-    args.targets = static_cast<int64_t>(plan.targets.size());
-    args.target = At<SumTarget>(staging.device, target_at);
-    args.unit = At<double>(staging.device, unit_at);
-    args.m = m();
-    args.l = l();
-    args.o = o();
-    args.fault = At<uint64_t>(workspace_.state.device, kFaultAt);
+    args.tile = TileFor(rows.count, is_summed);
+    args.tiles = static_cast<int>(TilesFor(rows.count, args.tile));
+    args.queries = rows.queries;
+    args.visible = rows.visible;
+    args.maxima = rows.maxima;
+    args.fault = rows.fault;
     return args;
   }
 
-  absl::Status ReadState() {
-    EDUBA_RETURN_IF_ERROR(device_.CopyOut(workspace_.stream, workspace_.state.host.data(),
-                                          workspace_.state.device.data(), state_bytes_));
+  // Blocks take runs of pages, no more blocks than run at a time: each ends with as many atomics as it has
+  // words, and one that had to wait for others would only add to them.
+  void ChooseRuns(AttendArgs& args) {
+    const int64_t tiles = int64_t{layout_.kv_heads} * args.tiles;
+    args.runs = std::clamp<int64_t>(device_.AttendBlocksAtOnce(element_, args) / tiles, 1,
+                                    std::max<int64_t>(args.pages, 1));
+  }
+
+  Rows AllRows() const {
+    const Memory& in = memory_->in.device;
+    Rows rows;
+    rows.count = args_.rows;
+    rows.queries = At<float>(in, in_.queries);
+    rows.visible = At<PositionRange>(in, in_.visible);
+    rows.fault = &At<StepState>(in, in_.state)->fault;
+    return rows;
+  }
+
+  absl::Status SumDirectly() {
+    AttendArgs args = AttendOf(AllRows(), /*is_summed=*/true);
+    args.pages = static_cast<int64_t>(pages_.size());
+    args.page = page_entries();
+    args.one = PowerOfTwo(kSinkPathFractionBits);
+    args.limit = static_cast<uint64_t>(kSinkPathMax);
+    args.reference = reference();
+    args.unit = SinkUnits();
+    args.words = words_;
+    ChooseRuns(args);
+    return device_.Attend(workspace_.stream, element_, args);
+  }
+
+  // The sink path on tensor cores, whose kernel leaves partials.
+  absl::Status SumPartials() {
+    const Rows rows = AllRows();
+    SumArgs args = SumOf(rows, reference(), SinkUnits(), kSinkPathFractionBits, words_);
+    args.limit = static_cast<uint64_t>(kSinkPathMax);
+    args.targets = row_heads();
+    return SumParts(rows, args);
+  }
+
+  SumArgs SumOf(const Rows& rows, const double* reference, const double* unit, int fraction_bits,
+                uint64_t* words) const {
+    SumArgs args = {};
+    args.value_dim = layout_.value_dim;
+    args.value_pitch = layout_.value_pitch;
+    args.one = PowerOfTwo(fraction_bits);
+    args.row_heads = rows.row_heads(args_);
+    args.reference = reference;
+    args.unit = unit;
+    args.query_heads = args_.shape.query_heads;
+    args.group = args_.shape.group();
+    args.words = words;
+    args.fault = rows.fault;
+    return args;
+  }
+
+  absl::Status SumParts(const Rows& rows, SumArgs args) {
+    return ForParts(rows, [&](const Partials& partials) {
+      args.pages = partials.pages;
+      args.page = page_entries() + partials.first;
+      args.m = partials.m;
+      args.l = partials.l;
+      args.o = partials.o;
+      return device_.Sum(workspace_.stream, args);
+    });
+  }
+
+  // Queues use(partials) behind the partials of each part of the pages.
+  template <class Use>
+  absl::Status ForParts(const Rows& rows, const Use& use) {
+    AttendArgs args = AttendOf(rows, /*is_summed=*/false);
+    EDUBA_ASSIGN_OR_RETURN(const int64_t most, PartPages(rows.count, args.tile));
+    const auto page_count = static_cast<int64_t>(pages_.size());
+    const bool is_there = rows.is_kept && most >= page_count && workspace_.partials_of == this;
+    Partials partials;
+    partials.m = At<float>(workspace_.partials, 0);
+    partials.l = partials.m + most * rows.row_heads(args_);
+    partials.o = partials.l + most * rows.row_heads(args_);
+    for (partials.first = 0; partials.first < page_count; partials.first += most) {
+      EDUBA_RETURN_IF_ERROR(CheckCancelled());
+      partials.pages = std::min(most, page_count - partials.first);
+      if (!is_there) {
+        args.pages = partials.pages;
+        args.page = page_entries() + partials.first;
+        args.m = partials.m;
+        args.l = partials.l;
+        args.o = partials.o;
+        if (on_tensor_cores_) {
+          args.runs = args.pages;
+          EDUBA_RETURN_IF_ERROR(device_.AttendTensor(workspace_.stream, element_, args));
+        } else {
+          ChooseRuns(args);
+          EDUBA_RETURN_IF_ERROR(device_.Attend(workspace_.stream, element_, args));
+        }
+      }
+      EDUBA_RETURN_IF_ERROR(use(partials));
+    }
+    workspace_.partials_of = rows.is_kept ? this : nullptr;
+    return absl::OkStatus();
+  }
+
+  // The rows that have one of `row_heads`, and where these are among them.
+  absl::Status SendSelected(absl::Span<const int64_t> row_heads) {
+    const int heads = args_.shape.query_heads;
+    rows_.clear();
+    for (const int64_t row_head : row_heads) {
+      if (rows_.empty() || rows_.back() != row_head / heads) rows_.push_back(row_head / heads);
+    }
+    const auto rows = static_cast<int64_t>(rows_.size());
+    const int64_t query_size = int64_t{heads} * layout_.head_dim;
+    Packing packing;
+    selected_in_.row_head = packing.Add(static_cast<int64_t>(row_heads.size() * sizeof(int64_t)));
+    selected_in_.queries = packing.Add(rows * query_size * static_cast<int64_t>(sizeof(float)));
+    selected_in_.visible = packing.Add(rows * static_cast<int64_t>(sizeof(PositionRange)));
+    // From here on: zeroed, and brought back.
+    selected_in_.fault = packing.Add(sizeof(uint64_t));
+    selected_in_.maxima = packing.Add(rows * heads * static_cast<int64_t>(sizeof(uint32_t)));
+    selected_in_.magnitudes =
+        packing.Add(static_cast<int64_t>(row_heads.size() * sizeof(uint32_t)) * layout_.value_dim);
+    selected_in_.bytes = packing.bytes();
+    Staging& staging = memory_->selected;
+    EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
+    auto* where = At<int64_t>(staging.host, selected_in_.row_head);
+    int64_t row = 0;
+    for (const int64_t row_head : row_heads) {
+      if (rows_[row] != row_head / heads) ++row;
+      *where++ = row * heads + row_head % heads;
+    }
+    for (row = 0; row < rows; ++row) {
+      std::copy_n(args_.queries + rows_[row] * query_size, query_size,
+                  At<float>(staging.host, selected_in_.queries) + row * query_size);
+      At<PositionRange>(staging.host, selected_in_.visible)[row] = visible_[rows_[row]];
+    }
+    EDUBA_RETURN_IF_ERROR(
+        device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), selected_in_.fault));
+    selected_rows_.count = static_cast<int>(rows);
+    selected_rows_.queries = At<float>(staging.device, selected_in_.queries);
+    selected_rows_.visible = At<PositionRange>(staging.device, selected_in_.visible);
+    selected_rows_.maxima = At<uint32_t>(staging.device, selected_in_.maxima);
+    selected_rows_.fault = At<uint64_t>(staging.device, selected_in_.fault);
+    selected_rows_.is_kept = true;
+    return device_.Zero(workspace_.stream, At<char>(staging.device, selected_in_.fault),
+                        selected_in_.bytes - selected_in_.fault);
+  }
+
+  absl::Status TakeFound() {
+    const Staging& staging = memory_->selected;
+    EDUBA_RETURN_IF_ERROR(device_.CopyOut(workspace_.stream, At<char>(staging.host, selected_in_.fault),
+                                          At<char>(staging.device, selected_in_.fault),
+                                          selected_in_.bytes - selected_in_.fault));
     return device_.Synchronize(workspace_.stream);
+  }
+
+  absl::Status SendPlan(const SumPlan& plan) {
+    Packing packing;
+    plan_.row_head = packing.Add(static_cast<int64_t>(plan.targets.size() * sizeof(int64_t)));
+    plan_.reference = packing.Add(static_cast<int64_t>(plan.targets.size() * sizeof(double)));
+    plan_.unit = packing.Add(static_cast<int64_t>(plan.units.size() * sizeof(double)));
+    plan_.fraction_bits = plan.fraction_bits;
+    Staging& staging = memory_->plan;
+    EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
+    auto* row_head = At<int64_t>(staging.host, plan_.row_head);
+    auto* reference = At<double>(staging.host, plan_.reference);
+    for (const Target& target : plan.targets) {
+      *row_head++ = target.row_head;
+      *reference++ = target.reference;
+    }
+    std::copy(plan.units.begin(), plan.units.end(), At<double>(staging.host, plan_.unit));
+    return device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes());
+  }
+
+  // Brings `count` row heads' words to the host, whose contract is stricter: zeros where a flag is set.
+  // Whether this rank met a fault.
+  absl::StatusOr<bool> TakeWords(int64_t count, int64_t* words) {
+    const int64_t bytes = count * words_per_target() * kWordBytes;
+    EDUBA_RETURN_IF_ERROR(
+        device_.CopyOut(workspace_.stream, memory_->words.host.data(), memory_->words.device.data(), bytes));
+    EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
+    std::atomic<bool> has_fault = false;
+    ForWords(count, [&](int64_t i) {
+      const int64_t* const from = At<int64_t>(memory_->words.host, 0) + i * words_per_target();
+      int64_t* const to = words + i * words_per_target();
+      std::copy_n(from, words_per_target(), to);
+      const int64_t flag = from[layout_.value_dim + 1];
+      if (flag != 0) std::fill_n(to, layout_.value_dim + 1, 0);
+      if (flag >= kFaultFlag) has_fault = true;
+    });
+    return has_fault.load();
+  }
+
+  absl::Status SendWords(int64_t count, const int64_t* words) {
+    const int64_t bytes = count * words_per_target() * kWordBytes;
+    EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(bytes));
+    ForWords(count, [&](int64_t i) {
+      std::copy_n(words + i * words_per_target(), words_per_target(),
+                  At<int64_t>(memory_->words.host, 0) + i * words_per_target());
+    });
+    return device_.CopyIn(workspace_.stream, memory_->words.device.data(), memory_->words.host.data(), bytes);
+  }
+
+  FoldArgs FoldOf(int64_t targets, const uint64_t* words, const double* key_reference, const double* unit,
+                  int fraction_bits) const {
+    FoldArgs args = {};
+    args.layout = layout_;
+    args.query_heads = args_.shape.query_heads;
+    args.group = args_.shape.group();
+    args.targets = targets;
+    args.words = words;
+    args.key_reference = key_reference;
+    args.unit = unit;
+    args.one = PowerOfTwo(fraction_bits);
+    if (args_.has_sinks()) {
+      args.tokens = sink_tokens_;
+      args.visible_sinks = At<int32_t>(memory_->in.device, in_.visible_sinks);
+      args.learned = learned();
+      args.page = At<PageEntry>(memory_->in.device, in_.sink_page);
+      args.logits = sink_logits();
+      args.reference = reference();
+    }
+    args.outputs = At<float>(memory_->out.device, out_.outputs);
+    args.lse = At<float>(memory_->out.device, out_.lse);
+    args.sink_mass = At<float>(memory_->out.device, out_.sink_mass);
+    return args;
+  }
+
+  absl::Status ReserveOut() {
+    Packing packing;
+    out_.state = packing.Add(sizeof(StepState));
+    out_.outcome = packing.Add(row_heads());
+    out_.lse = packing.Add(row_heads() * static_cast<int64_t>(sizeof(float)));
+    out_.sink_mass = packing.Add(row_heads() * static_cast<int64_t>(sizeof(float)));
+    out_.outputs = packing.Add(row_heads() * layout_.value_dim * static_cast<int64_t>(sizeof(float)));
+    out_.bytes = packing.bytes();
+    return memory_->out.Reserve(packing.bytes());
+  }
+  absl::Status TakeOut() {
+    return device_.CopyOut(workspace_.stream, memory_->out.host.data(), memory_->out.device.data(),
+                           out_.bytes);
   }
 
   // Remembers the page that the device noted, if it is one of ours: a fault may be another rank's.
   absl::Status LookForFault() {
-    EDUBA_RETURN_IF_ERROR(ReadState());
-    const uint64_t key = *At<uint64_t>(workspace_.state.host, kFaultAt);
+    EDUBA_RETURN_IF_ERROR(TakeFound());
+    const uint64_t key = *At<uint64_t>(memory_->selected.host, selected_in_.fault);
     if (key == 0) return absl::OkStatus();
-    RecordFault(static_cast<int64_t>(~key >> 32), static_cast<int64_t>(~key & 0xffffffffU));
+    const auto row_head = static_cast<int64_t>(~key & 0xffffffffU);
+    const int64_t heads = args_.shape.query_heads;
+    RecordFault(static_cast<int64_t>(~key >> 32), rows_[row_head / heads] * heads + row_head % heads);
     return absl::OkStatus();
   }
 
   const PageLayout layout_;
+  const Element element_;
   const bool on_tensor_cores_;
   Workspace& workspace_;
   Device& device_;
+  std::unique_ptr<StepMemory> memory_;
   const std::vector<PageRef> pages_;  // Those that some row sees.
   bool started_ = false;
-  int tile_ = 1;
-  int tiles_ = 1;
-  int64_t part_pages_ = 1;  // Pages whose partials fit at a time.
-  bool kept_ = true;        // All fit: they are computed once.
-  bool maxima_known_ = false;
-  int64_t query_at_ = 0;  // Of Workspace::step.
-  int64_t visible_at_ = 0;
-  int64_t page_at_ = 0;
-  int64_t state_bytes_ = 0;
+  bool is_folded_ = false;
+  uint64_t* words_ = nullptr;       // Of the sink path, on the device.
+  absl::Span<int64_t> host_words_;  // The same, the caller's, if they went there.
+  std::vector<int64_t> rows_;       // That have selected heads, ascending.
+  Rows selected_rows_;              // The same, on the device.
+
+  // Offsets in StepMemory's blocks.
+  struct {
+    int64_t page, state, queries, sink_queries, visible, visible_sinks, learned, unit, rounding, sink_page;
+  } in_ = {};
+  struct {
+    int64_t state, outcome, lse, sink_mass, outputs, bytes;
+  } out_ = {};
+  struct {
+    int64_t row_head, reference, unit;
+    int fraction_bits;
+  } plan_ = {};
+  struct {
+    int64_t row_head, queries, visible, fault, maxima, magnitudes, bytes;
+  } selected_in_ = {};
 };
 
 class CudaBackend final : public Backend {
@@ -427,9 +767,7 @@ class CudaBackend final : public Backend {
     for (const Slot& slot : slots_) {
       if (slot.stream != nullptr) device_->DestroyStream(slot.stream);
     }
-    for (const Stream stream : {workspace_.stream, workspace_.sink_stream}) {
-      if (stream != nullptr) device_->DestroyStream(stream);
-    }
+    if (workspace_.stream != nullptr) device_->DestroyStream(workspace_.stream);
   }
 
   absl::Status Init(const CudaOptions& options, int64_t pool_bytes) {
@@ -437,7 +775,6 @@ class CudaBackend final : public Backend {
     EDUBA_RETURN_IF_ERROR(pool_memory_.ReserveExactly(pool_bytes));
     EDUBA_RETURN_IF_ERROR(workspace_.partials.ReserveExactly(options.partial_bytes));
     EDUBA_ASSIGN_OR_RETURN(workspace_.stream, device_->CreateStream());
-    EDUBA_ASSIGN_OR_RETURN(workspace_.sink_stream, device_->CreateStream());
     for (Slot& slot : slots_) {
       slot.staging = std::make_unique<Staging>(*device_);
       EDUBA_ASSIGN_OR_RETURN(slot.stream, device_->CreateStream());
@@ -448,6 +785,8 @@ class CudaBackend final : public Backend {
   std::string name() const override {
     return absl::StrCat(device_->kind(), workspace_.precision == CudaPrecision::kTensor ? "/tensor" : "");
   }
+  int gpu() const override { return device_->index(); }
+  void* stream() const override { return workspace_.stream; }
   absl::Status health() const override { return device_->health(); }
 
   absl::StatusOr<void*> AllocateSlab(int64_t bytes) override {

@@ -75,10 +75,12 @@ class CudaDevice final : public Device {
     }
     kind_ = absl::StrCat("cuda/sm_", properties.major, properties.minor);
     shared_bytes_max_ = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+    multiprocessors_ = properties.multiProcessorCount;
     return absl::OkStatus();
   }
 
   const std::string& name() const override { return name_; }
+  int index() const override { return index_; }
   const std::string& kind() const override { return kind_; }
   absl::Status health() const override {
     const std::scoped_lock lock(mutex_);
@@ -138,6 +140,11 @@ class CudaDevice final : public Device {
   }
 
   int64_t shared_bytes_max() const override { return shared_bytes_max_; }
+  int64_t AttendBlocksAtOnce(Element element, const AttendArgs& args) override {
+    int blocks = 0;
+    const cudaError_t error = CountAttendBlocks(element, args, &blocks);
+    return error == cudaSuccess && blocks > 0 ? int64_t{blocks} * multiprocessors_ : multiprocessors_;
+  }
   absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
     return Check(LaunchAttend(static_cast<cudaStream_t>(stream), element, args), "starting attention");
   }
@@ -157,8 +164,11 @@ class CudaDevice final : public Device {
   absl::Status Write(Stream stream, const WriteArgs& args) override {
     return Check(LaunchWrite(static_cast<cudaStream_t>(stream), args), "starting a write of rows");
   }
-  absl::Status Read(Stream stream, Element element, const ReadArgs& args) override {
-    return Check(LaunchRead(static_cast<cudaStream_t>(stream), element, args), "starting a read of rows");
+  absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) override {
+    return Check(LaunchScoreSinks(static_cast<cudaStream_t>(stream), element, args), "starting the sinks");
+  }
+  absl::Status Fold(Stream stream, Element element, const FoldArgs& args) override {
+    return Check(LaunchFold(static_cast<cudaStream_t>(stream), element, args), "starting the fold");
   }
 
  private:
@@ -192,6 +202,7 @@ class CudaDevice final : public Device {
   const std::string name_;
   std::string kind_;
   int64_t shared_bytes_max_ = 0;
+  int64_t multiprocessors_ = 1;
   mutable std::mutex mutex_;
   absl::Status health_;  // Guarded by mutex_.
 };

@@ -5,11 +5,18 @@
 namespace eduba::cuda {
 namespace {
 
-// Two blocks of 256 threads on a multiprocessor at least, so that one loads while the other computes.
+// Blocks of 256 threads that a multiprocessor holds at least, so that some load while others compute: as many
+// as the compiler finds registers for without spilling.
 template <class Type, int kTile>
-__global__ void __launch_bounds__(kAttendThreads, 2) AttendKernel(const __grid_constant__ AttendArgs args) {
+constexpr int kAttendBlocks = Type::kElement == 4 || kTile > 2 ? 2
+                              : kTile == 2                     ? 3
+                                                               : 4;
+
+template <class Type, int kTile>
+__global__ void __launch_bounds__(kAttendThreads, (kAttendBlocks<Type, kTile>))
+    AttendKernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ float4 shared[];
-  AttendPage<Type, kTile>(GpuBlock(shared), args);
+  AttendPages<Type, kTile>(GpuBlock(shared), args);
 }
 
 // S of a page is 128 registers of a thread: as many as there are.
@@ -38,12 +45,26 @@ __global__ void __launch_bounds__(kRowThreads) WriteKernel(const __grid_constant
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kRowThreads) ReadKernel(const __grid_constant__ ReadArgs args) {
-  ReadRows<Type>(GpuBlock(nullptr), args);
+__global__ void __launch_bounds__(kSinkThreads) SinkKernel(const __grid_constant__ SinkArgs args) {
+  __shared__ float4 shared[(sizeof(SinkShared) + sizeof(float4) - 1) / sizeof(float4)];
+  ScoreSinks<Type>(GpuBlock(shared), args);
+}
+
+template <class Type>
+__global__ void __launch_bounds__(kFoldThreads) FoldKernel(const __grid_constant__ FoldArgs args) {
+  __shared__ float4 shared[(sizeof(FoldShared) + sizeof(float4) - 1) / sizeof(float4)];
+  FoldRowHead<Type>(GpuBlock(shared), args);
 }
 
 // Of shared memory that a kernel gets without asking.
 constexpr int64_t kSharedBytesFree = 48 << 10;
+
+template <class Type, int kTile>
+cudaError_t AllowShared(int64_t bytes) {
+  if (bytes <= kSharedBytesFree) return cudaSuccess;
+  return cudaFuncSetAttribute(AttendKernel<Type, kTile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
 
 struct AttendLaunch {
   cudaStream_t stream;
@@ -51,13 +72,23 @@ struct AttendLaunch {
   template <class Type, int kTile>
   cudaError_t Attend() const {
     const int64_t bytes = AttendSharedBytes(args);
-    if (bytes > kSharedBytesFree) {
-      const cudaError_t error = cudaFuncSetAttribute(
-          AttendKernel<Type, kTile>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-      if (error != cudaSuccess) return error;
-    }
+    const cudaError_t error = AllowShared<Type, kTile>(bytes);
+    if (error != cudaSuccess) return error;
     AttendKernel<Type, kTile><<<static_cast<unsigned>(args.blocks()), kAttendThreads, bytes, stream>>>(args);
     return cudaGetLastError();
+  }
+};
+
+struct AttendCount {
+  const AttendArgs& args;
+  int* blocks;
+  template <class Type, int kTile>
+  cudaError_t Attend() const {
+    const int64_t bytes = AttendSharedBytes(args);
+    const cudaError_t error = AllowShared<Type, kTile>(bytes);
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, AttendKernel<Type, kTile>, kAttendThreads,
+                                                         bytes);
   }
 };
 
@@ -66,6 +97,10 @@ struct AttendLaunch {
 cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs& args) {
   if (args.blocks() == 0) return cudaSuccess;
   return ForAttend(element, args.tile, AttendLaunch{stream, args});
+}
+
+cudaError_t CountAttendBlocks(Element element, const AttendArgs& args, int* blocks) {
+  return ForAttend(element, args.tile, AttendCount{args, blocks});
 }
 
 cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const AttendArgs& args) {
@@ -104,12 +139,20 @@ cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args) {
   return cudaGetLastError();
 }
 
-cudaError_t LaunchRead(cudaStream_t stream, Element element, const ReadArgs& args) {
+cudaError_t LaunchScoreSinks(cudaStream_t stream, Element element, const SinkArgs& args) {
+  const auto blocks = static_cast<unsigned>(args.blocks());
+  if (element == Element::kF32) SinkKernel<F32><<<blocks, kSinkThreads, 0, stream>>>(args);
+  if (element == Element::kBf16) SinkKernel<Bf16><<<blocks, kSinkThreads, 0, stream>>>(args);
+  if (element == Element::kF16) SinkKernel<F16><<<blocks, kSinkThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& args) {
   if (args.blocks() == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>(args.blocks());
-  if (element == Element::kF32) ReadKernel<F32><<<blocks, kRowThreads, 0, stream>>>(args);
-  if (element == Element::kBf16) ReadKernel<Bf16><<<blocks, kRowThreads, 0, stream>>>(args);
-  if (element == Element::kF16) ReadKernel<F16><<<blocks, kRowThreads, 0, stream>>>(args);
+  if (element == Element::kF32) FoldKernel<F32><<<blocks, kFoldThreads, 0, stream>>>(args);
+  if (element == Element::kBf16) FoldKernel<Bf16><<<blocks, kFoldThreads, 0, stream>>>(args);
+  if (element == Element::kF16) FoldKernel<F16><<<blocks, kFoldThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -3,24 +3,29 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/cuda/fold.h"
 #include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
 #include "kernels/cuda/page_tensor.h"
+#include "kernels/cuda/sink_scores.h"
 
 // Launches of the kernels: what nvcc compiles, and nothing else. The rest of the program calls them from
 // plain C++. Each queues one launch, or none where there is no block to run.
 namespace eduba::cuda {
 
 cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs& args);
+// Blocks of that launch that one multiprocessor holds at a time.
+cudaError_t CountAttendBlocks(Element element, const AttendArgs& args, int* blocks);
 // REQUIRES: elements of 16 bits.
 cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const AttendArgs& args);
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args);
 cudaError_t LaunchMultiplyLoop(cudaStream_t stream, const LoopArgs& args);
 cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args);
 cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args);
-cudaError_t LaunchRead(cudaStream_t stream, Element element, const ReadArgs& args);
+cudaError_t LaunchScoreSinks(cudaStream_t stream, Element element, const SinkArgs& args);
+cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& args);
 
 // Whether the program has code for the current device: cudaErrorNoKernelImageForDevice where it has not.
 cudaError_t CheckKernelImage();

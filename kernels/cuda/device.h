@@ -6,11 +6,13 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/cuda/fold.h"
 #include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
 #include "kernels/cuda/page_tensor.h"
+#include "kernels/cuda/sink_scores.h"
 
 namespace eduba::cuda {
 
@@ -29,6 +31,8 @@ class Device {
 
   // "cuda:0"
   virtual const std::string& name() const = 0;
+  // CUDA's number of it.
+  virtual int index() const = 0;
   // "cuda/sm_90": what decides about the bits that it computes.
   virtual const std::string& kind() const = 0;
   // Whether a host plays it: nothing about its speed means anything then.
@@ -57,6 +61,8 @@ class Device {
 
   // Queued; nothing where there is nothing to do. Bytes of shared memory that a block of Attend may have:
   virtual int64_t shared_bytes_max() const = 0;
+  // Blocks of Attend that the device runs at a time: more runs of pages would wait for them.
+  virtual int64_t AttendBlocksAtOnce(Element element, const AttendArgs& args) = 0;
   virtual absl::Status Attend(Stream stream, Element element, const AttendArgs& args) = 0;
   // REQUIRES: elements of 16 bits, a tile that is a multiple of 16.
   virtual absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) = 0;
@@ -64,7 +70,8 @@ class Device {
   virtual absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) = 0;
   virtual absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) = 0;
   virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;
-  virtual absl::Status Read(Stream stream, Element element, const ReadArgs& args) = 0;
+  virtual absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) = 0;
+  virtual absl::Status Fold(Stream stream, Element element, const FoldArgs& args) = 0;
 };
 
 }  // namespace eduba::cuda

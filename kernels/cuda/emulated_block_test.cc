@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cuda/page_attention.h"
+
 namespace eduba::cuda {
 namespace {
 
@@ -111,6 +113,30 @@ TEST(EmulatedBlock, CopiesComeNeitherTooEarlyNorTooLate) {
   EXPECT_EQ(second[0], 0xff);
   block.WaitForCopies<0>(3);
   EXPECT_EQ(second[0], 0);
+}
+
+// Blocks of a rank add to one total in any order, and however much they add, and whether or not it wraps
+// around, the flag says whether it is above the limit.
+TEST(AddToTotal, FlagsTotalsAboveTheLimitAndNoOthers) {
+  constexpr uint64_t kLimit = uint64_t{1} << 56;
+  const auto flag_of = [](const std::vector<uint64_t>& sums) {
+    uint64_t words[2] = {0, 0};
+    for (const uint64_t sum : sums) AddToTotal(words, sum, false, kLimit);
+    return words[1];
+  };
+  EXPECT_EQ(flag_of({}), 0U);
+  EXPECT_EQ(flag_of({0, kLimit, 0}), 0U);
+  EXPECT_EQ(flag_of(std::vector<uint64_t>(256, kLimit / 256)), 0U);
+  EXPECT_EQ(flag_of({kLimit, 1}), 1U);
+  EXPECT_EQ(flag_of({1, kLimit}), 1U);
+  EXPECT_EQ(flag_of({kLimit + 1}), 1U);
+  EXPECT_EQ(flag_of({3, 2 * kLimit, 4}), 1U);
+  EXPECT_EQ(flag_of(std::vector<uint64_t>(256, kLimit)), 1U);  // Wraps around to 0.
+  EXPECT_EQ(flag_of(std::vector<uint64_t>(300, kLimit)), 1U);
+  uint64_t words[2] = {0, 0};
+  AddToTotal(words, 5, true, kLimit);
+  AddToTotal(words, kLimit, false, kLimit);
+  EXPECT_EQ(words[1], kFault);
 }
 
 }  // namespace

@@ -7,10 +7,13 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/played_queue.h"
 #include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/launch.h"
 
@@ -36,16 +39,25 @@ struct AttendLaunch {
   template <class Type, int kTile>
   void Attend() const {
     RunBlocks(args.blocks(), kAttendThreads, AttendSharedBytes(args),
-              [this](const EmulatedBlock& block) { AttendPage<Type, kTile>(block, args); });
+              [this](const EmulatedBlock& block) { AttendPages<Type, kTile>(block, args); });
   }
 };
+
+// Calls run.template operator()<Type>() for the type of the elements.
+template <class Run>
+void ForElement(Element element, const Run& run) {
+  if (element == Element::kF32) run.template operator()<F32>();
+  if (element == Element::kBf16) run.template operator()<Bf16>();
+  if (element == Element::kF16) run.template operator()<F16>();
+}
 
 class EmulatedDevice final : public Device {
  public:
   explicit EmulatedDevice(int64_t memory_bytes) : free_bytes_(memory_bytes) {}
-  ~EmulatedDevice() override { EDUBA_CHECK(allocated_.empty()); }
+  ~EmulatedDevice() override { EDUBA_CHECK(allocated_.empty() && streams_.empty()); }
 
   const std::string& name() const override { return name_; }
+  int index() const override { return kEmulatedDeviceIndex; }
   const std::string& kind() const override { return name_; }
   absl::Status health() const override {
     return calls_left_ > 0 ? absl::OkStatus()
@@ -67,80 +79,106 @@ class EmulatedDevice final : public Device {
     return data;
   }
   void FreeDevice(void* data) override {
+    WaitForAll();
     const std::scoped_lock lock(mutex_);
     free_bytes_ += allocated_.at(data);
     allocated_.erase(data);
     std::free(data);
   }
-  absl::StatusOr<void*> AllocateHost(int64_t bytes) override { return std::malloc(bytes); }
-  void FreeHost(void* data) override { std::free(data); }
+  absl::StatusOr<void*> AllocateHost(int64_t bytes) override {
+    void* const data = std::malloc(bytes);
+    std::memset(data, 0xff, bytes);
+    return data;
+  }
+  void FreeHost(void* data) override {
+    WaitForAll();
+    std::free(data);
+  }
 
-  absl::StatusOr<Stream> CreateStream() override { return this; }
-  void DestroyStream(Stream /*stream*/) override {}
-  absl::Status Synchronize(Stream /*stream*/) override { return Work(); }
-
-  absl::Status CopyIn(Stream /*stream*/, void* device, const void* host, int64_t bytes) override {
-    return Copy(device, host, bytes);
+  absl::StatusOr<Stream> CreateStream() override {
+    const std::scoped_lock lock(mutex_);
+    return streams_.emplace_back(std::make_unique<PlayedQueue>()).get();
   }
-  absl::Status CopyOut(Stream /*stream*/, void* host, const void* device, int64_t bytes) override {
-    return Copy(host, device, bytes);
+  void DestroyStream(Stream stream) override {
+    WaitFor(*static_cast<PlayedQueue*>(stream));
+    const std::scoped_lock lock(mutex_);
+    std::erase_if(streams_, [&](const auto& one) { return one.get() == stream; });
   }
-  absl::Status CopyWithin(Stream /*stream*/, void* to, const void* from, int64_t bytes) override {
-    return Copy(to, from, bytes);
-  }
-  absl::Status Zero(Stream /*stream*/, void* data, int64_t bytes) override {
+  absl::Status Synchronize(Stream stream) override {
     if (absl::Status status = Work(); !status.ok()) return status;
-    std::memset(data, 0, bytes);
-    return absl::OkStatus();
+    WaitFor(*static_cast<PlayedQueue*>(stream));
+    return health();
+  }
+
+  absl::Status CopyIn(Stream stream, void* device, const void* host, int64_t bytes) override {
+    return Copy(stream, device, host, bytes);
+  }
+  absl::Status CopyOut(Stream stream, void* host, const void* device, int64_t bytes) override {
+    return Copy(stream, host, device, bytes);
+  }
+  absl::Status CopyWithin(Stream stream, void* to, const void* from, int64_t bytes) override {
+    return Copy(stream, to, from, bytes);
+  }
+  absl::Status Zero(Stream stream, void* data, int64_t bytes) override {
+    return Queue(stream, [=] { std::memset(data, 0, bytes); });
   }
 
   int64_t shared_bytes_max() const override { return int64_t{96} << 10; }
-  absl::Status Attend(Stream /*stream*/, Element element, const AttendArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
+  // Few, and no multiple of most numbers of heads, so that runs of pages have several lengths.
+  int64_t AttendBlocksAtOnce(Element /*element*/, const AttendArgs& /*args*/) override { return 7; }
+  absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
     EDUBA_CHECK(AttendSharedBytes(args) <= shared_bytes_max());
-    ForAttend(element, args.tile, AttendLaunch{args});
-    return absl::OkStatus();
+    return Queue(stream, [=] { ForAttend(element, args.tile, AttendLaunch{args}); });
   }
-  absl::Status AttendTensor(Stream /*stream*/, Element element, const AttendArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
-    RunBlocks(args.blocks(), TensorThreads(args.tile), sizeof(TensorShared), [&](const EmulatedBlock& block) {
-      element == Element::kBf16 ? AttendPageTensor<Bf16>(block, args) : AttendPageTensor<F16>(block, args);
+  absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) override {
+    return Queue(stream, [=] {
+      RunBlocks(args.blocks(), TensorThreads(args.tile), sizeof(TensorShared),
+                [&](const EmulatedBlock& block) {
+                  element == Element::kBf16 ? AttendPageTensor<Bf16>(block, args)
+                                            : AttendPageTensor<F16>(block, args);
+                });
     });
-    return absl::OkStatus();
   }
-  absl::Status Sum(Stream /*stream*/, const SumArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
-    RunBlocks(args.blocks(), kSumThreads, sizeof(SumShared),
-              [&](const EmulatedBlock& block) { SumPages(block, args); });
-    return absl::OkStatus();
-  }
-  absl::Status MultiplyLoop(Stream /*stream*/, const LoopArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
-    RunBlocks(args.blocks, kLoopThreads, 0,
-              [&](const EmulatedBlock& block) { cuda::MultiplyLoop<Bf16>(block, args); });
-    return absl::OkStatus();
-  }
-  absl::Status Magnitudes(Stream /*stream*/, const MagnitudeArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
-    RunBlocks(args.blocks(), kSumThreads, 0,
-              [&](const EmulatedBlock& block) { RaiseMagnitudes(block, args); });
-    return absl::OkStatus();
-  }
-  absl::Status Write(Stream /*stream*/, const WriteArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
-    RunBlocks(args.blocks(), kRowThreads, 0, [&](const EmulatedBlock& block) {
-      args.layout.element == 4 ? WriteRows<uint32_t>(block, args) : WriteRows<uint16_t>(block, args);
+  absl::Status Sum(Stream stream, const SumArgs& args) override {
+    return Queue(stream, [=] {
+      RunBlocks(args.blocks(), kSumThreads, sizeof(SumShared),
+                [&](const EmulatedBlock& block) { SumPages(block, args); });
     });
-    return absl::OkStatus();
   }
-  absl::Status Read(Stream /*stream*/, Element element, const ReadArgs& args) override {
-    if (absl::Status status = Work(); !status.ok()) return status;
-    RunBlocks(args.blocks(), kRowThreads, 0, [&](const EmulatedBlock& block) {
-      if (element == Element::kF32) ReadRows<F32>(block, args);
-      if (element == Element::kBf16) ReadRows<Bf16>(block, args);
-      if (element == Element::kF16) ReadRows<F16>(block, args);
+  absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) override {
+    return Queue(stream, [=] {
+      RunBlocks(args.blocks, kLoopThreads, 0,
+                [&](const EmulatedBlock& block) { cuda::MultiplyLoop<Bf16>(block, args); });
     });
-    return absl::OkStatus();
+  }
+  absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) override {
+    return Queue(stream, [=] {
+      RunBlocks(args.blocks(), kSumThreads, 0,
+                [&](const EmulatedBlock& block) { RaiseMagnitudes(block, args); });
+    });
+  }
+  absl::Status Write(Stream stream, const WriteArgs& args) override {
+    return Queue(stream, [=] {
+      RunBlocks(args.blocks(), kRowThreads, 0, [&](const EmulatedBlock& block) {
+        args.layout.element == 4 ? WriteRows<uint32_t>(block, args) : WriteRows<uint16_t>(block, args);
+      });
+    });
+  }
+  absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) override {
+    return Queue(stream, [=] {
+      ForElement(element, [&]<class Type>() {
+        RunBlocks(args.blocks(), kSinkThreads, sizeof(SinkShared),
+                  [&](const EmulatedBlock& block) { cuda::ScoreSinks<Type>(block, args); });
+      });
+    });
+  }
+  absl::Status Fold(Stream stream, Element element, const FoldArgs& args) override {
+    return Queue(stream, [=] {
+      ForElement(element, [&]<class Type>() {
+        RunBlocks(args.blocks(), kFoldThreads, sizeof(FoldShared),
+                  [&](const EmulatedBlock& block) { FoldRowHead<Type>(block, args); });
+      });
+    });
   }
 
   void Break(int calls) { calls_left_ = calls; }
@@ -150,18 +188,38 @@ class EmulatedDevice final : public Device {
     if (calls_left_ > 0 && calls_left_ < kForEver) --calls_left_;
     return health();
   }
-  absl::Status Copy(void* to, const void* from, int64_t bytes) {
+  template <class Body>
+  absl::Status Queue(Stream stream, Body body) {
     if (absl::Status status = Work(); !status.ok()) return status;
-    std::memcpy(to, from, bytes);
+    static_cast<PlayedQueue*>(stream)->Push([body = std::move(body)] {
+      body();
+      return true;
+    });
     return absl::OkStatus();
+  }
+  absl::Status Copy(Stream stream, void* to, const void* from, int64_t bytes) {
+    return Queue(stream, [=] { std::memcpy(to, from, bytes); });
+  }
+  // Others may have to come first, in threads of their own. A broken device does no more work.
+  void WaitFor(PlayedQueue& stream) const {
+    while (health().ok() && !stream.Run()) std::this_thread::yield();
+  }
+  void WaitForAll() {
+    std::vector<PlayedQueue*> streams;
+    {
+      const std::scoped_lock lock(mutex_);
+      for (const auto& stream : streams_) streams.push_back(stream.get());
+    }
+    for (PlayedQueue* const stream : streams) WaitFor(*stream);
   }
 
   static constexpr int kForEver = 1 << 30;
   const std::string name_ = "cuda:emulated";
   std::atomic<int> calls_left_{kForEver};
   std::mutex mutex_;
-  int64_t free_bytes_;                  // Guarded by mutex_.
-  std::map<void*, int64_t> allocated_;  // Guarded by mutex_.
+  int64_t free_bytes_;  // Guarded by mutex_, as all below.
+  std::map<void*, int64_t> allocated_;
+  std::vector<std::unique_ptr<PlayedQueue>> streams_;
 };
 
 }  // namespace

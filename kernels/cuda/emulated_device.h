@@ -9,9 +9,12 @@
 namespace eduba::cuda {
 
 // A device that runs the GPU's kernels on the host, block after block and phase after phase, for tests: the
-// same source, the same numbers. Queued work is done at once. `memory_bytes` is what it has. What it cannot
-// show: races between threads of a phase (compute-sanitizer does, tests/gpu/run.sh), and CUDA itself.
+// same source, the same numbers. Streams are PlayedQueue's, so queued work is done when it is waited for.
+// `memory_bytes` is what it has. What it cannot show: races between threads of a phase (compute-sanitizer
+// does, tests/gpu/run.sh), and CUDA itself.
 std::unique_ptr<Device> MakeEmulatedDevice(int64_t memory_bytes);
+// Its Device::index, which no GPU has.
+inline constexpr int kEmulatedDeviceIndex = 1 << 20;
 
 // From the `calls`-th call that queues work on, every call fails as a broken GPU's does.
 void BreakEmulatedDevice(Device& device, int calls);

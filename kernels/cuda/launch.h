@@ -38,7 +38,9 @@ auto ForAttend(Element element, int tile, const Launch& launch) {
 }
 
 inline int64_t AttendSharedBytes(const AttendArgs& args) {
-  return int64_t{MakeAttendShared(args.tile, args.layout.head_pitch, args.layout.value_pitch).floats} *
+  return int64_t{
+             MakeAttendShared(args.tile, args.layout.head_pitch, args.layout.value_pitch, args.is_summed())
+                 .floats} *
          static_cast<int64_t>(sizeof(float));
 }
 

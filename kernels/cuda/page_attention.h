@@ -6,9 +6,12 @@
 #include "base/pages.h"
 #include "kernels/cuda/arithmetic.h"
 #include "kernels/cuda/page_layout.h"
+#include "kernels/portable_math.h"
 
-// One KV head of one page against a tile of query vectors, by one block of threads: docs/numerics.md section
-// 2, in the order of kernels/cpu, so to the same bits.
+// One KV head of some pages against a tile of query vectors, by one block of threads: docs/numerics.md
+// section 2, in the order of kernels/cpu, so to the same bits. Each page ends in one of two ways: as a
+// partial in the device's memory, or, where the reference logits are known, as integers that the block adds
+// up in shared memory over all its pages (section 3) and adds to the step's words once, at its end.
 //
 // The code is written once for the device and for a host that plays it (emulated_device.h). A Block runs
 // phases: Threads(f) calls f(thread) for every thread of the block and waits for all of them, and nothing
@@ -46,17 +49,31 @@ struct AttendArgs {
   int tile;   // Query vectors of a block: 1, 2, 4 or 8; of page_tensor.h, up to 8 times 16.
   int tiles;  // ceil(rows * group / tile)
   int64_t pages;
-  const float* queries;          // [rows, query_heads, head_dim]
+  int64_t runs;          // Of pages, for each KV head and tile: one block takes one. Not of page_tensor.h.
+  const float* queries;  // [rows, query_heads, head_dim]
   const PositionRange* visible;  // [rows]
   const PageEntry* page;         // [pages]
-  float* m;                      // [pages, rows * query_heads]; -inf: sees nothing, +inf: a fault
-  float* l;                      // As m.
-  float* o;                      // [pages, rows * query_heads, value_pitch]; not set where m is infinite
-  uint32_t* maxima;              // [rows * query_heads]: OrderOf the largest m; 0 at the start
   uint64_t* fault;               // FaultKey of the lowest page and row head; 0 at the start
 
-  constexpr int64_t blocks() const { return pages * layout.kv_heads * tiles; }
+  // Partials, or null.
+  float* m;          // [pages, rows * query_heads]; -inf: sees nothing, +inf: a fault
+  float* l;          // As m.
+  float* o;          // [pages, rows * query_heads, value_pitch]; not set where m is infinite
+  uint32_t* maxima;  // [rows * query_heads]: OrderOf the largest m; 0 at the start; or null
+
+  // Integers, or null.
+  double one;               // 2^fraction bits
+  uint64_t limit;           // Largest sum of l, in units of 1 / one: 2^56 at most.
+  const double* reference;  // [rows * query_heads]: the logit that weights are relative to
+  const double* unit;       // [kv_heads, value_dim]
+  uint64_t* words;          // [rows * query_heads, value_dim + 2]: as SumArgs::words
+
+  constexpr bool is_summed() const { return words != nullptr; }
+  constexpr int64_t blocks() const { return pages == 0 ? 0 : runs * layout.kv_heads * tiles; }
 };
+
+// backend.h's kFaultFlag.
+inline constexpr uint64_t kFault = uint64_t{1} << 32;
 
 // Larger for lower pages, and for lower row heads of a page; never 0.
 EDUBA_DEVICE uint64_t FaultKey(int64_t page, int64_t row_head) {
@@ -72,7 +89,7 @@ EDUBA_DEVICE void KeepTotals(const AttendArgs& args, int64_t slot, int64_t page,
   if (sees_keys) {
     largest = good ? m : Infinity();
     sum = good ? l : 0;
-    AtomicMax(&args.maxima[row_head], OrderOf(largest));
+    if (args.maxima != nullptr) AtomicMax(&args.maxima[row_head], OrderOf(largest));
     if (!good) AtomicMax(args.fault, FaultKey(page, row_head));
   }
   const int64_t place = slot * args.rows * args.query_heads + row_head;
@@ -80,12 +97,38 @@ EDUBA_DEVICE void KeepTotals(const AttendArgs& args, int64_t slot, int64_t page,
   args.l[place] = sum;
 }
 
+// Adds a block's sum to the total L of a row and head, and sets the flag behind it: whether the rank's total
+// is above the limit, exactly, whoever adds when. Terms are not negative, so the total passes the limit at
+// most once, in the addition of one block, which sees that it did; what comes later (it may wrap around)
+// clears no flag. Where the flag is set the row and head's other words mean nothing.
+EDUBA_DEVICE void AddToTotal(uint64_t* total, uint64_t sum, bool is_fault, uint64_t limit) {
+  uint64_t* const flag = total + 1;
+  if (sum > 0 && (sum > limit || AtomicAdd(total, sum) + sum > limit)) AtomicMax(flag, uint64_t{1});
+  if (is_fault) AtomicMax(flag, kFault);
+}
+
+// A query vector's own, for all pages of a block.
+struct VectorState {
+  int64_t begin;  // Positions that it sees.
+  int64_t end;
+  int64_t row_head;
+  // Where the block sums, the rest as well.
+  double reference;
+  uint64_t l;  // The sum of L so far; above the limit: it left the range, and is counted no more.
+  uint64_t
+      fault;      // 1: some arithmetic of its pages was not finite, or a value beyond its channel's exponent.
+  double weight;  // Of the page under way: exp(m - reference).
+  double bound;   // Of the magnitude of the page's words; below 0: the page adds nothing.
+};
+
 // What a block keeps in shared memory, in floats from its start.
 struct AttendShared {
+  int vector;   // [tile] VectorState
+  int sum;      // [tile, value_pitch] int64, where the block sums
   int query;    // [tile, head_pitch]
   int high;     // [tile, kScorePitch]: dot products, or capped logits
   int low;      // [tile, kScorePitch]: what their rounding left
-  int segment;  // [tile, kSegments, value_pitch]; over the three above, when they are not needed any more
+  int segment;  // [tile, kSegments, value_pitch]; over the two above, when they are not needed any more
   int weight;   // [256, tile]
   int lane;     // [kSumLanes, tile]
   int m;        // [tile]
@@ -96,14 +139,17 @@ struct AttendShared {
   int seen;     // [16] bits of the 16 rows of a group that some query vector sees
   int floats;   // In all.
 };
-constexpr AttendShared MakeAttendShared(int tile, int head_pitch, int value_pitch) {
+constexpr AttendShared MakeAttendShared(int tile, int head_pitch, int value_pitch, bool is_summed) {
+  static_assert(sizeof(VectorState) % 16 == 0);
   AttendShared s = {};
-  s.query = 0;
-  s.high = tile * head_pitch;
+  s.vector = 0;
+  s.sum = tile * static_cast<int>(sizeof(VectorState) / sizeof(float));
+  s.query = s.sum + (is_summed ? 2 * tile * value_pitch : 0);
+  s.high = s.query + tile * head_pitch;
   s.low = s.high + tile * kScorePitch;
+  s.segment = s.high;
   const int first = s.low + tile * kScorePitch;
-  s.segment = 0;
-  const int second = tile * kSegments * value_pitch;
+  const int second = s.segment + tile * kSegments * value_pitch;
   s.weight = first > second ? first : second;  // Both are multiples of 16.
   s.lane = s.weight + kPageRows * tile;
   s.m = s.lane + kSumLanes * tile;
@@ -246,11 +292,35 @@ EDUBA_DEVICE void WeighSegment(const char* values, int64_t row_bytes, int segmen
   }
 }
 
+// How a page's partial (m, l) enters the sums of its query vector: how heavy it is, and what it adds to L.
+// docs/numerics.md section 3; kernels/cpu/page_sums.cc, operation for operation.
+EDUBA_DEVICE void WeighPage(const AttendArgs& args, float m, float l, VectorState& v) {
+  const double distance = Sub(static_cast<double>(m), v.reference);
+  v.weight = PortableExp(distance > 700.0 ? 700.0 : distance);  // exp(700) is out of every range.
+  const double scaled = Mul(Mul(static_cast<double>(l), v.weight), args.one);
+  v.bound = -1;
+  if (scaled > static_cast<double>(args.limit)) {
+    v.l = args.limit + 1;
+    return;
+  }
+  if (scaled < 0.25) return;  // Every word rounds to 0.
+  // Of a page: 2^56 at most, and so far as well.
+  v.l += static_cast<uint64_t>(RoundToInteger(scaled));
+  // |o| <= l 2^e, but for rounding, or a value is beyond its channel's exponent.
+  if (v.l <= args.limit) v.bound = Add(Mul(1.001, scaled), 1.0);
+}
+
+// Phases of a page, and what passes between them through shared memory: a phase's results are read in later
+// phases only, and a place is written again only in a phase behind the last that reads it. The places that
+// several threads write in one phase (finite, VectorState::fault) get the same value from all of them.
 template <class Type, int kTile, class Block>
-EDUBA_DEVICE void AttendPage(const Block& block, const AttendArgs& args) {
+EDUBA_DEVICE void AttendPages(const Block& block, const AttendArgs& args) {
   const PageLayout& layout = args.layout;
-  const AttendShared at = MakeAttendShared(kTile, layout.head_pitch, layout.value_pitch);
+  const bool is_summed = args.is_summed();
+  const AttendShared at = MakeAttendShared(kTile, layout.head_pitch, layout.value_pitch, is_summed);
   float* const shared = block.shared();
+  auto* const vector = reinterpret_cast<VectorState*>(shared + at.vector);
+  auto* const sum = reinterpret_cast<uint64_t*>(shared + at.sum);
   float* const query = shared + at.query;
   float* const high = shared + at.high;
   float* const low = shared + at.low;
@@ -267,177 +337,243 @@ EDUBA_DEVICE void AttendPage(const Block& block, const AttendArgs& args) {
   // Tiles of a page are neighbours, so that all but the first find it in the second-level cache.
   const int tile = static_cast<int>(block.index() % args.tiles);
   const int kv_head = static_cast<int>(block.index() / args.tiles % layout.kv_heads);
-  const int64_t slot = block.index() / args.tiles / layout.kv_heads;
-  const PageEntry page = args.page[slot];
+  const int64_t run = block.index() / args.tiles / layout.kv_heads;
   const int64_t row_heads = int64_t{args.rows} * args.query_heads;
   // Query vectors of a KV head are counted by row, then by head of the group.
   const int first_vector = tile * kTile;
   const int vectors = args.rows * args.group - first_vector;  // In this tile, if below kTile.
-  const auto row_of = [&](int q) { return (first_vector + q) / args.group; };
-  const auto row_head_of = [&](int q) {
-    return int64_t{row_of(q)} * args.query_heads + kv_head * args.group + (first_vector + q) % args.group;
-  };
   const bool capped = args.softcap > 0;
 
+  block.Threads([&](int t) {
+    if (t >= kTile) return;
+    VectorState& v = vector[t];
+    v.begin = v.end = 0;
+    v.row_head = 0;
+    v.reference = 0;
+    v.l = v.fault = 0;
+    if (t >= vectors) return;
+    const int row = (first_vector + t) / args.group;
+    v.begin = args.visible[row].begin;
+    v.end = args.visible[row].end;
+    v.row_head = int64_t{row} * args.query_heads + kv_head * args.group + (first_vector + t) % args.group;
+    if (is_summed) v.reference = args.reference[v.row_head];
+  });
   block.Threads([&](int t) {
     for (int i = t; i < kTile * layout.head_pitch; i += kAttendThreads) {
       const int q = i / layout.head_pitch;
       const int d = i % layout.head_pitch;
-      query[i] = q < vectors && d < layout.head_dim ? args.queries[row_head_of(q) * layout.head_dim + d] : 0;
+      query[i] =
+          q < vectors && d < layout.head_dim ? args.queries[vector[q].row_head * layout.head_dim + d] : 0;
     }
-    if (t < kTile) {
-      begin[t] = end[t] = 0;
-      if (t < vectors) {
-        const PositionRange range = args.visible[row_of(t)];
-        const int64_t from = range.begin - page.index * kPageRows;
-        const int64_t to = range.end - page.index * kPageRows;
-        const int64_t first = from < 0 ? 0 : from;
-        const int64_t last = to > kPageRows ? int64_t{kPageRows} : to;
-        if (first < last) {
-          begin[t] = static_cast<int>(first);
-          end[t] = static_cast<int>(last);
+    // A thread's own from here to the end: element i is read and written by thread i % kAttendThreads alone.
+    if (is_summed) {
+      for (int i = t; i < kTile * layout.value_pitch; i += kAttendThreads) sum[i] = 0;
+    }
+  });
+
+  const int64_t last_slot = (run + 1) * args.pages / args.runs;
+  for (int64_t slot = run * args.pages / args.runs; slot < last_slot; ++slot) {
+    const PageEntry page = args.page[slot];
+    const int64_t page_begin = page.index * kPageRows;
+    const int64_t page_end = page_begin + kPageRows;
+    bool any = false;
+    for (int q = 0; q < kTile; ++q) {
+      any |= vector[q].begin < vector[q].end && vector[q].begin < page_end && vector[q].end > page_begin;
+    }
+    if (!any) {
+      if (is_summed) continue;
+      block.Threads([&](int t) {
+        if (t < kTile && t < vectors) {
+          args.m[slot * row_heads + vector[t].row_head] = -Infinity();
+          args.l[slot * row_heads + vector[t].row_head] = 0;
         }
-      }
-      finite[t] = 1;
+      });
+      continue;
     }
-  });
-
-  bool any = false;
-  for (int q = 0; q < kTile; ++q) any |= begin[q] < end[q];
-  if (!any) {
+    // A barrier lies between the last reads of these for the page before and here.
     block.Threads([&](int t) {
-      if (t < kTile && t < vectors) {
-        args.m[slot * row_heads + row_head_of(t)] = -Infinity();
-        args.l[slot * row_heads + row_head_of(t)] = 0;
-      }
+      if (t >= kTile) return;
+      const int64_t from = vector[t].begin - page_begin;
+      const int64_t to = vector[t].end - page_begin;
+      const int64_t first = from < 0 ? 0 : from;
+      const int64_t last = to > kPageRows ? int64_t{kPageRows} : to;
+      begin[t] = first < last ? static_cast<int>(first) : 0;
+      end[t] = first < last ? static_cast<int>(last) : 0;
+      finite[t] = 1;
     });
-    return;
-  }
 
-  block.Threads([&](int t) {
-    const int row = t;
-    bool needed = false;
-    for (int q = 0; q < kTile; ++q) needed |= row >= begin[q] && row < end[q];
-    float h[kTile];
-    float w[kTile];
-    if (needed) {
-      const char* key =
-          static_cast<const char*>(page.data) + layout.key(kv_head, row, 0) * int64_t{Type::kElement};
-      DotKey<Type, kTile>(args, key, query, h, w);
-    }
-    EDUBA_UNROLL
-    for (int q = 0; q < kTile; ++q) {
-      const float dot = needed ? h[q] : 0;
-      high[q * kScorePitch + row] = capped ? Capped(dot, args.scale, args.softcap) : dot;
-      low[q * kScorePitch + row] = needed ? w[q] : 0;
-    }
-    if (t < kPageRows / kGroupRows) {
-      int bits = 0;
-      for (int i = 0; i < kGroupRows; ++i) {
-        const int r = t * kGroupRows + i;
-        bool some = false;
-        for (int q = 0; q < kTile; ++q) some |= r >= begin[q] && r < end[q];
-        bits |= some ? 1 << i : 0;
+    block.Threads([&](int t) {
+      const int row = t;
+      bool needed = false;
+      for (int q = 0; q < kTile; ++q) needed |= row >= begin[q] && row < end[q];
+      float h[kTile];
+      float w[kTile];
+      if (needed) {
+        const char* key =
+            static_cast<const char*>(page.data) + layout.key(kv_head, row, 0) * int64_t{Type::kElement};
+        DotKey<Type, kTile>(args, key, query, h, w);
       }
-      seen[t] = bits;
-    }
-  });
-
-  // The largest visible logit: exact, so its order is free.
-  block.Threads([&](int t) {
-    if (t >= kSumLanes * kTile) return;
-    const int q = t % kTile;
-    float largest = -Infinity();
-    bool all_finite = true;
-    for (int row = t / kTile; row < kPageRows; row += kSumLanes) {
-      if (row < begin[q] || row >= end[q]) continue;
-      const float score = high[q * kScorePitch + row];
-      const float x = capped ? score : Mul(score, args.scale);
-      all_finite &= IsFinite(x);
-      largest = x > largest ? x : largest;
-    }
-    lane[t] = largest;
-    if (!all_finite) finite[q] = 0;
-  });
-  block.Threads([&](int t) {
-    if (t >= kTile) return;
-    float largest = -Infinity();
-    for (int i = 0; i < kSumLanes; ++i) {
-      const float x = lane[i * kTile + t];
-      largest = x > largest ? x : largest;
-    }
-    m[t] = largest;
-  });
-
-  block.Threads([&](int t) {
-    const int row = t;
-    EDUBA_UNROLL
-    for (int q = 0; q < kTile; ++q) {
-      float p = 0;
-      if (row >= begin[q] && row < end[q]) {
-        const float score = high[q * kScorePitch + row];
-        // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-        p = Exp(capped ? Sub(score, m[q])
-                       : Fma(low[q * kScorePitch + row], args.scale, Fma(score, args.scale, -m[q])));
-      }
-      weight[row * kTile + q] = p;
-    }
-  });
-
-  block.Threads([&](int t) {
-    if (t >= kSumLanes * kTile) return;
-    float sum = 0;
-    for (int i = 0; i < kPageRows / kSumLanes; ++i) sum = Add(sum, weight[i * kSumLanes * kTile + t]);
-    lane[t] = sum;
-  });
-
-  // Keys, queries and scores are not read any more: the segments' sums take their place.
-  block.Threads([&](int t) {
-    if (t < kTile) {
-      static_assert(kSumLanes == 16);
-      float tree[8];
-      EDUBA_UNROLL
-      for (int i = 0; i < 8; ++i) tree[i] = Add(lane[i * kTile + t], lane[(i + 8) * kTile + t]);
-      EDUBA_UNROLL
-      for (int i = 0; i < 4; ++i) tree[i] = Add(tree[i], tree[i + 4]);
-      l[t] = Add(Add(tree[0], tree[2]), Add(tree[1], tree[3]));
-    }
-    const int pairs = layout.value_pitch / 2;
-    for (int item = t; item < kSegments * pairs; item += kAttendThreads) {
-      const int segment = item / pairs;
-      const int channel = item % pairs * 2;
-      float sum[kTile][2];
-      WeighSegment<Type, kTile>(
-          static_cast<const char*>(page.data) + layout.value(kv_head, 0, channel) * int64_t{Type::kElement},
-          int64_t{layout.value_pitch} * Type::kElement, segment, seen, weight, sum);
       EDUBA_UNROLL
       for (int q = 0; q < kTile; ++q) {
-        float* to = segments + (q * kSegments + segment) * layout.value_pitch + channel;
-        to[0] = sum[q][0];
-        to[1] = sum[q][1];
+        const float dot = needed ? h[q] : 0;
+        high[q * kScorePitch + row] = capped ? Capped(dot, args.scale, args.softcap) : dot;
+        low[q * kScorePitch + row] = needed ? w[q] : 0;
       }
-    }
-  });
+      if (t < kPageRows / kGroupRows) {
+        int bits = 0;
+        for (int i = 0; i < kGroupRows; ++i) {
+          const int r = t * kGroupRows + i;
+          bool some = false;
+          for (int q = 0; q < kTile; ++q) some |= r >= begin[q] && r < end[q];
+          bits |= some ? 1 << i : 0;
+        }
+        seen[t] = bits;
+      }
+    });
 
+    // The largest visible logit: exact, so its order is free.
+    block.Threads([&](int t) {
+      if (t >= kSumLanes * kTile) return;
+      const int q = t % kTile;
+      float largest = -Infinity();
+      bool all_finite = true;
+      for (int row = t / kTile; row < kPageRows; row += kSumLanes) {
+        if (row < begin[q] || row >= end[q]) continue;
+        const float score = high[q * kScorePitch + row];
+        const float x = capped ? score : Mul(score, args.scale);
+        all_finite &= IsFinite(x);
+        largest = x > largest ? x : largest;
+      }
+      lane[t] = largest;
+      if (!all_finite) finite[q] = 0;
+    });
+    block.Threads([&](int t) {
+      if (t >= kTile) return;
+      float largest = -Infinity();
+      for (int i = 0; i < kSumLanes; ++i) {
+        const float x = lane[i * kTile + t];
+        largest = x > largest ? x : largest;
+      }
+      m[t] = largest;
+    });
+
+    block.Threads([&](int t) {
+      const int row = t;
+      EDUBA_UNROLL
+      for (int q = 0; q < kTile; ++q) {
+        float p = 0;
+        if (row >= begin[q] && row < end[q]) {
+          const float score = high[q * kScorePitch + row];
+          // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
+          p = Exp(capped ? Sub(score, m[q])
+                         : Fma(low[q * kScorePitch + row], args.scale, Fma(score, args.scale, -m[q])));
+        }
+        weight[row * kTile + q] = p;
+      }
+    });
+
+    block.Threads([&](int t) {
+      if (t >= kSumLanes * kTile) return;
+      float total = 0;
+      for (int i = 0; i < kPageRows / kSumLanes; ++i) total = Add(total, weight[i * kSumLanes * kTile + t]);
+      lane[t] = total;
+    });
+
+    // Keys and scores are not read any more: the segments' sums take their place.
+    block.Threads([&](int t) {
+      if (t < kTile) {
+        static_assert(kSumLanes == 16);
+        float tree[8];
+        EDUBA_UNROLL
+        for (int i = 0; i < 8; ++i) tree[i] = Add(lane[i * kTile + t], lane[(i + 8) * kTile + t]);
+        EDUBA_UNROLL
+        for (int i = 0; i < 4; ++i) tree[i] = Add(tree[i], tree[i + 4]);
+        const float total = Add(Add(tree[0], tree[2]), Add(tree[1], tree[3]));
+        l[t] = total;
+        if (is_summed) {
+          VectorState& v = vector[t];
+          v.bound = -1;
+          if (begin[t] < end[t] && v.reference != -static_cast<double>(Infinity())) {
+            if (finite[t] == 0 || !IsFinite(total)) {
+              AtomicMax(args.fault, FaultKey(page.index, v.row_head));
+              v.fault = 1;
+            } else if (v.reference == static_cast<double>(Infinity())) {
+              v.fault = 1;
+            } else if (v.l <= args.limit) {
+              WeighPage(args, m[t], total, v);
+            }
+          }
+        }
+      }
+      const int pairs = layout.value_pitch / 2;
+      for (int item = t; item < kSegments * pairs; item += kAttendThreads) {
+        const int segment = item / pairs;
+        const int channel = item % pairs * 2;
+        float pair[kTile][2];
+        WeighSegment<Type, kTile>(
+            static_cast<const char*>(page.data) + layout.value(kv_head, 0, channel) * int64_t{Type::kElement},
+            int64_t{layout.value_pitch} * Type::kElement, segment, seen, weight, pair);
+        EDUBA_UNROLL
+        for (int q = 0; q < kTile; ++q) {
+          float* to = segments + (q * kSegments + segment) * layout.value_pitch + channel;
+          to[0] = pair[q][0];
+          to[1] = pair[q][1];
+        }
+      }
+    });
+
+    block.Threads([&](int t) {
+      for (int i = t; i < kTile * layout.value_pitch; i += kAttendThreads) {
+        const int q = i / layout.value_pitch;
+        const int c = i % layout.value_pitch;
+        if (begin[q] >= end[q]) continue;
+        float total = 0;
+        EDUBA_UNROLL
+        for (int s = 0; s < kSegments; ++s) {
+          total = Add(total, segments[(q * kSegments + s) * layout.value_pitch + c]);
+        }
+        if (!is_summed) {
+          if (!IsFinite(total)) finite[q] = 0;
+          args.o[(slot * row_heads + vector[q].row_head) * layout.value_pitch + c] = total;
+          continue;
+        }
+        VectorState& v = vector[q];
+        bool is_good = IsFinite(total);
+        // The padding's values are zeros.
+        if (is_good && v.bound >= 0 && c < layout.value_dim) {
+          const double unit = args.unit[int64_t{kv_head} * layout.value_dim + c];
+          const double x = Mul(Mul(static_cast<double>(total), v.weight), unit);
+          is_good = x <= v.bound && x >= -v.bound;
+          if (is_good) sum[i] += static_cast<uint64_t>(RoundToInteger(x));
+        }
+        if (!is_good && v.reference != -static_cast<double>(Infinity())) {
+          AtomicMax(args.fault, FaultKey(page.index, v.row_head));
+          v.fault = 1;
+        }
+      }
+    });
+
+    if (is_summed) continue;
+    block.Threads([&](int t) {
+      if (t >= kTile || t >= vectors) return;
+      KeepTotals(args, slot, page.index, vector[t].row_head, begin[t] < end[t],
+                 finite[t] != 0 && IsFinite(l[t]), m[t], l[t]);
+    });
+  }
+
+  if (!is_summed) return;
   block.Threads([&](int t) {
     for (int i = t; i < kTile * layout.value_pitch; i += kAttendThreads) {
       const int q = i / layout.value_pitch;
       const int c = i % layout.value_pitch;
-      if (begin[q] >= end[q]) continue;
-      float total = 0;
-      EDUBA_UNROLL
-      for (int s = 0; s < kSegments; ++s) {
-        total = Add(total, segments[(q * kSegments + s) * layout.value_pitch + c]);
-      }
-      if (!IsFinite(total)) finite[q] = 0;  // Whoever writes it writes the same.
-      args.o[(slot * row_heads + row_head_of(q)) * layout.value_pitch + c] = total;
+      if (q >= vectors || c >= layout.value_dim) continue;
+      uint64_t* const words = args.words + vector[q].row_head * (layout.value_dim + 2);
+      if (sum[i] != 0) AtomicAdd(&words[c], sum[i]);
     }
-  });
-
-  block.Threads([&](int t) {
-    if (t >= kTile || t >= vectors) return;
-    KeepTotals(args, slot, page.index, row_head_of(t), begin[t] < end[t], finite[t] != 0 && IsFinite(l[t]),
-               m[t], l[t]);
+    if (t < kTile && t < vectors) {
+      uint64_t* const words = args.words + vector[t].row_head * (layout.value_dim + 2);
+      AddToTotal(words + layout.value_dim, vector[t].l, vector[t].fault != 0, args.limit);
+    }
   });
 }
 

@@ -8,7 +8,7 @@
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_layout.h"
 
-// Rows into pages and out of them, one element for each thread. See page_attention.h for what a Block is.
+// Rows into pages, one element for each thread. See page_attention.h for what a Block is.
 namespace eduba::cuda {
 
 inline constexpr int kRowThreads = 256;
@@ -49,42 +49,6 @@ EDUBA_DEVICE void WriteRows(const Block& block, const WriteArgs& args) {
       const auto* values = static_cast<const Stored*>(args.values);
       page[layout.value(kv_head, args.row + row, c)] =
           c < layout.value_dim ? values[from * layout.value_dim + c] : Stored{0};
-    }
-  });
-}
-
-// Reads the first `tokens` rows of consecutive pages.
-struct ReadArgs {
-  PageLayout layout;
-  const PageEntry* page;  // [ceil(tokens / 256)]
-  int64_t tokens;
-  float* keys;    // [tokens, kv_heads, head_dim]
-  float* values;  // [tokens, kv_heads, value_dim]
-
-  constexpr int64_t elements() const {
-    return tokens * layout.kv_heads * (layout.head_dim + layout.value_dim);
-  }
-  constexpr int64_t blocks() const { return (elements() + kRowThreads - 1) / kRowThreads; }
-};
-
-template <class Type, class Block>
-EDUBA_DEVICE void ReadRows(const Block& block, const ReadArgs& args) {
-  const PageLayout& layout = args.layout;
-  block.Threads([&](int t) {
-    const int64_t i = block.index() * kRowThreads + t;
-    if (i >= args.elements()) return;
-    const int width = layout.head_dim + layout.value_dim;
-    const int column = static_cast<int>(i % width);
-    const int kv_head = static_cast<int>(i / width % layout.kv_heads);
-    const int64_t token = i / width / layout.kv_heads;
-    const auto row = static_cast<int>(token % kPageRows);
-    const int64_t to = token * layout.kv_heads + kv_head;
-    const auto* page = static_cast<const typename Type::Stored*>(args.page[token / kPageRows].data);
-    if (column < layout.head_dim) {
-      args.keys[to * layout.head_dim + column] = Type::Value(page[layout.key(kv_head, row, column)]);
-    } else {
-      const int c = column - layout.head_dim;
-      args.values[to * layout.value_dim + c] = Type::Value(page[layout.value(kv_head, row, c)]);
     }
   });
 }
