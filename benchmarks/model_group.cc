@@ -75,6 +75,7 @@ Outcome RunRank(const testing::RandomModel& random, Communicator* communicator, 
   std::vector<Context> contexts;
   std::vector<int32_t> ids(sessions);
   std::vector<Turn> turns;
+  turns.reserve(sessions);
   for (int s = 0; s < sessions; ++s) {
     std::vector<int32_t> text(tokens);
     for (int64_t i = 0; i < tokens; ++i) {

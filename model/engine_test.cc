@@ -249,6 +249,7 @@ TEST(ModelEngine, AnyNumberOfWorkersGivesTheSameBits) {
 void RunGlooGroup(int size, const std::function<void(int, Communicator*)>& body) {
   MapRendezvous board;
   std::vector<std::thread> threads;
+  threads.reserve(size);
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
       const auto communicator = ConnectGloo(rank, size, board, {}, absl::Now() + absl::Seconds(60));
