@@ -332,7 +332,7 @@ std::vector<int32_t> GoOnAtHome(Fixture& f, Context& context, int64_t count, int
   std::vector<int32_t> ids(count);
   for (int32_t& id : ids) {
     const Turn turn{&context, absl::MakeConstSpan(&id, 1), /*asks=*/true};
-    if (group.rank() == home) id = ChooseToken(f.engine->NextLogits(context), {}, context.length()).id;
+    if (group.rank() == home) id = ChooseToken(*f.engine->NextLogits(context), {}, context.length()).id;
     EXPECT_TRUE(f.engine->Prepare(turn).ok());
     if (group.rank() != home) {
       f.engine->Follow(context);
