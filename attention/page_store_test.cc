@@ -38,6 +38,9 @@ class SlabBackend : public Backend {
   absl::Status WriteRows(const AttentionShape&, void*, int, int, const void*, const void*) override {
     return absl::UnimplementedError("");
   }
+  absl::Status ReadRows(const AttentionShape&, const void*, int, int, void*, void*) override {
+    return absl::UnimplementedError("");
+  }
   absl::Status CopyPage(const AttentionShape&, const void*, void*) override {
     return absl::UnimplementedError("");
   }

@@ -135,7 +135,11 @@ class Simulation {
         request.set_name(name);
         request.mutable_spec()->set_stripe_pages(1);
         if (kind < 2) {
-          request.mutable_spec()->mutable_model();
+          v1::ModelSpec& model = *request.mutable_spec()->mutable_model();
+          if (kind == 1) {
+            model.set_policy(v1::MODEL_POLICY_STREAMING);
+            model.set_window(5);
+          }
         } else {
           request.mutable_spec()->set_query_heads(2);
           request.mutable_spec()->set_kv_heads(1);

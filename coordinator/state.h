@@ -167,6 +167,7 @@ class ClusterState {
     Kind kind = Kind::kAppend;
     RequestId request = 0;  // 0: nobody waits any more
     uint64_t session_id = 0;
+    std::optional<int> home;     // kGenerate: the rank that computes it; none: all do
     std::vector<int32_t> ids;    // kAppend: what was sent; kGenerate: what has come
     int64_t at = 0;              // kAppend: where the client's tokens start
     int64_t already_stored = 0;  // kAppend: of them, were there before
@@ -177,6 +178,9 @@ class ClusterState {
     int64_t started_ms = 0;
     int64_t deadline_ms = 0;  // 0: none
     bool cancelled = false;
+
+    // The rank that says what comes of it.
+    int teller() const { return home.value_or(0); }
   };
 
   enum class CommandKind {
@@ -288,6 +292,8 @@ class ClusterState {
   static absl::Status CheckNotEmpty(const SessionEntry& session, const std::string& what);
   absl::Status CheckSinkMass(bool wanted, const std::string& what) const;
   absl::Status CheckGenerate(const v1::GenerateRequest& args) const;
+  // The rank that is home to the fewest generations.
+  int IdlestHome() const;
   uint64_t StartModelJob(ModelJob job, v1::Command command, int64_t now_ms);
   void OnModelProgress(WorkerEntry* worker, v1::ModelProgress progress, int64_t now_ms);
   void OnModelJob(const PendingCommand& command, int64_t now_ms);

@@ -45,8 +45,9 @@ std::string Outcome(const v1::CommandResult& result) {
                             : absl::StrCat(absl::StatusCodeToString(code), " (", result.message(), ")");
 }
 
-absl::Status WorkerGaveNonsense() {
-  return absl::InternalError("worker 0 gave an answer that makes no sense: the group starts anew; retry");
+absl::Status WorkerGaveNonsense(int rank) {
+  return absl::InternalError(
+      absl::StrCat("worker ", rank, " gave an answer that makes no sense: the group starts anew; retry"));
 }
 
 }  // namespace
@@ -231,8 +232,20 @@ void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, 
   job.request = request;
   job.session_id = session->record.id;
   job.sink_mass = args.sink_mass();
+  if (IsWindowed(*session->spec, *CurrentModel())) {
+    job.home = IdlestHome();
+    command.mutable_model_generate()->set_home(*job.home);
+  }
   if (args.time_limit_ms() > 0) job.deadline_ms = now_ms + args.time_limit_ms();
   session->model_job = StartModelJob(std::move(job), std::move(command), now_ms);
+}
+
+int ClusterState::IdlestHome() const {
+  std::vector<int> generations(options_.group_size, 0);
+  for (const auto& [ordinal, job] : model_jobs_) {
+    if (job.home) ++generations[*job.home];
+  }
+  return static_cast<int>(std::min_element(generations.begin(), generations.end()) - generations.begin());
 }
 
 // Questions see the session as it is between two extensions: what a client cannot know, it cannot ask about.
@@ -318,12 +331,16 @@ void ClusterState::ForkSession(RequestId request, const v1::ForkSessionRequest& 
 }
 
 void ClusterState::OnModelProgress(WorkerEntry* worker, v1::ModelProgress progress, int64_t now_ms) {
-  if (phase_ != Phase::kActive || progress.epoch() != epoch_ || worker->rank != 0) return;
-  // Commands wait behind the steps of jobs: while steps are made, none of them is late.
+  if (phase_ != Phase::kActive || progress.epoch() != epoch_ || worker->rank < 0) return;
+  // Commands wait behind the steps of jobs, which all ranks make together: while steps are made, none of them
+  // is late.
   answered_ms_ = now_ms;
   const auto it = model_jobs_.find(progress.ordinal());
   if (it == model_jobs_.end()) return;
   ModelJob& job = it->second;
+  if (worker->rank != job.teller()) {
+    return Expel(worker->id, "told of a job that is another worker's to tell of", now_ms);
+  }
   if (progress.has_tokens() && job.kind == ModelJob::Kind::kGenerate) {
     const auto ids = Numbers<int32_t>(progress.tokens().ids(), "generated ids");
     if (!ids.ok() || progress.tokens().log_probs().size() != progress.tokens().ids().size()) {
@@ -348,18 +365,20 @@ void ClusterState::OnModelJob(const PendingCommand& command, int64_t now_ms) {
   if (it == model_jobs_.end()) return;
   const ModelJob job = std::move(it->second);
   model_jobs_.erase(it);
-  const v1::CommandResult& first = *command.results[0];
+  const v1::CommandResult& told = *command.results[job.teller()];
   for (const WorkerEntry* worker : Ranks()) {
     const v1::CommandResult& result = *command.results[worker->rank];
+    const std::string teller = absl::StrCat("worker ", job.teller());
     std::string differs;
-    if (result.code() != first.code()) {
-      differs = absl::StrCat("ended with ", Outcome(result), ", and worker 0 with ", Outcome(first));
-    } else if (result.model().done() != first.model().done()) {
-      differs = absl::StrCat("did ", result.model().done(), " tokens, and worker 0 ", first.model().done());
-    } else if (result.model().digest() != first.model().digest()) {
-      differs = "computed other bits than worker 0";
+    if (result.code() != told.code()) {
+      differs = absl::StrCat("ended with ", Outcome(result), ", and ", teller, " with ", Outcome(told));
+    } else if (result.model().done() != told.model().done()) {
+      differs =
+          absl::StrCat("did ", result.model().done(), " tokens, and ", teller, " ", told.model().done());
+    } else if (!job.home && result.model().digest() != told.model().digest()) {
+      differs = absl::StrCat("computed other bits than ", teller);
     } else {
-      continue;
+      continue;  // Others than a home have no bits of their own.
     }
     differs = absl::StrCat(NameOf(*worker), " ", differs);
     Respond(job.request, absl::InternalError(absl::StrCat(differs,
@@ -368,14 +387,15 @@ void ClusterState::OnModelJob(const PendingCommand& command, int64_t now_ms) {
     return EndEpoch(differs, now_ms);
   }
   SessionEntry* session = SessionById(job.session_id);
-  if (session == nullptr) return;  // Deleted meanwhile; its calls have been told.
+  // Deleted meanwhile; its calls have been told.
+  if (session == nullptr || session->phase == SessionPhase::kClosing) return;
   const bool extends = job.kind == ModelJob::Kind::kAppend || job.kind == ModelJob::Kind::kGenerate;
-  const int64_t done = first.model().done();
+  const int64_t done = told.model().done();
   if (extends) {
     if (done < 0 || done > static_cast<int64_t>(job.ids.size()) ||
         (job.kind == ModelJob::Kind::kGenerate && done != static_cast<int64_t>(job.ids.size()))) {
-      Respond(job.request, WorkerGaveNonsense());
-      return Expel(Ranks()[0]->id,
+      Respond(job.request, WorkerGaveNonsense(job.teller()));
+      return Expel(Ranks()[job.teller()]->id,
                    absl::StrCat("answered that ", done, " of ", job.ids.size(), " tokens are read"), now_ms);
     }
     if (done > 0) {
@@ -387,13 +407,13 @@ void ClusterState::OnModelJob(const PendingCommand& command, int64_t now_ms) {
       // forgotten silently. (What an earlier write could not store is stored with it.)
       if (session->phase == SessionPhase::kReady) {
         Write(AppendCommitted{job.session_id, {session->recorded, length - session->recorded, {}}}, 0);
-        recording_jobs_[job.session_id] = {job, first};
+        recording_jobs_[job.session_id] = {job, told};
         return;
       }
     }
     session->model_job = 0;
   }
-  ReplyToJob(job, *session, first, now_ms);
+  ReplyToJob(job, *session, told, now_ms);
 }
 
 void ClusterState::OnTokensRecorded(uint64_t session_id, const absl::Status& status, int64_t now_ms) {
@@ -429,8 +449,8 @@ void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
   }
   const int64_t mass_bytes = int64_t{4} * session.spec->layers() * session.spec->query_heads();
   if (static_cast<int64_t>(result.model().sink_mass().size()) != (job.sink_mass ? mass_bytes : 0)) {
-    Respond(job.request, WorkerGaveNonsense());
-    return Expel(Ranks()[0]->id, "answered sink mass of a wrong size", now_ms);
+    Respond(job.request, WorkerGaveNonsense(job.teller()));
+    return Expel(Ranks()[job.teller()]->id, "answered sink mass of a wrong size", now_ms);
   }
   switch (job.kind) {
     case ModelJob::Kind::kAppend: {
@@ -453,8 +473,8 @@ void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
     }
     case ModelJob::Kind::kScore: {
       if (result.model().log_probs().size() != job.ids.size() * sizeof(float)) {
-        Respond(job.request, WorkerGaveNonsense());
-        return Expel(Ranks()[0]->id, "answered log-probabilities of a wrong size", now_ms);
+        Respond(job.request, WorkerGaveNonsense(job.teller()));
+        return Expel(Ranks()[job.teller()]->id, "answered log-probabilities of a wrong size", now_ms);
       }
       v1::ScoreResponse response;
       response.set_log_probs(result.model().log_probs());
@@ -463,9 +483,9 @@ void ClusterState::ReplyToJob(const ModelJob& job, const SessionEntry& session,
     }
     case ModelJob::Kind::kEmbed:
       if (job.embedded != job.ranges) {
-        Respond(job.request, WorkerGaveNonsense());
-        return Expel(Ranks()[0]->id, absl::StrCat("embedded ", job.embedded, " of ", job.ranges, " ranges"),
-                     now_ms);
+        Respond(job.request, WorkerGaveNonsense(job.teller()));
+        return Expel(Ranks()[job.teller()]->id,
+                     absl::StrCat("embedded ", job.embedded, " of ", job.ranges, " ranges"), now_ms);
       }
       return Respond(job.request, Answer(Done{}));
   }

@@ -78,9 +78,9 @@ class ModelStateTest : public testing::Test {
     return Get<v1::AppendTokensReceipt>(
         [&](ClusterState& state, RequestId id) { state.AppendTokens(id, name, at, ids, cluster_.now()); });
   }
-  RequestId AskGenerate(int64_t max_tokens, int64_t time_limit_ms = 0) {
+  RequestId AskGenerate(int64_t max_tokens, int64_t time_limit_ms = 0, const std::string& name = "s") {
     v1::GenerateRequest request;
-    request.set_session("s");
+    request.set_session(name);
     request.set_max_tokens(max_tokens);
     request.set_time_limit_ms(time_limit_ms);
     return cluster_.Ask(
@@ -265,11 +265,117 @@ TEST_F(ModelStateTest, GeneratedTokensBelongToTheSession) {
   EXPECT_EQ(Append("s", 2, {id, id, id})->already_stored(), 3);
 }
 
+TEST_F(ModelStateTest, ASessionOfWindowsGeneratesOnTheWorkerWithTheFewestGenerations) {
+  v1::ModelSpec streaming;
+  streaming.set_policy(v1::MODEL_POLICY_STREAMING);
+  streaming.set_window(3);
+  for (const char* name : {"x", "y", "z"}) {
+    ASSERT_TRUE(Create(name, streaming).ok());
+    ASSERT_TRUE(Append(name, {}, {1}).ok());
+  }
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  const auto home_of_last = [&] {
+    const auto& homes = cluster_.workers[b_].rank->homes;
+    EXPECT_EQ(homes, cluster_.workers[a_].rank->homes);
+    return homes.rbegin()->second;
+  };
+  HoldJobs();
+  const RequestId x = AskGenerate(5, 0, "x");
+  cluster_.Settle();
+  EXPECT_EQ(home_of_last(), 0);
+  const RequestId y = AskGenerate(5, 0, "y");
+  cluster_.Settle();
+  EXPECT_EQ(home_of_last(), 1);
+  cluster_.Cancel(x);
+  cluster_.Settle();
+  AskGenerate(5, 0, "z");
+  cluster_.Settle();
+  EXPECT_EQ(home_of_last(), 0);
+  // Where a layer sees all keys, all generate.
+  AskGenerate(5);
+  cluster_.Settle();
+  EXPECT_EQ(cluster_.workers[a_].rank->homes.size(), 3U);
+  EXPECT_EQ(Show("x")->length(), 2);
+  EXPECT_EQ(cluster_.requests[y].generated.size(), 4U);
+}
+
+TEST_F(ModelStateTest, WhatAGenerationBringsComesFromItsHome) {
+  v1::ModelSpec streaming;
+  streaming.set_policy(v1::MODEL_POLICY_STREAMING);
+  streaming.set_window(3);
+  for (const char* name : {"x", "y"}) {
+    ASSERT_TRUE(Create(name, streaming).ok());
+    ASSERT_TRUE(Append(name, {}, {1}).ok());
+  }
+  HoldJobs();
+  AskGenerate(5, 0, "x");
+  cluster_.Settle();
+  cluster_.workers[a_].rank->hold_jobs = cluster_.workers[b_].rank->hold_jobs = false;
+  v1::GenerateRequest request;
+  request.set_session("y");
+  request.set_max_tokens(3);
+  request.set_sink_mass(true);
+  const auto summary = Get<v1::GenerateSummary>(
+      [&](ClusterState& state, RequestId id) { state.Generate(id, request, cluster_.now()); });
+  ASSERT_TRUE(summary.ok()) << summary.status();
+  EXPECT_EQ(cluster_.workers[a_].rank->homes.rbegin()->second, 1);
+  EXPECT_EQ(summary->tokens(), 3);
+  EXPECT_EQ(summary->sink_mass().size(), size_t{4} * 2 * 2);
+  EXPECT_EQ(Show("y")->length(), 4);
+  // What the other says of how far it came is compared all the same.
+  cluster_.workers[a_].rank->failures[v1::Command::kModelGenerate] = absl::ResourceExhaustedError("full");
+  EXPECT_EQ(StatusOf(AskGenerate(3, 0, "y")).code(), absl::StatusCode::kUnknown);
+  cluster_.Settle();
+  EXPECT_FALSE(cluster_.serving);
+}
+
+TEST_F(ModelStateTest, TokensFromAnotherWorkerThanTheHomeEndTheEpoch) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  HoldJobs();
+  const RequestId generation = AskGenerate(5);
+  cluster_.Settle();
+  v1::WorkerMessage message;
+  message.mutable_progress()->set_epoch(1);
+  cluster_.state().WorkerSaid(b_, message, cluster_.now());  // Of a job that has ended.
+  cluster_.Collect();
+  EXPECT_TRUE(cluster_.serving);
+  message.mutable_progress()->set_ordinal(3);
+  message.mutable_progress()->mutable_tokens()->set_ids(std::string(4, '\0'));
+  message.mutable_progress()->mutable_tokens()->set_log_probs(std::string(4, '\0'));
+  cluster_.state().WorkerSaid(b_, message, cluster_.now());
+  cluster_.Collect();
+  EXPECT_FALSE(cluster_.serving);
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(cluster_.requests[generation].generated.size(), 4U);
+}
+
 TEST_F(ModelStateTest, OneCallAtATimeExtendsASession) {
   ASSERT_TRUE(Append("s", {}, {1}).ok());
   const RequestId first = AskAppend("s", {}, {2});
   EXPECT_EQ(StatusOf(AskAppend("s", {}, {3})).code(), absl::StatusCode::kAborted);
   EXPECT_EQ(StatusOf(AskGenerate(1)).code(), absl::StatusCode::kAborted);
+  // Nor is it asked or forked meanwhile: the workers may hold it without its newest rows.
+  v1::ScoreRequest score;
+  score.set_session("s");
+  score.set_ids(std::string(4, '\0'));
+  v1::EmbedRequest embed;
+  embed.set_session("s");
+  embed.set_ranges(std::string(16, '\0'));
+  v1::ForkSessionRequest fork;
+  fork.set_session("s");
+  fork.set_name("f");
+  EXPECT_EQ(StatusOf(cluster_.Ask([&](ClusterState& state, RequestId id) {
+              state.Score(id, score, cluster_.now());
+            })).code(),
+            absl::StatusCode::kAborted);
+  EXPECT_EQ(StatusOf(cluster_.Ask([&](ClusterState& state, RequestId id) {
+              state.Embed(id, embed, cluster_.now());
+            })).code(),
+            absl::StatusCode::kAborted);
+  EXPECT_EQ(StatusOf(cluster_.Ask([&](ClusterState& state, RequestId id) {
+              state.ForkSession(id, fork, 99, cluster_.now());
+            })).code(),
+            absl::StatusCode::kAborted);
   cluster_.Settle();
   EXPECT_TRUE(StatusOf(first).ok());
   EXPECT_EQ(Show("s")->length(), 2);

@@ -179,6 +179,9 @@ class Backend {
   // value_dim] are host arrays in shape.dtype. Returns when the arrays may be reused.
   virtual absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                                  const void* values) = 0;
+  // Reads them back into such arrays, bit for bit as they were written.
+  virtual absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                                void* values) = 0;
   virtual absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) = 0;
 
   virtual absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) = 0;

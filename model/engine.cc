@@ -8,6 +8,7 @@
 #include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "collective/broadcast.h"
 #include "model/log_probs.h"
 
 namespace eduba {
@@ -36,7 +37,17 @@ LayerKeeping Keeping(const LayerView& append, const LayerView& ask) {
   return keeping;
 }
 
+template <typename T>
+absl::Span<char> BytesOf(absl::Span<T> numbers) {
+  return {reinterpret_cast<char*>(numbers.data()), numbers.size() * sizeof(T)};
+}
+
 }  // namespace
+
+bool Context::windowed() const {
+  return std::none_of(keeping_.begin(), keeping_.end(),
+                      [](const LayerKeeping& keeping) { return keeping.owned; });
+}
 
 int64_t Context::page_bytes() const { return pages_.bytes(); }
 
@@ -186,17 +197,17 @@ absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time 
     context.length_ += static_cast<int64_t>(turn.ids.size());
     const float* last = &hidden_[(row - 1) * config.hidden_size];
     context.last_.assign(last, last + config.hidden_size);
-    DropUnseen(context);
+    DropUnseen(context, context.length_);
   }
   return absl::OkStatus();
 }
 
-void ModelEngine::DropUnseen(Context& context) const {
+void ModelEngine::DropUnseen(Context& context, int64_t next) const {
   for (size_t layer = 0; layer < context.keeping_.size(); ++layer) {
     // What no later row sees; or no later window, and others own it.
     const LayerKeeping& keeping = context.keeping_[layer];
     if (keeping.window == 0) continue;
-    context.pages_.Drop(static_cast<int>(layer), {keeping.sink_tokens, context.length_ - keeping.window + 1},
+    context.pages_.Drop(static_cast<int>(layer), {keeping.sink_tokens, next - keeping.window + 1},
                         keeping.owned);
   }
 }
@@ -206,6 +217,60 @@ int64_t ModelEngine::NextChunk(const Context& context, int64_t left) const {
   const int64_t in_stripe = context.length_ % stripe_rows;
   const int64_t end = std::min(stripe_rows, (in_stripe / options_.chunk_rows + 1) * options_.chunk_rows);
   return std::min(left, end - in_stripe);
+}
+
+void ModelEngine::Follow(Context& context) const {
+  // What the row itself sees stays, in case that it did not come about.
+  DropUnseen(context, context.length_);
+  ++context.length_;
+}
+
+void ModelEngine::Unfollow(Context& context) const {
+  --context.length_;
+  Unprepare(context);
+}
+
+absl::Status ModelEngine::HandOver(Context& context, int home, absl::Span<int32_t> ids,
+                                   absl::Time deadline) const {
+  if (ids.empty() || options_.communicator->size() == 1) return absl::OkStatus();
+  Communicator& group = *options_.communicator;
+  context.last_.resize(options_.model->config().hidden_size);
+  absl::Status status = Broadcast(group, home, BytesOf(ids), deadline);
+  if (status.ok()) status = Broadcast(group, home, BytesOf(absl::MakeSpan(context.last_)), deadline);
+  const int64_t begin = context.length_ - static_cast<int64_t>(ids.size());
+  for (int layer = 0; status.ok() && layer < static_cast<int>(context.keeping_.size()); ++layer) {
+    status = HandOverLayer(context, layer, home, begin, deadline);
+  }
+  // An error ahead of a message: no rank shall wait for one that will not come.
+  if (!status.ok()) group.Abort(status);
+  DropUnseen(context, context.length_);
+  return status;
+}
+
+absl::Status ModelEngine::HandOverLayer(Context& context, int layer, int home, int64_t begin,
+                                        absl::Time deadline) const {
+  Communicator& group = *options_.communicator;
+  const LayerKeeping& keeping = context.keeping_[layer];
+  const PositionRange all{begin, context.length_};
+  for (const PositionRange& range :
+       Union({PositionRange{0, keeping.sink_tokens}.Intersect(all),
+              PositionRange{context.length_ - keeping.window + 1, context.length_}.Intersect(all)})) {
+    if (range.empty()) continue;
+    const int64_t key_bytes = range.size() * context.pages_.key_bytes();
+    std::vector<char> message(key_bytes + range.size() * context.pages_.value_bytes());
+    if (group.rank() == home) {
+      EDUBA_ASSIGN_OR_RETURN(const StoredRows rows, context.pages_.Read(layer, range));
+      std::copy(rows.values.begin(), rows.values.end(),
+                std::copy(rows.keys.begin(), rows.keys.end(), message.begin()));
+    }
+    EDUBA_RETURN_IF_ERROR(Broadcast(group, home, absl::MakeSpan(message), deadline));
+    if (group.rank() != home) {
+      const auto values = message.begin() + key_bytes;
+      EDUBA_RETURN_IF_ERROR(context.pages_.Write(
+          layer, range.begin, {range.size(), {message.begin(), values}, {values, message.end()}}));
+    }
+  }
+  return absl::OkStatus();
 }
 
 std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<const int32_t> ids, bool asks,
@@ -243,7 +308,7 @@ void ModelEngine::FinishWave(Wave& wave, Context& context, Pooler* pooler) const
   context.pages_ = wave.TakePages();
   context.length_ = wave.plan().positions.end;
   context.last_ = wave.last();
-  DropUnseen(context);
+  DropUnseen(context, context.length_);
   if (pooler != nullptr) pooler->AddPart(*wave.part());
 }
 

@@ -63,6 +63,9 @@ class Context {
   int64_t length() const { return length_; }
   // [hidden_size]: the hidden state of the last token; empty at the beginning.
   absl::Span<const float> last() const { return last_; }
+  // No row, appended or asked, sees more of a layer than token sinks and a window, which every rank has: one
+  // rank can compute it alone.
+  bool windowed() const;
   // Pages held, in bytes; what forks share counts for each.
   int64_t page_bytes() const;
 
@@ -151,13 +154,25 @@ class ModelEngine {
   // Gives the memory back: the step will not come.
   void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
   // REQUIRES: every rank has prepared all turns. INVALID_ARGUMENT or the communicator's errors, as Step's;
-  // `deadline` is for the collectives.
+  // `deadline` is for the collectives, of which there are none where every context is windowed().
   absl::Status StepPrepared(absl::Span<const Turn> turns, absl::Time deadline);
 
   // Of `left` more tokens of an append, as many as its next chunk has. Chunks end at multiples of chunk_rows
   // from where a stripe begins, and where it ends. A wave ends there too: so an append that fails at some
   // token has read as much on any number of ranks.
   int64_t NextChunk(const Context& context, int64_t left) const;
+
+  // One rank, the home, goes on with a windowed() context alone, by StepPrepared with turns of one token; the
+  // others Follow each of them, for which they have prepared, and in the end all HandOver. In between the
+  // others know the context's length only, and may do nothing else with it. Nobody waits for anybody before
+  // the end: the last Follow may be undone, where its row did not come about at home.
+  void Follow(Context& context) const;
+  void Unfollow(Context& context) const;
+  // All ranks have now what the home has of positions [length - ids, length): keys and values as far as a
+  // later row sees them, the last hidden state, and the tokens, which the home gives in `ids` and the others
+  // get there. As many messages one after another as Broadcast, for each layer and once more. Errors as the
+  // communicator's, which is dead then. REQUIRES: a communicator.
+  absl::Status HandOver(Context& context, int home, absl::Span<int32_t> ids, absl::Time deadline) const;
 
   // A part of an append that the ranks share out; null where it is too short for that. `ids` go on behind the
   // context, as a Turn's do, and are taken from their beginning as far as the wave's plan says. `pooler` (or
@@ -203,8 +218,9 @@ class ModelEngine {
 
  private:
   PageShare Share(int64_t stripe_pages) const;
-  // Gives back what no row behind the context sees.
-  void DropUnseen(Context& context) const;
+  // Gives back what no row at position `next` or behind it sees.
+  void DropUnseen(Context& context, int64_t next) const;
+  absl::Status HandOverLayer(Context& context, int layer, int home, int64_t begin, absl::Time deadline) const;
   // Whether the next rows of `ids` are in the context now, as a wave; or are to be read in chunks up to
   // `*in_chunks_until`.
   absl::StatusOr<bool> AppendWave(Context& context, absl::Span<const int32_t> ids,

@@ -328,6 +328,124 @@ TEST(ModelEngine, TheTurnsOfAStepShareTheirCollectives) {
   }
 }
 
+// Tokens that rank `home` of the group chooses and computes, while the others follow; then all have them.
+std::vector<int32_t> GoOnAtHome(Fixture& f, Context& context, int64_t count, int home, Communicator& group) {
+  std::vector<int32_t> ids(count);
+  for (int32_t& id : ids) {
+    const Turn turn{&context, absl::MakeConstSpan(&id, 1), /*asks=*/true};
+    if (group.rank() == home) id = ChooseToken(*f.engine->NextLogits(context), {}, context.length()).id;
+    EXPECT_TRUE(f.engine->Prepare(turn).ok());
+    if (group.rank() != home) {
+      f.engine->Follow(context);
+    } else {
+      const absl::Status status = f.engine->StepPrepared({turn}, absl::Now() + absl::Seconds(60));
+      EXPECT_TRUE(status.ok()) << status;
+    }
+  }
+  if (group.rank() != home) ids.assign(count, -1);
+  const absl::Status status =
+      f.engine->HandOver(context, home, absl::MakeSpan(ids), absl::Now() + absl::Seconds(60));
+  EXPECT_TRUE(status.ok()) << status;
+  return ids;
+}
+
+TEST(ModelEngine, WhatOneRankComputedAloneIsTheSameOnAllBehindTheHandOver) {
+  int windowed_by_themselves = 0;
+  for (uint64_t seed = 700; seed < 724; ++seed) {
+    ContextOptions options = RandomOptions(seed);
+    RandomModel drawn(seed);
+    ModelConfig config = drawn.config;
+    if (options.policy != ContextPolicy::kStreaming) {
+      for (LayerConfig& layer : config.layers) layer.window = 1 + static_cast<int64_t>(seed % 40);
+      ++windowed_by_themselves;
+    }
+    // Also prompts that are shorter than the sinks, and generations longer than any window.
+    const int64_t prompt = std::vector<int64_t>{1, 3, 100, 250, 530}[seed % 5];
+    const int64_t count = std::vector<int64_t>{1, 7, 40, 290}[seed % 4];
+    SCOPED_TRACE(absl::StrCat("seed ", seed, " ", ToString(options), " ", prompt, " + ", count));
+    struct Answers {
+      std::vector<int32_t> ids, more_ids, fork_ids;
+      std::vector<float> last, scores, hidden;
+      int64_t page_bytes = 0;
+      bool operator==(const Answers&) const = default;
+    };
+    const auto run = [&](Communicator* group) {
+      Fixture f(RandomModel(config, DType::kF32, seed), DType::kF32, 1, int64_t{256} << 20, group);
+      const auto go_on = [&](Context& context, int64_t tokens, int home) {
+        return GoOnAtHome(f, context, tokens, home % group->size(), *group);
+      };
+      Answers answers;
+      Context context = f.Open(options);
+      EXPECT_TRUE(context.windowed());
+      f.Hidden(context, f.Text(prompt, seed), 100);
+      const Context before = context.Fork();
+      answers.ids = go_on(context, count, static_cast<int>(seed));
+      answers.page_bytes = context.page_bytes();
+      answers.last.assign(context.last().begin(), context.last().end());
+      answers.scores = *f.engine->Score(context, f.Text(20, 2));
+      Context fork = context.Fork();
+      answers.hidden = f.Hidden(context, f.Text(30, 3), 100);
+      // Another home, and several hand-overs into one page.
+      answers.more_ids = go_on(context, 5, static_cast<int>(seed) + 1);
+      answers.fork_ids = go_on(fork, 3, static_cast<int>(seed) + 2);
+      const std::vector<int32_t> more = go_on(fork, 4, static_cast<int>(seed) + 2);
+      answers.fork_ids.insert(answers.fork_ids.end(), more.begin(), more.end());
+      // Who shared pages with what has gone on is as it was.
+      const std::vector<float> old_scores = *f.engine->Score(before, f.Text(10, 4));
+      answers.scores.insert(answers.scores.end(), old_scores.begin(), old_scores.end());
+      return answers;
+    };
+    Answers wanted;
+    RunGroup(1, [&](int /*rank*/, Communicator* group) { wanted = run(group); });
+    for (const int size : {2, 3, 4}) {
+      RunGroup(size, [&](int rank, Communicator* group) {
+        EXPECT_TRUE(run(group) == wanted) << "rank " << rank << " of " << size;
+      });
+      if (HasFailure()) return;
+    }
+  }
+  EXPECT_GT(windowed_by_themselves, 0);
+}
+
+TEST(ModelEngine, AFollowedRowThatDidNotComeAboutLeavesNoTrace) {
+  ContextOptions options;
+  options.policy = ContextPolicy::kStreaming;
+  options.sink_tokens = 0;
+  options.window = 2;
+  RunGroup(2, [&](int rank, Communicator* group) {
+    Fixture f(5, DType::kF32, 1, int64_t{256} << 20, group);
+    Context context = f.Open(options);
+    // Around the end of a page, which the row behind it does not see any more.
+    f.Hidden(context, f.Text(kPageRows), 100);
+    for (int64_t length = kPageRows; length < kPageRows + 4; ++length) {
+      const std::vector<int32_t> ids = {3};
+      const int64_t bytes = context.page_bytes();
+      ASSERT_TRUE(f.engine->Prepare({&context, ids, true}).ok());
+      if (rank == 0) {
+        f.engine->Unprepare(context);
+      } else {
+        f.engine->Follow(context);
+        ASSERT_TRUE(f.engine->Prepare({&context, ids, true}).ok());
+        f.engine->Unfollow(context);
+      }
+      EXPECT_EQ(context.length(), length);
+      EXPECT_EQ(context.page_bytes(), bytes);
+      GoOnAtHome(f, context, 1, /*home=*/0, *group);
+      int64_t difference = rank == 0 ? context.page_bytes() : -context.page_bytes();
+      ASSERT_TRUE(group->SumI64(absl::MakeSpan(&difference, 1), absl::Now() + absl::Seconds(60)).ok());
+      EXPECT_EQ(difference, 0);
+    }
+    const std::vector<float> got = f.Hidden(context, f.Text(9), 9);
+    RunGroup(1, [&](int /*rank*/, Communicator* self) {
+      Fixture other(5, DType::kF32, 1, int64_t{256} << 20, self);
+      Context alone = other.Open(options);
+      other.Hidden(alone, other.Text(kPageRows), 100);
+      GoOnAtHome(other, alone, 4, 0, *self);
+      EXPECT_TRUE(SameBits(got, other.Hidden(alone, other.Text(9), 9)));
+    });
+  });
+}
+
 TEST(ModelEngine, WorkersShareThePagesOfLayersThatSeeAll) {
   ModelConfig config = RandomModel::RandomConfig(1);
   config.layers.resize(1);

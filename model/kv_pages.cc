@@ -133,6 +133,22 @@ absl::Status KvPages::Write(int layer, int64_t first, const StoredRows& rows) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<StoredRows> KvPages::Read(int layer, PositionRange range) const {
+  StoredRows rows{range.size(), std::vector<char>(range.size() * key_bytes()),
+                  std::vector<char>(range.size() * value_bytes())};
+  for (int64_t position = range.begin; position < range.end;) {
+    const int64_t count = std::min(PageBegin(PageOf(position) + 1), range.end) - position;
+    const absl::Span<const PageRef> page = Pages(layer, {position, position + 1});
+    EDUBA_CHECK_EQ(page.size(), 1U);
+    EDUBA_RETURN_IF_ERROR(backend_->ReadRows(shape_, page[0].data, static_cast<int>(position % kPageRows),
+                                             static_cast<int>(count),
+                                             rows.keys.data() + (position - range.begin) * key_bytes(),
+                                             rows.values.data() + (position - range.begin) * value_bytes()));
+    position += count;
+  }
+  return rows;
+}
+
 void KvPages::Truncate(int64_t length) {
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     Drop(static_cast<int>(layer), {length, PageBegin(PageCount(kMaxPositions) + 1)});

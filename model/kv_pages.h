@@ -65,6 +65,8 @@ class KvPages {
   StoredRows Round(int64_t rows, const float* keys, const float* values) const;
   // Writes positions [first, first + rows), for which there is room, as far as their pages are kept.
   absl::Status Write(int layer, int64_t first, const StoredRows& rows);
+  // Positions of a layer, whose pages are kept here, as Write took them.
+  absl::StatusOr<StoredRows> Read(int layer, PositionRange range) const;
   // Gives back room behind the first `length` positions that did not come to be filled.
   void Truncate(int64_t length);
   // Gives back the layer's pages that hold only positions of [begin, end); `foreign_only`: and that other

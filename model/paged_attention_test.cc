@@ -34,6 +34,10 @@ class SpyBackend final : public Backend {
                          const void* values) override {
     return backend_->WriteRows(shape, page, row, rows, keys, values);
   }
+  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                        void* values) override {
+    return backend_->ReadRows(shape, page, row, rows, keys, values);
+  }
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     return backend_->CopyPage(shape, from, to);
   }

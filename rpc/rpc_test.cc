@@ -79,6 +79,20 @@ TEST(CompleteSpec, NamesTheFieldThatIsWrong) {
   expect_refused([](auto& s) { s.set_query_heads(1024), s.set_head_dim(1024); }, "query_heads * max");
 }
 
+TEST(IsWindowed, AsksThePolicyAndEveryLayer) {
+  v1::SessionSpec spec;
+  v1::Model model;
+  model.add_layer_windows(5);
+  spec.mutable_model()->set_policy(v1::MODEL_POLICY_STAR);
+  EXPECT_TRUE(IsWindowed(spec, model));
+  model.add_layer_windows(0);
+  EXPECT_FALSE(IsWindowed(spec, model));
+  spec.mutable_model()->set_policy(v1::MODEL_POLICY_MODEL);
+  EXPECT_FALSE(IsWindowed(spec, model));
+  spec.mutable_model()->set_policy(v1::MODEL_POLICY_STREAMING);
+  EXPECT_TRUE(IsWindowed(spec, model));
+}
+
 TEST(SessionName, AllowsOnlyPlainNames) {
   EXPECT_TRUE(ValidateSessionName("atlas_68k.v2-b").ok());
   for (const std::string& name : {std::string(), std::string(129, 'a'), std::string("a/b"),

@@ -61,6 +61,10 @@ class EndlessBackend final : public Backend {
                          const void* values) override {
     return own_->WriteRows(shape, page, row, rows, keys, values);
   }
+  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                        void* values) override {
+    return own_->ReadRows(shape, page, row, rows, keys, values);
+  }
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     return own_->CopyPage(shape, from, to);
   }

@@ -15,6 +15,14 @@
 namespace eduba {
 namespace {
 
+constexpr int64_t kStatusCodes = 32;
+constexpr int64_t kFinishReasons = 16;
+
+// What a generation's home tells the others of its end; 0 would be: it goes on. `done`: its tokens.
+int64_t WordOf(const absl::Status& status, v1::FinishReason reason, int64_t done) {
+  return 1 + static_cast<int64_t>(status.code()) + kStatusCodes * (reason + kFinishReasons * done);
+}
+
 // Sessions whose logits are held at once.
 constexpr int64_t kLogitRows = 32;
 
@@ -87,7 +95,8 @@ void ModelSessions::Close(uint64_t session_id) {
   for (auto next = jobs_.begin(); next != jobs_.end();) {
     Job& job = next++->second;
     if (job.session_id == session_id) {
-      Finish(job, absl::NotFoundError("the session was deleted"), v1::FINISH_REASON_UNSPECIFIED, false);
+      job.done = 0;  // Nothing is left of it; and what a home has done, the others need not know yet.
+      Finish(job, {absl::NotFoundError("the session was deleted")});
     }
   }
   sessions_.erase(session_id);
@@ -162,6 +171,14 @@ absl::Status ModelSessions::StartGenerate(const v1::ModelGenerate& request, Job&
   job.session_id = request.session_id();
   job.context = &session->context;
   job.generate = request.request();
+  if (request.has_home()) {
+    if (request.home() < 0 || request.home() >= options_.group->size() || !session->context.windowed()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "rank ", request.home(), " cannot generate alone: the group has ", options_.group->size(), " ranks",
+          session->context.windowed() ? "" : ", and some layers see keys of all of them"));
+    }
+    job.home = request.home();
+  }
   WantSinkMass(request.request().sink_mass(), job);
   job.sampling.temperature = job.generate.temperature();
   job.sampling.top_k = job.generate.top_k();
@@ -231,11 +248,15 @@ absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) 
 void ModelSessions::Cancel(uint64_t ordinal) {
   const auto job = jobs_.find(ordinal);
   if (job == jobs_.end()) return;
-  Finish(job->second, absl::OkStatus(), v1::FINISH_REASON_UNSPECIFIED, true);
+  if (job->second.home) {
+    job->second.cancelled = true;
+  } else {
+    Finish(job->second, {absl::OkStatus(), v1::FINISH_REASON_UNSPECIFIED, /*cancelled=*/true});
+  }
 }
 
 void ModelSessions::FailAll(const absl::Status& status) {
-  while (!jobs_.empty()) Finish(jobs_.begin()->second, status, v1::FINISH_REASON_UNSPECIFIED, false);
+  while (!jobs_.empty()) Finish(jobs_.begin()->second, {status});
 }
 
 std::vector<ModelSessions::Job*> ModelSessions::NextJobs() {
@@ -274,7 +295,8 @@ void ModelSessions::ChooseTokens(std::vector<Job*>& jobs) {
   };
   std::vector<Job*> generating;
   for (Job* job : jobs) {
-    if (job->kind == Kind::kGenerate) generating.push_back(job);
+    const bool goes_on = !job->over && !job->cancelled;
+    if (job->kind == Kind::kGenerate && Computes(*job) && goes_on) generating.push_back(job);
   }
   for (size_t first = 0; first < generating.size(); first += kLogitRows) {
     const absl::Span<Job* const> some = absl::MakeConstSpan(generating).subspan(first, kLogitRows);
@@ -282,8 +304,9 @@ void ModelSessions::ChooseTokens(std::vector<Job*>& jobs) {
     for (Job* job : some) {
       const absl::Status status = choose({job});
       if (status.ok()) continue;
-      jobs.erase(std::find(jobs.begin(), jobs.end(), job));
-      Finish(*job, status, v1::FINISH_REASON_UNSPECIFIED, false);
+      // With a home, it stays among them until the others know.
+      if (!job->home) jobs.erase(std::find(jobs.begin(), jobs.end(), job));
+      EndByItself(*job, {status});
     }
   }
 }
@@ -344,20 +367,28 @@ void ModelSessions::AddSinkMass(size_t index, Job& job) const {
 absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time deadline,
                                                     std::vector<Job*>& jobs, std::vector<Turn>& turns,
                                                     Job*& waver, bool room) {
-  std::vector<int64_t> words(1 + turns.size() + (waver != nullptr ? 1 : 0), 0);
+  // For every turn: the ranks without memory for it, and whether it is over at home.
+  std::vector<int64_t> words(1 + 2 * turns.size() + (waver != nullptr ? 1 : 0), 0);
   if (waver != nullptr && !room) words.back() = 1;
-  std::vector<absl::Status> prepared;
+  std::vector<absl::Status> prepared(turns.size());
   if (options_.group->rank() == 0) words[0] = static_cast<int64_t>(newest);
   for (size_t i = 0; i < turns.size(); ++i) {
-    prepared.push_back(jobs[i]->no_memory.ok() ? engine_.Prepare(turns[i]) : jobs[i]->no_memory);
-    if (!prepared.back().ok()) words[1 + i] = 1;
+    const Job& job = *jobs[i];
+    if (job.over) {
+      words[2 + 2 * i] = WordOf(job.over->status, job.over->reason, job.done);
+    } else if (!job.cancelled) {
+      prepared[i] = job.no_memory.ok() ? engine_.Prepare(turns[i]) : job.no_memory;
+      if (!prepared[i].ok()) words[1 + 2 * i] = 1;
+    }
   }
   EDUBA_RETURN_IF_ERROR(options_.group->SumI64(absl::MakeSpan(words), deadline));
+  const auto is_over = [&](size_t i) { return words[2 + 2 * i] != 0 || jobs[i]->cancelled; };
   // No memory, or numbers that are not finite: chunks need less of the one, and say where the other is.
   bool waves = waver != nullptr && words.back() != 0;  // Whether any had memory that a turn may have missed.
   if (waves) GiveUpWave(*std::exchange(waver, nullptr));
-  if (std::any_of(words.begin() + 1, words.begin() + 1 + static_cast<int64_t>(turns.size()),
-                  [](int64_t ranks) { return ranks > 0; })) {
+  bool lacking = false;
+  for (size_t i = 0; i < turns.size(); ++i) lacking |= words[1 + 2 * i] > 0 && !is_over(i);
+  if (lacking) {
     for (auto& [ordinal, job] : jobs_) {
       if (job.wave == nullptr) continue;
       GiveUpWave(job);
@@ -366,19 +397,55 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
     }
   }
   for (size_t i = turns.size(); i-- > 0;) {
-    if (words[1 + i] == 0) continue;
+    Job& job = *jobs[i];
+    const bool over = is_over(i);
+    const int64_t ranks_without = words[1 + 2 * i];
+    if (!over && ranks_without == 0) continue;
     engine_.Unprepare(*turns[i].context);
-    if (!waves) {
-      const absl::Status status =
-          !prepared[i].ok() ? prepared[i]
-                            : absl::ResourceExhaustedError(absl::StrCat("no memory for the next tokens on ",
-                                                                        words[1 + i], " other ranks"));
-      Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
-    }
     jobs.erase(jobs.begin() + static_cast<int64_t>(i));
     turns.erase(turns.begin() + static_cast<int64_t>(i));
+    if (!over && waves) continue;
+    End end;
+    if (over) {
+      end.cancelled = true;
+    } else if (!prepared[i].ok()) {
+      end.status = prepared[i];
+    } else {
+      end.status = absl::ResourceExhaustedError(
+          absl::StrCat("no memory for the next tokens on ", ranks_without, " other ranks"));
+    }
+    if (job.home) {
+      EDUBA_RETURN_IF_ERROR(EndAtHome(job, words[2 + 2 * i], std::move(end), deadline));
+    } else {
+      Finish(job, end);
+    }
   }
   return static_cast<uint64_t>(words[0]);
+}
+
+absl::Status ModelSessions::EndAtHome(Job& job, int64_t word, End otherwise, absl::Time deadline) {
+  const bool here = Computes(job);
+  End end = std::move(otherwise);
+  if (word != 0 && here) {
+    end = *std::move(job.over);
+  } else if (word != 0) {
+    const int64_t behind_code = (word - 1) / kStatusCodes;
+    end = {absl::Status(static_cast<absl::StatusCode>((word - 1) % kStatusCodes),
+                        absl::StrCat("the generation failed on rank ", *job.home)),
+           static_cast<v1::FinishReason>(behind_code % kFinishReasons)};
+    if (job.done > behind_code / kFinishReasons) {  // The last row did not come about.
+      engine_.Unfollow(*job.context);
+      --job.done;
+    }
+  }
+  if (!here) job.ids.resize(job.done);
+  EDUBA_RETURN_IF_ERROR(engine_.HandOver(*job.context, *job.home, absl::MakeSpan(job.ids), deadline));
+  if (!here) {
+    std::deque<int32_t>& ids = sessions_.at(job.session_id).ids;
+    ids.insert(ids.end(), job.ids.begin(), job.ids.end());
+  }
+  Finish(job, end);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
@@ -397,7 +464,25 @@ absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
   for (Job* job : jobs) turns.push_back(MakeTurn(*job));
   const absl::Time deadline = absl::Now() + patience;
   EDUBA_ASSIGN_OR_RETURN(const uint64_t agreed, AgreeOnStep(newest, deadline, jobs, turns, waver, room));
-  EDUBA_RETURN_IF_ERROR(RunStep(deadline, jobs, turns));
+  std::vector<Job*> own_jobs;
+  std::vector<Turn> own_turns;
+  std::vector<Job*> common_jobs;
+  std::vector<Turn> common_turns;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    if (!jobs[i]->home) {
+      common_jobs.push_back(jobs[i]);
+      common_turns.push_back(turns[i]);
+    } else if (Computes(*jobs[i])) {
+      own_jobs.push_back(jobs[i]);
+      own_turns.push_back(turns[i]);
+    } else {
+      engine_.Follow(*turns[i].context);
+      ++jobs[i]->done;
+    }
+  }
+  // Apart, because what fails in a step fails on all ranks that make it.
+  EDUBA_RETURN_IF_ERROR(RunStep(deadline, common_jobs, common_turns));
+  EDUBA_RETURN_IF_ERROR(RunStep(deadline, own_jobs, own_turns));
   if (waver != nullptr) EDUBA_RETURN_IF_ERROR(RunWave(deadline, *waver));
   return agreed;
 }
@@ -416,7 +501,8 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
     }
     return absl::OkStatus();
   }
-  // Arithmetic that left the finite numbers, as on every rank: only the job that did it shall end.
+  // Arithmetic that left the finite numbers, as on every rank that makes this step: only the job that did it
+  // shall end.
   if (!absl::IsInvalidArgument(status)) return status;
   for (size_t i = 0; i < jobs.size(); ++i) {
     if (jobs.size() > 1) {
@@ -428,7 +514,7 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
       AddSinkMass(0, *jobs[i]);
       Advance(*jobs[i], turns[i], engine_.hidden().data());
     } else if (absl::IsInvalidArgument(status)) {
-      Finish(*jobs[i], status, v1::FINISH_REASON_UNSPECIFIED, false);
+      EndByItself(*jobs[i], {status});
     } else {
       return status;
     }
@@ -439,9 +525,7 @@ absl::Status ModelSessions::RunStep(absl::Time deadline, const std::vector<Job*>
 absl::Status ModelSessions::RunWave(absl::Time deadline, Job& job) {
   EDUBA_RETURN_IF_ERROR(job.wave->Run(job.wave->units_of_a_chunk(), deadline));
   if (!job.wave->done()) {
-    v1::ModelProgress alive;
-    alive.set_ordinal(job.ordinal);
-    SendProgress(std::move(alive));
+    SendProgress(job, {});
     return absl::OkStatus();
   }
   // One that failed ends ahead of the next step.
@@ -458,15 +542,11 @@ absl::Status ModelSessions::RunWave(absl::Time deadline, Job& job) {
 void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
   const int64_t width = options_.model->info().hidden_size();
   const auto rows = static_cast<int64_t>(turn.ids.size());
-  if (job.kind == Kind::kGenerate) {
-    v1::ModelProgress progress;
-    progress.set_ordinal(job.ordinal);
-    return AdvanceGeneration(job, progress);
-  }
+  if (job.kind == Kind::kGenerate) return AdvanceGeneration(job);
   if (job.kind == Kind::kScore) {
     job.before.insert(job.before.end(), hidden, hidden + (rows - 1) * width);
     const auto some = LogProbs(options_.model->transformer(), job.before, turn.ids);
-    if (!some.ok()) return Finish(job, some.status(), v1::FINISH_REASON_UNSPECIFIED, false);
+    if (!some.ok()) return Finish(job, {some.status()});
     job.log_probs.insert(job.log_probs.end(), some->begin(), some->end());
   }
   if (job.kind == Kind::kEmbed) job.pooler->Add(job.done, rows, hidden);
@@ -480,14 +560,12 @@ void ModelSessions::AdvanceReading(Job& job, int64_t count) {
   }
   job.done += count;
   if (job.done == static_cast<int64_t>(job.ids.size())) {
-    return Finish(job, absl::OkStatus(), v1::FINISH_REASON_UNSPECIFIED, false);
+    return Finish(job, {});
   }
-  v1::ModelProgress progress;
-  progress.set_ordinal(job.ordinal);
-  SendProgress(std::move(progress));
+  SendProgress(job, {});
 }
 
-void ModelSessions::AdvanceGeneration(Job& job, v1::ModelProgress& progress) {
+void ModelSessions::AdvanceGeneration(Job& job) {
   sessions_.at(job.session_id).ids.push_back(job.chosen.id);
   job.ids.push_back(job.chosen.id);
   ++job.done;
@@ -502,18 +580,20 @@ void ModelSessions::AdvanceGeneration(Job& job, v1::ModelProgress& progress) {
   const bool last = stop || job.done == job.generate.max_tokens();
   if (last && job.text_stream != nullptr) text += job.text_stream->Finish();
 
+  v1::ModelProgress progress;
   v1::GenerateResponse::Tokens& tokens = *progress.mutable_tokens();
   tokens.set_ids(BytesOf(absl::MakeConstSpan(&job.chosen.id, 1)));
   tokens.set_log_probs(BytesOf(absl::MakeConstSpan(&job.chosen.log_prob, 1)));
   tokens.set_text(std::move(text));
-  SendProgress(std::move(progress));
+  SendProgress(job, std::move(progress));
   if (last) {
-    Finish(job, absl::OkStatus(), stop ? v1::FINISH_REASON_STOP : v1::FINISH_REASON_LENGTH, false);
+    EndByItself(job, {absl::OkStatus(), stop ? v1::FINISH_REASON_STOP : v1::FINISH_REASON_LENGTH});
   }
 }
 
-void ModelSessions::SendProgress(v1::ModelProgress progress) {
-  if (options_.group->rank() != 0) return;
+void ModelSessions::SendProgress(const Job& job, v1::ModelProgress progress) {
+  if (!Tells(job)) return;
+  progress.set_ordinal(job.ordinal);
   progress.set_epoch(options_.epoch);
   v1::WorkerMessage message;
   *message.mutable_progress() = std::move(progress);
@@ -528,16 +608,23 @@ void ModelSessions::SendEmbeddings(const Job& job, const std::vector<float>& vec
   for (int64_t first = 0; first < ranges; first += piece) {
     const int64_t count = std::min(piece, ranges - first);
     v1::ModelProgress progress;
-    progress.set_ordinal(job.ordinal);
     progress.mutable_embeddings()->set_first_range(first);
     progress.mutable_embeddings()->set_count(static_cast<int32_t>(count));
     progress.mutable_embeddings()->set_vectors(
         BytesOf(absl::MakeConstSpan(vectors).subspan(first * width, count * width)));
-    SendProgress(std::move(progress));
+    SendProgress(job, std::move(progress));
   }
 }
 
-void ModelSessions::Finish(Job& job, const absl::Status& given, v1::FinishReason reason, bool cancelled) {
+void ModelSessions::EndByItself(Job& job, End end) {
+  if (job.home) {
+    job.over = std::move(end);
+  } else {
+    Finish(job, end);
+  }
+}
+
+void ModelSessions::Finish(Job& job, const End& end) {
   v1::WorkerMessage message;
   v1::CommandResult& result = *message.mutable_result();
   result.set_epoch(options_.epoch);
@@ -546,8 +633,8 @@ void ModelSessions::Finish(Job& job, const absl::Status& given, v1::FinishReason
   uint64_t digest = HashInto(0, job.context->last());
   digest = HashInto(digest, absl::MakeConstSpan(job.log_probs));
   digest = HashInto(digest, absl::MakeConstSpan(job.sink_mass));
-  absl::Status status = given;
-  if (status.ok() && !cancelled && job.pooler) {
+  absl::Status status = end.status;
+  if (status.ok() && !end.cancelled && job.pooler) {
     const auto vectors = job.pooler->Finish();
     status = vectors.status();
     if (vectors.ok()) {
@@ -559,10 +646,10 @@ void ModelSessions::Finish(Job& job, const absl::Status& given, v1::FinishReason
   result.set_message(std::string(status.message()));
   answer.set_done(job.done);
   answer.set_length(job.context->length());
-  answer.set_finish_reason(reason);
-  answer.set_cancelled(cancelled);
-  answer.set_digest(digest);
-  if (options_.group->rank() == 0) {
+  answer.set_finish_reason(end.reason);
+  answer.set_cancelled(end.cancelled);
+  if (Computes(job)) answer.set_digest(digest);
+  if (Tells(job)) {
     answer.set_log_probs(BytesOf(absl::MakeConstSpan(job.log_probs)));
     std::vector<float> mass;
     const auto rows = static_cast<double>(std::max<int64_t>(1, job.done));

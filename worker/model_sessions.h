@@ -27,8 +27,9 @@
 namespace eduba {
 
 // The model sessions of one epoch on one rank, and the jobs on them (docs/adr/0008). Every rank has the same
-// sessions and jobs, and makes the same steps: each call here is made by all ranks in the same order. One
-// thread.
+// sessions and jobs, and makes the same steps: each call here is made by all ranks in the same order. In a
+// step, every rank computes the same rows; but a generation that has a home is computed there alone, and the
+// others hold their session without its newest rows until it ends. One thread.
 class ModelSessions {
  public:
   struct Options {
@@ -54,9 +55,10 @@ class ModelSessions {
   absl::Status Fork(const v1::ForkSession& request);
 
   // Makes the command a job, whose result is sent when it has ended; after an error there is no job and the
-  // result is the caller's to send. REQUIRES: a model command.
+  // result is the caller's to send. REQUIRES: a model command; as for Fork, its session has no generation
+  // under way.
   absl::Status Start(const v1::Command& command);
-  // Ends a job with what it has; one that has ended already is left alone.
+  // Ends a job with what it has, one with a home in the next step; one that has ended already is left alone.
   void Cancel(uint64_t ordinal);
   // Ends all jobs with an error.
   void FailAll(const absl::Status& status);
@@ -75,6 +77,12 @@ class ModelSessions {
     std::deque<int32_t> ids;  // Of the context: what Embed reads again.
   };
   enum class Kind { kAppend, kGenerate, kScore, kEmbed };
+  // How a job has ended.
+  struct End {
+    absl::Status status;
+    v1::FinishReason reason = v1::FINISH_REASON_UNSPECIFIED;
+    bool cancelled = false;
+  };
   struct Job {
     Kind kind = Kind::kAppend;
     uint64_t ordinal = 0;
@@ -95,10 +103,18 @@ class ModelSessions {
     SamplingOptions sampling;
     TokenChoice chosen;  // To be read in the step under way.
     std::unique_ptr<TextStream> text_stream;
+    std::optional<int> home;  // kGenerate: the rank that computes it; none: all do.
+    bool cancelled = false;   // It has a home, and ends in the next step.
+    std::optional<End> over;  // At home: it ended in the last step, and the others hear so in the next.
     std::vector<int64_t> sink_mass;  // kGenerate, kScore: sums [layers, query_heads]; empty: not wanted.
     std::string tail;                // The end of the text: what a stop string may have begun in.
   };
 
+  // Whether this rank computes the job, and whether it is the one that says what came of it.
+  bool Computes(const Job& job) const {
+    return job.home.value_or(options_.group->rank()) == options_.group->rank();
+  }
+  bool Tells(const Job& job) const { return job.home.value_or(0) == options_.group->rank(); }
   absl::StatusOr<Session*> Find(uint64_t session_id);
   absl::Status CheckIds(absl::Span<const int32_t> ids) const;
   absl::Status StartAppend(const v1::ModelAppend& request, Job& job);
@@ -107,8 +123,8 @@ class ModelSessions {
   absl::Status StartEmbed(const v1::ModelEmbed& request, Job& job);
   // The jobs that have a turn in the next step: all that generate, and one that reads.
   std::vector<Job*> NextJobs();
-  // The next token of every job that generates. Those that have none, because logits are not finite, end and
-  // leave `jobs`.
+  // The next token of every job that generates here. Those that have none, because logits are not finite, end
+  // and leave `jobs`, those with a home in the next step.
   void ChooseTokens(std::vector<Job*>& jobs);
   // Whether the job, which reads, goes on by a wave, under way or begun here; else by a chunk. `room`:
   // whether this rank can go on with it.
@@ -122,9 +138,14 @@ class ModelSessions {
   void AddSinkMass(size_t index, Job& job) const;
   // Takes memory for the turns. `waver`, which may be null, loses its wave and becomes null where some rank
   // has no `room` for it. Turns that some rank has no memory for leave the step: for this time if waves had
-  // it, which are given up then; else their jobs end. Returns rank 0's `newest`.
+  // it, which are given up then; else their jobs end. So do generations that are over at home, or cancelled.
+  // Returns rank 0's `newest`.
   absl::StatusOr<uint64_t> AgreeOnStep(uint64_t newest, absl::Time deadline, std::vector<Job*>& jobs,
                                        std::vector<Turn>& turns, Job*& waver, bool room);
+  // Ends a generation that has a home, and gives all ranks its rows. `word`: what the home said of it, ahead
+  // of this step; `otherwise`: how it has ended if not by itself.
+  absl::Status EndAtHome(Job& job, int64_t word, End otherwise, absl::Time deadline);
+  // Of jobs that all ranks compute, or of some that have their home here.
   absl::Status RunStep(absl::Time deadline, const std::vector<Job*>& jobs, const std::vector<Turn>& turns);
   // As much of the job's wave as a chunk costs.
   absl::Status RunWave(absl::Time deadline, Job& job);
@@ -132,11 +153,13 @@ class ModelSessions {
   void AdvanceReading(Job& job, int64_t count);
   // The job's turn has been read; `hidden` [turn's ids, hidden_size].
   void Advance(Job& job, const Turn& turn, const float* hidden);
-  void AdvanceGeneration(Job& job, v1::ModelProgress& progress);
-  void SendProgress(v1::ModelProgress progress);
+  void AdvanceGeneration(Job& job);
+  void SendProgress(const Job& job, v1::ModelProgress progress);
   void SendEmbeddings(const Job& job, const std::vector<float>& vectors);
+  // Finishes the job, one with a home in the next step.
+  void EndByItself(Job& job, End end);
   // Sends the job's result and forgets it.
-  void Finish(Job& job, const absl::Status& status, v1::FinishReason reason, bool cancelled);
+  void Finish(Job& job, const End& end);
 
   const Options options_;
   ModelEngine engine_;

@@ -9,7 +9,9 @@
 #include <functional>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -28,14 +30,22 @@ using ::testing::HasSubstr;
 
 constexpr int32_t kPoison = 96;  // A token whose embedding is infinite.
 
-// A golden model with a tokenizer (token i is "g<i>") and a poisonous last token. `head_overflows`: the
-// logit of token 1 is not finite where a hidden state's first channel is larger than 1.13.
-std::string ModelFolder(bool head_overflows = false) {
-  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "model_sessions_test";
+enum class Faults {
+  kNone,
+  kPoison,         // The last token is poisonous.
+  kHeadOverflows,  // And the logit of token 1 is not finite where a hidden state's first channel is larger
+                   // than 1.13.
+};
+
+// A golden model with a tokenizer (token i is "g<i>").
+std::string ModelFolder(Faults faults = Faults::kPoison) {
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) /
+                                       absl::StrCat("model_sessions_test_", static_cast<int>(faults));
   std::filesystem::remove_all(folder);
   std::filesystem::copy(absl::StrCat(EDUBA_GOLDEN_MODELS, "/llama"), folder);
   std::ofstream genes(folder / "genes.txt");
   for (int i = 0; i < 97; ++i) genes << "g" << i << "\n";
+  if (faults == Faults::kNone) return folder.string();
 
   std::ifstream in(folder / "model.safetensors", std::ios::binary);
   std::string file((std::istreambuf_iterator<char>(in)), {});
@@ -51,12 +61,12 @@ std::string ModelFolder(bool head_overflows = false) {
   };
   const float infinity = std::numeric_limits<float>::infinity();
   set_row("model.embed_tokens.weight", kPoison, infinity, infinity);
-  if (head_overflows) set_row("lm_head.weight", 1, 3e38F, 0);
+  if (faults == Faults::kHeadOverflows) set_row("lm_head.weight", 1, 3e38F, 0);
   std::ofstream(folder / "model.safetensors", std::ios::binary) << file;
   return folder.string();
 }
 
-// A backend that fails to copy pages when it is told to.
+// A backend that fails to copy and read pages when it is told to.
 class CopyBackend final : public Backend {
  public:
   std::string name() const override { return own_->name(); }
@@ -66,6 +76,11 @@ class CopyBackend final : public Backend {
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
     return own_->WriteRows(shape, page, row, rows, keys, values);
+  }
+  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                        void* values) override {
+    return broken ? absl::InternalError("the device is broken")
+                  : own_->ReadRows(shape, page, row, rows, keys, values);
   }
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     return broken ? absl::InternalError("the device is broken") : own_->CopyPage(shape, from, to);
@@ -79,13 +94,35 @@ class CopyBackend final : public Backend {
   std::unique_ptr<Backend> own_ = MakeCpuBackend(1);
 };
 
+// Counts products: every forward pass has some.
+class CountingKernels final : public LayerKernels {
+ public:
+  explicit CountingKernels(int64_t* products) : products_(products), own_(MakeCpuLayerKernels(1)) {}
+  std::string name() const override { return own_->name(); }
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(absl::Span<const MatrixView> parts) override {
+    return own_->Pack(parts);
+  }
+  void Multiply(const MatmulArgs& args) override {
+    ++*products_;
+    own_->Multiply(args);
+  }
+  void Normalise(const NormArgs& args) override { own_->Normalise(args); }
+  void Rotate(const RopeArgs& args) override { own_->Rotate(args); }
+  void Activate(const ActivationArgs& args) override { own_->Activate(args); }
+  void Softcap(const SoftcapArgs& args) override { own_->Softcap(args); }
+
+ private:
+  int64_t* const products_;
+  const std::unique_ptr<LayerKernels> own_;
+};
+
 // One rank's sessions, and what they say.
 class Rank {
  public:
   Rank(LocalHub& hub, const std::string& folder, int rank, int ranks,
        int64_t memory_bytes = int64_t{64} << 20)
       : store_(&backend_, memory_bytes),
-        model_(ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()),
+        model_(ServedModel::Load(folder, std::make_unique<CountingKernels>(&products_)).value()),
         group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()),
         counting_(group_.get()) {
     ModelSessions::Options options;
@@ -101,11 +138,11 @@ class Rank {
     Open(2);
   }
 
-  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1) {
+  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4) {
     v1::SessionSpec spec;
     spec.set_stripe_pages(stripe_pages);
     spec.mutable_model()->set_model_hash(model_->info().hash());
-    spec.mutable_model()->set_sink_tokens(4);
+    spec.mutable_model()->set_sink_tokens(sink_tokens);
     if (window > 0) spec.mutable_model()->set_policy(v1::MODEL_POLICY_STREAMING);
     spec.mutable_model()->set_window(window);
     EXPECT_TRUE(sessions_->Open(id, spec).ok());
@@ -123,20 +160,27 @@ class Rank {
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
-  uint64_t Generate(uint64_t session, int64_t tokens, const std::vector<std::string>& stop = {}) {
+  uint64_t Generate(uint64_t session, int64_t tokens, const std::vector<std::string>& stop = {},
+                    std::optional<int> home = {}) {
+    v1::GenerateRequest request;
+    request.set_max_tokens(tokens);
+    for (const std::string& string : stop) request.add_stop_strings(string);
+    return Generate(session, request, home);
+  }
+  // `home`: modulo the ranks; none: all generate.
+  uint64_t Generate(uint64_t session, const v1::GenerateRequest& request, std::optional<int> home) {
     v1::Command command = NewCommand();
     command.mutable_model_generate()->set_session_id(session);
-    command.mutable_model_generate()->mutable_request()->set_max_tokens(tokens);
-    for (const std::string& string : stop) {
-      command.mutable_model_generate()->mutable_request()->add_stop_strings(string);
-    }
+    *command.mutable_model_generate()->mutable_request() = request;
+    if (home) command.mutable_model_generate()->set_home(*home % group_->size());
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
-  uint64_t Score(uint64_t session, const std::vector<int32_t>& ids) {
+  uint64_t Score(uint64_t session, const std::vector<int32_t>& ids, bool sink_mass = false) {
     v1::Command command = NewCommand();
     command.mutable_model_score()->set_session_id(session);
     command.mutable_model_score()->set_ids(ids.data(), ids.size() * 4);
+    command.mutable_model_score()->set_sink_mass(sink_mass);
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
@@ -144,14 +188,26 @@ class Rank {
   uint64_t Embed(uint64_t session, int64_t positions) {
     std::vector<int64_t> ranges;
     for (int64_t i = 0; i < positions; ++i) ranges.insert(ranges.end(), {i, i + 1});
+    return Embed(session, ranges);
+  }
+  uint64_t Embed(uint64_t session, const std::vector<int64_t>& ranges) {
     v1::Command command = NewCommand();
     command.mutable_model_embed()->set_session_id(session);
     command.mutable_model_embed()->set_ranges(ranges.data(), ranges.size() * 8);
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
+  void Fork(uint64_t session, uint64_t fork_id) {
+    v1::ForkSession fork;
+    fork.set_session_id(session);
+    fork.set_fork_id(fork_id);
+    EXPECT_TRUE(sessions_->Fork(fork).ok());
+  }
   void RunAll() {
     while (sessions_->busy()) ASSERT_TRUE(sessions_->Step(ordinal_).ok());
+  }
+  void RunSteps(int steps) {
+    for (int i = 0; i < steps; ++i) ASSERT_TRUE(sessions_->Step(ordinal_).ok());
   }
   // An empty one if there is none, which may be `wanted`.
   const v1::CommandResult& ResultOf(uint64_t ordinal, bool wanted = true) {
@@ -169,6 +225,13 @@ class Rank {
     }
     return tokens;
   }
+  std::string IdsOf(uint64_t ordinal) {
+    std::string ids;
+    for (const v1::WorkerMessage& message : said_) {
+      if (message.progress().ordinal() == ordinal) ids += message.progress().tokens().ids();
+    }
+    return ids;
+  }
   std::string TextOf(uint64_t ordinal) {
     std::string text;
     for (const v1::WorkerMessage& message : said_) {
@@ -177,6 +240,7 @@ class Rank {
     return text;
   }
 
+  int64_t products_ = 0;
   CopyBackend backend_;
   PageStore store_;
   std::unique_ptr<ServedModel> model_;
@@ -237,7 +301,7 @@ TEST_F(ModelSessionsTest, AJobWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
 
 TEST(ModelSessions, AJobWhoseLogitsAreNotFiniteEndsAloneAndItsSessionGoesOn) {
   LocalHub hub;
-  Rank rank(hub, ModelFolder(/*head_overflows=*/true), 0, 1);
+  Rank rank(hub, ModelFolder(Faults::kHeadOverflows), 0, 1);
   const auto fails = [&](uint64_t session) {
     const uint64_t generation = rank.Generate(session, 1);
     rank.RunAll();
@@ -278,10 +342,7 @@ TEST(ModelSessions, AJobWhoseLogitsAreNotFiniteEndsAloneAndItsSessionGoesOn) {
 TEST_F(ModelSessionsTest, AStopStringEndsItWhereTheTextHasIt) {
   Append(1, {1, 2, 3});
   RunAll();
-  v1::ForkSession fork;
-  fork.set_session_id(1);
-  fork.set_fork_id(3);
-  ASSERT_TRUE(sessions_->Fork(fork).ok());
+  Fork(1, 3);
   const uint64_t whole = Generate(1, 12);
   RunAll();
   // From the middle of one word into the next.
@@ -313,22 +374,28 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   EXPECT_EQ(store_.used_bytes(), 0);
 }
 
-// Runs body(rank) as each of some ranks, which make the same calls.
-void OnRanks(int ranks, const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
-  const std::string folder = ModelFolder();
+constexpr int64_t kPlenty = int64_t{64} << 20;
+
+// Runs body(rank) as each of some ranks, which make the same calls; `memory_bytes` of each.
+void OnRanksWith(const std::vector<int64_t>& memory_bytes, const std::function<void(Rank&)>& body,
+                 Faults faults = Faults::kPoison) {
+  const std::string folder = ModelFolder(faults);
   LocalHub hub;
+  const int ranks = static_cast<int>(memory_bytes.size());
   std::vector<std::thread> threads;
   threads.reserve(ranks);
   for (int i = 0; i < ranks; ++i) {
     threads.emplace_back([&, i] {
-      Rank rank(hub, folder, i, ranks, memory_bytes);
+      Rank rank(hub, folder, i, ranks, memory_bytes[i]);
       body(rank);
     });
   }
   for (std::thread& thread : threads) thread.join();
 }
-
-void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = int64_t{64} << 20) {
+void OnRanks(int ranks, const std::function<void(Rank&)>& body, int64_t memory_bytes = kPlenty) {
+  OnRanksWith(std::vector<int64_t>(ranks, memory_bytes), body);
+}
+void OnTwoRanks(const std::function<void(Rank&)>& body, int64_t memory_bytes = kPlenty) {
   OnRanks(2, body, memory_bytes);
 }
 
@@ -522,6 +589,348 @@ TEST(ModelSessionsOfTwo, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
   int64_t used_in_wave = 0;
   OnTwoRanks([&](Rank& rank) { run(rank, &used_in_wave); });
   OnTwoRanks([&](Rank& rank) { run(rank, nullptr); }, used_in_wave);
+}
+
+// What a client hears of every job, and what all ranks must agree on.
+std::map<uint64_t, std::string> Answers(const std::vector<std::vector<v1::WorkerMessage>>& said) {
+  std::map<uint64_t, std::string> answers;
+  std::map<uint64_t, v1::CommandResult> results;
+  for (const std::vector<v1::WorkerMessage>& by_rank : said) {
+    for (const v1::WorkerMessage& message : by_rank) {
+      if (message.has_progress()) {
+        const v1::ModelProgress& progress = message.progress();
+        answers[progress.ordinal()] += progress.tokens().SerializeAsString();
+        answers[progress.ordinal()] += progress.embeddings().SerializeAsString();
+        continue;
+      }
+      // Between them, the ranks have all parts; those that two of them have are equal.
+      v1::CommandResult result = message.result();
+      const auto [it, first] = results.emplace(result.ordinal(), result);
+      if (first) continue;
+      EXPECT_EQ(it->second.code(), result.code()) << result.ordinal();
+      EXPECT_EQ(it->second.model().done(), result.model().done()) << result.ordinal();
+      EXPECT_EQ(it->second.model().length(), result.model().length()) << result.ordinal();
+      EXPECT_EQ(it->second.model().finish_reason(), result.model().finish_reason()) << result.ordinal();
+      EXPECT_EQ(it->second.model().cancelled(), result.model().cancelled()) << result.ordinal();
+      if (it->second.model().digest() != 0 && result.model().digest() != 0) {
+        EXPECT_EQ(it->second.model().digest(), result.model().digest()) << result.ordinal();
+      }
+      it->second.MergeFrom(result);
+    }
+  }
+  for (auto& [ordinal, result] : results) {
+    result.clear_message();
+    answers[ordinal] += result.SerializeAsString();
+  }
+  return answers;
+}
+
+// Runs body on one rank without homes, and then on 1 to 4 with them: the answers are the same.
+void ExpectAnswersOfOneRank(const std::function<void(Rank&, std::function<std::optional<int>(int)>)>& body,
+                            Faults faults = Faults::kNone) {
+  std::map<uint64_t, std::string> wanted;
+  for (int ranks = 0; ranks <= 4; ++ranks) {
+    const auto home = [&](int any) { return ranks == 0 ? std::nullopt : std::optional(any); };
+    std::vector<std::vector<v1::WorkerMessage>> said(std::max(1, ranks));
+    OnRanksWith(
+        std::vector<int64_t>(said.size(), kPlenty),
+        [&](Rank& rank) {
+          body(rank, home);
+          said[rank.group_->rank()] = rank.said_;
+        },
+        faults);
+    const std::map<uint64_t, std::string> answers = Answers(said);
+    if (ranks == 0) wanted = answers;
+    EXPECT_EQ(answers.size(), wanted.size());
+    for (const auto& [ordinal, answer] : wanted) {
+      EXPECT_TRUE(answers.at(ordinal) == answer) << "command " << ordinal << " on " << ranks << " ranks";
+    }
+  }
+}
+
+TEST(ModelSessionsWithHomes, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
+  ExpectAnswersOfOneRank([](Rank& rank, const auto& home) {
+    rank.Open(3, /*window=*/20);
+    rank.Open(4, /*window=*/300);
+    rank.Open(5, /*window=*/9, /*stripe_pages=*/1, /*sink_tokens=*/64);
+    rank.Append(1, {5, 6, 7});
+    rank.Append(3, std::vector<int32_t>(255, 5));
+    rank.Append(4, std::vector<int32_t>(700, 9));
+    rank.Append(5, {1, 2, 3});  // It is shorter than its sinks.
+    rank.RunAll();
+    v1::GenerateRequest request;
+    request.set_max_tokens(30);
+    request.set_sink_mass(true);
+    rank.Generate(3, request, home(0));
+    rank.Generate(5, request, home(1));
+    rank.Generate(1, request, std::nullopt);  // Sees all keys.
+    request.set_max_tokens(330);
+    request.set_temperature(1);
+    request.set_seed(4);
+    rank.Generate(4, request, home(1));
+    rank.RunSteps(3);
+    rank.Append(2, std::vector<int32_t>(500, 3));  // A prompt beside them.
+    rank.RunAll();
+
+    // The sessions are like any others behind it, for every rank.
+    rank.Fork(4, 14);
+    rank.Fork(5, 15);
+    rank.Score(3, {1, 2, 3, 4}, /*sink_mass=*/true);
+    rank.Embed(4, {0, 10, 900, 1030});
+    rank.Append(4, std::vector<int32_t>(600, 2));
+    rank.Score(5, std::vector<int32_t>(80, 6));
+    rank.RunAll();
+    request.set_max_tokens(50);
+    for (const uint64_t session : {3, 4, 5, 14, 15}) {
+      rank.Generate(session, request, home(static_cast<int>(session)));
+    }
+    rank.RunAll();
+    for (const uint64_t session : {1, 2, 3, 4, 5, 14, 15}) {
+      rank.Score(session, {9, 8, 7});
+      rank.Generate(session, 3);
+      rank.RunAll();
+    }
+  });
+}
+
+TEST(ModelSessionsWithHomes, OnlyTheHomeComputes) {
+  OnRanks(3, [](Rank& rank) {
+    rank.Open(3, /*window=*/20);
+    rank.Append(3, {5, 6, 7});
+    rank.RunAll();
+    const int64_t before = rank.products_;
+    const uint64_t generation = rank.Generate(3, 40, {}, /*home=*/1);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(generation).model().done(), 40);
+    const bool at_home = rank.group_->rank() == 1;
+    EXPECT_EQ(rank.products_ > before, at_home);
+    EXPECT_EQ(rank.TokensOf(generation), at_home ? 40 : 0);
+  });
+}
+
+TEST(ModelSessionsWithHomes, AHomeMustBeARankAndTheSessionOneOfWindows) {
+  OnTwoRanks([](Rank& rank) {
+    rank.Open(3, /*window=*/20);
+    for (const uint64_t session : {1, 3}) rank.Append(session, {5, 6, 7});
+    rank.RunAll();
+    v1::Command command = rank.NewCommand();
+    command.mutable_model_generate()->mutable_request()->set_max_tokens(1);
+    command.mutable_model_generate()->set_session_id(3);
+    command.mutable_model_generate()->set_home(2);
+    EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
+    command.mutable_model_generate()->set_session_id(1);
+    command.mutable_model_generate()->set_home(0);
+    EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_FALSE(rank.sessions_->busy());
+  });
+}
+
+TEST(ModelSessionsWithHomes, ACancelledGenerationLeavesItsTokensWithAllRanks) {
+  for (const int steps : {0, 1, 9}) {
+    ExpectAnswersOfOneRank([steps](Rank& rank, const auto& home) {
+      rank.Open(3, /*window=*/6);
+      rank.Append(3, {5, 6, 7});
+      rank.RunAll();
+      const uint64_t generation = rank.Generate(3, 20, {}, home(1));
+      rank.RunSteps(steps);
+      rank.sessions_->Cancel(generation);
+      rank.sessions_->Cancel(generation);
+      rank.RunAll();
+      EXPECT_EQ(rank.ResultOf(generation).model().done(), steps);
+      EXPECT_TRUE(rank.ResultOf(generation).model().cancelled());
+      rank.Score(3, {1, 2, 3});
+      rank.RunAll();
+      // One that has ended already, of which the others have not heard yet.
+      const uint64_t ended = rank.Generate(3, 4, {}, home(0));
+      rank.RunSteps(4);
+      rank.sessions_->Cancel(ended);
+      rank.RunAll();
+      EXPECT_EQ(rank.ResultOf(ended).model().finish_reason(), v1::FINISH_REASON_LENGTH);
+      EXPECT_FALSE(rank.ResultOf(ended).model().cancelled());
+      rank.Score(3, {1, 2, 3});
+      rank.RunAll();
+    });
+  }
+}
+
+TEST(ModelSessionsWithHomes, AClosedSessionsGenerationEndsWithNothing) {
+  OnRanks(3, [](Rank& rank) {
+    for (const int64_t tokens : {3, 100}) {  // It has ended at home, or not.
+      rank.Open(3, /*window=*/20);
+      rank.Append(3, {5, 6, 7});
+      rank.RunAll();
+      const uint64_t generation = rank.Generate(3, tokens, {}, /*home=*/2);
+      rank.RunSteps(3);
+      rank.sessions_->Close(3);
+      EXPECT_FALSE(rank.sessions_->busy());
+      EXPECT_EQ(rank.ResultOf(generation).code(), static_cast<int>(absl::StatusCode::kNotFound));
+      EXPECT_EQ(rank.ResultOf(generation).model().done(), 0);
+      EXPECT_EQ(rank.store_.used_bytes(), 0);
+    }
+  });
+}
+
+TEST(ModelSessionsWithHomes, StopsEndIt) {
+  std::string stop;
+  OnRanks(1, [&](Rank& rank) {
+    rank.Open(3, /*window=*/20);
+    rank.Append(3, {5, 6, 7});
+    rank.RunAll();
+    const uint64_t whole = rank.Generate(3, 12);
+    rank.RunAll();
+    const std::string text = rank.TextOf(whole);
+    stop = text.substr(text.size() / 2 - 2, 4);
+  });
+  ExpectAnswersOfOneRank([&](Rank& rank, const auto& home) {
+    rank.Open(3, /*window=*/20);
+    rank.Append(3, {5, 6, 7});
+    rank.RunAll();
+    rank.Fork(3, 4);
+    const uint64_t by_string = rank.Generate(3, 12, {"never", stop}, home(2));
+    v1::GenerateRequest request;
+    request.set_max_tokens(12);
+    for (int id = 0; id < 97; ++id) request.add_stop_ids(id);
+    const uint64_t by_id = rank.Generate(4, request, home(1));
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(by_string).model().finish_reason(), v1::FINISH_REASON_STOP);
+    EXPECT_LT(rank.ResultOf(by_string).model().done(), 12);
+    EXPECT_EQ(rank.ResultOf(by_id).model().finish_reason(), v1::FINISH_REASON_STOP);
+    EXPECT_EQ(rank.ResultOf(by_id).model().done(), 1);
+    for (const uint64_t session : {3, 4}) {
+      rank.Score(session, {1, 2, 3});
+      rank.RunAll();
+    }
+  });
+}
+
+TEST(ModelSessionsWithHomes, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
+  ExpectAnswersOfOneRank(
+      [](Rank& rank, const auto& home) {
+        for (const uint64_t session : {3, 4, 5}) {
+          rank.Open(session, /*window=*/2);
+          rank.Append(session, {5, 6, 7});
+        }
+        rank.Append(1, {1, 2, 3});
+        rank.RunAll();
+        v1::GenerateRequest request;
+        request.set_max_tokens(1000);
+        request.set_temperature(1e6F);  // Any token, the poison among them.
+        request.set_seed(1);
+        const uint64_t poisoned = rank.Generate(3, request, home(1));
+        const uint64_t same_home = rank.Generate(4, 20, {}, home(1));
+        const uint64_t other_home = rank.Generate(5, 20, {}, home(0));
+        const uint64_t everywhere = rank.Generate(1, 20);
+        rank.RunAll();
+        EXPECT_EQ(rank.ResultOf(poisoned).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+        EXPECT_GT(rank.ResultOf(poisoned).model().done(), 0);
+        EXPECT_LT(rank.ResultOf(poisoned).model().done(), 20);
+        for (const uint64_t job : {same_home, other_home, everywhere}) {
+          EXPECT_EQ(rank.ResultOf(job).code(), 0)
+              << rank.ResultOf(job).message() << " " << rank.ResultOf(job).model().done();
+        }
+        // What failed has left no trace, on any rank.
+        rank.Append(3, {5, 6});
+        rank.RunAll();
+        rank.Score(3, {1, 2, 3});
+        rank.RunAll();
+      },
+      Faults::kPoison);
+}
+
+TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) {
+  ExpectAnswersOfOneRank(
+      [](Rank& rank, const auto& home) {
+        rank.Open(3, /*window=*/2);
+        rank.Append(3, {5, 6, 7});
+        rank.RunAll();
+        v1::GenerateRequest request;
+        request.set_max_tokens(50);
+        request.set_temperature(1e6F);
+        request.set_seed(2);
+        const uint64_t failed = rank.Generate(3, request, home(1));
+        rank.RunAll();
+        EXPECT_EQ(rank.ResultOf(failed).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+        EXPECT_GT(rank.ResultOf(failed).model().done(), 1);
+        if (rank.TokensOf(failed) > 0) {
+          EXPECT_THAT(rank.ResultOf(failed).message(), HasSubstr("a logit is not finite"));
+        }
+        rank.Append(3, {5, 6});
+        rank.Embed(3, {0, rank.ResultOf(failed).model().length()});
+        rank.RunAll();
+      },
+      Faults::kHeadOverflows);
+}
+
+TEST(ModelSessionsWithHomes, ADeviceThatFailsInAHandOverEndsTheGroup) {
+  OnTwoRanks([](Rank& rank) {
+    rank.Open(3, /*window=*/20);
+    rank.Append(3, {5, 6, 7});
+    rank.RunAll();
+    rank.Generate(3, 4, {}, /*home=*/1);
+    rank.RunSteps(4);
+    rank.backend_.broken = rank.group_->rank() == 1;
+    const absl::Status status = rank.sessions_->Step(rank.ordinal_).status();
+    EXPECT_THAT(std::string(status.message()), HasSubstr("the device is broken"));
+  });
+}
+
+TEST(ModelSessionsWithHomes, OneThatAnyRankHasNoMemoryForEndsWithWhatItHas) {
+  const auto run = [](Rank& rank, int home, int64_t* used) {
+    rank.Open(3, /*window=*/5000);
+    rank.Append(1, {1, 2, 3});
+    rank.Append(3, std::vector<int32_t>(250, 5));
+    rank.RunAll();
+    if (used != nullptr) *used = rank.store_.used_bytes();
+    const uint64_t generation = rank.Generate(3, 20, {}, home);
+    rank.RunAll();
+    if (used != nullptr) return;
+    EXPECT_EQ(rank.ResultOf(generation).code(), static_cast<int>(absl::StatusCode::kResourceExhausted));
+    EXPECT_EQ(rank.ResultOf(generation).model().done(), 6);
+    rank.sessions_->Close(1);
+    const uint64_t more = rank.Generate(3, 14, {}, home + 1);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(more).code(), 0) << rank.ResultOf(more).message();
+    EXPECT_EQ(rank.ResultOf(more).model().length(), 270);
+  };
+  int64_t used = 0;
+  std::string wanted;
+  OnRanks(1, [&](Rank& rank) {
+    run(rank, 0, &used);
+    wanted = rank.IdsOf(rank.ordinal_);
+  });
+  for (const int home : {0, 1}) {
+    for (const std::vector<int64_t>& memory : {std::vector{used, kPlenty}, std::vector{kPlenty, used}}) {
+      std::vector<std::string> first(2);
+      std::vector<std::string> second(2);
+      OnRanksWith(memory, [&](Rank& rank) {
+        run(rank, home, nullptr);
+        first[rank.group_->rank()] = rank.IdsOf(rank.ordinal_ - 1);
+        second[rank.group_->rank()] = rank.IdsOf(rank.ordinal_);
+      });
+      EXPECT_EQ(first[home] + second[1 - home], wanted);
+      EXPECT_EQ(first[1 - home] + second[home], "");
+    }
+  }
+}
+
+TEST(ModelSessionsWithHomes, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
+  const auto run = [](Rank& rank, int64_t* used_in_wave) {
+    rank.Open(3, /*window=*/20, /*stripe_pages=*/8);
+    rank.Open(4, /*window=*/5000);
+    rank.Append(4, std::vector<int32_t>(250, 5));
+    rank.RunAll();
+    const uint64_t prompt = rank.Append(3, std::vector<int32_t>(5000, 7));
+    ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
+    if (rank.group_->rank() == 1 && used_in_wave != nullptr) *used_in_wave = rank.store_.used_bytes();
+    const uint64_t generation = rank.Generate(4, 30, {}, /*home=*/0);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(generation).code(), 0) << rank.ResultOf(generation).message();
+    EXPECT_EQ(rank.ResultOf(generation).model().done(), 30);
+    EXPECT_EQ(rank.ResultOf(prompt).model().done(), 5000);
+  };
+  int64_t used_in_wave = 0;
+  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_wave); });
+  OnRanksWith({kPlenty, used_in_wave}, [&](Rank& rank) { run(rank, nullptr); });
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ class FakeRank {
     const bool job = command.has_model_append() || command.has_model_generate() ||
                      command.has_model_score() || command.has_model_embed();
     if (job && said[0].result().code() == 0) {
-      if (rank_ == 0) AddProgress(command, said);
+      if (Tells(command)) AddProgress(command, said);
       if (hold_jobs) {
         held_[command.ordinal()] = std::move(said.back());
         said.pop_back();
@@ -54,7 +54,8 @@ class FakeRank {
   }
   bool hold_jobs = false;  // Jobs end only when they are cancelled.
   bool omit_sink_mass = false;
-  uint64_t digest = 5;  // Of what it computes.
+  uint64_t digest = 5;            // Of what it computes.
+  std::map<uint64_t, int> homes;  // Of generations that one rank computes, by ordinal.
 
   v1::CommandResult Answer(const v1::Command& command) {
     if (command.ordinal() != ++ordinal_) {
@@ -110,15 +111,19 @@ class FakeRank {
         RunJob(hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
                result.mutable_model());
         result.mutable_model()->set_finish_reason(v1::FINISH_REASON_LENGTH);
-        AddSinkMass(command.model_generate().request().sink_mass(), command.model_generate().session_id(),
-                    result.mutable_model());
+        if (command.model_generate().has_home()) {
+          homes[command.ordinal()] = command.model_generate().home();
+          if (!Tells(command)) result.mutable_model()->clear_digest();
+        }
+        AddSinkMass(command, command.model_generate().request().sink_mass(),
+                    command.model_generate().session_id(), result.mutable_model());
         break;
       case v1::Command::kModelScore:
         RunJob(static_cast<int64_t>(command.model_score().ids().size() / 4), result.mutable_model());
         if (rank_ == 0) {
           result.mutable_model()->set_log_probs(std::string(command.model_score().ids().size(), '\1'));
         }
-        AddSinkMass(command.model_score().sink_mass(), command.model_score().session_id(),
+        AddSinkMass(command, command.model_score().sink_mass(), command.model_score().session_id(),
                     result.mutable_model());
         break;
       case v1::Command::kModelEmbed:
@@ -165,8 +170,14 @@ class FakeRank {
     result->set_digest(digest);
   }
 
-  void AddSinkMass(bool wanted, uint64_t session_id, v1::ModelResult* result) const {
-    if (rank_ != 0 || !wanted || omit_sink_mass) return;
+  // Whether what comes of the job is this rank's to say.
+  bool Tells(const v1::Command& command) const {
+    return rank_ == (command.model_generate().has_home() ? command.model_generate().home() : 0);
+  }
+
+  void AddSinkMass(const v1::Command& command, bool wanted, uint64_t session_id,
+                   v1::ModelResult* result) const {
+    if (!Tells(command) || !wanted || omit_sink_mass) return;
     const v1::SessionSpec& spec = sessions_.at(session_id);
     result->set_sink_mass(std::string(size_t{4} * spec.layers() * spec.query_heads(), '\1'));
   }

@@ -425,6 +425,25 @@ class CpuBackend final : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                        void* values) override {
+    const CpuPageLayout layout(shape);
+    const auto* base = static_cast<const char*>(page);
+    const int64_t used = layout.value_dim * layout.element;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t head = 0; head < layout.kv_heads; ++head) {
+        const int64_t to = i * layout.kv_heads + head;
+        for (int64_t d = 0; d < layout.head_dim; ++d) {
+          std::memcpy(static_cast<char*>(keys) + (to * layout.head_dim + d) * layout.element,
+                      base + layout.keys(head) + layout.key(row + i, d) * layout.element, layout.element);
+        }
+        std::memcpy(static_cast<char*>(values) + to * used,
+                    base + layout.values(head) + layout.value(row + i, 0) * layout.element, used);
+      }
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     std::memcpy(to, from, CpuPageLayout(shape).page_bytes());
     return absl::OkStatus();

@@ -845,6 +845,34 @@ class CudaBackend final : public Backend {
     });
   }
 
+  // The whole page comes, and the host picks its rows: this happens at the end of a generation, not in a
+  // step.
+  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                        void* values) override {
+    EDUBA_RETURN_IF_ERROR(device_->Attach());
+    const PageLayout layout = LayoutOf(shape);
+    return WithSlot([&](Slot& slot) {
+      EDUBA_RETURN_IF_ERROR(slot.staging->host.Reserve(layout.page_bytes()));
+      EDUBA_RETURN_IF_ERROR(
+          device_->CopyOut(slot.stream, slot.staging->host.data(), page, layout.page_bytes()));
+      EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
+      const char* const elements = slot.staging->host.data();
+      for (int i = 0; i < rows; ++i) {
+        for (int head = 0; head < layout.kv_heads; ++head) {
+          const int64_t to = int64_t{i} * layout.kv_heads + head;
+          for (int d = 0; d < layout.head_dim; ++d) {
+            std::memcpy(static_cast<char*>(keys) + (to * layout.head_dim + d) * layout.element,
+                        elements + layout.key(head, row + i, d) * layout.element, layout.element);
+          }
+          std::memcpy(static_cast<char*>(values) + to * layout.value_dim * layout.element,
+                      elements + layout.value(head, row + i, 0) * layout.element,
+                      int64_t{layout.value_dim} * layout.element);
+        }
+      }
+      return absl::OkStatus();
+    });
+  }
+
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     EDUBA_RETURN_IF_ERROR(device_->Attach());
     return WithSlot([&](Slot& slot) {

@@ -204,6 +204,14 @@ class ReferenceBackend final : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
+                        void* values) override {
+    const Layout layout(shape);
+    std::memcpy(keys, static_cast<const char*>(page) + layout.key(row), rows * layout.key_row);
+    std::memcpy(values, static_cast<const char*>(page) + layout.value(row), rows * layout.value_row);
+    return absl::OkStatus();
+  }
+
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     std::memcpy(to, from, Layout(shape).bytes());
     return absl::OkStatus();

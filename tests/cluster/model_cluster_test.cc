@@ -2,6 +2,7 @@
 // others, forked or not; and what bad luck and bad input get.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <random>
@@ -39,6 +40,14 @@ v1::SessionSpec ModelSession() {
   v1::SessionSpec spec;
   spec.set_stripe_pages(1);
   spec.mutable_model();
+  return spec;
+}
+
+// One that generates on one worker.
+v1::SessionSpec StreamingSession() {
+  v1::SessionSpec spec = ModelSession();
+  spec.mutable_model()->set_policy(v1::MODEL_POLICY_STREAMING);
+  spec.mutable_model()->set_window(20);
   return spec;
 }
 
@@ -216,6 +225,36 @@ TEST(ModelCluster, AnyWorkersChunksNeighboursForksAndTransportGiveTheSameBytes) 
   }
 }
 
+// More of them than workers, each on one; and one that all compute.
+TEST(ModelCluster, StreamingSessionsBesideEachOtherGiveTheBytesOfOneWorker) {
+  std::vector<ModelProblem> problems;
+  for (const uint64_t seed : {22, 25, 28, 31, 34, 24}) {
+    problems.push_back(MakeModelProblem(seed));
+    ASSERT_EQ(problems.back().spec.model().policy(),
+              seed == 24 ? v1::MODEL_POLICY_MODEL : v1::MODEL_POLICY_STREAMING);
+    problems.back().generate.set_max_tokens(60);
+  }
+  // It generates while it is shorter than its sinks.
+  problems[0].spec.mutable_model()->set_sink_tokens(20);
+  problems[0].ids.resize(5);
+  problems[0].ranges = {0, 2};
+  std::vector<ModelAnswers> alone;
+  {
+    TestCluster cluster(ClusterOf(1, "llama"));
+    for (const ModelProblem& problem : problems) alone.push_back(SolveTogether(cluster, {problem})[0]);
+  }
+  const std::pair<int, const char*> clusters[] = {{1, "local"}, {2, "local"}, {3, "local"},
+                                                  {4, "local"}, {2, "gloo"},  {3, "gloo"}};
+  for (const auto& [workers, transport] : clusters) {
+    TestCluster cluster(ClusterOf(workers, "llama", transport));
+    const std::vector<ModelAnswers> together = SolveTogether(cluster, problems);
+    for (size_t i = 0; i < problems.size(); ++i) {
+      EXPECT_TRUE(together[i] == alone[i])
+          << "on " << workers << " over " << transport << ", " << problems[i].Text();
+    }
+  }
+}
+
 // Appends and questions of many stripes, read in waves: windows need halos from the worker before, layers
 // without one the sums of all. One session generates all the while.
 TEST(ModelCluster, LongPromptsAreSharedOutToTheBytesOfOneWorker) {
@@ -364,80 +403,133 @@ TEST(ModelCluster, AnAppendThatEndsAmongTheSinksGoesOnBehindThem) {
 TEST(ModelCluster, GenerationGoesOnBehindADeadlineAsIfThereHadBeenNone) {
   TestCluster cluster(ClusterOf(2, "llama"));
   Client& client = cluster.client();
-  for (const char* name : {"whole", "cut"}) {
-    ASSERT_TRUE(client.CreateSession(name, ModelSession()).ok());
-    ASSERT_TRUE(client.AppendTokens(name, {5, 6, 7}, {}).ok());
-  }
-  v1::GenerateRequest request;
-  request.set_max_tokens(1 << 20);
-  request.set_time_limit_ms(200);
-  ModelAnswers cut;
-  const auto summary = Generate(client, "cut", request, &cut);
-  ASSERT_TRUE(summary.ok()) << summary.status();
-  EXPECT_EQ(summary->finish_reason(), v1::FINISH_REASON_DEADLINE);
-  ASSERT_GT(summary->tokens(), 0);
-  EXPECT_EQ(summary->length(), 3 + summary->tokens());
-  EXPECT_EQ(client.GetSession("cut")->length(), summary->length());
+  for (const v1::SessionSpec& spec : {ModelSession(), StreamingSession()}) {
+    for (const char* name : {"whole", "cut"}) {
+      ASSERT_TRUE(client.CreateSession(name, spec).ok());
+      ASSERT_TRUE(client.AppendTokens(name, {5, 6, 7}, {}).ok());
+    }
+    v1::GenerateRequest request;
+    request.set_max_tokens(1 << 20);
+    request.set_time_limit_ms(200);
+    ModelAnswers cut;
+    const auto summary = Generate(client, "cut", request, &cut);
+    ASSERT_TRUE(summary.ok()) << summary.status();
+    EXPECT_EQ(summary->finish_reason(), v1::FINISH_REASON_DEADLINE);
+    ASSERT_GT(summary->tokens(), 0);
+    EXPECT_EQ(summary->length(), 3 + summary->tokens());
+    EXPECT_EQ(client.GetSession("cut")->length(), summary->length());
 
-  request.set_time_limit_ms(0);
-  request.set_max_tokens(5);
-  ASSERT_TRUE(Generate(client, "cut", request, &cut).ok());
-  request.set_max_tokens(summary->tokens() + 5);
-  ModelAnswers whole;
-  ASSERT_TRUE(Generate(client, "whole", request, &whole).ok());
-  EXPECT_EQ(cut.ids, whole.ids);
-  EXPECT_EQ(cut.log_probs, whole.log_probs);
+    request.set_time_limit_ms(0);
+    request.set_max_tokens(5);
+    ASSERT_TRUE(Generate(client, "cut", request, &cut).ok());
+    request.set_max_tokens(summary->tokens() + 5);
+    ModelAnswers whole;
+    ASSERT_TRUE(Generate(client, "whole", request, &whole).ok());
+    EXPECT_EQ(cut.ids, whole.ids);
+    EXPECT_EQ(cut.log_probs, whole.log_probs);
+    // What was generated is kept like what was sent.
+    std::vector<int32_t> ids(whole.ids.size() / 4);
+    std::memcpy(ids.data(), whole.ids.data(), whole.ids.size());
+    AppendOptions at_prompt;
+    at_prompt.at = 3;
+    EXPECT_EQ(client.AppendTokens("cut", ids, at_prompt)->already_stored(), summary->tokens() + 5);
+    for (const char* name : {"whole", "cut"}) ASSERT_TRUE(client.DeleteSession(name).ok());
+  }
 }
 
 TEST(ModelCluster, AClientThatGoesAwayLeavesWhatWasGenerated) {
   TestCluster cluster(ClusterOf(2, "llama"));
   Client& client = cluster.client();
-  ASSERT_TRUE(client.CreateSession("s", ModelSession()).ok());
-  ASSERT_TRUE(client.AppendTokens("s", {5, 6, 7}, {}).ok());
-  v1::GenerateRequest request;
-  request.set_session("s");
-  request.set_max_tokens(1 << 20);
-  const auto given_up = client.Generate(
-      request, [](const v1::GenerateResponse::Tokens&) { return absl::CancelledError("enough"); });
-  EXPECT_EQ(given_up.status().message(), "enough");
-  // The session is free again as soon as the job has ended.
-  absl::StatusOr<v1::AppendTokensReceipt> receipt;
-  do {
-    receipt = client.AppendTokens("s", {1}, {});
-  } while (absl::IsAborted(receipt.status()));
-  ASSERT_TRUE(receipt.ok()) << receipt.status();
-  EXPECT_GT(receipt->at(), 3);
+  for (const v1::SessionSpec& spec : {ModelSession(), StreamingSession()}) {
+    ASSERT_TRUE(client.CreateSession("s", spec).ok());
+    ASSERT_TRUE(client.AppendTokens("s", {5, 6, 7}, {}).ok());
+    v1::GenerateRequest request;
+    request.set_session("s");
+    request.set_max_tokens(1 << 20);
+    const auto given_up = client.Generate(
+        request, [](const v1::GenerateResponse::Tokens&) { return absl::CancelledError("enough"); });
+    EXPECT_EQ(given_up.status().message(), "enough");
+    // The session is free again as soon as the job has ended.
+    absl::StatusOr<v1::AppendTokensReceipt> receipt;
+    do {
+      receipt = client.AppendTokens("s", {1}, {});
+    } while (absl::IsAborted(receipt.status()));
+    ASSERT_TRUE(receipt.ok()) << receipt.status();
+    EXPECT_GT(receipt->at(), 3);
+    ASSERT_TRUE(client.DeleteSession("s").ok());
+  }
+}
+
+TEST(ModelCluster, ASessionThatIsDeletedInMidGenerationLeavesTheOthersGoing) {
+  TestCluster cluster(ClusterOf(3, "llama"));
+  Client& client = cluster.client();
+  for (const char* name : {"doomed", "other"}) {
+    ASSERT_TRUE(client.CreateSession(name, StreamingSession()).ok());
+    ASSERT_TRUE(client.AppendTokens(name, {5, 6, 7}, {}).ok());
+  }
+  const auto generate = [&](const char* name, absl::Notification* began) {
+    v1::GenerateRequest request;
+    request.set_session(name);
+    request.set_max_tokens(1 << 20);
+    request.set_time_limit_ms(name == std::string("doomed") ? 0 : 500);
+    return client
+        .Generate(request,
+                  [&](const v1::GenerateResponse::Tokens&) {
+                    if (!began->HasBeenNotified()) began->Notify();
+                    return absl::OkStatus();
+                  })
+        .status();
+  };
+  absl::Notification began[2];
+  absl::Status status[2];
+  std::thread doomed([&] { status[0] = generate("doomed", &began[0]); });
+  began[0].WaitForNotification();
+  std::thread other([&] { status[1] = generate("other", &began[1]); });
+  began[1].WaitForNotification();
+  EXPECT_TRUE(client.DeleteSession("doomed").ok());
+  doomed.join();
+  other.join();
+  EXPECT_EQ(status[0].code(), absl::StatusCode::kNotFound) << status[0];
+  EXPECT_TRUE(status[1].ok()) << status[1];
+  EXPECT_TRUE(client.Score("other", {1, 2}).ok());
 }
 
 TEST(ModelCluster, AWorkerThatDiesInMidGenerationMakesItUnavailable) {
-  TestCluster cluster(ClusterOf(3, "llama"));
-  Client& client = cluster.client();
-  ASSERT_TRUE(client.CreateSession("s", ModelSession()).ok());
-  ASSERT_TRUE(client.AppendTokens("s", {5, 6, 7}, {}).ok());
-  v1::GenerateRequest request;
-  request.set_session("s");
-  request.set_max_tokens(1 << 20);
-  absl::Notification began;
-  absl::Status status;
-  std::thread caller([&] {
-    status = client
-                 .Generate(request,
-                           [&](const v1::GenerateResponse::Tokens&) {
-                             if (!began.HasBeenNotified()) began.Notify();
-                             return absl::OkStatus();
-                           })
-                 .status();
-  });
-  began.WaitForNotification();
-  cluster.StopWorker(1);
-  caller.join();
-  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  struct Case {
+    v1::SessionSpec spec;
+    int victim;
+  };
+  // The only generation is at home on worker 0.
+  for (const Case& c : {Case{ModelSession(), 1}, Case{StreamingSession(), 0}, Case{StreamingSession(), 1}}) {
+    TestCluster cluster(ClusterOf(3, "llama"));
+    Client& client = cluster.client();
+    ASSERT_TRUE(client.CreateSession("s", c.spec).ok());
+    ASSERT_TRUE(client.AppendTokens("s", {5, 6, 7}, {}).ok());
+    v1::GenerateRequest request;
+    request.set_session("s");
+    request.set_max_tokens(1 << 20);
+    absl::Notification began;
+    absl::Status status;
+    std::thread caller([&] {
+      status = client
+                   .Generate(request,
+                             [&](const v1::GenerateResponse::Tokens&) {
+                               if (!began.HasBeenNotified()) began.Notify();
+                               return absl::OkStatus();
+                             })
+                   .status();
+    });
+    began.WaitForNotification();
+    cluster.StopWorker(c.victim);
+    caller.join();
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
 
-  cluster.ReplaceWorker(1);
-  cluster.AwaitActive();
-  EXPECT_EQ(client.AppendTokens("s", {1}, {}).status().code(), absl::StatusCode::kDataLoss);
-  ASSERT_TRUE(client.CreateSession("t", ModelSession()).ok());
-  EXPECT_TRUE(client.AppendTokens("t", {1}, {}).ok());
+    cluster.ReplaceWorker(c.victim);
+    cluster.AwaitActive();
+    EXPECT_EQ(client.AppendTokens("s", {1}, {}).status().code(), absl::StatusCode::kDataLoss);
+    ASSERT_TRUE(client.CreateSession("t", ModelSession()).ok());
+    EXPECT_TRUE(client.AppendTokens("t", {1}, {}).ok());
+  }
 }
 
 TEST(ModelCluster, AnAppendWithoutMemorySaysHowFarItCameAndLeavesTheSessionUsable) {

@@ -336,6 +336,40 @@ TEST_P(BackendContract, TokenSinksAreScoredWithTheirOwnQueries) {
   }
 }
 
+TEST_P(BackendContract, RowsComeBackAsTheyWereWritten) {
+  const std::unique_ptr<Backend> backend = GetParam().make(1);
+  for (uint64_t seed = 7000; seed < 7040; ++seed) {
+    const AttentionShape shape = RandomSpec(seed).shape;
+    std::mt19937_64 random(seed);
+    const int64_t bytes = backend->PageBytes(shape);
+    void* page = *backend->AllocateSlab(bytes);
+    const auto element = static_cast<int64_t>(DTypeBytes(shape.dtype));
+    const int64_t key_row = int64_t{shape.kv_heads} * shape.head_dim * element;
+    const int64_t value_row = int64_t{shape.kv_heads} * shape.value_dim * element;
+    // Any bits, NaN among them.
+    std::vector<char> keys(kPageRows * key_row);
+    std::vector<char> values(kPageRows * value_row);
+    for (char& byte : keys) byte = static_cast<char>(random());
+    for (char& byte : values) byte = static_cast<char>(random());
+    for (int row = 0; row < kPageRows;) {
+      const int rows = std::min<int>(kPageRows - row, 1 + static_cast<int>(random() % 90));
+      ASSERT_EQ(backend->WriteRows(shape, page, row, rows, &keys[row * key_row], &values[row * value_row]),
+                absl::OkStatus());
+      row += rows;
+    }
+    for (const auto& [row, rows] : {std::pair(0, kPageRows), std::pair(255, 1), std::pair(17, 100)}) {
+      std::vector<char> read_keys(rows * key_row);
+      std::vector<char> read_values(rows * value_row);
+      ASSERT_EQ(backend->ReadRows(shape, page, row, rows, read_keys.data(), read_values.data()),
+                absl::OkStatus());
+      EXPECT_EQ(std::memcmp(read_keys.data(), &keys[row * key_row], read_keys.size()), 0) << "seed " << seed;
+      EXPECT_EQ(std::memcmp(read_values.data(), &values[row * value_row], read_values.size()), 0)
+          << "seed " << seed;
+    }
+    backend->FreeSlab(page, bytes);
+  }
+}
+
 TEST_P(BackendContract, AStepThatIsCalledOffSaysSo) {
   const std::unique_ptr<Backend> backend = GetParam().make(1);
   StepArgs args;

@@ -20,6 +20,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "collective/broadcast.h"
 #include "collective/gloo/gloo_communicator.h"
 #include "collective/local/local_communicator.h"
 #include "collective/map_rendezvous.h"
@@ -299,6 +300,22 @@ TEST_P(CommunicatorContract, AMessageNeedsNoneTheOtherWay) {
       }
     }
   });
+}
+
+TEST_P(CommunicatorContract, ABroadcastReachesAllFromAny) {
+  for (const int ranks : {1, 2, 3, 4, 5, 7}) {
+    const Group group = Form(ranks);
+    OnThreads(ranks, [&](int rank) {
+      for (int from = 0; from < ranks; ++from) {
+        for (const size_t count : {size_t{1}, size_t{70'001}}) {
+          std::vector<char> data(count, static_cast<char>(rank));
+          EXPECT_EQ(Broadcast(*group[rank], from, absl::MakeSpan(data), Far()), absl::OkStatus());
+          EXPECT_EQ(data, std::vector<char>(count, static_cast<char>(from)))
+              << rank << " of " << ranks << " from " << from;
+        }
+      }
+    });
+  }
 }
 
 TEST_P(CommunicatorContract, AMessageWhoseRankLeavesOrDoesNotComeIsAnError) {
