@@ -6,7 +6,7 @@
 Each generation is an `eduba generate` of its own, of a session of eduba-nano's defaults (`streaming`, window 256). The answers are compared first: a
 session's tokens must be the same with all numbers of workers and of neighbours. Then tokens/s of all together, and the server's processor time
 a token. Workers, coordinator and clients share one machine here, all of which one worker uses too: so this shows what homes cost beside it, not what
-N machines gain (before there were homes, every worker computed every token: half the tokens with two)."""
+N machines gain (before there were homes, every worker computed every token)."""
 
 import argparse
 import os
