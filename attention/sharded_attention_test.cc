@@ -21,6 +21,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/attention.h"
 #include "kernels/reference/reference_backend.h"
+#include "kernels/testing/forwarding_backend.h"
 
 namespace eduba {
 namespace {
@@ -394,32 +395,17 @@ class FaultyStep : public AttentionStep {
   Change sums_;
 };
 
-class FaultyBackend : public Backend {
+class FaultyBackend final : public testing::ForwardingBackend {
  public:
-  FaultyBackend(Backend& own, FaultyStep::Change sums) : own_(own), sums_(std::move(sums)) {}
-  std::string name() const override { return own_.name(); }
-  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return own_.AllocateSlab(bytes); }
-  void FreeSlab(void* slab, int64_t bytes) override { own_.FreeSlab(slab, bytes); }
-  int64_t PageBytes(const AttentionShape& shape) const override { return own_.PageBytes(shape); }
-  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
-                         const void* values) override {
-    return own_.WriteRows(shape, page, row, rows, keys, values);
-  }
-  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
-                        void* values) override {
-    return own_.ReadRows(shape, page, row, rows, keys, values);
-  }
-  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
-    return own_.CopyPage(shape, from, to);
-  }
+  FaultyBackend(Backend& own, FaultyStep::Change sums) : ForwardingBackend(&own), sums_(std::move(sums)) {}
+
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
-    auto step = own_.StartStep(args);
+    auto step = ForwardingBackend::StartStep(args);
     if (!step.ok()) return step.status();
     return std::make_unique<FaultyStep>(*std::move(step), sums_);
   }
 
  private:
-  Backend& own_;
   FaultyStep::Change sums_;
 };
 

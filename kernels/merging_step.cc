@@ -11,7 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "kernels/cpu/merge_kernels.h"
+#include "kernels/merge_kernels.h"
 #include "kernels/portable_math.h"
 
 namespace eduba {

@@ -16,7 +16,7 @@
 #include "absl/types/span.h"
 #include "base/parallel.h"
 #include "kernels/backend.h"
-#include "kernels/cpu/merge_kernels.h"
+#include "kernels/merge_kernels.h"
 
 namespace eduba {
 

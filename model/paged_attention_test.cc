@@ -14,6 +14,7 @@
 #include "collective/testing/counting_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
+#include "kernels/testing/forwarding_backend.h"
 #include "model/testing/random_model.h"
 
 namespace eduba {
@@ -22,41 +23,23 @@ namespace {
 using testing::RandomModel;
 
 // Remembers what each row's step was told besides the row itself.
-class SpyBackend final : public Backend {
+class SpyBackend final : public testing::ForwardingBackend {
  public:
-  explicit SpyBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
+  using ForwardingBackend::ForwardingBackend;
 
-  std::string name() const override { return backend_->name(); }
-  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return backend_->AllocateSlab(bytes); }
-  void FreeSlab(void* slab, int64_t bytes) override { backend_->FreeSlab(slab, bytes); }
-  int64_t PageBytes(const AttentionShape& shape) const override { return backend_->PageBytes(shape); }
-  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
-                         const void* values) override {
-    return backend_->WriteRows(shape, page, row, rows, keys, values);
-  }
-  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
-                        void* values) override {
-    return backend_->ReadRows(shape, page, row, rows, keys, values);
-  }
-  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
-    return backend_->CopyPage(shape, from, to);
-  }
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
     for (const PositionRange& range : args.visible) {
       told[range.end] = {args.positions, {args.exponents.begin(), args.exponents.end()}};
       ++rows;
     }
     ++steps;
-    return backend_->StartStep(args);
+    return ForwardingBackend::StartStep(args);
   }
 
   // By the position behind the row's.
   std::map<int64_t, std::pair<int64_t, std::vector<int16_t>>> told;
   int64_t rows = 0;
   int64_t steps = 0;
-
- private:
-  std::unique_ptr<Backend> backend_;
 };
 
 // Too little to show in fp32 on a small problem, and yet part of the promise: units come from the row's own

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "collective/testing/forwarding_communicator.h"
 #include "model/engine.h"
 #include "model/testing/engine_fixture.h"
 #include "model/testing/random_model.h"
@@ -29,32 +30,21 @@ using testing::ToString;
 absl::Time Far() { return absl::Now() + absl::Seconds(60); }
 
 // Counts messages, and spoils a bit of the one that it is told to, in the exponent of its last number.
-class Courier final : public Communicator {
+class Courier final : public testing::ForwardingCommunicator {
  public:
-  explicit Courier(Communicator* inner) : inner_(inner) {}
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  const char* transport() const override { return inner_->transport(); }
-  absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
-    return inner_->SumI64(data, deadline);
-  }
-  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
-    return inner_->MaxF32(data, deadline);
-  }
+  using ForwardingCommunicator::ForwardingCommunicator;
+
   absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
                            absl::Time deadline) override {
-    absl::Status status = inner_->SendReceive(send, to, receive, from, deadline);
+    absl::Status status = ForwardingCommunicator::SendReceive(send, to, receive, from, deadline);
     if (!receive.empty() && received_++ == spoil) receive.back() ^= 1;
     return status;
   }
-  absl::Status Barrier(absl::Time deadline) override { return inner_->Barrier(deadline); }
-  void Abort(const absl::Status& reason) override { inner_->Abort(reason); }
 
   int64_t received() const { return received_; }
   int64_t spoil = -1;
 
  private:
-  Communicator* inner_;
   int64_t received_ = 0;
 };
 

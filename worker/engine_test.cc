@@ -16,6 +16,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/reference/reference_backend.h"
+#include "kernels/testing/forwarding_backend.h"
 
 namespace eduba {
 namespace {
@@ -50,30 +51,16 @@ class EndlessStep final : public AttentionStep {
   absl::Notification* const started_;
 };
 
-class EndlessBackend final : public Backend {
+class EndlessBackend final : public testing::ForwardingBackend {
  public:
-  explicit EndlessBackend(absl::Notification* started) : started_(started) {}
-  std::string name() const override { return "endless"; }
-  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return own_->AllocateSlab(bytes); }
-  void FreeSlab(void* slab, int64_t bytes) override { own_->FreeSlab(slab, bytes); }
-  int64_t PageBytes(const AttentionShape& shape) const override { return own_->PageBytes(shape); }
-  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
-                         const void* values) override {
-    return own_->WriteRows(shape, page, row, rows, keys, values);
-  }
-  absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
-                        void* values) override {
-    return own_->ReadRows(shape, page, row, rows, keys, values);
-  }
-  absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
-    return own_->CopyPage(shape, from, to);
-  }
+  explicit EndlessBackend(absl::Notification* started)
+      : ForwardingBackend(MakeReferenceBackend()), started_(started) {}
+
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
     return std::make_unique<EndlessStep>(args.cancelled, started_);
   }
 
  private:
-  const std::unique_ptr<Backend> own_ = MakeReferenceBackend();
   absl::Notification* const started_;
 };
 

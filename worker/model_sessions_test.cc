@@ -22,6 +22,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
+#include "kernels/testing/forwarding_backend.h"
 
 namespace eduba {
 namespace {
@@ -67,31 +68,21 @@ std::string ModelFolder(Faults faults = Faults::kPoison) {
 }
 
 // A backend that fails to copy and read pages when it is told to.
-class CopyBackend final : public Backend {
+class CopyBackend final : public testing::ForwardingBackend {
  public:
-  std::string name() const override { return own_->name(); }
-  absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return own_->AllocateSlab(bytes); }
-  void FreeSlab(void* slab, int64_t bytes) override { own_->FreeSlab(slab, bytes); }
-  int64_t PageBytes(const AttentionShape& shape) const override { return own_->PageBytes(shape); }
-  absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
-                         const void* values) override {
-    return own_->WriteRows(shape, page, row, rows, keys, values);
-  }
+  CopyBackend() : ForwardingBackend(MakeCpuBackend(1)) {}
+
   absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
                         void* values) override {
     return broken ? absl::InternalError("the device is broken")
-                  : own_->ReadRows(shape, page, row, rows, keys, values);
+                  : ForwardingBackend::ReadRows(shape, page, row, rows, keys, values);
   }
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
-    return broken ? absl::InternalError("the device is broken") : own_->CopyPage(shape, from, to);
+    return broken ? absl::InternalError("the device is broken")
+                  : ForwardingBackend::CopyPage(shape, from, to);
   }
-  absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
-    return own_->StartStep(args);
-  }
-  bool broken = false;
 
- private:
-  std::unique_ptr<Backend> own_ = MakeCpuBackend(1);
+  bool broken = false;
 };
 
 // Counts products: every forward pass has some.

@@ -1,4 +1,4 @@
-#include "kernels/cpu/merge_kernels.h"
+#include "kernels/merge_kernels.h"
 
 #include <algorithm>
 #include <limits>

@@ -17,6 +17,7 @@
 #include "attention/sharded_attention.h"
 #include "collective/map_rendezvous.h"
 #include "collective/nccl/fake_nccl.h"
+#include "collective/testing/forwarding_communicator.h"
 #include "gtest/gtest.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/emulated_device.h"
@@ -26,32 +27,20 @@ namespace eduba {
 namespace {
 
 // Another communicator, without its way to reduce on a GPU, or with its calls counted.
-class Watched final : public Communicator {
+class Watched final : public testing::ForwardingCommunicator {
  public:
-  explicit Watched(std::unique_ptr<Communicator> inner) : inner_(std::move(inner)) {}
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  const char* transport() const override { return inner_->transport(); }
+  using ForwardingCommunicator::ForwardingCommunicator;
+
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
     ++host_sums;
-    return inner_->SumI64(data, deadline);
+    return ForwardingCommunicator::SumI64(data, deadline);
   }
-  DeviceSums* device_sums() override { return hides_device_sums ? nullptr : inner_->device_sums(); }
-  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
-    return inner_->MaxF32(data, deadline);
+  DeviceSums* device_sums() override {
+    return hides_device_sums ? nullptr : ForwardingCommunicator::device_sums();
   }
-  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
-                           absl::Time deadline) override {
-    return inner_->SendReceive(send, to, receive, from, deadline);
-  }
-  absl::Status Barrier(absl::Time deadline) override { return inner_->Barrier(deadline); }
-  void Abort(const absl::Status& reason) override { inner_->Abort(reason); }
 
   int host_sums = 0;
   bool hides_device_sums = false;
-
- private:
-  const std::unique_ptr<Communicator> inner_;
 };
 
 absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
@@ -162,7 +151,7 @@ void ExpectSame(const AttentionAnswer& a, const AttentionAnswer& b) {
   EXPECT_EQ(a.collectives, b.collectives);
 }
 
-class GpuSums : public testing::Test {
+class GpuSums : public ::testing::Test {
  protected:
   void SetUp() override {
     if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";

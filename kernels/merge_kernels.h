@@ -1,5 +1,5 @@
-#ifndef EDUBA_KERNELS_CPU_MERGE_KERNELS_H_
-#define EDUBA_KERNELS_CPU_MERGE_KERNELS_H_
+#ifndef EDUBA_KERNELS_MERGE_KERNELS_H_
+#define EDUBA_KERNELS_MERGE_KERNELS_H_
 
 #include <cstdint>
 
@@ -39,4 +39,4 @@ const MergeKernels& BestMergeKernels();
 
 }  // namespace eduba
 
-#endif  // EDUBA_KERNELS_CPU_MERGE_KERNELS_H_
+#endif  // EDUBA_KERNELS_MERGE_KERNELS_H_

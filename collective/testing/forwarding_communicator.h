@@ -1,0 +1,43 @@
+#ifndef EDUBA_COLLECTIVE_TESTING_FORWARDING_COMMUNICATOR_H_
+#define EDUBA_COLLECTIVE_TESTING_FORWARDING_COMMUNICATOR_H_
+
+#include <memory>
+#include <utility>
+
+#include "collective/communicator.h"
+
+namespace eduba::testing {
+
+// Another communicator: tests override the calls that they watch or break.
+class ForwardingCommunicator : public Communicator {
+ public:
+  // `inner` outlives this.
+  explicit ForwardingCommunicator(Communicator* inner) : inner_(inner) {}
+  explicit ForwardingCommunicator(std::unique_ptr<Communicator> inner)
+      : own_(std::move(inner)), inner_(own_.get()) {}
+
+  int rank() const override { return inner_->rank(); }
+  int size() const override { return inner_->size(); }
+  const char* transport() const override { return inner_->transport(); }
+  absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
+    return inner_->SumI64(data, deadline);
+  }
+  DeviceSums* device_sums() override { return inner_->device_sums(); }
+  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
+    return inner_->MaxF32(data, deadline);
+  }
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    return inner_->SendReceive(send, to, receive, from, deadline);
+  }
+  absl::Status Barrier(absl::Time deadline) override { return inner_->Barrier(deadline); }
+  void Abort(const absl::Status& reason) override { inner_->Abort(reason); }
+
+ private:
+  const std::unique_ptr<Communicator> own_;  // Or none.
+  Communicator* const inner_;
+};
+
+}  // namespace eduba::testing
+
+#endif  // EDUBA_COLLECTIVE_TESTING_FORWARDING_COMMUNICATOR_H_
