@@ -42,17 +42,30 @@ class SpyBackend final : public testing::ForwardingBackend {
   int64_t steps = 0;
 };
 
+// A random model of one layer, whose window is given.
+struct OneLayer {
+  explicit OneLayer(int64_t window) : random(Config(window), DType::kF32, 3) {}
+
+  static ModelConfig Config(int64_t window) {
+    ModelConfig config = RandomModel::RandomConfig(3);
+    config.layers.resize(1);
+    config.layers[0].window = window;
+    return config;
+  }
+
+  const RandomModel random;
+  const std::unique_ptr<LayerKernels> kernels = MakeCpuLayerKernels(1);
+  const std::unique_ptr<Transformer> model =
+      Transformer::Create(random.config, random.weights, kernels.get()).value();
+  const int head_dim = random.config.head_dim;
+  const AttentionShape shape = {
+      random.config.query_heads, random.config.kv_heads, head_dim, head_dim, DType::kF32, 1, 0};
+};
+
 // Too little to show in fp32 on a small problem, and yet part of the promise: units come from the row's own
 // position and from the weights.
 TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
-  ModelConfig config = RandomModel::RandomConfig(3);
-  config.layers.resize(1);
-  config.layers[0].window = 3;
-  const RandomModel random(config, DType::kF32, 3);
-  const auto kernels = MakeCpuLayerKernels(1);
-  const auto model = Transformer::Create(random.config, random.weights, kernels.get()).value();
-  AttentionShape shape{
-      config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32, 1, 0};
+  const OneLayer f(3);
   const std::vector<LayerView> views = {{Policy::kWindow, 0, 3}};
   const int64_t begin = (1 << 16) - 300;
   const int64_t end = (1 << 16) + 300;
@@ -60,14 +73,14 @@ TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
   const auto told = [&](int64_t chunk) {
     SpyBackend backend(MakeCpuBackend(1));
     PageStore store(&backend, int64_t{1} << 24);
-    KvPages pages(&backend, &store, shape, {}, {LayerPages()});
+    KvPages pages(&backend, &store, f.shape, {}, {LayerPages()});
     EXPECT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, end).ok());
-    const std::vector<float> numbers((end - begin) * config.query_heads * config.head_dim, 0.5F);
+    const std::vector<float> numbers((end - begin) * f.shape.query_heads * f.head_dim, 0.5F);
     std::vector<float> outputs(numbers.size());
     for (int64_t at = begin; at < end; at += chunk) {
       const int64_t rows = std::min(chunk, end - at);
       const ContextRows context{&pages, at, rows, views};
-      PagedAttention attention(&backend, model.get(), absl::MakeConstSpan(&context, 1), nullptr,
+      PagedAttention attention(&backend, f.model.get(), absl::MakeConstSpan(&context, 1), nullptr,
                                absl::InfiniteFuture());
       const absl::Status status = attention.Attend(
           {0, rows, numbers.data(), numbers.data(), numbers.data(), numbers.data()}, outputs.data());
@@ -85,14 +98,7 @@ TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
 }
 
 TEST(PagedAttention, RowsThatAreCutAtAPowerOfTwoShareTheirCollectives) {
-  ModelConfig config = RandomModel::RandomConfig(3);
-  config.layers.resize(1);
-  config.layers[0].window = 0;
-  const RandomModel random(config, DType::kF32, 3);
-  const auto kernels = MakeCpuLayerKernels(1);
-  const auto model = Transformer::Create(random.config, random.weights, kernels.get()).value();
-  AttentionShape shape{
-      config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32, 1, 0};
+  const OneLayer f(0);
   LocalHub hub;
   const auto communicator = hub.Join(1, 1, 0, 1, absl::Now() + absl::Seconds(60)).value();
   testing::CountingCommunicator counting(communicator.get());
@@ -100,13 +106,13 @@ TEST(PagedAttention, RowsThatAreCutAtAPowerOfTwoShareTheirCollectives) {
   PageStore store(&backend, int64_t{1} << 24);
   const int64_t begin = (1 << 16) - 3;
   const int64_t rows = 8;
-  KvPages pages(&backend, &store, shape, {}, {LayerPages()});
+  KvPages pages(&backend, &store, f.shape, {}, {LayerPages()});
   ASSERT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, begin + rows).ok());
   const std::vector<LayerView> views = {{Policy::kGlobal, 0, 0}};
   const ContextRows context{&pages, begin, rows, views};
-  const std::vector<float> numbers(rows * config.query_heads * config.head_dim, 0.5F);
+  const std::vector<float> numbers(rows * f.shape.query_heads * f.head_dim, 0.5F);
   std::vector<float> outputs(numbers.size());
-  PagedAttention attention(&backend, model.get(), absl::MakeConstSpan(&context, 1), &counting,
+  PagedAttention attention(&backend, f.model.get(), absl::MakeConstSpan(&context, 1), &counting,
                            absl::Now() + absl::Seconds(60));
   ASSERT_TRUE(
       attention
