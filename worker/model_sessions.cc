@@ -226,23 +226,24 @@ absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) 
   job.session_id = request.session_id();
   // A chunk first: where this rank has no memory, only the ranks that have it would know how to begin a wave.
   job.in_chunks_until = 1;
+  job.ids = {session->ids.front()};  // Of a turn that does not come about, while there is no memory.
+  job.ranges = std::move(ranges);
+  job.pool = request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean;
+  return absl::OkStatus();
+}
+
+void ModelSessions::BeginEmbed(Job& job) {
+  const auto& ids = sessions_.at(job.session_id).ids;
+  const int64_t end = job.ranges.back().end;
   // Ids; for every range a word and a float a channel, and a count.
   const int64_t width = options_.model->info().hidden_size();
-  const int64_t bytes = 4 * ranges.back().end + static_cast<int64_t>(ranges.size()) * (12 * width + 8);
-  auto memory = options_.store->ReserveBytes(bytes);
-  if (!memory.ok()) {
-    // The others do not know, so the job begins. Nothing of it will be read.
-    job.ids = {session->ids.front()};
-    job.no_memory = memory.status();
-    return absl::OkStatus();
-  }
+  auto memory =
+      options_.store->ReserveBytes(4 * end + static_cast<int64_t>(job.ranges.size()) * (12 * width + 8));
+  job.no_memory = memory.status();
+  if (!memory.ok()) return;
   job.memory = *std::move(memory);
-  job.ids.assign(session->ids.begin(), session->ids.begin() + ranges.back().end);
-  EDUBA_ASSIGN_OR_RETURN(
-      job.pooler,
-      Pooler::Create(std::move(ranges), request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean,
-                     options_.model->transformer().hidden_exponents()));
-  return absl::OkStatus();
+  job.ids.assign(ids.begin(), ids.begin() + end);
+  job.pooler = Pooler::Create(job.ranges, job.pool, options_.model->transformer().hidden_exponents()).value();
 }
 
 void ModelSessions::Cancel(uint64_t ordinal) {
@@ -453,6 +454,7 @@ absl::StatusOr<uint64_t> ModelSessions::Step(uint64_t newest) {
   absl::Duration patience;
   for (const Job* job : jobs) patience = std::max(patience, job->patience);
   ChooseTokens(jobs);
+  if (!jobs.empty() && jobs.back()->kind == Kind::kEmbed && !jobs.back()->pooler) BeginEmbed(*jobs.back());
   Job* waver = nullptr;
   bool room = false;
   if (!jobs.empty() && GoesByWave(*jobs.back(), room)) {  // Who reads comes last.

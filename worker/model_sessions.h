@@ -87,18 +87,20 @@ class ModelSessions {
     Kind kind = Kind::kAppend;
     uint64_t ordinal = 0;
     uint64_t session_id = 0;
-    absl::Duration patience;       // With the other ranks, a step.
-    std::optional<Context> fork;   // kScore, kEmbed: what they read into.
-    Context* context = nullptr;    // The fork or the session's.
-    std::vector<int32_t> ids;      // To be read; kGenerate: generated so far.
-    int64_t done = 0;              // Tokens that are in the context now.
-    std::unique_ptr<Wave> wave;    // Of the ids behind `done`, under way over some steps.
-    int64_t in_chunks_until = 0;   // In `done`: a wave that failed goes in chunks.
-    std::vector<float> before;     // kScore: the hidden state ahead of the chunk under way.
-    std::vector<float> log_probs;  // kScore
-    std::optional<Pooler> pooler;  // kEmbed; none where this rank has no memory for it.
-    ReservedBytes memory;          // kEmbed: for its ids, its pooler and the answer, ...
-    absl::Status no_memory;        // ... or why there is none, which the next step tells the others.
+    absl::Duration patience;            // With the other ranks, a step.
+    std::optional<Context> fork;        // kScore, kEmbed: what they read into.
+    Context* context = nullptr;         // The fork or the session's.
+    std::vector<int32_t> ids;           // To be read; kGenerate: generated so far.
+    int64_t done = 0;                   // Tokens that are in the context now.
+    std::unique_ptr<Wave> wave;         // Of the ids behind `done`, under way over some steps.
+    int64_t in_chunks_until = 0;        // In `done`: a wave that failed goes in chunks.
+    std::vector<float> before;          // kScore: the hidden state ahead of the chunk under way.
+    std::vector<float> log_probs;       // kScore
+    std::vector<PositionRange> ranges;  // kEmbed, as the next ones.
+    Pool pool = Pool::kMean;
+    std::optional<Pooler> pooler;  // None before its first turn for which this rank has memory.
+    ReservedBytes memory;          // For its ids, its pooler and the answer, ...
+    absl::Status no_memory;        // ... or why there is none, which its turn tells the others.
     v1::GenerateRequest generate;  // kGenerate, as the next ones.
     SamplingOptions sampling;
     TokenChoice chosen;  // To be read in the step under way.
@@ -121,6 +123,8 @@ class ModelSessions {
   absl::Status StartGenerate(const v1::ModelGenerate& request, Job& job);
   absl::Status StartScore(const v1::ModelScore& request, Job& job);
   absl::Status StartEmbed(const v1::ModelEmbed& request, Job& job);
+  // Takes its memory, or says that there is none: in a turn, so that waves may give way to it.
+  void BeginEmbed(Job& job);
   // The jobs that have a turn in the next step: all that generate, and one that reads.
   std::vector<Job*> NextJobs();
   // The next token of every job that generates here. Those that have none, because logits are not finite, end

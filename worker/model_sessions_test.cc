@@ -582,6 +582,27 @@ TEST(ModelSessionsOfTwo, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
   OnTwoRanks([&](Rank& rank) { run(rank, nullptr); }, used_in_wave);
 }
 
+// It is taken when a wave has given way, not at the start alone.
+TEST(ModelSessionsOfTwo, WavesGiveWayToAnEmbeddingThatNeedsTheirMemory) {
+  const auto run = [](Rank& rank, int64_t* used_in_wave) {
+    rank.Open(3, /*window=*/20, /*stripe_pages=*/8);
+    rank.Append(1, std::vector<int32_t>(250, 5));
+    rank.RunAll();
+    const uint64_t prompt = rank.Append(3, std::vector<int32_t>(5000, 7));
+    ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
+    if (rank.group_->rank() == 1 && used_in_wave != nullptr) *used_in_wave = rank.store_.used_bytes();
+    const uint64_t embedded = rank.Embed(1, 250);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(embedded).code(), 0) << rank.ResultOf(embedded).message();
+    EXPECT_EQ(rank.ResultOf(embedded).model().done(), 250);
+    EXPECT_EQ(rank.ResultOf(prompt).code(), 0) << rank.ResultOf(prompt).message();
+    EXPECT_EQ(rank.ResultOf(prompt).model().done(), 5000);
+  };
+  int64_t used_in_wave = 0;
+  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_wave); });
+  OnTwoRanks([&](Rank& rank) { run(rank, nullptr); }, used_in_wave);
+}
+
 // What a client hears of every job, and what all ranks must agree on.
 std::map<uint64_t, std::string> Answers(const std::vector<std::vector<v1::WorkerMessage>>& said) {
   std::map<uint64_t, std::string> answers;
