@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "collective/broadcast.h"
+#include "collective/bytes.h"
 #include "model/log_probs.h"
 
 namespace eduba {
@@ -35,11 +36,6 @@ LayerKeeping Keeping(const LayerView& append, const LayerView& ask) {
   keeping.window = std::max(append.window, ask.window);
   keeping.owned = append.policy != Policy::kWindow || ask.policy != Policy::kWindow;
   return keeping;
-}
-
-template <typename T>
-absl::Span<char> BytesOf(absl::Span<T> numbers) {
-  return {reinterpret_cast<char*>(numbers.data()), numbers.size() * sizeof(T)};
 }
 
 }  // namespace
@@ -235,8 +231,8 @@ absl::Status ModelEngine::HandOver(Context& context, int home, absl::Span<int32_
   if (ids.empty() || options_.communicator->size() == 1) return absl::OkStatus();
   Communicator& group = *options_.communicator;
   context.last_.resize(options_.model->config().hidden_size);
-  absl::Status status = Broadcast(group, home, BytesOf(ids), deadline);
-  if (status.ok()) status = Broadcast(group, home, BytesOf(absl::MakeSpan(context.last_)), deadline);
+  absl::Status status = Broadcast(group, home, AsBytes(ids), deadline);
+  if (status.ok()) status = Broadcast(group, home, AsBytes(absl::MakeSpan(context.last_)), deadline);
   const int64_t begin = context.length_ - static_cast<int64_t>(ids.size());
   for (int layer = 0; status.ok() && layer < static_cast<int>(context.keeping_.size()); ++layer) {
     status = HandOverLayer(context, layer, home, begin, deadline);

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "collective/bytes.h"
 #include "model/log_probs.h"
 
 namespace eduba {
@@ -25,13 +26,6 @@ int64_t Count(absl::Span<const PositionRange> ranges) {
   int64_t count = 0;
   for (const PositionRange& range : ranges) count += range.size();
   return count;
-}
-
-absl::Span<const char> AsBytes(absl::Span<const float> floats) {
-  return {reinterpret_cast<const char*>(floats.data()), floats.size() * sizeof(float)};
-}
-absl::Span<char> AsBytes(absl::Span<float> floats) {
-  return {reinterpret_cast<char*>(floats.data()), floats.size() * sizeof(float)};
 }
 
 }  // namespace
