@@ -116,8 +116,13 @@ absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Ti
   // Memory is the one thing that ranks differ in.
   EDUBA_ASSIGN_OR_RETURN(const int64_t ranks_without, CountNo(room.ok(), deadline));
   if (!room.ok() || ranks_without == 0) return room;
+  return NoMemoryElsewhere(ranks_without);
+}
+
+absl::Status ModelEngine::NoMemoryElsewhere(int64_t ranks) {
   return absl::ResourceExhaustedError(
-      absl::StrCat(ranks_without, " other workers of the group have no pages left for this step"));
+      absl::StrCat("no memory for the next tokens on ", ranks, " of the other workers; ",
+                   "delete a session or start the workers with more --memory-bytes"));
 }
 
 absl::Status ModelEngine::Prepare(const Turn& turn) const {

@@ -151,6 +151,8 @@ class ModelEngine {
   //   OUT_OF_RANGE, RESOURCE_EXHAUSTED  as Step's, for this rank; nothing was taken
   // Any other error is that of this rank's device; the communicator is dead then.
   absl::Status Prepare(const Turn& turn) const;
+  // What a rank that has room says where others have none: RESOURCE_EXHAUSTED.
+  static absl::Status NoMemoryElsewhere(int64_t ranks);
   // Gives the memory back: the step will not come.
   void Unprepare(Context& context) const { context.pages_.Truncate(context.length_); }
   // REQUIRES: every rank has prepared all turns. INVALID_ARGUMENT or the communicator's errors, as Step's;

@@ -476,7 +476,8 @@ TEST(ModelEngine, AWorkerWithoutRoomEndsTheStepForAllAndTheGroupLivesOn) {
     f.Hidden(context, f.Text(100), 100);
     const absl::Status status = f.engine->Step({Turn{&context, f.Text(20'000)}});
     EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
-    EXPECT_THAT(std::string(status.message()), HasSubstr(rank == 1 ? "bytes free" : "1 other workers"));
+    EXPECT_THAT(std::string(status.message()),
+                HasSubstr(rank == 1 ? "bytes free" : "1 of the other workers"));
     EXPECT_EQ(context.length(), 100);
     f.Hidden(context, f.Text(100), 100);
     EXPECT_EQ(context.length(), 200);

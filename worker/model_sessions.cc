@@ -412,8 +412,7 @@ absl::StatusOr<uint64_t> ModelSessions::AgreeOnStep(uint64_t newest, absl::Time 
     } else if (!prepared[i].ok()) {
       end.status = prepared[i];
     } else {
-      end.status = absl::ResourceExhaustedError(
-          absl::StrCat("no memory for the next tokens on ", ranks_without, " other ranks"));
+      end.status = ModelEngine::NoMemoryElsewhere(ranks_without);
     }
     if (job.home) {
       EDUBA_RETURN_IF_ERROR(EndAtHome(job, words[2 + 2 * i], std::move(end), deadline));

@@ -551,8 +551,9 @@ TEST(ModelSessionsOfTwo, AnEmbeddingNeedsMemoryForWhatItAnswers) {
           << result.message();
       EXPECT_EQ(result.model().done(), fits ? kLength : 0);
       if (!fits) {
-        EXPECT_THAT(result.message(),
-                    HasSubstr(scarce ? absl::StrCat("needs ", bytes, " bytes") : "1 other ranks"));
+        EXPECT_THAT(result.message(), HasSubstr(scarce ? absl::StrCat("needs ", bytes, " bytes")
+                                                       : "on 1 of the other workers"));
+        EXPECT_THAT(result.message(), HasSubstr("more --memory-bytes"));
       }
       EXPECT_EQ(rank.ResultOf(generated).model().length(), kLength + 3);
       *taken = ReservedBytes();
