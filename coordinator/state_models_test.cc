@@ -446,6 +446,14 @@ TEST_F(ModelStateTest, RanksWhoseOutcomesDifferAreQuoted) {
   EXPECT_FALSE(cluster_.serving);
 }
 
+TEST_F(ModelStateTest, RanksThatCameDifferentlyFarEndTheEpoch) {
+  cluster_.workers[b_].rank->misses = 1;
+  const absl::Status status = Append("s", {}, {1, 2, 3}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("did 2 tokens, and worker 0 3"));
+  EXPECT_FALSE(cluster_.serving);
+}
+
 TEST_F(ModelStateTest, AnEpochsEndEndsItsJobs) {
   ASSERT_TRUE(Append("s", {}, {1}).ok());
   const RequestId generation = AskGenerate(5);

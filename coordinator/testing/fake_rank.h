@@ -55,6 +55,7 @@ class FakeRank {
   bool hold_jobs = false;  // Jobs end only when they are cancelled.
   bool omit_sink_mass = false;
   uint64_t digest = 5;            // Of what it computes.
+  int64_t misses = 0;             // Tokens of a job that it says it did not do.
   std::map<uint64_t, int> homes;  // Of generations that one rank computes, by ordinal.
 
   v1::CommandResult Answer(const v1::Command& command) {
@@ -166,7 +167,7 @@ class FakeRank {
   }
 
   void RunJob(int64_t done, v1::ModelResult* result) const {
-    result->set_done(done);
+    result->set_done(done - misses);
     result->set_digest(digest);
   }
 
