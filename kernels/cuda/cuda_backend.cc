@@ -168,6 +168,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
       words_ = At<uint64_t>(memory_->words.device, 0);
     }
+    // For QueueFold, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
+    EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
     return on_tensor_cores_ ? SumPartials() : SumDirectly();
   }
@@ -183,7 +185,6 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   absl::Status QueueFold() override {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    EDUBA_RETURN_IF_ERROR(ReserveOut());
     FoldArgs args = FoldOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
     args.visible = At<PositionRange>(memory_->in.device, in_.visible);
     args.total_min = static_cast<uint64_t>(kSinkPathMin);
