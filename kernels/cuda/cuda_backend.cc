@@ -548,6 +548,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
     EDUBA_ASSIGN_OR_RETURN(const int64_t most, PartPages(rows.count, args.tile));
     const auto page_count = static_cast<int64_t>(pages_.size());
     const bool is_there = rows.is_kept && most >= page_count && workspace_.partials_of == this;
+    // What lies there is written over from here on: an error on the way must not leave its name behind.
+    if (!is_there) workspace_.partials_of = nullptr;
     Partials partials;
     partials.m = At<float>(workspace_.partials, 0);
     partials.l = partials.m + most * rows.row_heads(args_);
