@@ -48,6 +48,10 @@ TEST(KeptPartials, IsOneBlockForWhatWasInSeveral) {
   EXPECT_EQ(kept.Take(1000), first + 512);
   EXPECT_EQ(kept.bytes(), bytes);
   for (int i = 0; i < 3; ++i) kept.Return();
+  // And is all there is for the next.
+  EXPECT_EQ(kept.Take(bytes), first);
+  EXPECT_EQ(kept.bytes(), bytes);
+  kept.Return();
   EXPECT_EQ(kept.Take((1 << 20) + 1), nullptr);
   EXPECT_NE(kept.Take(1 << 20), nullptr);
   EXPECT_EQ(kept.Take(1), nullptr);

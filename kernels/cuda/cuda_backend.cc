@@ -168,6 +168,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
       words_ = At<uint64_t>(memory_->words.device, 0);
     }
+    // For QueueFold, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
+    EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
     return on_tensor_cores_ ? SumPartials() : SumDirectly();
   }
@@ -183,7 +185,6 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   absl::Status QueueFold() override {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    EDUBA_RETURN_IF_ERROR(ReserveOut());
     FoldArgs args = FoldOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
     args.visible = At<PositionRange>(memory_->in.device, in_.visible);
     args.total_min = static_cast<uint64_t>(kSinkPathMin);
@@ -547,6 +548,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
     EDUBA_ASSIGN_OR_RETURN(const int64_t most, PartPages(rows.count, args.tile));
     const auto page_count = static_cast<int64_t>(pages_.size());
     const bool is_there = rows.is_kept && most >= page_count && workspace_.partials_of == this;
+    // What lies there is written over from here on: an error on the way must not leave its name behind.
+    if (!is_there) workspace_.partials_of = nullptr;
     Partials partials;
     partials.m = At<float>(workspace_.partials, 0);
     partials.l = partials.m + most * rows.row_heads(args_);

@@ -2,12 +2,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
@@ -140,10 +143,16 @@ class CudaDevice final : public Device {
   }
 
   int64_t shared_bytes_max() const override { return shared_bytes_max_; }
+  // Asked for at every step: CUDA takes microseconds to say it.
   int64_t AttendBlocksAtOnce(Element element, const AttendArgs& args) override {
+    const std::scoped_lock lock(mutex_);
+    const auto [known, is_new] =
+        blocks_at_once_.try_emplace({element, args.tile, AttendSharedBytes(args)}, multiprocessors_);
     int blocks = 0;
-    const cudaError_t error = CountAttendBlocks(element, args, &blocks);
-    return error == cudaSuccess && blocks > 0 ? int64_t{blocks} * multiprocessors_ : multiprocessors_;
+    if (is_new && CountAttendBlocks(element, args, &blocks) == cudaSuccess && blocks > 0) {
+      known->second *= blocks;
+    }
+    return known->second;
   }
   absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
     return Check(LaunchAttend(static_cast<cudaStream_t>(stream), element, args), "starting attention");
@@ -205,6 +214,8 @@ class CudaDevice final : public Device {
   int64_t multiprocessors_ = 1;
   mutable std::mutex mutex_;
   absl::Status health_;  // Guarded by mutex_.
+  // What Attend's occupancy depends on (element, tile, bytes of shared memory), to AttendBlocksAtOnce.
+  std::map<std::tuple<Element, int, int64_t>, int64_t> blocks_at_once_;  // Guarded by mutex_.
 };
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "attention/sharded_attention.h"
 #include "collective/map_rendezvous.h"
@@ -173,7 +174,8 @@ TEST_F(GpuSums, GiveTheBytesOfSumsOnTheHost) {
         const Problem problem = MakeProblem(seed, static_cast<int>(1 + seed % 7));
         SCOPED_TRACE(absl::StrCat(ranks, " ranks: ", problem.spec.ToString()));
         group.Load(problem);
-        const std::vector<Problem> together = {problem, problem.WithRows({0})};
+        // Its last row has other words than the first, so steps that share their place show.
+        const std::vector<Problem> together = {problem, problem.WithRows({problem.spec.rows - 1})};
         for (const auto& one : on_gpu) one->host_sums = 0;
         const auto answers = AttendAll(group, together, on_gpu);
         const auto wanted = AttendAll(group, together, on_host);
@@ -270,6 +272,33 @@ TEST_F(GpuSums, AMissingRankIsADeadlineAndTheBackendLivesOn) {
   }
   const auto answers = AttendAll(group, {problem}, Form(2));
   EXPECT_TRUE(answers[0].ok()) << answers[0].status();
+}
+
+// Nothing behind the all-reduce may wait for the GPU, as memory that grows would.
+TEST_F(GpuSums, AMissingRankIsADeadlineForALargerStepThanAnyBefore) {
+  TheFakeNccl().peers_are_told = false;
+  RankGroup group = Backends(2, CudaPrecision::kExact);
+  ProblemSpec spec;
+  spec.shape = {4, 2, 16, 64, DType::kBf16, 0.25F, 0};
+  spec.rows = 20;
+  spec.sink_logit = 0;
+  const Problem problem(spec);
+  group.Load(problem);
+  const auto before = AttendAll(group, {problem.WithRows({0})}, Form(2));
+  ASSERT_TRUE(before[0].ok()) << before[0].status();
+  const auto communicators = Form(2);
+  absl::Notification is_over;
+  std::thread guard([&] {
+    if (!is_over.WaitForNotificationWithTimeout(absl::Seconds(10))) {
+      communicators[0]->Abort(absl::CancelledError("no deadline was kept"));
+    }
+  });
+  const Step step(group, problem, 0, 2);
+  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args},
+                                  absl::Now() + absl::Milliseconds(200));
+  is_over.Notify();
+  guard.join();
+  EXPECT_EQ(answer.status().code(), absl::StatusCode::kDeadlineExceeded) << answer.status();
 }
 
 // Abort reaches a rank whose GPU waits inside the all-reduce, and what its kernels make of it is no answer.
