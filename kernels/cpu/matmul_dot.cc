@@ -1,37 +1,26 @@
-// Products with rounded activations by VDPBF16PS. Per output and pair of inputs it computes, with subnormal
-// numbers as zeros, fma(x[2i], w[2i], fma(x[2i + 1], w[2i + 1], sum)): what kernels/cpu/matmul.cc does by two
-// fused multiply-adds, in a fourth of the instructions. (Intel, Architecture Instruction Set Extensions,
-// VDPBF16PS; AMD's Zen 4 gives the same bits, as layer_kernels_test.cc sees.)
+// Products with rounded activations by dot products of pairs, to the bits of kernels/cpu/matmul.cc.
 
 #include <algorithm>
 #include <utility>
 
 #include "kernels/cpu/flushed_subnormals.h"
 #include "kernels/cpu/matmul.h"
+#include "kernels/cpu/pair_dot.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define EDUBA_DOT __attribute__((target("avx512f,avx512bf16")))
-
 namespace eduba {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = kPairDotLanes;
 constexpr int kVectors = kPanelOutputs / kLanes;
-constexpr int kMaxTile = 12;  // 24 sums of the 32 registers.
 // As in matmul.cc.
 constexpr int kPrefetchBytes = 4096;
 
-EDUBA_DOT inline __m512 Dot(__m512 sum, __m512i x, __m512i w) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
-}
-
 // As Tile of matmul.cc.
 template <int kRows>
-EDUBA_DOT void Tile(const Bf16Pair* __restrict weights, int pairs, bool prefetch,
-                    const Bf16Pair* __restrict x, int64_t x_row, bool begin, float* __restrict y,
-                    int64_t y_row) {
+EDUBA_PAIR_DOT void Tile(const Bf16Pair* __restrict weights, int pairs, bool prefetch,
+                         const Bf16Pair* __restrict x, int64_t x_row, bool begin, float* __restrict y,
+                         int64_t y_row) {
   __m512 sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -48,7 +37,7 @@ EDUBA_DOT void Tile(const Bf16Pair* __restrict weights, int pairs, bool prefetch
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512i value = _mm512_set1_epi32(static_cast<int>(x[r * x_row + i]));
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot(sum[r][v], value, w[v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = PairDot(sum[r][v], value, w[v]);
     }
   }
 #pragma GCC unroll 16
@@ -69,14 +58,14 @@ TileFunction TileFor(int64_t rows, std::integer_sequence<int, kCounts...> /*coun
 
 void MultiplyPanel(const PanelCall& call) {
   const FlushedSubnormals flushed;  // For what is added to the dot products.
-  const int64_t tiles = (call.rows + kMaxTile - 1) / kMaxTile;
+  const int64_t tiles = (call.rows + kPairDotRowsMax - 1) / kPairDotRowsMax;
   const auto* weights = static_cast<const Bf16Pair*>(call.panel);
   for (int64_t at = 0, block = 0; at < call.inputs; at += kMatmulBlock, ++block) {
     const int pairs = static_cast<int>(std::min<int64_t>(kMatmulBlock, call.inputs - at) + 1) / 2;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = call.rows * t / tiles;
       const int64_t count = call.rows * (t + 1) / tiles - row;
-      TileFor(count, std::make_integer_sequence<int, kMaxTile>())(
+      TileFor(count, std::make_integer_sequence<int, kPairDotRowsMax>())(
           weights + at / 2 * kPanelOutputs, pairs, t == 0,
           call.x_pairs + row * call.x_row + block * call.x_block, call.x_row, at == 0,
           call.y + row * call.y_row, call.y_row);
@@ -91,9 +80,7 @@ void MultiplyPanel(const PanelCall& call) {
 
 }  // namespace
 
-MultiplyPanelFunction MultiplyPanelByDotProducts() {
-  return __builtin_cpu_supports("avx512bf16") ? MultiplyPanel : nullptr;
-}
+MultiplyPanelFunction MultiplyPanelByDotProducts() { return HasPairDot() ? MultiplyPanel : nullptr; }
 
 }  // namespace eduba
 

@@ -1,24 +1,19 @@
-// The products of score_dot.h by VDPBF16PS (matmul_dot.cc says what it computes).
+// The products of score_dot.h by dot products of pairs.
 
 #include "kernels/cpu/score_dot.h"
 
 #include <array>
-#include <cstring>
 #include <utility>
 
 #include "kernels/cpu/page_layout.h"
+#include "kernels/cpu/pair_dot.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define EDUBA_DOT __attribute__((target("avx512f,avx512bw,avx512bf16")))
-
 namespace eduba {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = kPairDotLanes;
 constexpr int kVectors = kKeyBlockRows / kLanes;
-constexpr int kMaxTile = 12;  // 24 sums of the 32 registers.
 constexpr int64_t kRowBytes = kKeyBlockRows * 2;
 
 // From two rows of a block to pairs of dimensions. Word i of a row holds key i and, above it, key i + 16.
@@ -30,8 +25,8 @@ alignas(64) constexpr std::array<int16_t, 32> kOfHigh = {1,  33, 3,  35, 5,  37,
                                                          23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
 
 template <int kQueries>
-EDUBA_DOT inline void AddPair(__m512i first, __m512i second, const Bf16Pair* const* queries, int pair,
-                              __m512 (&sum)[kQueries][kVectors]) {
+EDUBA_PAIR_DOT inline void AddPair(__m512i first, __m512i second, const Bf16Pair* const* queries, int pair,
+                                   __m512 (&sum)[kQueries][kVectors]) {
   const __m512i keys[kVectors] = {
       _mm512_permutex2var_epi16(first, _mm512_load_si512(kOfLow.data()), second),
       _mm512_permutex2var_epi16(first, _mm512_load_si512(kOfHigh.data()), second)};
@@ -39,13 +34,13 @@ EDUBA_DOT inline void AddPair(__m512i first, __m512i second, const Bf16Pair* con
   for (int q = 0; q < kQueries; ++q) {
     const __m512i x = _mm512_set1_epi32(static_cast<int>(queries[q][pair]));
     for (int v = 0; v < kVectors; ++v) {
-      sum[q][v] = _mm512_dpbf16_ps(sum[q][v], (__m512bh)x, (__m512bh)keys[v]);
+      sum[q][v] = PairDot(sum[q][v], x, keys[v]);
     }
   }
 }
 
 template <int kQueries>
-EDUBA_DOT void Score(const ScoreDotCall& call) {
+EDUBA_PAIR_DOT void Score(const ScoreDotCall& call) {
   __m512 sum[kQueries][kVectors];
 #pragma GCC unroll 16
   for (int q = 0; q < kQueries; ++q) {
@@ -78,8 +73,7 @@ const ScoreDotFunction* Table(std::integer_sequence<int, kCounts...> /*counts*/)
 }  // namespace
 
 const ScoreDotFunction* ScoreDotsOfTheChip() {
-  static const bool has_dot_products = __builtin_cpu_supports("avx512bf16") != 0;
-  return has_dot_products ? Table(std::make_integer_sequence<int, kMaxTile>()) : nullptr;
+  return HasPairDot() ? Table(std::make_integer_sequence<int, kPairDotRowsMax>()) : nullptr;
 }
 
 }  // namespace eduba
