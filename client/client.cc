@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -102,21 +104,28 @@ absl::Status SendQueries(grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendR
 
 }  // namespace
 
-struct Client::Stub {
-  std::string server;
-  std::unique_ptr<v1::Eduba::Stub> service;
+class Client::Stub {
+ public:
+  explicit Stub(const ClientOptions& options) : server_(options.server), timeout_(options.timeout) {}
+
+  // Connects when it is first asked for.
+  v1::Eduba::Stub& service() {
+    std::call_once(connected_,
+                   [this] { service_ = v1::Eduba::NewStub(Connect(server_, absl::Now() + timeout_)); });
+    return *service_;
+  }
 
   absl::Status Explain(const grpc::Status& status) const {
     absl::Status result = FromGrpc(status);
     // gRPC's own words for these name sockets, resolvers and retry states.
     if (absl::IsUnavailable(result) && absl::StrContains(status.error_message(), "DNS resolution failed")) {
       return absl::UnavailableError(
-          absl::StrCat("found no machine of the name in ", server,
+          absl::StrCat("found no machine of the name in ", server_,
                        "; give HOST:PORT of a server with --server or EDUBA_SERVER"));
     }
     if (absl::IsUnavailable(result) && absl::StartsWith(status.error_message(), "failed to connect")) {
       return absl::UnavailableError(
-          absl::StrCat("no server answers at ", server,
+          absl::StrCat("no server answers at ", server_,
                        "; start one with 'eduba up', or name it with --server or EDUBA_SERVER"));
     }
     return result;
@@ -129,15 +138,19 @@ struct Client::Stub {
     grpc::ClientContext context;
     context.set_deadline(absl::ToChronoTime(deadline));
     Response response;
-    const absl::Status status = Explain((*service.*method)(&context, request, &response));
+    const absl::Status status = Explain((service().*method)(&context, request, &response));
     if (!status.ok()) return status;
     return response;
   }
+
+ private:
+  const std::string server_;
+  const absl::Duration timeout_;
+  std::once_flag connected_;
+  std::unique_ptr<v1::Eduba::Stub> service_;
 };
 
-Client::Client(ClientOptions options)
-    : options_(std::move(options)),
-      stub_(new Stub{options_.server, v1::Eduba::NewStub(OpenChannel(options_.server))}) {}
+Client::Client(ClientOptions options) : options_(std::move(options)), stub_(new Stub(options_)) {}
 
 Client::~Client() = default;
 
@@ -227,7 +240,7 @@ absl::StatusOr<v1::AppendReceipt> Client::AppendThin(const v1::Session& session,
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
   v1::AppendReceipt receipt;
-  const auto writer = stub_->service->Append(&context, &receipt);
+  const auto writer = stub_->service().Append(&context, &receipt);
   v1::AppendRequest request;
   request.mutable_plan()->set_session(session.name());
   request.mutable_plan()->set_at(at);
@@ -258,7 +271,7 @@ absl::StatusOr<v1::AttendSummary> Client::Attend(const v1::Session& session, int
                                                  const AttendOptions& options) {
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
-  const auto stream = stub_->service->Attend(&context);
+  const auto stream = stub_->service().Attend(&context);
   // Rows are sent on a second thread: answers come while later rows are still sent, and a call whose answers
   // nobody reads would stop.
   absl::Status sent;
@@ -302,7 +315,7 @@ absl::StatusOr<v1::AppendTokensReceipt> Client::AppendTokens(const std::string& 
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
   v1::AppendTokensReceipt receipt;
-  const auto writer = stub_->service->AppendTokens(&context, &receipt);
+  const auto writer = stub_->service().AppendTokens(&context, &receipt);
   const auto count = static_cast<int64_t>(ids.size());
   bool open = true;
   for (int64_t first = 0; open && (first < count || first == 0); first += kTokenIdsMax) {
@@ -332,7 +345,7 @@ absl::StatusOr<v1::GenerateSummary> Client::Generate(
   // Later than the limit, so that the server can still say how far it came.
   context.set_deadline(
       absl::ToChronoTime(absl::Now() + absl::Milliseconds(request.time_limit_ms()) + kSummaryGrace));
-  const auto stream = stub_->service->Generate(&context, request);
+  const auto stream = stub_->service().Generate(&context, request);
   std::optional<v1::GenerateSummary> summary;
   absl::Status taken;
   v1::GenerateResponse response;
@@ -382,7 +395,7 @@ absl::StatusOr<std::vector<float>> Client::Embed(const std::string& session, abs
   request.set_pool(pool);
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
-  const auto stream = stub_->service->Embed(&context, request);
+  const auto stream = stub_->service().Embed(&context, request);
   std::vector<float> all;
   std::vector<float> piece;
   int64_t rows = 0;

@@ -127,7 +127,7 @@ class Client {
   absl::StatusOr<v1::ListWorkersResponse> ListWorkers();
 
  private:
-  struct Stub;
+  class Stub;
 
   const ClientOptions options_;
   std::unique_ptr<Stub> stub_;

@@ -76,9 +76,10 @@ struct Stream {
   std::thread thread;
 };
 
-absl::Status RunStream(uint64_t append_id, PieceReader reader, Stream& stream, Upload& upload) {
+absl::Status RunStream(uint64_t append_id, PieceReader reader, absl::Time deadline, Stream& stream,
+                       Upload& upload) {
   // A channel of its own: streams that share a connection share its flow control and its one thread.
-  const auto stub = v1::Pages::NewStub(OpenChannel(stream.queue->address));
+  const auto stub = v1::Pages::NewStub(Connect(stream.queue->address, deadline));
   v1::UploadResponse response;
   const auto writer = stub->Upload(&stream.context, &response);
   v1::UploadRequest request;
@@ -140,7 +141,7 @@ absl::Status UploadToWorkers(const v1::SessionSpec& spec, const v1::AppendPlan& 
     if (!upload.Register(&stream->context)) break;
     stream->thread = std::thread([&, s = stream.get()] {
       const absl::Status status =
-          RunStream(plan.append_id(), PieceReader(spec, source, plan.at()), *s, upload);
+          RunStream(plan.append_id(), PieceReader(spec, source, plan.at()), deadline, *s, upload);
       if (!status.ok()) upload.Fail(status);
     });
   }

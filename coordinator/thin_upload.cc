@@ -89,7 +89,7 @@ ThinUpload::ThinUpload(const grpc::ServerContext& context, v1::SessionSpec spec,
   for (const std::string& address : plan_.workers()) {
     auto stream = std::make_unique<Stream>();
     stream->context = grpc::ClientContext::FromServerContext(context);
-    stream->stub = v1::Pages::NewStub(OpenChannel(address));
+    stream->stub = v1::Pages::NewStub(Connect(address, absl::FromChrono(context.deadline())));
     stream->writer = stream->stub->Upload(stream->context.get(), &stream->response);
     streams_.push_back(std::move(stream));
   }

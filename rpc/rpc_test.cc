@@ -1,3 +1,9 @@
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -13,6 +19,27 @@
 #include "rpc/server.h"
 #include "rpc/spec.h"
 #include "rpc/status.h"
+
+namespace {
+// Connections that are to fail, and those that were asked for.
+std::atomic<int> failing_connects{0};
+std::atomic<int> connects{0};
+}  // namespace
+
+// In place of libc's, for gRPC too.
+extern "C" int connect(int socket, const sockaddr* address, socklen_t length) {
+  int type = 0;
+  socklen_t size = sizeof(type);
+  getsockopt(socket, SOL_SOCKET, SO_TYPE, &type, &size);
+  if (type == SOCK_STREAM) {
+    ++connects;
+    if (failing_connects-- > 0) {
+      errno = ENOENT;
+      return -1;
+    }
+  }
+  return static_cast<int>(syscall(SYS_connect, socket, address, length));
+}
 
 namespace eduba {
 namespace {
@@ -183,6 +210,23 @@ TEST_F(ServerTest, RefusesCompressedMessages) {
   EXPECT_EQ(refused.code(), absl::StatusCode::kUnimplemented);
   EXPECT_TRUE(absl::StrContains(refused.message(), "ompression algorithm 'gzip' is disabled")) << refused;
   EXPECT_EQ(*Echo(3), 3);
+}
+
+TEST_F(ServerTest, ConnectTriesASecondTime) {
+  for (const int failures : {0, 1}) {
+    connects = 0;
+    failing_connects = failures;
+    stub_ = v1::Eduba::NewStub(Connect(server_->address(), absl::Now() + absl::Seconds(20)));
+    EXPECT_EQ(*Echo(3), 3);
+    EXPECT_EQ(connects, failures + 1);
+  }
+}
+
+TEST_F(ServerTest, ConnectGivesUpAndTheCallSaysWhy) {
+  failing_connects = std::numeric_limits<int>::max();
+  stub_ = v1::Eduba::NewStub(Connect(server_->address(), absl::Now() + absl::Seconds(20)));
+  EXPECT_EQ(Echo(3).status().code(), absl::StatusCode::kUnavailable);
+  failing_connects = 0;
 }
 
 TEST_F(ServerTest, RefusesAPortThatIsTaken) {
