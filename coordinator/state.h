@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "base/id_log.h"
 #include "coordinator/batcher.h"
 #include "coordinator/effects.h"
 #include "coordinator/records.h"
@@ -127,9 +128,7 @@ class ClusterState {
     uint64_t append_id = 0;   // the append under way, 0: none
     // The command that is extending a model session, or whose tokens are being written down; 0: none.
     uint64_t model_job = 0;
-    // Of a model session, in this coordinator's life: [0, length). A deque, because a vector would hold twice
-    // what is in it at times, and move millions of ids.
-    std::deque<int32_t> ids;
+    IdLog ids;             // Of a model session, in this coordinator's life: [0, length).
     int64_t recorded = 0;  // positions of a model session that are written down
     RequestId waiter = 0;  // of the creation or deletion
     // While being opened or closed.

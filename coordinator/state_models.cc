@@ -128,13 +128,17 @@ void ClusterState::AppendTokens(RequestId request, const std::string& name, std:
   const absl::Status known = CheckIds(ids, CurrentModel()->vocab_size(), to);
   if (!known.ok()) return Respond(request, known);
   const int64_t stored = std::min(count, length - at);
+  std::vector<int32_t> there(stored, session->spec->model().sink_token());
+  const int64_t read = std::clamp<int64_t>(session->record.length() - at, 0, stored);
+  if (read > 0) {
+    const absl::Status is_read = session->ids.Read(at, absl::MakeSpan(there).first(read));
+    if (!is_read.ok()) return Respond(request, Annotate(is_read, to));
+  }
   for (int64_t i = 0; i < stored; ++i) {
-    const bool read = at + i < session->record.length();
-    const int32_t there = read ? session->ids[at + i] : session->spec->model().sink_token();
-    if (there == ids[i]) continue;
+    if (there[i] == ids[i]) continue;
     return Respond(request, absl::AlreadyExistsError(absl::StrCat(to, ": position ", at + i, " holds ",
-                                                                  read ? "token " : "the sink token ", there,
-                                                                  " already, not ", ids[i])));
+                                                                  i < read ? "token " : "the sink token ",
+                                                                  there[i], " already, not ", ids[i])));
   }
   if (stored == count && sinks == 0) {
     v1::AppendTokensReceipt receipt;
@@ -399,7 +403,7 @@ void ClusterState::OnModelJob(const PendingCommand& command, int64_t now_ms) {
                    absl::StrCat("answered that ", done, " of ", job.ids.size(), " tokens are read"), now_ms);
     }
     if (done > 0) {
-      session->ids.insert(session->ids.end(), job.ids.begin(), job.ids.begin() + done);
+      session->ids.Append(absl::MakeConstSpan(job.ids).first(done));
       const int64_t length = session->record.length() + done;
       // Borders of appends mean nothing where the ids themselves are compared.
       session->record.appends = {{0, length, {}}};

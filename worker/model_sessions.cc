@@ -226,14 +226,13 @@ absl::Status ModelSessions::StartEmbed(const v1::ModelEmbed& request, Job& job) 
   job.session_id = request.session_id();
   // A chunk first: where this rank has no memory, only the ranks that have it would know how to begin a wave.
   job.in_chunks_until = 1;
-  job.ids = {session->ids.front()};  // Of a turn that does not come about, while there is no memory.
+  job.ids = {0};  // Of a turn that does not come about, while there is no memory.
   job.ranges = std::move(ranges);
   job.pool = request.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean;
   return absl::OkStatus();
 }
 
 void ModelSessions::BeginEmbed(Job& job) {
-  const auto& ids = sessions_.at(job.session_id).ids;
   const int64_t end = job.ranges.back().end;
   // Ids; for every range a word and a float a channel, and a count.
   const int64_t width = options_.model->info().hidden_size();
@@ -241,8 +240,11 @@ void ModelSessions::BeginEmbed(Job& job) {
       options_.store->ReserveBytes(4 * end + static_cast<int64_t>(job.ranges.size()) * (12 * width + 8));
   job.no_memory = memory.status();
   if (!memory.ok()) return;
+  std::vector<int32_t> ids(end);
+  job.no_memory = sessions_.at(job.session_id).ids.Read(0, absl::MakeSpan(ids));
+  if (!job.no_memory.ok()) return;
   job.memory = *std::move(memory);
-  job.ids.assign(ids.begin(), ids.begin() + end);
+  job.ids = std::move(ids);
   job.pooler = Pooler::Create(job.ranges, job.pool, options_.model->transformer().hidden_exponents()).value();
 }
 
@@ -441,8 +443,7 @@ absl::Status ModelSessions::EndAtHome(Job& job, int64_t word, End otherwise, abs
   if (!here) job.ids.resize(job.done);
   EDUBA_RETURN_IF_ERROR(engine_.HandOver(*job.context, *job.home, absl::MakeSpan(job.ids), deadline));
   if (!here) {
-    std::deque<int32_t>& ids = sessions_.at(job.session_id).ids;
-    ids.insert(ids.end(), job.ids.begin(), job.ids.end());
+    sessions_.at(job.session_id).ids.Append(job.ids);
   }
   Finish(job, end);
   return absl::OkStatus();
@@ -556,8 +557,7 @@ void ModelSessions::Advance(Job& job, const Turn& turn, const float* hidden) {
 
 void ModelSessions::AdvanceReading(Job& job, int64_t count) {
   if (job.kind == Kind::kAppend) {
-    std::deque<int32_t>& ids = sessions_.at(job.session_id).ids;
-    ids.insert(ids.end(), job.ids.begin() + job.done, job.ids.begin() + job.done + count);
+    sessions_.at(job.session_id).ids.Append(absl::MakeConstSpan(job.ids).subspan(job.done, count));
   }
   job.done += count;
   if (job.done == static_cast<int64_t>(job.ids.size())) {
@@ -567,7 +567,7 @@ void ModelSessions::AdvanceReading(Job& job, int64_t count) {
 }
 
 void ModelSessions::AdvanceGeneration(Job& job) {
-  sessions_.at(job.session_id).ids.push_back(job.chosen.id);
+  sessions_.at(job.session_id).ids.Append(absl::MakeConstSpan(&job.chosen.id, 1));
   job.ids.push_back(job.chosen.id);
   ++job.done;
   const auto& stop_ids = job.generate.stop_ids();

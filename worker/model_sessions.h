@@ -2,7 +2,6 @@
 #define EDUBA_WORKER_MODEL_SESSIONS_H_
 
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -14,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "attention/page_store.h"
+#include "base/id_log.h"
 #include "collective/communicator.h"
 #include "eduba/v1/eduba.pb.h"
 #include "eduba/v1/group.pb.h"
@@ -74,7 +74,7 @@ class ModelSessions {
     explicit Session(Context content) : context(std::move(content)) {}
     int64_t stripe_pages = 0;
     Context context;
-    std::deque<int32_t> ids;  // Of the context: what Embed reads again.
+    IdLog ids;  // Of the context: what Embed reads again.
   };
   enum class Kind { kAppend, kGenerate, kScore, kEmbed };
   // How a job has ended.

@@ -1,0 +1,163 @@
+#include "base/id_log.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+
+namespace eduba {
+namespace {
+
+constexpr int64_t kBlockBytes = IdLog::kBlockIds * static_cast<int64_t>(sizeof(int32_t));
+
+// The process's file, in slots of one block.
+class BlockFile {
+ public:
+  // None where the file does not take it.
+  std::optional<int64_t> Write(absl::Span<const int32_t> ids) {
+    const std::scoped_lock lock(mutex_);
+    if (descriptor_ < 0 && !Open()) return std::nullopt;
+    int64_t slot = slots_;
+    if (!free_.empty()) slot = free_.back();
+    const auto* from = reinterpret_cast<const char*>(ids.data());
+    for (int64_t done = 0; done < kBlockBytes;) {
+      const ssize_t written = pwrite(descriptor_, from + done, kBlockBytes - done, slot * kBlockBytes + done);
+      if (written < 0 && errno == EINTR) continue;
+      if (written <= 0) {
+        Warn("write");
+        return std::nullopt;
+      }
+      done += written;
+    }
+    if (free_.empty()) {
+      ++slots_;
+    } else {
+      free_.pop_back();
+    }
+    return slot;
+  }
+
+  absl::Status Read(int64_t slot, int64_t first, absl::Span<int32_t> to) const {
+    auto* const bytes = reinterpret_cast<char*>(to.data());
+    const auto count = static_cast<int64_t>(to.size() * sizeof(int32_t));
+    const int64_t offset = slot * kBlockBytes + first * static_cast<int64_t>(sizeof(int32_t));
+    for (int64_t done = 0; done < count;) {
+      const ssize_t read = pread(descriptor_, bytes + done, count - done, offset + done);
+      if (read < 0 && errno == EINTR) continue;
+      if (read <= 0) {
+        return absl::UnavailableError(
+            absl::StrCat("cannot read token ids back from the disk under ", Folder(), ": ",
+                         read < 0 ? std::strerror(errno) : "the file was cut off", "; try again"));
+      }
+      done += read;
+    }
+    return absl::OkStatus();
+  }
+
+  void Free(int64_t slot) {
+    const std::scoped_lock lock(mutex_);
+    free_.push_back(slot);
+  }
+
+ private:
+  // What outlives a reboot is meant for larger files than /tmp, which may be memory.
+  static std::string Folder() {
+    const char* const folder = std::getenv("TMPDIR");
+    return folder != nullptr && *folder != '\0' ? folder : "/var/tmp";
+  }
+
+  bool Open() {
+    std::string name = absl::StrCat(Folder(), "/eduba-ids-XXXXXX");
+    descriptor_ = mkostemp(name.data(), O_CLOEXEC);
+    if (descriptor_ < 0) {
+      Warn("create a file");
+      return false;
+    }
+    unlink(name.c_str());
+    return true;
+  }
+
+  void Warn(const char* what) {
+    if (std::exchange(warned_, true)) return;
+    LogWarning(absl::StrCat("cannot ", what, " under ", Folder(), ": ", std::strerror(errno),
+                            "; token ids stay in memory; set TMPDIR to a folder on a disk with room"));
+  }
+
+  std::mutex mutex_;
+  int descriptor_ = -1;        // Set once, before there are slots.
+  int64_t slots_ = 0;          // Guarded by mutex_, as all below.
+  std::vector<int64_t> free_;  // Below slots_.
+  bool warned_ = false;
+};
+
+BlockFile& TheFile() {
+  static auto* const file = new BlockFile();
+  return *file;
+}
+
+}  // namespace
+
+class IdLog::Block {
+ public:
+  explicit Block(absl::Span<const int32_t> ids) : slot_(TheFile().Write(ids)) {
+    if (!slot_) ids_.assign(ids.begin(), ids.end());
+  }
+  ~Block() {
+    if (slot_) TheFile().Free(*slot_);
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  absl::Status Read(int64_t first, absl::Span<int32_t> to) const {
+    if (slot_) return TheFile().Read(*slot_, first, to);
+    std::copy_n(ids_.begin() + first, to.size(), to.begin());
+    return absl::OkStatus();
+  }
+
+ private:
+  const std::optional<int64_t> slot_;
+  std::vector<int32_t> ids_;  // Where there is no slot.
+};
+
+void IdLog::Append(absl::Span<const int32_t> ids) {
+  while (!ids.empty()) {
+    const auto room = static_cast<size_t>(kBlockIds - std::ssize(tail_));
+    const absl::Span<const int32_t> some = ids.first(std::min(room, ids.size()));
+    tail_.insert(tail_.end(), some.begin(), some.end());
+    ids.remove_prefix(some.size());
+    if (std::ssize(tail_) < kBlockIds) break;
+    blocks_.push_back(std::make_shared<const Block>(tail_));
+    tail_.clear();
+  }
+}
+
+absl::Status IdLog::Read(int64_t begin, absl::Span<int32_t> to) const {
+  EDUBA_CHECK(begin >= 0 && begin + std::ssize(to) <= size());
+  while (!to.empty()) {
+    const int64_t block = begin / kBlockIds;
+    const int64_t first = begin % kBlockIds;
+    const absl::Span<int32_t> some = to.first(std::min<size_t>(kBlockIds - first, to.size()));
+    if (block < std::ssize(blocks_)) {
+      EDUBA_RETURN_IF_ERROR(blocks_[block]->Read(first, some));
+    } else {
+      std::copy_n(tail_.begin() + first, some.size(), some.begin());
+    }
+    to.remove_prefix(some.size());
+    begin += std::ssize(some);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace eduba
