@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -93,6 +94,22 @@ TEST(IdLog, CopiesShareWhatIsWrittenAndThenGoTheirOwnWay) {
   first = IdLog();
   first.Append(Numbers(4 * IdLog::kBlockIds, -1));  // Where `first` was, if nobody else needs it.
   EXPECT_EQ(All(second), expected);
+}
+
+// As a coordinator and its workers in one process.
+TEST(IdLog, LogsOfTwoThreadsDoNotMeet) {
+  const auto run = [](int32_t first) {
+    for (int round = 0; round < 10; ++round) {
+      IdLog log;
+      for (int i = 0; i < 8; ++i) {
+        log.Append(Numbers(IdLog::kBlockIds / 2 + 1, first + i * (IdLog::kBlockIds / 2 + 1)));
+      }
+      EXPECT_EQ(All(log), Numbers(log.size(), first));
+    }
+  };
+  std::thread other(run, 1 << 20);
+  run(2 << 20);
+  other.join();
 }
 
 TEST(IdLog, KeepsInMemoryWhatADiskDoesNotTake) {
