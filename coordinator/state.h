@@ -301,6 +301,7 @@ class ClusterState {
                   int64_t now_ms);
   void CancelModelJob(uint64_t ordinal, int64_t now_ms);
   void EndLateModelJobs(int64_t now_ms);
+  void CancelModelJobsOf(uint64_t session_id, int64_t now_ms);
   void FailModelJobsOf(uint64_t session_id, const absl::Status& status);
 
   void Emit(Effect effect) { effects_.push_back(std::move(effect)); }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -240,7 +241,9 @@ void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, 
     job.home = IdlestHome();
     command.mutable_model_generate()->set_home(*job.home);
   }
-  if (args.time_limit_ms() > 0) job.deadline_ms = now_ms + args.time_limit_ms();
+  if (args.time_limit_ms() > 0) {
+    job.deadline_ms = now_ms + std::min(args.time_limit_ms(), std::numeric_limits<int64_t>::max() - now_ms);
+  }
   session->model_job = StartModelJob(std::move(job), std::move(command), now_ms);
 }
 
@@ -506,6 +509,12 @@ void ClusterState::CancelModelJob(uint64_t ordinal, int64_t now_ms) {
 void ClusterState::EndLateModelJobs(int64_t now_ms) {
   for (const auto& [ordinal, job] : model_jobs_) {
     if (job.deadline_ms != 0 && now_ms >= job.deadline_ms) CancelModelJob(ordinal, now_ms);
+  }
+}
+
+void ClusterState::CancelModelJobsOf(uint64_t session_id, int64_t now_ms) {
+  for (const auto& [ordinal, job] : model_jobs_) {
+    if (job.session_id == session_id) CancelModelJob(ordinal, now_ms);
   }
 }
 

@@ -1,5 +1,6 @@
 // ClusterState: sessions of the workers' model.
 #include <cstring>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/state.h"
@@ -394,6 +395,17 @@ TEST_F(ModelStateTest, ADeadlineEndsAGenerationWithWhatItHas) {
   EXPECT_EQ(Show("s")->length(), 2);
 }
 
+TEST_F(ModelStateTest, ATimeLimitBeyondAllTimeIsNone) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  cluster_.Advance(1000);
+  HoldJobs();
+  const RequestId generation = AskGenerate(5, std::numeric_limits<int64_t>::max());
+  cluster_.Settle();
+  cluster_.Advance(1000);
+  cluster_.Settle();
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnknown);
+}
+
 TEST_F(ModelStateTest, ACancelledGenerationFreesTheSessionAndKeepsItsTokens) {
   ASSERT_TRUE(Append("s", {}, {1}).ok());
   HoldJobs();
@@ -467,6 +479,27 @@ TEST_F(ModelStateTest, TokensThatCouldNotBeWrittenDownAreWrittenWithTheNextOnes)
   EXPECT_EQ(Show("s")->length(), 2);
   ASSERT_TRUE(Append("s", {}, {3}).ok());
   EXPECT_EQ(cluster_.stored().sessions[0].length(), 3);
+}
+
+TEST_F(ModelStateTest, AGenerationWhoseSessionCouldNotBeDeletedEnds) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  HoldJobs();
+  const RequestId generation = AskGenerate(5);
+  cluster_.Settle();
+  cluster_.disk_failures = 1;
+  v1::DeleteSessionRequest request;
+  request.set_name("s");
+  const absl::Status deleted =
+      cluster_
+          .Get([&](ClusterState& state, RequestId id) { state.DeleteSession(id, request, cluster_.now()); })
+          .status();
+  EXPECT_EQ(deleted.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kNotFound);
+  // Nobody waits for it any more.
+  cluster_.Settle();
+  EXPECT_EQ(Show("s")->length(), 2);
+  cluster_.workers[a_].rank->hold_jobs = cluster_.workers[b_].rank->hold_jobs = false;
+  EXPECT_TRUE(Append("s", {}, {3}).ok());
 }
 
 TEST_F(ModelStateTest, AForkGoesItsOwnWay) {

@@ -230,6 +230,7 @@ void ClusterState::OnSessionErased(uint64_t session_id, const absl::Status& stat
     if (phase_ == Phase::kActive && session->open_epoch != epoch_ && session->lost.empty()) {
       OpenOnWorkers(session, now_ms);
     }
+    CancelModelJobsOf(session_id, now_ms);  // Their calls have been told that it is deleted.
     return Respond(std::exchange(session->waiter, 0), status);
   }
   session->phase = SessionPhase::kClosing;
