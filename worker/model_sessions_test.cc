@@ -23,6 +23,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/testing/forwarding_backend.h"
+#include "rpc/limits.h"
 
 namespace eduba {
 namespace {
@@ -348,6 +349,48 @@ TEST_F(ModelSessionsTest, AStopStringEndsItWhereTheTextHasIt) {
   EXPECT_EQ(got.substr(0, got.rfind(' ')).find(stop), std::string::npos);
 }
 
+// One as long as may be, of which much text comes ahead.
+TEST(ModelSessions, AStopStringMayBeginLongBeforeItEnds) {
+  LocalHub hub;
+  Rank rank(hub, ModelFolder(Faults::kNone), 0, 1);
+  rank.Append(1, {1, 2, 3});
+  rank.RunAll();
+  rank.Fork(1, 3);
+  v1::GenerateRequest request;
+  request.set_max_tokens(200);
+  request.set_temperature(1);
+  const uint64_t whole = rank.Generate(1, request, std::nullopt);
+  rank.RunAll();
+  const std::string text = rank.TextOf(whole);
+  request.add_stop_strings(text.substr(100, kStopStringBytesMax));
+  const uint64_t stopped = rank.Generate(3, request, std::nullopt);
+  rank.RunAll();
+  EXPECT_EQ(rank.ResultOf(stopped).model().finish_reason(), v1::FINISH_REASON_STOP);
+  const std::string got = rank.TextOf(stopped);
+  EXPECT_EQ(got, text.substr(0, got.size()));
+  EXPECT_GE(got.size(), 100 + kStopStringBytesMax);
+  EXPECT_LT(got.size(), 100 + kStopStringBytesMax + 4);  // "g96 "
+}
+
+// More than have their logits at once.
+TEST_F(ModelSessionsTest, ManyGenerationsAtOnceChooseTheTokensThatEachChoosesAlone) {
+  constexpr uint64_t kSessions = 70;
+  std::vector<std::string> alone;
+  for (uint64_t i = 0; i < kSessions; ++i) {
+    Open(100 + i);
+    Append(100 + i, {static_cast<int32_t>(i), 5});
+    RunAll();
+    Fork(100 + i, 200 + i);
+    const uint64_t generation = Generate(200 + i, 2);
+    RunAll();
+    alone.push_back(IdsOf(generation));
+  }
+  std::vector<uint64_t> together;
+  for (uint64_t i = 0; i < kSessions; ++i) together.push_back(Generate(100 + i, 2));
+  RunAll();
+  for (uint64_t i = 0; i < kSessions; ++i) EXPECT_EQ(IdsOf(together[i]), alone[i]) << i;
+}
+
 TEST_F(ModelSessionsTest, ACancelledJobSaysHowFarItCame) {
   const uint64_t append = Append(1, std::vector<int32_t>(500, 7));
   ASSERT_TRUE(sessions_->Step(ordinal_).ok());
@@ -407,6 +450,20 @@ TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
     EXPECT_GT(steps, 20);
     EXPECT_NE(steps, 47);
     rank.RunAll();
+  });
+}
+
+TEST(ModelSessionsOfTwo, OnePromptAtATimeHoldsTheMemoryOfAWave) {
+  OnTwoRanks([](Rank& rank) {
+    for (const uint64_t id : {3, 4}) rank.Open(id, /*window=*/20, /*stripe_pages=*/8);
+    rank.Append(3, std::vector<int32_t>(5000, 7));
+    rank.RunSteps(1);
+    const int64_t used = rank.store_.used_bytes();
+    const uint64_t other = rank.Append(4, std::vector<int32_t>(5000, 7));
+    rank.RunSteps(1);
+    EXPECT_LT(rank.store_.used_bytes(), 3 * used / 2);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(other).model().done(), 5000);
   });
 }
 
@@ -830,9 +887,12 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEnd
         request.set_temperature(1e6F);  // Any token, the poison among them.
         request.set_seed(1);
         const uint64_t poisoned = rank.Generate(3, request, home(1));
-        const uint64_t same_home = rank.Generate(4, 20, {}, home(1));
-        const uint64_t other_home = rank.Generate(5, 20, {}, home(0));
-        const uint64_t everywhere = rank.Generate(1, 20);
+        v1::GenerateRequest plain;
+        plain.set_max_tokens(20);
+        plain.set_sink_mass(true);
+        const uint64_t same_home = rank.Generate(4, plain, home(1));
+        const uint64_t other_home = rank.Generate(5, plain, home(0));
+        const uint64_t everywhere = rank.Generate(1, plain, std::nullopt);
         rank.RunAll();
         EXPECT_EQ(rank.ResultOf(poisoned).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
         EXPECT_GT(rank.ResultOf(poisoned).model().done(), 0);
@@ -856,6 +916,7 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) 
         rank.Open(3, /*window=*/2);
         rank.Append(3, {5, 6, 7});
         rank.RunAll();
+        for (const uint64_t fork : {4, 5}) rank.Fork(3, fork);
         v1::GenerateRequest request;
         request.set_max_tokens(50);
         request.set_temperature(1e6F);
@@ -867,6 +928,20 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) 
         if (rank.TokensOf(failed) > 0) {
           EXPECT_THAT(rank.ResultOf(failed).message(), HasSubstr("a logit is not finite"));
         }
+        // One that ended there, or was cancelled there, does not hear of it.
+        const int64_t done = rank.ResultOf(failed).model().done();
+        request.set_max_tokens(done);
+        const uint64_t ended = rank.Generate(4, request, home(1));
+        request.set_max_tokens(50);
+        const uint64_t cancelled = rank.Generate(5, request, home(1));
+        rank.RunSteps(static_cast<int>(done));
+        rank.sessions_->Cancel(cancelled);
+        rank.RunAll();
+        EXPECT_EQ(rank.ResultOf(ended).code(), 0) << rank.ResultOf(ended).message();
+        EXPECT_EQ(rank.ResultOf(ended).model().finish_reason(), v1::FINISH_REASON_LENGTH);
+        EXPECT_EQ(rank.ResultOf(cancelled).code(), 0) << rank.ResultOf(cancelled).message();
+        EXPECT_TRUE(rank.ResultOf(cancelled).model().cancelled());
+        EXPECT_EQ(rank.ResultOf(cancelled).model().done(), done);
         rank.Append(3, {5, 6});
         rank.Embed(3, {0, rank.ResultOf(failed).model().length()});
         rank.RunAll();
