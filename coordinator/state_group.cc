@@ -147,6 +147,7 @@ void ClusterState::Greet(WorkerEntry* worker, v1::WorkerHello hello, int64_t now
                                          "bits. Use equal machines and one build")));
     }
     if (other.hello.has_model() != hello.has_model() || other.hello.model().hash() != hello.model().hash() ||
+        other.hello.model().tokenizer_hash() != hello.model().tokenizer_hash() ||
         other.hello.model().session_defaults().SerializeAsString() !=
             hello.model().session_defaults().SerializeAsString()) {
       const auto held = [](const v1::WorkerHello& h) {
@@ -155,9 +156,8 @@ void ClusterState::Greet(WorkerEntry* worker, v1::WorkerHello hello, int64_t now
       return Refuse(id, absl::FailedPreconditionError(
                             absl::StrCat("worker ", hello.address(), " is refused: it holds ", held(hello),
                                          ", and ", other.hello.address(), " holds ", held(other.hello),
-                                         ", with other weights, another configuration or another "
-                                         "streaming.json: give all workers of a group one "
-                                         "--model")));
+                                         ", with other weights, another configuration, another tokenizer or "
+                                         "another streaming.json: give all workers of a group one --model")));
     }
   }
   if (Greeted() >= options_.group_size) {

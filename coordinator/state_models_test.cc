@@ -122,6 +122,12 @@ TEST_F(ModelStateTest, AWorkerWithAnotherModelIsRefused) {
   const WorkerId with_other = cluster_.Join("c:1", 7, "", &other);
   EXPECT_EQ(cluster_.workers[with_other].closed.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(cluster_.workers[with_other].closed.message()), HasSubstr("--model"));
+  // It would find other stop strings.
+  v1::Model reads_otherwise = TinyModel();
+  reads_otherwise.set_tokenizer_hash(5);
+  const WorkerId with_other_text = cluster_.Join("e:1", 7, "", &reads_otherwise);
+  EXPECT_EQ(cluster_.workers[with_other_text].closed.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(cluster_.workers[with_other_text].closed.message()), HasSubstr("tokenizer"));
   const WorkerId without = cluster_.Join("d:1");
   EXPECT_EQ(cluster_.workers[without].closed.code(), absl::StatusCode::kFailedPrecondition);
 }

@@ -2,6 +2,8 @@
 // tests/cluster/model_cluster_test.cc.)
 #include "worker/model_sessions.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
@@ -34,16 +36,24 @@ constexpr int32_t kPoison = 96;  // A token whose embedding is infinite.
 
 enum class Faults {
   kNone,
-  kPoison,         // The last token is poisonous.
-  kHeadOverflows,  // And the logit of token 1 is not finite where a hidden state's first channel is larger
-                   // than 1.13.
+  kPoison,          // The last token is poisonous.
+  kHeadOverflows,   // And the logit of token 1 is not finite where a hidden state's first channel is larger
+                    // than 1.13.
+  kLayerOverflows,  // The last token's hidden state is finite in the first layer, and NaN behind it.
 };
 
 // A golden model with a tokenizer (token i is "g<i>").
 std::string ModelFolder(Faults faults = Faults::kPoison) {
-  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) /
-                                       absl::StrCat("model_sessions_test_", static_cast<int>(faults));
+  // Of this process, which others of its kind may run beside.
+  struct Root {
+    const std::filesystem::path path =
+        std::filesystem::path(::testing::TempDir()) / absl::StrCat("model_sessions_test_", getpid());
+    ~Root() { std::filesystem::remove_all(path); }
+  };
+  static const Root root;
+  const std::filesystem::path folder = root.path / absl::StrCat(static_cast<int>(faults));
   std::filesystem::remove_all(folder);
+  std::filesystem::create_directories(root.path);
   std::filesystem::copy(absl::StrCat(EDUBA_GOLDEN_MODELS, "/llama"), folder);
   std::ofstream genes(folder / "genes.txt");
   for (int i = 0; i < 97; ++i) genes << "g" << i << "\n";
@@ -54,15 +64,24 @@ std::string ModelFolder(Faults faults = Faults::kPoison) {
   uint64_t header = 0;
   std::memcpy(&header, file.data(), 8);
   const auto tensors = nlohmann::json::parse(file.substr(8, header));
-  const auto set_row = [&](const char* name, int32_t row, float first, float others) {
+  const auto set_row = [&](const std::string& name, int32_t row, float first, std::optional<float> others) {
     const auto width = tensors[name]["shape"][1].get<size_t>();
-    const size_t begin = 8 + header + tensors[name]["data_offsets"][0].get<size_t>();
-    for (size_t i = 0; i < width; ++i) {
-      std::memcpy(&file[begin + 4 * (row * width + i)], i == 0 ? &first : &others, 4);
-    }
+    const size_t begin = 8 + header + tensors[name]["data_offsets"][0].get<size_t>() + 4 * row * width;
+    std::memcpy(&file[begin], &first, 4);
+    for (size_t i = 1; others && i < width; ++i) std::memcpy(&file[begin + 4 * i], &*others, 4);
   };
   const float infinity = std::numeric_limits<float>::infinity();
-  set_row("model.embed_tokens.weight", kPoison, infinity, infinity);
+  if (faults == Faults::kLayerOverflows) {
+    // Its first channel outweighs all others, as no other token's does: there, two products of it overflow
+    // together, and what they are multiplied by is 0.
+    set_row("model.embed_tokens.weight", kPoison, 1e6F, 0);
+    for (const char* name : {"gate", "up"}) {
+      set_row(absl::StrCat("model.layers.0.mlp.", name, "_proj.weight"), 0, 6.4e18F, 0);
+    }
+    for (int32_t row = 0; row < 32; ++row) set_row("model.layers.0.mlp.down_proj.weight", row, 0, {});
+  } else {
+    set_row("model.embed_tokens.weight", kPoison, infinity, infinity);
+  }
   if (faults == Faults::kHeadOverflows) set_row("lm_head.weight", 1, 3e38F, 0);
   std::ofstream(folder / "model.safetensors", std::ios::binary) << file;
   return folder.string();
@@ -391,6 +410,39 @@ TEST_F(ModelSessionsTest, ManyGenerationsAtOnceChooseTheTokensThatEachChoosesAlo
   for (uint64_t i = 0; i < kSessions; ++i) EXPECT_EQ(IdsOf(together[i]), alone[i]) << i;
 }
 
+TEST_F(ModelSessionsTest, SinkMassIsAnAverageOverRows) {
+  Open(3, /*window=*/0, /*stripe_pages=*/1, /*sink_tokens=*/64);
+  Append(3, {1, 2, 3});
+  RunAll();
+  const uint64_t score = Score(3, {4, 5, 6, 7}, /*sink_mass=*/true);  // They see nothing but sinks.
+  RunAll();
+  const v1::Model& model = model_->info();
+  const std::vector<float> ones(int64_t{model.layer_windows_size()} * model.query_heads(), 1);
+  EXPECT_EQ(ResultOf(score).model().sink_mass(),
+            std::string(reinterpret_cast<const char*>(ones.data()), ones.size() * sizeof(float)));
+}
+
+TEST_F(ModelSessionsTest, AnEmbeddingReadsTheTokensOfALongAppendAndOfManyShortOnesAlike) {
+  std::vector<int32_t> ids(170);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i % kPoison);
+  Append(1, ids);  // In 4 chunks.
+  for (auto next = ids.begin(); next != ids.end(); next += 17) {
+    Append(2, {next, next + 17});
+    RunAll();
+  }
+  std::string vectors[2];
+  for (const uint64_t session : {1, 2}) {
+    const uint64_t embedded = Embed(session, {0, 60, 169, 170});
+    RunAll();
+    for (const v1::WorkerMessage& message : said_) {
+      if (message.progress().ordinal() != embedded) continue;
+      vectors[session - 1] += message.progress().embeddings().vectors();
+    }
+  }
+  EXPECT_FALSE(vectors[0].empty());
+  EXPECT_EQ(vectors[0], vectors[1]);
+}
+
 TEST_F(ModelSessionsTest, ACancelledJobSaysHowFarItCame) {
   const uint64_t append = Append(1, std::vector<int32_t>(500, 7));
   ASSERT_TRUE(sessions_->Step(ordinal_).ok());
@@ -406,6 +458,19 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   sessions_->Close(1);
   EXPECT_EQ(ResultOf(append).code(), static_cast<int>(absl::StatusCode::kNotFound));
   EXPECT_EQ(store_.used_bytes(), 0);
+}
+
+TEST(ServedModel, SaysWhichTokenizerItHas) {
+  const std::string folder = ModelFolder(Faults::kNone);
+  const auto info = [&] { return ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()->info(); };
+  const v1::Model first = info();
+  EXPECT_NE(first.tokenizer_hash(), 0U);
+  std::ofstream(folder + "/genes.txt", std::ios::app) << "another\n";
+  const v1::Model other = info();
+  EXPECT_NE(other.tokenizer_hash(), first.tokenizer_hash());
+  EXPECT_EQ(other.hash(), first.hash());
+  std::filesystem::remove(folder + "/genes.txt");
+  EXPECT_EQ(info().tokenizer_hash(), 0U);
 }
 
 constexpr int64_t kPlenty = int64_t{64} << 20;
@@ -450,6 +515,15 @@ TEST(ModelSessionsOfTwo, AGenerationGetsATokenInEveryStepOfALongPrompt) {
     EXPECT_GT(steps, 20);
     EXPECT_NE(steps, 47);
     rank.RunAll();
+  });
+}
+
+TEST(ModelSessionsOfTwo, AStepSaysWhatRankZeroHasReceived) {
+  OnTwoRanks([](Rank& rank) {
+    rank.Append(1, {1, 2, 3});
+    const absl::StatusOr<uint64_t> agreed = rank.sessions_->Step(rank.group_->rank() == 0 ? 7 : 9);
+    ASSERT_TRUE(agreed.ok()) << agreed.status();
+    EXPECT_EQ(*agreed, 7U);
   });
 }
 
@@ -874,40 +948,40 @@ TEST(ModelSessionsWithHomes, StopsEndIt) {
 }
 
 TEST(ModelSessionsWithHomes, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
-  ExpectAnswersOfOneRank(
-      [](Rank& rank, const auto& home) {
-        for (const uint64_t session : {3, 4, 5}) {
-          rank.Open(session, /*window=*/2);
-          rank.Append(session, {5, 6, 7});
-        }
-        rank.Append(1, {1, 2, 3});
-        rank.RunAll();
-        v1::GenerateRequest request;
-        request.set_max_tokens(1000);
-        request.set_temperature(1e6F);  // Any token, the poison among them.
-        request.set_seed(1);
-        const uint64_t poisoned = rank.Generate(3, request, home(1));
-        v1::GenerateRequest plain;
-        plain.set_max_tokens(20);
-        plain.set_sink_mass(true);
-        const uint64_t same_home = rank.Generate(4, plain, home(1));
-        const uint64_t other_home = rank.Generate(5, plain, home(0));
-        const uint64_t everywhere = rank.Generate(1, plain, std::nullopt);
-        rank.RunAll();
-        EXPECT_EQ(rank.ResultOf(poisoned).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
-        EXPECT_GT(rank.ResultOf(poisoned).model().done(), 0);
-        EXPECT_LT(rank.ResultOf(poisoned).model().done(), 20);
-        for (const uint64_t job : {same_home, other_home, everywhere}) {
-          EXPECT_EQ(rank.ResultOf(job).code(), 0)
-              << rank.ResultOf(job).message() << " " << rank.ResultOf(job).model().done();
-        }
-        // What failed has left no trace, on any rank.
-        rank.Append(3, {5, 6});
-        rank.RunAll();
-        rank.Score(3, {1, 2, 3});
-        rank.RunAll();
-      },
-      Faults::kPoison);
+  const auto body = [](Rank& rank, const auto& home) {
+    for (const uint64_t session : {3, 4, 5}) {
+      rank.Open(session, /*window=*/2);
+      rank.Append(session, {5, 6, 7});
+    }
+    rank.Append(1, {1, 2, 3});
+    rank.RunAll();
+    v1::GenerateRequest request;
+    request.set_max_tokens(1000);
+    request.set_temperature(1e6F);  // Any token, the poison among them.
+    request.set_seed(1);
+    const uint64_t poisoned = rank.Generate(3, request, home(1));
+    v1::GenerateRequest plain;
+    plain.set_max_tokens(20);
+    plain.set_sink_mass(true);
+    const uint64_t same_home = rank.Generate(4, plain, home(1));
+    const uint64_t other_home = rank.Generate(5, plain, home(0));
+    const uint64_t everywhere = rank.Generate(1, plain, std::nullopt);
+    rank.RunAll();
+    EXPECT_EQ(rank.ResultOf(poisoned).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+    EXPECT_GT(rank.ResultOf(poisoned).model().done(), 0);
+    EXPECT_LT(rank.ResultOf(poisoned).model().done(), 20);
+    for (const uint64_t job : {same_home, other_home, everywhere}) {
+      EXPECT_EQ(rank.ResultOf(job).code(), 0)
+          << rank.ResultOf(job).message() << " " << rank.ResultOf(job).model().done();
+    }
+    // What failed has left no trace, on any rank.
+    rank.Append(3, {5, 6});
+    rank.RunAll();
+    rank.Score(3, {1, 2, 3});
+    rank.RunAll();
+  };
+  // Ahead of all messages, and between those that the ranks make together.
+  for (const Faults faults : {Faults::kPoison, Faults::kLayerOverflows}) ExpectAnswersOfOneRank(body, faults);
 }
 
 TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) {

@@ -13,6 +13,9 @@
 #include "base/status_macros.h"
 #include "model/read_file.h"
 #include "model/session_defaults.h"
+#include "model/tokenizer/gene_vocabulary.h"
+#include "model/tokenizer/json_tokenizer.h"
+#include "model/tokenizer/sentencepiece_tokenizer.h"
 #include "rpc/spec.h"
 
 namespace eduba {
@@ -51,11 +54,25 @@ v1::ModelSpec ToProto(const SessionDefaults& defaults) {
   return spec;
 }
 
-std::string TokenizerKind(const std::filesystem::path& folder) {
-  std::error_code error;
-  if (std::filesystem::exists(folder / "tokenizer.json", error)) return "json";
-  if (std::filesystem::exists(folder / "tokenizer.model", error)) return "sentencepiece";
-  return "genes";
+// What LoadTokenizer has read: its kind, and what the ranks of a group must have alike to find the same stop
+// strings.
+absl::Status DescribeTokenizer(const std::filesystem::path& folder, v1::Model& info) {
+  struct {
+    const char* kind;
+    const char* file;
+    int64_t bytes_max;
+  } const kinds[] = {{"json", "tokenizer.json", kTokenizerJsonBytesMax},
+                     {"sentencepiece", "tokenizer.model", kSentencePieceBytesMax},
+                     {"genes", "genes.txt", kGeneVocabularyBytesMax}};
+  for (const auto& known : kinds) {
+    const auto text = ReadWholeFile((folder / known.file).string(), known.bytes_max);
+    if (absl::IsNotFound(text.status())) continue;
+    EDUBA_RETURN_IF_ERROR(text.status());
+    info.set_tokenizer(known.kind);
+    info.set_tokenizer_hash(XXH3_64bits(text->data(), text->size()));
+    break;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -85,7 +102,7 @@ absl::StatusOr<std::unique_ptr<ServedModel>> ServedModel::Load(const std::string
   info.set_vocab_size(config.vocab_size);
   info.set_hidden_size(config.hidden_size);
   info.set_trained_positions(config.trained_positions);
-  if (model->tokenizer_ != nullptr) info.set_tokenizer(TokenizerKind(path));
+  if (model->tokenizer_ != nullptr) EDUBA_RETURN_IF_ERROR(DescribeTokenizer(path, info));
   for (const auto& [name, tensor] : model->loaded_.tensors->tensors()) {
     info.set_bytes(info.bytes() + tensor.bytes);
   }
