@@ -12,6 +12,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "base/pages.h"
 #include "client/pieces.h"
 #include "eduba/v1/eduba.grpc.pb.h"
@@ -293,6 +295,59 @@ class FakeEduba : public v1::Eduba::Service {
     return grpc::Status::OK;
   }
 
+  grpc::Status AppendTokens(grpc::ServerContext*, grpc::ServerReader<v1::AppendTokensRequest>* reader,
+                            v1::AppendTokensReceipt* receipt) override {
+    const HandlerScope scope;
+    v1::AppendTokensRequest request;
+    while (reader->Read(&request)) {
+      tokens.push_back(request);
+      receipt->set_count(receipt->count() + static_cast<int64_t>(request.ids().size()) / 4);
+      if (attend_status.error_code() != grpc::StatusCode::OK) return attend_status;
+    }
+    return grpc::Status::OK;
+  }
+  // Three tokens, then a summary.
+  grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
+                        grpc::ServerWriter<v1::GenerateResponse>* writer) override {
+    const HandlerScope scope;
+    generate = *request;
+    deadline = absl::FromChrono(context->deadline());
+    v1::GenerateResponse response;
+    for (int i = 0; i < 3; ++i) {
+      response.mutable_tokens()->set_text(std::string(1, static_cast<char>('a' + i)));
+      writer->Write(response);
+    }
+    if (hang) {
+      while (!context->IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
+      canceled.Notify();
+    }
+    response.mutable_summary()->set_tokens(3);
+    if (summarize) writer->Write(response);
+    return attend_status;
+  }
+  grpc::Status Score(grpc::ServerContext*, const v1::ScoreRequest* request,
+                     v1::ScoreResponse* response) override {
+    const HandlerScope scope;
+    response->set_log_probs(std::string(request->ids().size() + summary_off, '\0'));
+    if (request->sink_mass() && summarize) response->set_sink_mass(std::string(8, '\0'));
+    return grpc::Status::OK;
+  }
+  // A message for each range, of two numbers: twice the range's and one more.
+  grpc::Status Embed(grpc::ServerContext*, const v1::EmbedRequest* request,
+                     grpc::ServerWriter<v1::EmbedResponse>* writer) override {
+    const HandlerScope scope;
+    const auto ranges = static_cast<int64_t>(request->ranges().size()) / 16;
+    for (int64_t i = 0; i < ranges + summary_off; ++i) {
+      const float vector[] = {static_cast<float>(2 * i), static_cast<float>(2 * i + 1)};
+      v1::EmbedResponse response;
+      response.set_first_range(i + skip_rows);
+      response.set_count(1);
+      response.set_vectors(vector, sizeof(vector));
+      writer->Write(response);
+    }
+    return attend_status;
+  }
+
   v1::AppendPlan plan = TwoWorkerPlan();
   grpc::Status commit_status;
   grpc::Status attend_status;
@@ -303,6 +358,9 @@ class FakeEduba : public v1::Eduba::Service {
   absl::Notification canceled;
   v1::AttendRequest::Header header;
   std::vector<v1::AppendRequest> thin;
+  std::vector<v1::AppendTokensRequest> tokens;
+  v1::GenerateRequest generate;
+  absl::Time deadline;  // Of the generation's call.
   std::atomic<int> commits = 0;
   std::atomic<int> aborts = 0;
 };
@@ -464,6 +522,121 @@ TEST_F(ClientTest, AnAnswerWithAGapOrWithoutASummaryIsAnError) {
   outputs_.clear();
   EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
   EXPECT_THAT(outputs_, IsEmpty());
+}
+
+TEST_F(ClientTest, TokensGoInPiecesOfWhichTheFirstSaysWhere) {
+  std::vector<int32_t> ids(2 * kTokenIdsMax + 5);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
+  int64_t done = 0;
+  const auto receipt = client().AppendTokens("s", ids, {9, [&](int64_t sent, int64_t total) {
+                                                          EXPECT_EQ(total, static_cast<int64_t>(ids.size()));
+                                                          done = sent;
+                                                        }});
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->count(), static_cast<int64_t>(ids.size()));
+  EXPECT_EQ(done, static_cast<int64_t>(ids.size()));
+  std::string sent;
+  ASSERT_EQ(eduba().tokens.size(), 3U);
+  for (const v1::AppendTokensRequest& piece : eduba().tokens) {
+    EXPECT_EQ(piece.session(), sent.empty() ? "s" : "");
+    EXPECT_EQ(piece.has_at(), sent.empty());
+    sent += piece.ids();
+  }
+  EXPECT_EQ(eduba().tokens[0].at(), 9);
+  EXPECT_EQ(sent, std::string(reinterpret_cast<const char*>(ids.data()), ids.size() * 4));
+  // It ends early with the server's error.
+  eduba().attend_status = {grpc::StatusCode::RESOURCE_EXHAUSTED, "5 tokens of it are in the session"};
+  EXPECT_EQ(client().AppendTokens("s", ids, {}).status(),
+            absl::ResourceExhaustedError("5 tokens of it are in the session"));
+}
+
+TEST_F(ClientTest, AGenerationHasThisClientsTimeAndTheSummaryALittleMore) {
+  v1::GenerateRequest request;
+  std::string text;
+  const auto sink = [&](const v1::GenerateResponse::Tokens& tokens) {
+    text += tokens.text();
+    return absl::OkStatus();
+  };
+  const absl::Time before = absl::Now();
+  const auto summary = client().Generate(request, sink);
+  ASSERT_TRUE(summary.ok()) << summary.status();
+  EXPECT_EQ(summary->tokens(), 3);
+  EXPECT_EQ(text, "abc");
+  EXPECT_EQ(eduba().generate.time_limit_ms(), 60000);
+  EXPECT_GT(eduba().deadline, before + absl::Seconds(60));
+  request.set_time_limit_ms(3600000);
+  EXPECT_TRUE(client().Generate(request, sink).ok());
+  EXPECT_EQ(eduba().generate.time_limit_ms(), 3600000);
+  EXPECT_GT(eduba().deadline, before + absl::Seconds(3600));
+  Client patient({servers_.back()->address(), absl::InfiniteDuration()});
+  Handover();
+  request.set_time_limit_ms(0);
+  EXPECT_TRUE(patient.Generate(request, sink).ok());
+  EXPECT_GT(eduba().generate.time_limit_ms(), 3600000);
+  Client hasty({servers_.back()->address(), absl::Microseconds(1)});
+  Handover();
+  EXPECT_TRUE(hasty.Generate(request, sink).ok());
+  EXPECT_EQ(eduba().generate.time_limit_ms(), 1);
+}
+
+TEST_F(ClientTest, AGenerationEndsWithTheSinksErrorAndTheServerHearsOfIt) {
+  eduba().hang = true;
+  int calls = 0;
+  const auto summary = client().Generate({}, [&](const v1::GenerateResponse::Tokens&) {
+    return ++calls == 2 ? absl::ResourceExhaustedError("disk full") : absl::OkStatus();
+  });
+  EXPECT_EQ(summary.status(), absl::ResourceExhaustedError("disk full"));
+  EXPECT_EQ(calls, 2);
+  eduba().canceled.WaitForNotification();
+}
+
+TEST_F(ClientTest, AGenerationThatIsInterruptedIsAnError) {
+  std::string text;
+  const auto generate = [&] {
+    text.clear();
+    return client()
+        .Generate({},
+                  [&](const v1::GenerateResponse::Tokens& tokens) {
+                    text += tokens.text();
+                    return absl::OkStatus();
+                  })
+        .status();
+  };
+  eduba().summarize = false;
+  EXPECT_EQ(generate().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(text, "abc");
+  eduba().attend_status = {grpc::StatusCode::UNAVAILABLE, "worker 1 left"};
+  EXPECT_EQ(generate(), absl::UnavailableError("worker 1 left"));
+  EXPECT_EQ(text, "abc");
+}
+
+TEST_F(ClientTest, ScoresOfAnotherSizeThanTheTokensAreAnError) {
+  const std::vector<int32_t> ids = {1, 2, 3};
+  std::vector<float> mass;
+  const auto scores = client().Score("s", ids, &mass);
+  ASSERT_TRUE(scores.ok()) << scores.status();
+  EXPECT_EQ(scores->size(), 3U);
+  EXPECT_EQ(mass.size(), 2U);
+  eduba().summarize = false;
+  EXPECT_EQ(client().Score("s", ids, &mass).status().code(), absl::StatusCode::kInternal);
+  EXPECT_TRUE(client().Score("s", ids).ok());
+  eduba().summary_off = -4;
+  EXPECT_EQ(client().Score("s", ids).status().code(), absl::StatusCode::kInternal);
+}
+
+TEST_F(ClientTest, EmbeddingsWithAGapAreAnError) {
+  const std::vector<int64_t> ranges = {0, 5, 5, 9, 20, 21};
+  const auto embed = [&] { return client().Embed("s", ranges, v1::POOL_MEAN); };
+  const auto vectors = embed();
+  ASSERT_TRUE(vectors.ok()) << vectors.status();
+  EXPECT_THAT(*vectors, ElementsAre(0, 1, 2, 3, 4, 5));
+  eduba().summary_off = -1;
+  EXPECT_EQ(embed().status().code(), absl::StatusCode::kInternal);
+  eduba().summary_off = 0;
+  eduba().skip_rows = 1;
+  EXPECT_EQ(embed().status().code(), absl::StatusCode::kInternal);
+  eduba().attend_status = {grpc::StatusCode::UNAVAILABLE, "worker 1 left"};
+  EXPECT_EQ(embed().status(), absl::UnavailableError("worker 1 left"));
 }
 
 TEST_F(ClientTest, ListsTheSessionsOfAllPages) {
