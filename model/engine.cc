@@ -15,6 +15,9 @@
 namespace eduba {
 namespace {
 
+// Of one message of a hand-over: it passes through memory that no budget has counted.
+constexpr int64_t kHandOverRows = 4096;
+
 bool IsWindowed(ContextPolicy policy) { return policy != ContextPolicy::kModel; }
 
 // The index that a row's query has for the token sinks.
@@ -256,19 +259,21 @@ absl::Status ModelEngine::HandOverLayer(Context& context, int layer, int home, i
   for (const PositionRange& range :
        Union({PositionRange{0, keeping.sink_tokens}.Intersect(all),
               PositionRange{context.length_ - keeping.window + 1, context.length_}.Intersect(all)})) {
-    if (range.empty()) continue;
-    const int64_t key_bytes = range.size() * context.pages_.key_bytes();
-    std::vector<char> message(key_bytes + range.size() * context.pages_.value_bytes());
-    if (group.rank() == home) {
-      EDUBA_ASSIGN_OR_RETURN(const StoredRows rows, context.pages_.Read(layer, range));
-      std::copy(rows.values.begin(), rows.values.end(),
-                std::copy(rows.keys.begin(), rows.keys.end(), message.begin()));
-    }
-    EDUBA_RETURN_IF_ERROR(Broadcast(group, home, absl::MakeSpan(message), deadline));
-    if (group.rank() != home) {
-      const auto values = message.begin() + key_bytes;
-      EDUBA_RETURN_IF_ERROR(context.pages_.Write(
-          layer, range.begin, {range.size(), {message.begin(), values}, {values, message.end()}}));
+    for (int64_t at = range.begin; at < range.end; at += kHandOverRows) {
+      const PositionRange some = PositionRange{at, at + kHandOverRows}.Intersect(range);
+      const int64_t key_bytes = some.size() * context.pages_.key_bytes();
+      std::vector<char> message(key_bytes + some.size() * context.pages_.value_bytes());
+      if (group.rank() == home) {
+        EDUBA_ASSIGN_OR_RETURN(const StoredRows rows, context.pages_.Read(layer, some));
+        std::copy(rows.values.begin(), rows.values.end(),
+                  std::copy(rows.keys.begin(), rows.keys.end(), message.begin()));
+      }
+      EDUBA_RETURN_IF_ERROR(Broadcast(group, home, absl::MakeSpan(message), deadline));
+      if (group.rank() != home) {
+        const auto values = message.begin() + key_bytes;
+        EDUBA_RETURN_IF_ERROR(context.pages_.Write(
+            layer, some.begin, {some.size(), {message.begin(), values}, {values, message.end()}}));
+      }
     }
   }
   return absl::OkStatus();

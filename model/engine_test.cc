@@ -20,6 +20,7 @@
 #include "collective/local/local_communicator.h"
 #include "collective/map_rendezvous.h"
 #include "collective/testing/counting_communicator.h"
+#include "collective/testing/forwarding_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "model/testing/dense_attention.h"
@@ -405,6 +406,42 @@ TEST(ModelEngine, WhatOneRankComputedAloneIsTheSameOnAllBehindTheHandOver) {
     }
   }
   EXPECT_GT(windowed_by_themselves, 0);
+}
+
+// Knows the longest message.
+class MeasuringCommunicator final : public testing::ForwardingCommunicator {
+ public:
+  using ForwardingCommunicator::ForwardingCommunicator;
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    longest = std::max({longest, send.size(), receive.size()});
+    return ForwardingCommunicator::SendReceive(send, to, receive, from, deadline);
+  }
+  size_t longest = 0;
+};
+
+// Nobody has counted the memory that they pass through.
+TEST(ModelEngine, AHandOverOfManyRowsGoesInMessagesOfSome) {
+  ModelConfig config = RandomModel::RandomConfig(1);
+  config.layers.resize(1);
+  ContextOptions options;
+  options.policy = ContextPolicy::kStreaming;
+  options.window = 6000;
+  config.layers[0].window = 0;
+  const auto run = [&](Communicator* group) {
+    Fixture f(RandomModel(config, DType::kF32, 1), DType::kF32, 1, int64_t{256} << 20, group);
+    Context context = f.Open(options);
+    f.Hidden(context, f.Text(10), 10);
+    GoOnAtHome(f, context, 5000, group->size() - 1, *group);
+    return f.Hidden(context, f.Text(9), 9);
+  };
+  std::vector<float> wanted;
+  RunGroup(1, [&](int /*rank*/, Communicator* group) { wanted = run(group); });
+  RunGroup(2, [&](int /*rank*/, Communicator* group) {
+    MeasuringCommunicator measuring(group);
+    EXPECT_TRUE(SameBits(run(&measuring), wanted));
+    EXPECT_EQ(measuring.longest, size_t{4096} * config.kv_heads * 2 * config.head_dim * sizeof(float));
+  });
 }
 
 TEST(ModelEngine, AFollowedRowThatDidNotComeAboutLeavesNoTrace) {
