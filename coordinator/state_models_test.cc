@@ -1,5 +1,7 @@
 // ClusterState: sessions of the workers' model.
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
@@ -7,6 +9,7 @@
 #include "coordinator/testing/fake_cluster.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "rpc/limits.h"
 
 namespace eduba {
 namespace {
@@ -97,6 +100,52 @@ class ModelStateTest : public testing::Test {
   void HoldJobs() {
     cluster_.workers[a_].rank->hold_jobs = true;
     cluster_.workers[b_].rank->hold_jobs = true;
+  }
+
+  // The newest command, a job that is held, ends with this on both ranks.
+  void EndHeldJob(const absl::Status& status, const v1::ModelResult& result) {
+    for (const WorkerId worker : {a_, b_}) {
+      v1::WorkerMessage message;
+      message.mutable_result()->set_epoch(cluster_.workers[worker].epoch);
+      message.mutable_result()->set_ordinal(cluster_.workers[worker].rank->commands.size());
+      message.mutable_result()->set_code(static_cast<int>(status.code()));
+      *message.mutable_result()->mutable_model() = result;
+      cluster_.state().WorkerSaid(worker, message, cluster_.now());
+      cluster_.Collect();
+    }
+  }
+  // All that the workers do without a disk.
+  void DeliverAll() {
+    while (cluster_.Deliver(a_) || cluster_.Deliver(b_)) {
+    }
+  }
+  absl::Status Delete(const std::string& name) {
+    v1::DeleteSessionRequest request;
+    request.set_name(name);
+    return cluster_
+        .Get([&](ClusterState& state, RequestId id) { state.DeleteSession(id, request, cluster_.now()); })
+        .status();
+  }
+  absl::Status Generate(const v1::GenerateRequest& request) {
+    return Get<v1::GenerateSummary>(
+               [&](ClusterState& state, RequestId id) { state.Generate(id, request, cluster_.now()); })
+        .status();
+  }
+  absl::Status Score(const std::string& name, const std::vector<int32_t>& ids, bool sink_mass = false) {
+    v1::ScoreRequest request;
+    request.set_session(name);
+    request.set_ids(ids.data(), ids.size() * 4);
+    request.set_sink_mass(sink_mass);
+    return Get<v1::ScoreResponse>(
+               [&](ClusterState& state, RequestId id) { state.Score(id, request, cluster_.now()); })
+        .status();
+  }
+  RequestId AskEmbed(const std::vector<int64_t>& ranges, int pool = v1::POOL_MEAN) {
+    v1::EmbedRequest request;
+    request.set_session("s");
+    request.set_ranges(ranges.data(), ranges.size() * 8);
+    request.set_pool(static_cast<v1::Pool>(pool));
+    return cluster_.Ask([&](ClusterState& state, RequestId id) { state.Embed(id, request, cluster_.now()); });
   }
 
   FakeCluster cluster_{TwoWorkers()};
@@ -477,6 +526,12 @@ TEST_F(ModelStateTest, AnEpochsEndEndsItsJobs) {
   const RequestId generation = AskGenerate(5);
   cluster_.Leave(b_);
   EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnavailable);
+  // The session cannot go on, and says so.
+  const v1::Model model = TinyModel();
+  cluster_.Join("b:1", 7, "", &model);
+  cluster_.Advance(1000);
+  cluster_.Settle();
+  EXPECT_EQ(StatusOf(AskGenerate(1)).code(), absl::StatusCode::kDataLoss);
 }
 
 TEST_F(ModelStateTest, TokensThatCouldNotBeWrittenDownAreWrittenWithTheNextOnes) {
@@ -493,19 +548,246 @@ TEST_F(ModelStateTest, AGenerationWhoseSessionCouldNotBeDeletedEnds) {
   const RequestId generation = AskGenerate(5);
   cluster_.Settle();
   cluster_.disk_failures = 1;
-  v1::DeleteSessionRequest request;
-  request.set_name("s");
-  const absl::Status deleted =
-      cluster_
-          .Get([&](ClusterState& state, RequestId id) { state.DeleteSession(id, request, cluster_.now()); })
-          .status();
-  EXPECT_EQ(deleted.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(Delete("s").code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kNotFound);
   // Nobody waits for it any more.
   cluster_.Settle();
   EXPECT_EQ(Show("s")->length(), 2);
   cluster_.workers[a_].rank->hold_jobs = cluster_.workers[b_].rank->hold_jobs = false;
   EXPECT_TRUE(Append("s", {}, {3}).ok());
+}
+
+TEST_F(ModelStateTest, WhatNoGenerationCanDoIsRefusedByName) {
+  v1::GenerateRequest request;
+  request.set_session("s");
+  request.set_max_tokens(1);
+  EXPECT_EQ(Generate(request).code(), absl::StatusCode::kFailedPrecondition);  // It is empty.
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  EXPECT_TRUE(Generate(request).ok());
+  const auto refused = [&](const std::function<void(v1::GenerateRequest&)>& change) {
+    v1::GenerateRequest changed = request;
+    change(changed);
+    const absl::Status status = Generate(changed);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    return std::string(status.message());
+  };
+  EXPECT_THAT(refused([](auto& r) { r.set_max_tokens(0); }), HasSubstr("max_tokens"));
+  EXPECT_THAT(refused([](auto& r) { r.set_max_tokens(kGenerateTokensMax + 1); }), HasSubstr("max_tokens"));
+  EXPECT_THAT(refused([](auto& r) { r.set_time_limit_ms(-1); }), HasSubstr("time_limit_ms"));
+  EXPECT_THAT(refused([](auto& r) { r.add_stop_ids(10); }), HasSubstr("stop ids: id 0 is 10"));
+  EXPECT_THAT(refused([](auto& r) { r.add_stop_ids(-1); }), HasSubstr("stop ids: id 0 is -1"));
+  EXPECT_THAT(refused([](auto& r) { r.add_stop_strings(std::string()); }),
+              HasSubstr("a stop string of 0 bytes"));
+  EXPECT_THAT(refused([](auto& r) { r.add_stop_strings(std::string(257, 'x')); }), HasSubstr("257 bytes"));
+  EXPECT_THAT(refused([](auto& r) {
+                for (int i = 0; i <= kStopIdsMax; ++i) r.add_stop_ids(1);
+              }),
+              HasSubstr("1025 stop ids"));
+  EXPECT_THAT(refused([](auto& r) {
+                for (int i = 0; i <= kStopStringsMax; ++i) r.add_stop_strings(std::string(1, 'x'));
+              }),
+              HasSubstr("17 stop strings"));
+  // The same string twice is no mistake.
+  for (int i = 0; i < kStopStringsMax; ++i) request.add_stop_strings(std::string(256, 'x'));
+  EXPECT_TRUE(Generate(request).ok());
+}
+
+TEST_F(ModelStateTest, WhatCannotBeReadIsRefusedByName) {
+  EXPECT_EQ(Score("s", {1}).code(), absl::StatusCode::kFailedPrecondition);  // It is empty.
+  ASSERT_TRUE(Append("s", {}, {1, 2, 3, 4}).ok());
+  EXPECT_EQ(Append("s", {}, {-1}).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Append("s", -1, {1}).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Append("s", {}, {}).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Append("s", {}, std::vector<int32_t>(kTokenIdsMax + 1)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Score("s", {}).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Score("s", {10}).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Score("s", std::vector<int32_t>(kTokenIdsMax + 1)).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(Score("s", {9}).ok());
+
+  const auto embed = [&](const std::vector<int64_t>& ranges, int pool = v1::POOL_MEAN) {
+    const RequestId request = AskEmbed(ranges, pool);
+    cluster_.Settle();
+    return StatusOf(request).code();
+  };
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ(embed({0, 1, 1, 4}), absl::StatusCode::kOk);
+  EXPECT_EQ(embed({0, 5}), absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(embed({kLargest - 1, kLargest}), absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(embed({2, 2}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(embed({-1, 2}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(embed({0, 3, 2, 4}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(embed({0, 3, 3}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(embed({}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(embed({0, 1}, 7), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(ModelStateTest, SinkMassOfTooManyHeadsIsRefused) {
+  cluster_.Leave(a_);
+  cluster_.Leave(b_);
+  v1::Model model = TinyModel();
+  model.set_query_heads(1024);
+  while (model.layer_windows_size() < 49) model.add_layer_windows(0);
+  cluster_.Join("a:1", 7, "", &model);
+  cluster_.Join("b:1", 7, "", &model);
+  cluster_.Advance(2000);
+  cluster_.Settle();
+  ASSERT_TRUE(Create("large").ok());
+  ASSERT_TRUE(Append("large", {}, {1}).ok());
+  EXPECT_TRUE(Score("large", {1}).ok());
+  EXPECT_EQ(Score("large", {1}, /*sink_mass=*/true).code(), absl::StatusCode::kInvalidArgument);
+  v1::GenerateRequest request;
+  request.set_session("large");
+  request.set_max_tokens(1);
+  request.set_sink_mass(true);
+  EXPECT_EQ(Generate(request).code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(ModelStateTest, AnAppendThatEndedAmongTheSinksGoesOnFromThere) {
+  v1::ModelSpec spec;
+  spec.set_sink_tokens(3);
+  spec.set_sink_token(7);
+  ASSERT_TRUE(Create("d", spec).ok());
+  HoldJobs();
+  const RequestId append = AskAppend("d", {}, {1, 2});
+  cluster_.Settle();
+  v1::ModelResult result;
+  result.set_done(1);
+  EndHeldJob(absl::ResourceExhaustedError("full"), result);
+  cluster_.Settle();
+  EXPECT_EQ(StatusOf(append).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(Show("d")->length(), 1);
+  cluster_.workers[a_].rank->hold_jobs = cluster_.workers[b_].rank->hold_jobs = false;
+  EXPECT_THAT(std::string(Score("d", {1}).message()), HasSubstr("it has 1 of its 3 sink tokens"));
+  const auto again = Append("d", 3, {1, 2});
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->count(), 2);
+  EXPECT_EQ(again->already_stored(), 0);
+  EXPECT_EQ(again->length(), 5);
+}
+
+TEST_F(ModelStateTest, AnswersThatMakeNoSenseEndTheEpoch) {
+  const auto restart = [&] {
+    EXPECT_FALSE(cluster_.serving);
+    cluster_.Restart();
+    StartGroup();
+    static int next = 0;
+    const std::string name = absl::StrCat("n", next++);
+    EXPECT_TRUE(Create(name).ok());
+    EXPECT_TRUE(Append(name, {}, {1, 2}).ok());
+    HoldJobs();
+    return name;
+  };
+  ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  HoldJobs();
+  // Fewer tokens than were told of.
+  RequestId request = AskGenerate(5);
+  cluster_.Settle();
+  EndHeldJob(absl::OkStatus(), {});
+  EXPECT_EQ(StatusOf(request).code(), absl::StatusCode::kInternal);
+  // More than were to be read.
+  std::string name = restart();
+  request = AskAppend(name, {}, {1});
+  cluster_.Settle();
+  v1::ModelResult result;
+  result.set_done(2);
+  EndHeldJob(absl::OkStatus(), result);
+  EXPECT_EQ(StatusOf(request).code(), absl::StatusCode::kInternal);
+  // Log-probabilities of other tokens.
+  name = restart();
+  v1::ScoreRequest score;
+  score.set_session(name);
+  score.set_ids(std::string(8, '\0'));
+  request = cluster_.Ask([&](ClusterState& state, RequestId id) { state.Score(id, score, cluster_.now()); });
+  cluster_.Settle();
+  result.set_log_probs(std::string(4, '\0'));
+  EndHeldJob(absl::OkStatus(), result);
+  EXPECT_EQ(StatusOf(request).code(), absl::StatusCode::kInternal);
+  // Tokens without their probabilities, vectors ahead of others, and less of them than were asked for.
+  for (const int part : {0, 1, 2}) {
+    name = restart();
+    v1::WorkerMessage message;
+    if (part == 0) {
+      request = AskGenerate(5, 0, name);
+      message.mutable_progress()->mutable_tokens()->set_ids(std::string(4, '\0'));
+    } else {
+      v1::EmbedRequest embed;
+      embed.set_session(name);
+      const std::vector<int64_t> ranges = {0, 1, 1, 2};
+      embed.set_ranges(ranges.data(), 32);
+      cluster_.workers[a_].rank->omit_embeddings = true;
+      request =
+          cluster_.Ask([&](ClusterState& state, RequestId id) { state.Embed(id, embed, cluster_.now()); });
+      message.mutable_progress()->mutable_embeddings()->set_first_range(part == 1 ? 1 : 0);
+      message.mutable_progress()->mutable_embeddings()->set_count(1);
+      message.mutable_progress()->mutable_embeddings()->set_vectors(std::string(16, '\0'));
+    }
+    cluster_.Settle();
+    message.mutable_progress()->set_epoch(cluster_.workers[a_].epoch);
+    message.mutable_progress()->set_ordinal(cluster_.workers[a_].rank->commands.size());
+    cluster_.state().WorkerSaid(a_, message, cluster_.now());
+    cluster_.Collect();
+    if (part < 2) {
+      EXPECT_EQ(StatusOf(request).code(), absl::StatusCode::kUnavailable) << part;
+    } else {
+      EndHeldJob(absl::OkStatus(), {});
+      EXPECT_EQ(StatusOf(request).code(), absl::StatusCode::kInternal);
+    }
+    EXPECT_FALSE(cluster_.serving) << part;
+  }
+}
+
+TEST_F(ModelStateTest, AGenerationIsCancelledOnce) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  HoldJobs();
+  const RequestId generation = AskGenerate(5, /*time_limit_ms=*/1000);
+  cluster_.Settle();
+  cluster_.Advance(2000);
+  cluster_.Cancel(generation);
+  cluster_.Settle();
+  const auto& commands = cluster_.workers[a_].rank->commands;
+  EXPECT_EQ(std::count(commands.begin(), commands.end(), v1::Command::kCancelJob), 1);
+}
+
+TEST_F(ModelStateTest, ADeletedSessionsGenerationMayEndAtAnyMoment) {
+  v1::ModelResult result;
+  result.set_done(1);
+  for (const bool ends_first : {true, false}) {
+    const std::string name = ends_first ? "x" : "y";
+    ASSERT_TRUE(Create(name).ok());
+    ASSERT_TRUE(Append(name, {}, {1}).ok());
+    HoldJobs();
+    const RequestId generation = AskGenerate(5, 0, name);
+    cluster_.Settle();
+    v1::DeleteSessionRequest request;
+    request.set_name(name);
+    const RequestId deletion = cluster_.Ask(
+        [&](ClusterState& state, RequestId id) { state.DeleteSession(id, request, cluster_.now()); });
+    EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kNotFound);
+    if (ends_first) {
+      EndHeldJob(absl::OkStatus(), result);  // By itself, while the session is struck out.
+    } else {
+      while (cluster_.FinishWrite()) {
+      }
+      EndHeldJob(absl::NotFoundError("deleted"), {});  // As the workers close it.
+    }
+    cluster_.Settle();
+    EXPECT_TRUE(StatusOf(deletion).ok()) << StatusOf(deletion);
+    EXPECT_TRUE(cluster_.serving);
+    cluster_.workers[a_].rank->hold_jobs = cluster_.workers[b_].rank->hold_jobs = false;
+  }
+}
+
+TEST_F(ModelStateTest, WhoIsGoneOrDeletedWhileTokensAreWrittenDownHearsNothingMore) {
+  const RequestId given_up = AskAppend("s", {}, {1});
+  DeliverAll();
+  cluster_.Cancel(given_up);
+  cluster_.Settle();
+  EXPECT_EQ(Show("s")->length(), 1);
+  const RequestId append = AskAppend("s", {}, {2});
+  DeliverAll();
+  EXPECT_TRUE(Delete("s").ok());
+  EXPECT_EQ(StatusOf(append).code(), absl::StatusCode::kNotFound);
 }
 
 TEST_F(ModelStateTest, AForkGoesItsOwnWay) {

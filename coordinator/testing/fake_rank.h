@@ -54,6 +54,7 @@ class FakeRank {
   }
   bool hold_jobs = false;  // Jobs end only when they are cancelled.
   bool omit_sink_mass = false;
+  bool omit_embeddings = false;
   uint64_t digest = 5;            // Of what it computes.
   int64_t misses = 0;             // Tokens of a job that it says it did not do.
   std::map<uint64_t, int> homes;  // Of generations that one rank computes, by ordinal.
@@ -196,7 +197,7 @@ class FakeRank {
       said.insert(said.end() - 1, std::move(message));
     }
     const auto ranges = static_cast<int32_t>(command.model_embed().ranges().size() / 16);
-    if (ranges == 0) return;
+    if (ranges == 0 || omit_embeddings) return;
     v1::WorkerMessage message;
     message.mutable_progress()->set_epoch(command.epoch());
     message.mutable_progress()->set_ordinal(command.ordinal());
