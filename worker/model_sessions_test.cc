@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -149,12 +150,13 @@ class Rank {
     Open(2);
   }
 
-  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4) {
+  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4,
+            v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) {
     v1::SessionSpec spec;
     spec.set_stripe_pages(stripe_pages);
     spec.mutable_model()->set_model_hash(model_->info().hash());
     spec.mutable_model()->set_sink_tokens(sink_tokens);
-    if (window > 0) spec.mutable_model()->set_policy(v1::MODEL_POLICY_STREAMING);
+    if (window > 0) spec.mutable_model()->set_policy(policy);
     spec.mutable_model()->set_window(window);
     EXPECT_TRUE(sessions_->Open(id, spec).ok());
   }
@@ -201,8 +203,9 @@ class Rank {
     for (int64_t i = 0; i < positions; ++i) ranges.insert(ranges.end(), {i, i + 1});
     return Embed(session, ranges);
   }
-  uint64_t Embed(uint64_t session, const std::vector<int64_t>& ranges) {
+  uint64_t Embed(uint64_t session, const std::vector<int64_t>& ranges, v1::Pool pool = v1::POOL_MEAN) {
     v1::Command command = NewCommand();
+    command.mutable_model_embed()->set_pool(pool);
     command.mutable_model_embed()->set_session_id(session);
     command.mutable_model_embed()->set_ranges(ranges.data(), ranges.size() * 8);
     EXPECT_TRUE(sessions_->Start(command).ok());
@@ -242,6 +245,13 @@ class Rank {
       if (message.progress().ordinal() == ordinal) ids += message.progress().tokens().ids();
     }
     return ids;
+  }
+  std::string VectorsOf(uint64_t ordinal) {
+    std::string vectors;
+    for (const v1::WorkerMessage& message : said_) {
+      if (message.progress().ordinal() == ordinal) vectors += message.progress().embeddings().vectors();
+    }
+    return vectors;
   }
   std::string TextOf(uint64_t ordinal) {
     std::string text;
@@ -430,17 +440,95 @@ TEST_F(ModelSessionsTest, AnEmbeddingReadsTheTokensOfALongAppendAndOfManyShortOn
     Append(2, {next, next + 17});
     RunAll();
   }
-  std::string vectors[2];
-  for (const uint64_t session : {1, 2}) {
-    const uint64_t embedded = Embed(session, {0, 60, 169, 170});
-    RunAll();
-    for (const v1::WorkerMessage& message : said_) {
-      if (message.progress().ordinal() != embedded) continue;
-      vectors[session - 1] += message.progress().embeddings().vectors();
-    }
+  const uint64_t at_once = Embed(1, {0, 60, 169, 170});
+  const uint64_t in_pieces = Embed(2, {0, 60, 169, 170});
+  RunAll();
+  EXPECT_FALSE(VectorsOf(at_once).empty());
+  EXPECT_EQ(VectorsOf(at_once), VectorsOf(in_pieces));
+}
+
+TEST_F(ModelSessionsTest, TheLastOfARangeIsOneState) {
+  Append(1, {1, 2, 3, 4, 5, 6});
+  RunAll();
+  const uint64_t mean = Embed(1, {0, 6});
+  const uint64_t last = Embed(1, {0, 6}, v1::POOL_LAST);
+  const uint64_t alone = Embed(1, {5, 6}, v1::POOL_LAST);
+  RunAll();
+  EXPECT_EQ(VectorsOf(last), VectorsOf(alone));
+  EXPECT_NE(VectorsOf(last), VectorsOf(mean));
+}
+
+// What is scored is asked.
+TEST_F(ModelSessionsTest, AStarSessionsScoreSeesAllKeys) {
+  Open(3, /*window=*/20, /*stripe_pages=*/1, /*sink_tokens=*/4, v1::MODEL_POLICY_STAR);
+  const std::vector<int32_t> ids(60, 9);
+  for (const uint64_t session : {1, 3}) Append(session, {1, 2, 3, 4, 5, 6});
+  RunAll();
+  const uint64_t wanted = Score(1, ids);
+  const uint64_t got = Score(3, ids);
+  RunAll();
+  EXPECT_EQ(ResultOf(got).model().log_probs(), ResultOf(wanted).model().log_probs());
+}
+
+TEST_F(ModelSessionsTest, CommandsThatContradictTheSessionsAreRefused) {
+  Append(1, {1, 2, 3});
+  RunAll();
+  v1::SessionSpec spec;
+  spec.set_stripe_pages(1);
+  spec.mutable_model()->set_model_hash(model_->info().hash());
+  EXPECT_EQ(sessions_->Open(1, spec).code(), absl::StatusCode::kAlreadyExists);
+  spec.mutable_model()->set_model_hash(model_->info().hash() + 1);
+  EXPECT_EQ(sessions_->Open(3, spec).code(), absl::StatusCode::kFailedPrecondition);
+  v1::ForkSession fork;
+  fork.set_session_id(1);
+  fork.set_fork_id(2);
+  EXPECT_EQ(sessions_->Fork(fork).code(), absl::StatusCode::kAlreadyExists);
+  fork.set_session_id(9);
+  fork.set_fork_id(10);
+  EXPECT_EQ(sessions_->Fork(fork).code(), absl::StatusCode::kNotFound);
+
+  const auto start = [&](const std::function<void(v1::Command&)>& fill) {
+    v1::Command command = NewCommand();
+    fill(command);
+    return sessions_->Start(command).code();
+  };
+  for (const int32_t id : {-1, 97, std::numeric_limits<int32_t>::max()}) {
+    EXPECT_EQ(start([&](v1::Command& c) {
+                c.mutable_model_append()->set_session_id(1);
+                c.mutable_model_append()->set_ids(&id, 4);
+              }),
+              absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(start([&](v1::Command& c) {
+                c.mutable_model_score()->set_session_id(1);
+                c.mutable_model_score()->set_ids(&id, 4);
+              }),
+              absl::StatusCode::kInvalidArgument);
   }
-  EXPECT_FALSE(vectors[0].empty());
-  EXPECT_EQ(vectors[0], vectors[1]);
+  for (const std::vector<int64_t>& range : std::vector<std::vector<int64_t>>{{0, 4}, {-1, 2}, {2, 1}, {}}) {
+    EXPECT_NE(start([&](v1::Command& c) {
+                c.mutable_model_embed()->set_session_id(1);
+                c.mutable_model_embed()->set_ranges(range.data(), range.size() * 8);
+              }),
+              absl::StatusCode::kOk);
+  }
+  const float nan = std::nanf("");
+  for (const auto& change : std::vector<std::function<void(v1::GenerateRequest&)>>{
+           [&](auto& r) { r.set_temperature(nan); },
+           [&](auto& r) { r.set_temperature(-1); },
+           [&](auto& r) { r.set_top_p(nan); },
+           [&](auto& r) { r.set_top_p(1.5F); },
+           [&](auto& r) { r.set_top_p(-0.5F); },
+           [&](auto& r) { r.set_top_k(-1); },
+       }) {
+    EXPECT_EQ(start([&](v1::Command& c) {
+                c.mutable_model_generate()->set_session_id(1);
+                change(*c.mutable_model_generate()->mutable_request());
+              }),
+              absl::StatusCode::kInvalidArgument);
+  }
+  EXPECT_EQ(start([&](v1::Command& c) { c.mutable_model_generate()->set_session_id(2); }),
+            absl::StatusCode::kFailedPrecondition);  // It is empty.
+  EXPECT_FALSE(sessions_->busy());
 }
 
 TEST_F(ModelSessionsTest, ACancelledJobSaysHowFarItCame) {
@@ -837,6 +925,25 @@ TEST(ModelSessionsWithHomes, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
   });
 }
 
+TEST(ModelSessionsWithHomes, WhatIsReadByWavesGivesTheAnswersOfOneRank) {
+  ExpectAnswersOfOneRank([](Rank& rank, const auto& /*home*/) {
+    std::vector<int32_t> ids(900);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * i % 97);
+    rank.Open(3, /*window=*/20, /*stripe_pages=*/1, /*sink_tokens=*/4, v1::MODEL_POLICY_STAR);
+    rank.Open(4, /*window=*/30);
+    for (const uint64_t session : {1, 3, 4}) {
+      rank.Append(session, {5, 6, 7});
+      rank.RunAll();
+      rank.Score(session, ids);
+      rank.Append(session, ids);
+      rank.RunAll();
+      rank.Embed(session, {0, 1, 200, 800, 850, 903});
+      rank.Embed(session, {0, 1, 200, 800, 850, 902}, v1::POOL_LAST);
+      rank.RunAll();
+    }
+  });
+}
+
 TEST(ModelSessionsWithHomes, OnlyTheHomeComputes) {
   OnRanks(3, [](Rank& rank) {
     rank.Open(3, /*window=*/20);
@@ -860,8 +967,10 @@ TEST(ModelSessionsWithHomes, AHomeMustBeARankAndTheSessionOneOfWindows) {
     v1::Command command = rank.NewCommand();
     command.mutable_model_generate()->mutable_request()->set_max_tokens(1);
     command.mutable_model_generate()->set_session_id(3);
-    command.mutable_model_generate()->set_home(2);
-    EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
+    for (const int no_rank : {2, -1}) {
+      command.mutable_model_generate()->set_home(no_rank);
+      EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
+    }
     command.mutable_model_generate()->set_session_id(1);
     command.mutable_model_generate()->set_home(0);
     EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
