@@ -23,6 +23,7 @@
 #include "cli/output.h"
 #include "cli/tokens.h"
 #include "ingest/npy.h"
+#include "model/sampler.h"
 #include "rpc/spec.h"
 
 namespace eduba {
@@ -93,6 +94,22 @@ void TakeNumbers(const std::string& bytes, std::vector<T>* numbers) {
 absl::Status RunGenerate(const GenerateFlags& flags) {
   const auto client = Connect(flags.server);
   EDUBA_ASSIGN_OR_RETURN(const v1::Model model, client->GetModel());
+  v1::GenerateRequest request;
+  request.set_session(flags.name);
+  request.set_max_tokens(flags.max_tokens);
+  request.set_temperature(flags.temperature);
+  request.set_top_k(flags.top_k);
+  request.set_top_p(flags.top_p);
+  request.set_seed(flags.seed);
+  request.mutable_stop_ids()->Assign(flags.stop_ids.begin(), flags.stop_ids.end());
+  if (!flags.ignore_eos) request.mutable_stop_ids()->MergeFrom(model.eos_tokens());
+  for (const std::string& string : flags.stop_strings) request.add_stop_strings(string);
+  request.set_sink_mass(!flags.sink_mass.empty());
+  // The server would find the same, but behind the prompt, which would stay.
+  EDUBA_RETURN_IF_ERROR(CheckGenerateRequest(request, model));
+  EDUBA_RETURN_IF_ERROR(
+      CheckSampling({flags.temperature, flags.top_k, flags.top_p == 0 ? 1 : flags.top_p, flags.seed}));
+
   int64_t prompt_tokens = 0;
   if (flags.prompt.any()) {
     EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client->GetSession(flags.name));
@@ -104,19 +121,6 @@ absl::Status RunGenerate(const GenerateFlags& flags) {
     EDUBA_RETURN_IF_ERROR(client->AppendTokens(flags.name, ids, append).status());
     prompt_tokens = static_cast<int64_t>(ids.size());
   }
-  v1::GenerateRequest request;
-  request.set_session(flags.name);
-  request.set_max_tokens(flags.max_tokens);
-  request.set_temperature(flags.temperature);
-  request.set_top_k(flags.top_k);
-  request.set_top_p(flags.top_p);
-  request.set_seed(flags.seed);
-  request.mutable_stop_ids()->Assign(flags.stop_ids.begin(), flags.stop_ids.end());
-  if (!flags.ignore_eos) request.mutable_stop_ids()->MergeFrom(model.eos_tokens());
-  for (const std::string& string : flags.stop_strings) request.add_stop_strings(string);
-
-  request.set_sink_mass(!flags.sink_mass.empty());
-
   const bool has_text = !model.tokenizer().empty();
   std::vector<int32_t> ids;
   std::vector<float> log_probs;

@@ -290,7 +290,6 @@ class ClusterState {
   // Whether there is something to go on behind, the session's own sinks included.
   static absl::Status CheckNotEmpty(const SessionEntry& session, const std::string& what);
   absl::Status CheckSinkMass(bool wanted, const std::string& what) const;
-  absl::Status CheckGenerate(const v1::GenerateRequest& args) const;
   // The rank that is home to the fewest generations.
   int IdlestHome() const;
   uint64_t StartModelJob(ModelJob job, v1::Command command, int64_t now_ms);

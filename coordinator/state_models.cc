@@ -189,36 +189,11 @@ absl::Status ClusterState::CheckSinkMass(bool wanted, const std::string& what) c
                                                  kSinkMassHeadsMax));
 }
 
-absl::Status ClusterState::CheckGenerate(const v1::GenerateRequest& args) const {
-  const std::string from = absl::StrCat("generation from session '", args.session(), "'");
-  if (args.max_tokens() < 1 || args.max_tokens() > kGenerateTokensMax) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(from, ": max_tokens is ", args.max_tokens(), ", wanted 1 to ", kGenerateTokensMax));
-  }
-  if (args.time_limit_ms() < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(from, ": time_limit_ms is ", args.time_limit_ms(), ", wanted 0 or more"));
-  }
-  if (args.stop_ids_size() > kStopIdsMax || args.stop_strings_size() > kStopStringsMax) {
-    return absl::InvalidArgumentError(absl::StrCat(from, ": ", args.stop_ids_size(), " stop ids and ",
-                                                   args.stop_strings_size(), " stop strings, wanted at most ",
-                                                   kStopIdsMax, " and ", kStopStringsMax));
-  }
-  for (const std::string& string : args.stop_strings()) {
-    if (string.empty() || static_cast<int64_t>(string.size()) > kStopStringBytesMax) {
-      return absl::InvalidArgumentError(absl::StrCat(from, ": a stop string of ", string.size(),
-                                                     " bytes, wanted 1 to ", kStopStringBytesMax));
-    }
-  }
-  return CheckIds({args.stop_ids().begin(), args.stop_ids().end()}, CurrentModel()->vocab_size(),
-                  absl::StrCat(from, ": stop ids"));
-}
-
 void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, int64_t now_ms) {
   const absl::StatusOr<SessionEntry*> found = FindExtensible(args.session());
   if (!found.ok()) return Respond(request, found.status());
   SessionEntry* session = *found;
-  absl::Status status = CheckGenerate(args);
+  absl::Status status = CheckGenerateRequest(args, *CurrentModel());
   const int64_t length = session->record.length();
   const std::string from = absl::StrCat("generation from session '", args.session(), "'");
   if (status.ok()) status = CheckNotEmpty(*session, from);

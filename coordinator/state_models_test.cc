@@ -34,6 +34,7 @@ v1::Model TinyModel(uint64_t hash = 9) {
   model.set_kv_heads(1);
   model.set_head_dim(2);
   model.set_dtype(v1::DTYPE_F32);
+  model.set_tokenizer("genes");
   model.add_layer_windows(0);
   model.add_layer_windows(3);
   return model;

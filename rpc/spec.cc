@@ -158,6 +158,41 @@ absl::StatusOr<v1::SessionSpec> CompleteSpec(const v1::SessionSpec& given) {
   return spec;
 }
 
+absl::Status CheckGenerateRequest(const v1::GenerateRequest& request, const v1::Model& model) {
+  const std::string from = absl::StrCat("generation from session '", request.session(), "': ");
+  if (request.max_tokens() < 1 || request.max_tokens() > kGenerateTokensMax) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(from, "max_tokens is ", request.max_tokens(), ", wanted 1 to ", kGenerateTokensMax));
+  }
+  if (request.time_limit_ms() < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(from, "time_limit_ms is ", request.time_limit_ms(), ", wanted 0 or more"));
+  }
+  if (request.stop_ids_size() > kStopIdsMax || request.stop_strings_size() > kStopStringsMax) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(from, request.stop_ids_size(), " stop ids and ", request.stop_strings_size(),
+                     " stop strings, wanted at most ", kStopIdsMax, " and ", kStopStringsMax));
+  }
+  for (int i = 0; i < request.stop_ids_size(); ++i) {
+    if (request.stop_ids(i) < 0 || request.stop_ids(i) >= model.vocab_size()) {
+      return absl::InvalidArgumentError(absl::StrCat(from, "stop ids: id ", i, " is ", request.stop_ids(i),
+                                                     ", wanted 0 to ", model.vocab_size() - 1));
+    }
+  }
+  for (const std::string& string : request.stop_strings()) {
+    if (string.empty() || static_cast<int64_t>(string.size()) > kStopStringBytesMax) {
+      return absl::InvalidArgumentError(absl::StrCat(from, "a stop string of ", string.size(),
+                                                     " bytes, wanted 1 to ", kStopStringBytesMax));
+    }
+  }
+  if (request.stop_strings_size() > 0 && model.tokenizer().empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(from, "stop strings need a tokenizer, and the folder of model ", model.name(),
+                     " has none; use stop ids"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ValidateSessionName(const std::string& name) {
   const auto allowed = [](char c) {
     return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' ||

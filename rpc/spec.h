@@ -24,6 +24,10 @@ absl::StatusOr<v1::SessionSpec> CompleteModelSpec(const v1::SessionSpec& given, 
 // How many of a session's first positions hold its own sink token (ModelSpec.sink_token). 0: it has none.
 int64_t DedicatedSinks(const v1::SessionSpec& spec);
 
+// INVALID_ARGUMENT names what of the request, its sampling options aside, is out of range.
+// FAILED_PRECONDITION: it has stop strings, and the model no tokenizer.
+absl::Status CheckGenerateRequest(const v1::GenerateRequest& request, const v1::Model& model);
+
 // 1 to 128 of A-Z a-z 0-9 . _ -
 absl::Status ValidateSessionName(const std::string& name);
 

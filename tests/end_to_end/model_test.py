@@ -205,6 +205,11 @@ class ModelSessions(unittest.TestCase):
                 (["generate", "s", "--max-tokens", 0], "max_tokens is 0"),
                 (["generate", "s", "--max-tokens", 1, "--temperature", -1], "temperature"),
                 (["generate", "s", "--max-tokens", 1, "--stop", "x"], "tokenizer"),
+                # Nor is the prompt read then.
+                (["generate", "s", "--tokens", self.path("ids.npy"), "--max-tokens", 0], "max_tokens is 0"),
+                (["generate", "s", "--tokens", self.path("ids.npy"), "--max-tokens", 1, "--top-p", "nan"], "top_p"),
+                (["generate", "s", "--tokens", self.path("ids.npy"), "--max-tokens", 1, "--stop-id", 97], "stop ids: id 0"),
+                (["generate", "s", "--tokens", self.path("ids.npy"), "--max-tokens", 1, "--stop", "x"], "tokenizer"),
                 (["generate", "tensors", "--max-tokens", 1], "keys and values"),
                 (["score", "none", "--tokens", self.path("ids.npy"), *out], "empty"),
                 (["score", "s", "--tokens", self.path("long_question.npy"), *out], "bytes"),
