@@ -282,7 +282,7 @@ class FakeEduba : public v1::Eduba::Service {
         const std::string zeros(part * spec.query_heads() * sizeof(float), '\0');
         response.mutable_rows()->set_lse(zeros);
         response.mutable_rows()->set_sink_mass(zeros);
-        stream->Write(response);
+        if (!lose_rows) stream->Write(response);
       }
       rows += count;
       if (attend_status.error_code() != grpc::StatusCode::OK) return attend_status;
@@ -352,6 +352,7 @@ class FakeEduba : public v1::Eduba::Service {
   grpc::Status commit_status;
   grpc::Status attend_status;
   int64_t skip_rows = 0;
+  bool lose_rows = false;
   bool summarize = true;
   int64_t summary_off = 0;
   bool hang = false;
@@ -471,10 +472,14 @@ TEST_F(ClientTest, AppendToAWorkerThatIsGoneIsUnavailable) {
 }
 
 TEST_F(ClientTest, ACommitWithoutAnAnswerSaysHowToFindOut) {
-  eduba().commit_status = {grpc::StatusCode::UNAVAILABLE, "worker 1 left"};
-  const auto receipt = client().Append(session_, 1000, rows_, {});
-  EXPECT_EQ(receipt.status().code(), absl::StatusCode::kUnavailable);
-  EXPECT_TRUE(absl::StrContains(std::string(receipt.status().message()), "position 100")) << receipt.status();
+  for (const grpc::StatusCode code : {grpc::StatusCode::UNAVAILABLE, grpc::StatusCode::DEADLINE_EXCEEDED}) {
+    for (FakePages& worker : pages_) worker.rows.clear();
+    eduba().commit_status = {code, "worker 1 left"};
+    const auto receipt = client().Append(session_, 1000, rows_, {});
+    EXPECT_EQ(static_cast<int>(receipt.status().code()), code);
+    EXPECT_TRUE(absl::StrContains(std::string(receipt.status().message()), "position 100"))
+        << receipt.status();
+  }
 }
 
 TEST_F(ClientTest, AThinAppendStartsAtTheEndAndSendsEveryLayer) {
@@ -518,6 +523,9 @@ TEST_F(ClientTest, AnAnswerWithAGapOrWithoutASummaryIsAnError) {
   eduba().summary_off = -1;
   EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
   eduba().summary_off = 0;
+  eduba().lose_rows = true;
+  EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);
+  eduba().lose_rows = false;
   eduba().skip_rows = 1;
   outputs_.clear();
   EXPECT_EQ(Ask(10).status().code(), absl::StatusCode::kInternal);

@@ -2,6 +2,7 @@
 
 #include <deque>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -59,6 +60,12 @@ class ScriptedCoordinator final : public v1::Group::Service {
     changed_.wait(lock, [&] { return heartbeats_ >= count; });
   }
 
+  // Waits until a heartbeat says that rows of the append have come in.
+  void AwaitTouched(uint64_t append) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return touched_.contains(append); });
+  }
+
   void AwaitStreamsGone() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return open_ == 0; });
@@ -84,6 +91,7 @@ class ScriptedCoordinator final : public v1::Group::Service {
         streams_.push_back(stream);
       } else if (message.has_heartbeat()) {
         ++heartbeats_;
+        touched_.insert(message.heartbeat().appends().begin(), message.heartbeat().appends().end());
       } else {
         said_[index].push_back(message);
       }
@@ -125,6 +133,7 @@ class ScriptedCoordinator final : public v1::Group::Service {
   std::map<size_t, std::deque<v1::WorkerMessage>> said_;
   std::map<std::string, std::string> board_;
   int heartbeats_ = 0;
+  std::set<uint64_t> touched_;
   int open_ = 0;
 };
 
@@ -304,6 +313,7 @@ TEST_F(WorkerTest, UploadsGoToTheirAppendAndErrorsComeBack) {
   v1::UploadResponse response;
   EXPECT_EQ(upload(3, 0, 3, response), absl::OkStatus());
   EXPECT_EQ(response.positions(), 15);
+  coordinator_.AwaitTouched(3);  // Else it would be taken for given up.
   EXPECT_EQ(upload(4, 15, 1, response).code(), absl::StatusCode::kNotFound);
   v1::Command seal;
   seal.mutable_seal_append()->set_append_id(3);
