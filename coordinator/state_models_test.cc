@@ -623,10 +623,11 @@ TEST_F(ModelStateTest, WhatCannotBeReadIsRefusedByName) {
   EXPECT_EQ(embed({0, 1}, 7), absl::StatusCode::kInvalidArgument);
 }
 
-TEST_F(ModelStateTest, SinkMassOfTooManyHeadsIsRefused) {
+TEST_F(ModelStateTest, WhatTheModelIsTooLargeForOrHasNotIsRefused) {
   cluster_.Leave(a_);
   cluster_.Leave(b_);
   v1::Model model = TinyModel();
+  model.clear_tokenizer();
   model.set_query_heads(1024);
   while (model.layer_windows_size() < 49) model.add_layer_windows(0);
   cluster_.Join("a:1", 7, "", &model);
@@ -642,6 +643,9 @@ TEST_F(ModelStateTest, SinkMassOfTooManyHeadsIsRefused) {
   request.set_max_tokens(1);
   request.set_sink_mass(true);
   EXPECT_EQ(Generate(request).code(), absl::StatusCode::kInvalidArgument);
+  request.set_sink_mass(false);
+  request.add_stop_strings("x");
+  EXPECT_EQ(Generate(request).code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(ModelStateTest, AnAppendThatEndedAmongTheSinksGoesOnFromThere) {
