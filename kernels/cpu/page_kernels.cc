@@ -190,6 +190,7 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
   Fetch::Loop ahead = fetch.Start<kBytes>();
   const int segment = DotSegment(head_dim);
   const int group = DotGroup(head_dim);
+  int group_begin = 0;
   for (int begin = 0; begin < head_dim; begin += segment) {
     const int end = std::min(begin + segment, head_dim);
     VF sum[kQueries][2 * kPairs];
@@ -213,34 +214,43 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
         for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(x, key[v], sum[q][v]);
       }
     }
-    const int in_group = begin % group;
-    const bool group_ends = in_group + segment >= group || end == head_dim;
-    HWY_UNROLL(kMaxTile)
-    for (int q = 0; q < kQueries; ++q) {
-      HWY_UNROLL(8)
-      for (int v = 0; v < 2 * kPairs; ++v) {
-        float* HWY_RESTRICT high_at = scores + q * kScorePitch + v / 2 * kLanes + v % 2 * kHalfBlock;
-        float* HWY_RESTRICT low_at = high_at + kLowOffset;
-        float* HWY_RESTRICT segment_at = high_at + kSegmentOffset;
-        VF total = sum[q][v];
-        if (in_group > 0) total = hn::Add(hn::LoadU(d, segment_at), total);
-        if (!group_ends) {
-          hn::StoreU(total, d, segment_at);
-          continue;
+    const auto each_sum = [&](const auto& body) HWY_ATTR {
+      HWY_UNROLL(kMaxTile)
+      for (int q = 0; q < kQueries; ++q) {
+        HWY_UNROLL(8)
+        for (int v = 0; v < 2 * kPairs; ++v) {
+          body(sum[q][v], scores + q * kScorePitch + v / 2 * kLanes + v % 2 * kHalfBlock);
         }
-        if (begin >= group) {
-          // high + low is exactly what the groups before and this one add up to.
-          const VF before = hn::LoadU(d, high_at);
-          const VF high = hn::Add(before, total);
-          const VF part = hn::Sub(high, before);
-          VF low = hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(total, part));
-          if (begin >= 2 * group) low = hn::Add(low, hn::LoadU(d, low_at));
-          hn::StoreU(low, d, low_at);
-          total = high;
-        }
-        hn::StoreU(total, d, high_at);
       }
+    };
+    const bool is_second = begin > group_begin;
+    if (!is_second && end < std::min(begin + group, head_dim)) {
+      each_sum([&](VF total, float* HWY_RESTRICT at) HWY_ATTR { hn::StoreU(total, d, at + kSegmentOffset); });
+      continue;
     }
+    if (is_second) {
+      each_sum([&](VF& total, float* HWY_RESTRICT at)
+                   HWY_ATTR { total = hn::Add(hn::LoadU(d, at + kSegmentOffset), total); });
+    }
+    // high + low is exactly what the groups before and this one add up to.
+    const auto add_group = [&](VF total, float* HWY_RESTRICT at) HWY_ATTR {
+      const VF before = hn::LoadU(d, at);
+      const VF high = hn::Add(before, total);
+      const VF part = hn::Sub(high, before);
+      hn::StoreU(high, d, at);
+      return hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(total, part));
+    };
+    if (group_begin == 0) {
+      each_sum([&](VF total, float* HWY_RESTRICT at) HWY_ATTR { hn::StoreU(total, d, at); });
+    } else if (group_begin == group) {
+      each_sum([&](VF total, float* HWY_RESTRICT at)
+                   HWY_ATTR { hn::StoreU(add_group(total, at), d, at + kLowOffset); });
+    } else {
+      each_sum([&](VF total, float* HWY_RESTRICT at) HWY_ATTR {
+        hn::StoreU(hn::Add(add_group(total, at), hn::LoadU(d, at + kLowOffset)), d, at + kLowOffset);
+      });
+    }
+    group_begin = end;
   }
   fetch.Resume(ahead);
 }
