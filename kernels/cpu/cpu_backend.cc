@@ -341,11 +341,8 @@ class CpuStep final : public MergingStep {
 
   void AddUnit(int64_t unit, int thread, const RowHeads& row_heads, int64_t first, const PartialView& view,
                PageSums& sums) {
-    for (int64_t i = 0; i < QueriesOfUnit(unit); ++i) {
-      if (!sums.Add(thread, first + i, view.m[i], view.l[i], view.o + i * layout_.value_pitch)) {
-        RecordFault(PageOfUnit(unit).index, row_heads[first + i]);
-      }
-    }
+    sums.Add(thread, first, QueriesOfUnit(unit), view.m, view.l, view.o,
+             [&](int64_t i) { RecordFault(PageOfUnit(unit).index, row_heads[first + i]); });
   }
 
   const CpuPageLayout layout_;

@@ -36,6 +36,11 @@ constexpr int kSegmentOffset = 2 * kLowOffset;
 constexpr int kRowSegment = 64;
 // Virtual lanes of the sum of weights.
 constexpr int kSumLanes = 16;
+constexpr int kLineBytes = 64;
+// Lines of the next page that are asked for between the loops over keys and values: for each query's softmax,
+// which takes as long as so many lines from memory, and at the end of the page.
+constexpr int64_t kSoftmaxLines = 24;
+constexpr int64_t kEndLines = 64;
 // Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
 constexpr int kPrefetchBytes = 4096;
 
@@ -113,26 +118,79 @@ HWY_INLINE VF Capped(DF d, VF dot, VF scale, VF softcap) {
   return hn::Mul(softcap, Tanh(d, hn::Div(hn::Mul(dot, scale), softcap)));
 }
 
-// Asks for the lines that lie `ahead` bytes behind the kBytes at `from`, which are being read now. Into the
-// second-level cache only: they are needed a page later, and would push what is needed now out of the first.
-template <int kBytes>
-HWY_INLINE void PrefetchAhead(const void* from, int64_t ahead) {
-  const char* line = static_cast<const char*>(from) + ahead;
-  HWY_UNROLL(4)
-  for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+// Asks for `lines` lines from `at` on. Into the second-level cache only: they are needed a page later, and
+// would push what is needed now out of the first.
+HWY_INLINE void PrefetchLines(const char* at, int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(at + i * kLineBytes, 0, 2);
 }
+
+// Asks for the memory that the thread reads next, keys and then values, from the first byte to the last, at
+// the pace at which it can come: memory that is not asked for while a thread does something else is lost
+// time. The loops over keys and values ask for a little less than what they read, and what is left over is
+// asked for where nothing is read.
+class Fetch {
+ public:
+  // `bytes` from `from` on, `gaps` of them between the loops.
+  Fetch(const void* from, int64_t bytes, int64_t gaps)
+      : at_(static_cast<const char*>(from)),
+        end_(at_ + bytes),
+        pace_(static_cast<int>(kWhole - kWhole * gaps / bytes)) {}
+  // One that asks for nothing new.
+  explicit Fetch(const void* from) : at_(static_cast<const char*>(from)), end_(at_), pace_(0) {}
+
+  // For a loop whose steps read kBytes each: the loop's own copy of where it asks, which comes back with
+  // Resume.
+  class Loop {
+   public:
+    Loop(const char* at, int64_t step) : at_(at), step_(step) {}
+    template <int kBytes>
+    HWY_INLINE void Step() {
+      HWY_UNROLL(4)
+      for (int i = 0; i < kBytes; i += kLineBytes) __builtin_prefetch(at_ + i, 0, 2);
+      at_ += step_;
+    }
+    const char* at() const { return at_; }
+
+   private:
+    const char* at_;
+    const int64_t step_;
+  };
+  template <int kBytes>
+  HWY_INLINE Loop Start() const {
+    return Loop(at_, kBytes * pace_ / kWhole);
+  }
+  void Resume(const Loop& loop) { at_ = loop.at(); }
+
+  // Between the loops.
+  HWY_INLINE void Lines(int64_t lines) {
+    lines = std::min(lines, LinesLeft());
+    PrefetchLines(at_, lines);
+    at_ += lines * kLineBytes;
+  }
+  int64_t LinesLeft() const { return (end_ - at_ + kLineBytes - 1) / kLineBytes; }
+
+ private:
+  static constexpr int kWhole = 256;
+
+  const char* at_;
+  const char* const end_;
+  const int pace_;  // Of kWhole.
+};
 
 // Dot products of kQueries query vectors with kPairs pairs of vectors of a block's keys, from pair `first`,
 // as two numbers: scores, and kLowOffset after it what the scores' rounding left (nothing where one group
 // holds all dimensions). Rows of scores are kScorePitch apart.
 template <class Type, int kQueries, int kPairs>
 HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first, int head_dim,
-                          const float* const* query, int64_t ahead, float* HWY_RESTRICT scores) {
+                          const float* const* query, Fetch& fetch, float* HWY_RESTRICT scores) {
+  constexpr int kBytes = 2 * kPairs * kLanes * static_cast<int>(sizeof(*block));
   const DF d;
   const typename Type::T* HWY_RESTRICT from = block + first * kLanes * Type::kKeyStride;
   scores += first * kLanes;
+  Fetch::Loop ahead = fetch.Start<kBytes>();
   const int segment = DotSegment(head_dim);
   const int group = DotGroup(head_dim);
+  int group_begin = 0;
   for (int begin = 0; begin < head_dim; begin += segment) {
     const int end = std::min(begin + segment, head_dim);
     VF sum[kQueries][2 * kPairs];
@@ -143,7 +201,7 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
     }
     for (int i = begin; i < end; ++i) {
       const typename Type::T* HWY_RESTRICT keys = from + static_cast<int64_t>(i) * kKeyBlockRows;
-      PrefetchAhead<2 * kPairs * kLanes* static_cast<int>(sizeof(*block))>(keys, ahead);
+      ahead.Step<kBytes>();
       VF key[2 * kPairs];
       HWY_UNROLL(4)
       for (int p = 0; p < kPairs; ++p) {
@@ -156,35 +214,45 @@ HWY_INLINE void ScoreTile(const typename Type::T* HWY_RESTRICT block, int first,
         for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(x, key[v], sum[q][v]);
       }
     }
-    const int in_group = begin % group;
-    const bool group_ends = in_group + segment >= group || end == head_dim;
-    HWY_UNROLL(kMaxTile)
-    for (int q = 0; q < kQueries; ++q) {
-      HWY_UNROLL(8)
-      for (int v = 0; v < 2 * kPairs; ++v) {
-        float* HWY_RESTRICT high_at = scores + q * kScorePitch + v / 2 * kLanes + v % 2 * kHalfBlock;
-        float* HWY_RESTRICT low_at = high_at + kLowOffset;
-        float* HWY_RESTRICT segment_at = high_at + kSegmentOffset;
-        VF total = sum[q][v];
-        if (in_group > 0) total = hn::Add(hn::LoadU(d, segment_at), total);
-        if (!group_ends) {
-          hn::StoreU(total, d, segment_at);
-          continue;
+    const auto each_sum = [&](const auto& body) HWY_ATTR {
+      HWY_UNROLL(kMaxTile)
+      for (int q = 0; q < kQueries; ++q) {
+        HWY_UNROLL(8)
+        for (int v = 0; v < 2 * kPairs; ++v) {
+          body(sum[q][v], scores + q * kScorePitch + v / 2 * kLanes + v % 2 * kHalfBlock);
         }
-        if (begin >= group) {
-          // high + low is exactly what the groups before and this one add up to.
-          const VF before = hn::LoadU(d, high_at);
-          const VF high = hn::Add(before, total);
-          const VF part = hn::Sub(high, before);
-          VF low = hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(total, part));
-          if (begin >= 2 * group) low = hn::Add(low, hn::LoadU(d, low_at));
-          hn::StoreU(low, d, low_at);
-          total = high;
-        }
-        hn::StoreU(total, d, high_at);
       }
+    };
+    const bool is_second = begin > group_begin;
+    if (!is_second && end < std::min(begin + group, head_dim)) {
+      each_sum([&](VF total, float* HWY_RESTRICT at) HWY_ATTR { hn::StoreU(total, d, at + kSegmentOffset); });
+      continue;
     }
+    if (is_second) {
+      each_sum([&](VF& total, float* HWY_RESTRICT at)
+                   HWY_ATTR { total = hn::Add(hn::LoadU(d, at + kSegmentOffset), total); });
+    }
+    // high + low is exactly what the groups before and this one add up to.
+    const auto add_group = [&](VF total, float* HWY_RESTRICT at) HWY_ATTR {
+      const VF before = hn::LoadU(d, at);
+      const VF high = hn::Add(before, total);
+      const VF part = hn::Sub(high, before);
+      hn::StoreU(high, d, at);
+      return hn::Add(hn::Sub(before, hn::Sub(high, part)), hn::Sub(total, part));
+    };
+    if (group_begin == 0) {
+      each_sum([&](VF total, float* HWY_RESTRICT at) HWY_ATTR { hn::StoreU(total, d, at); });
+    } else if (group_begin == group) {
+      each_sum([&](VF total, float* HWY_RESTRICT at)
+                   HWY_ATTR { hn::StoreU(add_group(total, at), d, at + kLowOffset); });
+    } else {
+      each_sum([&](VF total, float* HWY_RESTRICT at) HWY_ATTR {
+        hn::StoreU(hn::Add(add_group(total, at), hn::LoadU(d, at + kLowOffset)), d, at + kLowOffset);
+      });
+    }
+    group_begin = end;
   }
+  fetch.Resume(ahead);
 }
 
 // Pairs that a tile of so many queries takes at once: enough chains to hide the latency, within the
@@ -195,13 +263,13 @@ constexpr int PairsFor(int queries, int most) {
 }
 
 template <class Type, int kQueries>
-void ScoreBlock(const void* block, int head_dim, const float* const* query, int64_t ahead, float* scores) {
+void ScoreBlock(const void* block, int head_dim, const float* const* query, Fetch& fetch, float* scores) {
   constexpr int kPairs = PairsFor(kQueries, kKeyPairs);
   constexpr int kPasses = kKeyPairs / kPairs;
   static_assert(kKeyPairs % kPairs == 0);
   for (int p = 0; p < kPasses; ++p) {
     ScoreTile<Type, kQueries, kPairs>(static_cast<const typename Type::T*>(block), p * kPairs, head_dim,
-                                      query, ahead, scores);
+                                      query, fetch, scores);
   }
 }
 
@@ -245,10 +313,11 @@ void ScoreDot(const ScoreDotCall& call) {
 // from zero where `fresh`, and joins the total where `last`.
 template <class Type, class D, int kQueries, int kPairs>
 HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int pitch, int first, int begin,
-                          int end, bool fresh, bool last, int64_t ahead, const float* HWY_RESTRICT weight,
+                          int end, bool fresh, bool last, Fetch& fetch, const float* HWY_RESTRICT weight,
                           float* HWY_RESTRICT sums, float* HWY_RESTRICT totals) {
   using V = hn::Vec<D>;
   constexpr int kN = static_cast<int>(hn::MaxLanes(D()));
+  constexpr int kBytes = 2 * kPairs * kN * static_cast<int>(sizeof(*values));
   sums += first;
   totals += first;
   V sum[kQueries][2 * kPairs];
@@ -259,9 +328,10 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
       sum[q][v] = fresh ? hn::Zero(d) : hn::LoadU(d, sums + q * pitch + v * kN);
     }
   }
+  Fetch::Loop ahead = fetch.Start<kBytes>();
   for (int row = begin; row < end; ++row) {
     const typename Type::T* HWY_RESTRICT at = values + static_cast<int64_t>(row) * pitch + first;
-    PrefetchAhead<2 * kPairs * kN* static_cast<int>(sizeof(*values))>(at, ahead);
+    ahead.Step<kBytes>();
     V value[2 * kPairs];
     HWY_UNROLL(4)
     for (int p = 0; p < kPairs; ++p) Type::LoadPair(d, at + p * 2 * kN, value[2 * p], value[2 * p + 1]);
@@ -272,6 +342,7 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
       for (int v = 0; v < 2 * kPairs; ++v) sum[q][v] = hn::MulAdd(w, value[v], sum[q][v]);
     }
   }
+  fetch.Resume(ahead);
   HWY_UNROLL(kMaxTile)
   for (int q = 0; q < kQueries; ++q) {
     HWY_UNROLL(8)
@@ -290,115 +361,153 @@ HWY_INLINE void WeighTile(D d, const typename Type::T* HWY_RESTRICT values, int 
 using DTail = hn::CappedTag<float, kValueAlign / 2>;
 
 template <class Type, int kQueries>
-void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, int64_t ahead,
+void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bool last, Fetch& fetch,
                const float* weight, float* sums, float* totals) {
   constexpr int kPairs = PairsFor(kQueries, 4);
   constexpr int kPair = 2 * kLanes;
   const auto* from = static_cast<const typename Type::T*>(values);
-  const int wide = pitch / (kPairs * kPair);
-  const int narrow = (pitch - wide * kPairs * kPair) / kPair;
-  const int tail = pitch % kPair > 0 ? 1 : 0;
-  const int passes = wide + narrow + tail;
   int first = 0;
-  for (int pass = 0; pass < passes; ++pass) {
-    if (pass < wide) {
-      WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, ahead, weight,
-                                            sums, totals);
-      first += kPairs * kPair;
-    } else if (pass < wide + narrow) {
-      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, ahead, weight, sums,
+  while (first + kPairs * kPair <= pitch) {
+    WeighTile<Type, DF, kQueries, kPairs>(DF(), from, pitch, first, begin, end, fresh, last, fetch, weight,
+                                          sums, totals);
+    first += kPairs * kPair;
+  }
+  if constexpr (kPairs > 2) {
+    if (first + 2 * kPair <= pitch) {
+      WeighTile<Type, DF, kQueries, 2>(DF(), from, pitch, first, begin, end, fresh, last, fetch, weight, sums,
+                                       totals);
+      first += 2 * kPair;
+    }
+  }
+  if constexpr (kPairs > 1) {
+    if (first + kPair <= pitch) {
+      WeighTile<Type, DF, kQueries, 1>(DF(), from, pitch, first, begin, end, fresh, last, fetch, weight, sums,
                                        totals);
       first += kPair;
-    } else {
-      WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, ahead, weight,
-                                          sums, totals);
     }
+  }
+  if (first < pitch) {
+    WeighTile<Type, DTail, kQueries, 1>(DTail(), from, pitch, first, begin, end, fresh, last, fetch, weight,
+                                        sums, totals);
   }
 }
 
-// From dot products to weights, in place: rows [begin, end) visible, [tile_begin, tile_end) (multiples of 16
-// around them) written, with 0 where invisible. Returns false when a visible logit is not finite.
+// The sum of a vector's lanes: halves are added until one lane is left.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE float HalvedSum(D d, V v) {
+#if HWY_TARGET != HWY_SCALAR
+  if constexpr (hn::MaxLanes(D()) > 1) {
+    const hn::Half<D> half;
+    return HalvedSum(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+#endif
+  return hn::GetLane(v);
+}
+
+// Some neighbouring queries that share loads.
+struct Tile {
+  int first;
+  int count;
+  int begin;  // Rows [begin, end) hold everything that one of them sees.
+  int end;
+};
+
+// From dot products to weights, in place, and from them to m and l, for a tile's queries: rows that are
+// visible, and with 0 the tile's others in multiples of 16. A query's `finite` is false when one of its
+// visible logits is not finite. Asks for fetch_lines for each query.
 template <bool kCapped, bool kLow>
-bool Softmax(float* HWY_RESTRICT scores, int begin, int end, int tile_begin, int tile_end, float scale_value,
-             float softcap_value, float* m, float* l) {
+void Softmax(const PageQueries& page, const Tile& tile, float* HWY_RESTRICT scores, Fetch& fetch,
+             int64_t fetch_lines, bool* finite) {
   const DF d;
   constexpr int kVectors = kSumLanes / kLanes;
-  const VF scale = hn::Set(d, scale_value);
-  const VF softcap = hn::Set(d, softcap_value);
+  const VF scale = hn::Set(d, page.scale);
+  const VF softcap = hn::Set(d, page.softcap);
   const VF infinity = hn::Set(d, std::numeric_limits<float>::infinity());
-  const VF begin_lane = hn::Set(d, static_cast<float>(begin));
-  const VF end_lane = hn::Set(d, static_cast<float>(end));
-  const auto visible = [&](int at) HWY_ATTR {
+  const auto visible = [&](int q, int at) HWY_ATTR {
     const VF lane = hn::Iota(d, static_cast<float>(at));
-    return hn::And(hn::Ge(lane, begin_lane), hn::Lt(lane, end_lane));
+    return hn::And(hn::Ge(lane, hn::Set(d, static_cast<float>(page.begin[q]))),
+                   hn::Lt(lane, hn::Set(d, static_cast<float>(page.end[q]))));
   };
   // Groups of 16 rows that are visible as a whole, and one on either side that may be so in part.
-  const int first = begin / kSumLanes * kSumLanes;
-  const int stop = (end + kSumLanes - 1) / kSumLanes * kSumLanes;
-  const auto is_whole = [&](int group) { return group >= begin && group + kSumLanes <= end; };
+  const auto is_whole = [&](int q, int group) {
+    return group >= page.begin[q] && group + kSumLanes <= page.end[q];
+  };
+  const auto round_down = [](int row) { return row / kSumLanes * kSumLanes; };
+  const auto round_up = [](int row) { return (row + kSumLanes - 1) / kSumLanes * kSumLanes; };
 
-  // The largest logit; with a cap, the logits replace the dot products.
-  VF high = hn::Neg(infinity);
-  VF low = infinity;
-  for (int group = first; group < stop; group += kSumLanes) {
-    const bool whole = is_whole(group);
-    HWY_UNROLL(kVectors)
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = group + v * kLanes;
-      const VF dot = hn::LoadU(d, scores + at);
-      VF x;
-      if constexpr (kCapped) {
-        x = Capped(d, dot, scale, softcap);
-        hn::StoreU(x, d, scores + at);
-      } else {
-        x = hn::Mul(dot, scale);
-      }
-      if (whole) {
-        high = hn::Max(high, x);
-        low = hn::Min(low, x);
-      } else {
-        const auto mask = visible(at);
-        high = hn::Max(high, hn::IfThenElse(mask, x, hn::Neg(infinity)));
-        low = hn::Min(low, hn::IfThenElse(mask, x, infinity));
+  // The largest logits; with a cap, the logits replace the dot products. First for all queries, so that none
+  // waits for the comparisons across lanes.
+  float largest[kMaxTile];
+  for (int i = 0; i < tile.count; ++i) {
+    const int q = tile.first + i;
+    float* HWY_RESTRICT row = scores + q * kScorePitch;
+    fetch.Lines(fetch_lines - fetch_lines / 2);
+    VF high = hn::Neg(infinity);
+    VF low = infinity;
+    const int stop = round_up(page.end[q]);
+    for (int group = round_down(page.begin[q]); group < stop; group += kSumLanes) {
+      const bool whole = is_whole(q, group);
+      HWY_UNROLL(kVectors)
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = group + v * kLanes;
+        const VF dot = hn::LoadU(d, row + at);
+        VF x;
+        if constexpr (kCapped) {
+          x = Capped(d, dot, scale, softcap);
+          hn::StoreU(x, d, row + at);
+        } else {
+          x = hn::Mul(dot, scale);
+        }
+        if (whole) {
+          high = hn::Max(high, x);
+          low = hn::Min(low, x);
+        } else {
+          const auto mask = visible(q, at);
+          high = hn::Max(high, hn::IfThenElse(mask, x, hn::Neg(infinity)));
+          low = hn::Min(low, hn::IfThenElse(mask, x, infinity));
+        }
       }
     }
-  }
-  const float largest = hn::GetLane(hn::MaxOfLanes(d, high));
-  const float smallest = hn::GetLane(hn::MinOfLanes(d, low));
-  if (!(largest <= std::numeric_limits<float>::max()) ||
-      !(smallest >= std::numeric_limits<float>::lowest())) {
-    return false;
+    largest[i] = hn::GetLane(hn::MaxOfLanes(d, high));
+    const float smallest = hn::GetLane(hn::MinOfLanes(d, low));
+    finite[q] =
+        largest[i] <= std::numeric_limits<float>::max() && smallest >= std::numeric_limits<float>::lowest();
   }
 
-  const VF minus_largest = hn::Set(d, -largest);
-  VF sum[kVectors];
-  for (auto& vector : sum) vector = hn::Zero(d);
-  for (int group = tile_begin; group < first; ++group) scores[group] = 0;
-  for (int group = first; group < stop; group += kSumLanes) {
-    const bool whole = is_whole(group);
-    HWY_UNROLL(kVectors)
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = group + v * kLanes;
-      const VF x = hn::LoadU(d, scores + at);
-      // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-      VF y = kCapped ? hn::Add(x, minus_largest) : hn::MulAdd(x, scale, minus_largest);
-      if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, scores + kLowOffset + at), scale, y);
-      VF p = Exp(d, y);
-      if (!whole) p = hn::IfThenElseZero(visible(at), p);
-      sum[v] = hn::Add(sum[v], p);
-      hn::StoreU(p, d, scores + at);
+  for (int i = 0; i < tile.count; ++i) {
+    const int q = tile.first + i;
+    float* HWY_RESTRICT row = scores + q * kScorePitch;
+    fetch.Lines(fetch_lines / 2);
+    if (!finite[q]) continue;
+    const VF minus_largest = hn::Set(d, -largest[i]);
+    VF sum[kVectors];
+    for (auto& vector : sum) vector = hn::Zero(d);
+    const int first = round_down(page.begin[q]);
+    const int stop = round_up(page.end[q]);
+    std::fill(row + round_down(tile.begin), row + first, 0.0F);
+    for (int group = first; group < stop; group += kSumLanes) {
+      const bool whole = is_whole(q, group);
+      HWY_UNROLL(kVectors)
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = group + v * kLanes;
+        const VF x = hn::LoadU(d, row + at);
+        // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
+        VF y = kCapped ? hn::Add(x, minus_largest) : hn::MulAdd(x, scale, minus_largest);
+        if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, row + kLowOffset + at), scale, y);
+        VF p = Exp(d, y);
+        if (!whole) p = hn::IfThenElseZero(visible(q, at), p);
+        sum[v] = hn::Add(sum[v], p);
+        hn::StoreU(p, d, row + at);
+      }
     }
+    std::fill(row + stop, row + round_up(tile.end), 0.0F);
+    for (int width = kVectors / 2; width > 0; width /= 2) {
+      for (int v = 0; v < width; ++v) sum[v] = hn::Add(sum[v], sum[v + width]);
+    }
+    *page.m[q] = largest[i];
+    *page.l[q] = HalvedSum(d, sum[0]);
+    finite[q] = *page.l[q] <= std::numeric_limits<float>::max();  // false for NaN
   }
-  for (int group = stop; group < tile_end; ++group) scores[group] = 0;
-
-  alignas(64) float lanes[kSumLanes];
-  for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, lanes + v * kLanes);
-  for (int width = kSumLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  *m = largest;
-  *l = lanes[0];
-  return lanes[0] <= std::numeric_limits<float>::max();  // false for NaN
 }
 
 // Puts `pitch` totals into their natural order. False when one is not finite.
@@ -426,8 +535,8 @@ bool WriteTotals(const float* totals, int pitch, float* o) {
 }
 
 // The instantiations for 1 to kMaxTile queries.
-using ScoreFunction = void (*)(const void*, int, const float* const*, int64_t, float*);
-using WeighFunction = void (*)(const void*, int, int, int, bool, bool, int64_t, const float*, float*, float*);
+using ScoreFunction = void (*)(const void*, int, const float* const*, Fetch&, float*);
+using WeighFunction = void (*)(const void*, int, int, int, bool, bool, Fetch&, const float*, float*, float*);
 template <class Type, int... kCounts>
 ScoreFunction ScoreFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
   static constexpr ScoreFunction kTable[] = {ScoreBlock<Type, kCounts + 1>...};
@@ -444,14 +553,6 @@ const ScoreDotFunction* ScoreDots(std::integer_sequence<int, kCounts...> /*count
   static constexpr ScoreDotFunction kTable[] = {ScoreDot<kCounts + 1>...};
   return kTable;
 }
-
-// Some neighbouring queries that share loads.
-struct Tile {
-  int first;
-  int count;
-  int begin;  // Rows [begin, end) hold everything that one of them sees.
-  int end;
-};
 
 template <class Type>
 void AttendPageTyped(const PageQueries& page, float* scratch) {
@@ -472,6 +573,21 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     tile.end = *std::max_element(page.end + tile.first, page.end + tile.first + tile.count);
   }
 
+  // One tile, the first, asks for what comes next.
+  const auto* const key_bytes = static_cast<const char*>(page.keys);
+  const int64_t own_keys =
+      int64_t{kPageRows} * page.head_dim * static_cast<int64_t>(sizeof(typename Type::T));
+  const int64_t own_values = int64_t{kPageRows} * pitch * static_cast<int64_t>(sizeof(typename Type::T));
+  // (Products by score_dots ask for the keys themselves.)
+  const int64_t asked = page.score_dots != nullptr ? own_keys : 0;
+  const int64_t to_ask = own_keys + own_values - asked;
+  const int64_t most_lines = to_ask / (8 * kLineBytes);
+  const int64_t softmax_lines = std::min(kSoftmaxLines * page.queries, most_lines) / page.queries;
+  const int64_t end_lines = std::min(kEndLines, most_lines);
+  Fetch fetch(key_bytes + page.ahead + asked, to_ask,
+              (softmax_lines * page.queries + end_lines) * kLineBytes);
+  Fetch nothing(key_bytes);
+
   // Block by block, so that all tiles find a block in the first-level cache.
   const auto score = [&](const auto& multiply) {
     for (int begin = 0; begin < kPageRows; begin += kKeyBlockRows) {
@@ -480,19 +596,20 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
       for (int t = 0; t < tile_count; ++t) {
         const Tile& tile = tiles[t];
         if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
-        multiply(keys, tile, t == 0 ? page.ahead : 0, scores + tile.first * kScorePitch + begin);
+        multiply(keys, tile, t, scores + tile.first * kScorePitch + begin);
       }
     }
   };
   if (page.score_dots != nullptr) {
     const FlushedSubnormals flushed;
-    score([&](const void* keys, const Tile& tile, int64_t ahead, float* to) {
+    score([&](const void* keys, const Tile& tile, int t, float* to) {
       page.score_dots[tile.count - 1](
-          {keys, page.head_dim, page.rounded + tile.first, ahead, to, kScorePitch});
+          {keys, page.head_dim, page.rounded + tile.first, t == 0 ? page.ahead : 0, to, kScorePitch});
     });
   } else {
-    score([&](const void* keys, const Tile& tile, int64_t ahead, float* to) {
-      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first, ahead, to);
+    score([&](const void* keys, const Tile& tile, int t, float* to) {
+      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first,
+                                          t == 0 ? fetch : nothing, to);
     });
   }
 
@@ -501,15 +618,7 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
                        : low            ? Softmax<false, true>
                                         : Softmax<false, false>;
   bool finite[kMaxPageQueries];
-  for (int t = 0; t < tile_count; ++t) {
-    const Tile& tile = tiles[t];
-    const int begin = tile.begin / kSumLanes * kSumLanes;
-    const int end = (tile.end + kSumLanes - 1) / kSumLanes * kSumLanes;
-    for (int q = tile.first; q < tile.first + tile.count; ++q) {
-      finite[q] = softmax(scores + q * kScorePitch, page.begin[q], page.end[q], begin, end, page.scale,
-                          page.softcap, page.m[q], page.l[q]);
-    }
-  }
+  for (int t = 0; t < tile_count; ++t) softmax(page, tiles[t], scores, fetch, softmax_lines, finite);
 
   // Values: segment by segment. Rows between two queries' ranges that none of the tile sees are left out:
   // they may hold NaN.
@@ -538,7 +647,7 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
         }
         if (run_end > row) {
           const bool last = run_end == segment_end || next == segment_end;
-          weigh(page.values, pitch, row, run_end, fresh, last, t == 0 ? page.ahead : 0,
+          weigh(page.values, pitch, row, run_end, fresh, last, t == 0 ? fetch : nothing,
                 scores + tile.first * kScorePitch, sums + tile.first * pitch, totals + tile.first * pitch);
           fresh = false;
         }
@@ -547,7 +656,10 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     }
   }
 
+  // (Of a page that is seen in part, more is left than can be asked for now.)
+  const int64_t lines_each = (std::min(fetch.LinesLeft(), 2 * end_lines) + page.queries - 1) / page.queries;
   for (int q = 0; q < page.queries; ++q) {
+    fetch.Lines(lines_each);
     if (!WriteTotals<Type>(totals + q * pitch, pitch, page.o[q]) || !finite[q]) {
       *page.m[q] = std::numeric_limits<float>::infinity();
       *page.l[q] = 0;

@@ -47,7 +47,16 @@ void PageSums::Begin(int thread, absl::Span<const int64_t> row_heads) {
   own.sums.assign(own.targets.size() * stride_, 0);
 }
 
-bool PageSums::Add(int thread, int64_t query, float m, float l, const float* o) {
+void PageSums::Weigh(int thread, int64_t first, int64_t count, const float* m, double* weights) const {
+  const int32_t* const targets = &own_[thread].targets[first];
+  // Chains of dependent operations, of which a core has several under way: so not one by one, between others.
+  for (int64_t i = 0; i < count; ++i) {
+    const double reference = targets[i] < 0 ? 0 : plan_.targets[targets[i]].reference;
+    weights[i] = PortableExp(std::min(m[i] - reference, 700.0));  // exp(700) is out of every range.
+  }
+}
+
+bool PageSums::AddOne(int thread, int64_t query, float m, float l, const float* o, double weight) {
   Own& own = own_[thread];
   if (own.targets[query] < 0) return true;
   const MergingStep::Target& target = plan_.targets[own.targets[query]];
@@ -58,8 +67,6 @@ bool PageSums::Add(int thread, int64_t query, float m, float l, const float* o) 
     flag = kFaultFlag;
     return true;
   }
-  const double weight =
-      PortableExp(std::min(m - target.reference, 700.0));  // exp(700) is out of every range.
   const double scaled = l * weight * one_;
   if (scaled > static_cast<double>(plan_.limit)) {
     flag = 1;

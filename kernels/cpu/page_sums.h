@@ -1,6 +1,7 @@
 #ifndef EDUBA_KERNELS_CPU_PAGE_SUMS_H_
 #define EDUBA_KERNELS_CPU_PAGE_SUMS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -22,9 +23,21 @@ class PageSums {
   // A thread sums some pages' partials of some rows and heads by itself: Begin, any Adds, End. Different
   // threads may call at once, each with its own number, but not End for the same rows.
   void Begin(int thread, absl::Span<const int64_t> row_heads);
-  // One page's partial (m, l, o [value_pitch]) of row_heads[query]; nothing where it is no target. False when
-  // a value is beyond its channel's exponent, which is a fault.
-  bool Add(int thread, int64_t query, float m, float l, const float* o);
+  // One page's partials (m, l, o [value_pitch] of each) of row_heads from `first` on, `count` of them;
+  // nothing where one is no target. Calls fault(i) where a value of the i-th is beyond its channel's
+  // exponent.
+  template <class Fault>
+  void Add(int thread, int64_t first, int64_t count, const float* m, const float* l, const float* o,
+           const Fault& fault) {
+    double weights[kMaxPageQueries];
+    for (int64_t done = 0; done < count; done += kMaxPageQueries) {
+      const int64_t some = std::min<int64_t>(count - done, kMaxPageQueries);
+      Weigh(thread, first + done, some, m + done, weights);
+      for (int64_t i = done; i < done + some; ++i) {
+        if (!AddOne(thread, first + i, m[i], l[i], o + i * pitch_, weights[i - done])) fault(i);
+      }
+    }
+  }
   void End(int thread);
 
  private:
@@ -32,6 +45,11 @@ class PageSums {
     std::vector<int32_t> targets;  // [queries]: indexes of targets, or -1.
     std::vector<int64_t> sums;     // [queries, stride]
   };
+
+  // exp(m - reference) of some targets; of what is no target, any number.
+  void Weigh(int thread, int64_t first, int64_t count, const float* m, double* weights) const;
+  // False for a fault.
+  bool AddOne(int thread, int64_t query, float m, float l, const float* o, double weight);
 
   const PageKernels& kernels_;
   const MergingStep::SumPlan& plan_;
