@@ -75,7 +75,7 @@ absl::Status SumOnGpu(Backend& backend, Communicator* communicator, DeviceSums* 
     EDUBA_RETURN_IF_ERROR(merging.steps[i]->queued()->QueueSums(words));
     if (words != nullptr) words += args[i].row_heads() * args[i].words_per_row_head();
   }
-  if (words != nullptr) EDUBA_RETURN_IF_ERROR(sums->Start(backend.stream(), deadline));
+  if (words != nullptr) EDUBA_RETURN_IF_ERROR(sums->Start(backend.stream(), {}, deadline));
   for (size_t i = 0; i < args.size(); ++i) {
     if (args[i].has_sinks()) EDUBA_RETURN_IF_ERROR(merging.steps[i]->queued()->QueueFold());
   }
