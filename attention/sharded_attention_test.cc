@@ -382,6 +382,9 @@ class FaultyStep : public AttentionStep {
     return sums_(words);
   }
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override { return step_->SelectForMaximum(); }
+  absl::Status TakeSelection(absl::Span<const int64_t> row_heads) override {
+    return step_->TakeSelection(row_heads);
+  }
   absl::Status Maxima(absl::Span<float> maxima) override { return step_->Maxima(maxima); }
   absl::Status MaximumSums(absl::Span<int64_t> words) override { return step_->MaximumSums(words); }
   absl::Status Finish(float* outputs, float* lse, float* sink_mass) override {
@@ -550,12 +553,12 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
               steps.push_back(std::make_unique<RankStep>(problems[i], clusters[i]->sequence(rank)));
               args.push_back(steps.back()->args);
             }
-            const auto all = AttendPages(clusters[0]->backend(rank), &counting, args, deadline);
+            const auto all = AttendPages(clusters[0]->backend(rank), &counting, args, {}, deadline);
             EXPECT_EQ(all.status().code(), absl::StatusCode::kInvalidArgument) << all.status();
             // Nobody was left waiting, and the group goes on.
             counting.TakeReductions();
             args.pop_back();
-            const auto together = AttendPages(clusters[0]->backend(rank), &counting, args, deadline);
+            const auto together = AttendPages(clusters[0]->backend(rank), &counting, args, {}, deadline);
             ASSERT_TRUE(together.ok()) << together.status();
             EXPECT_EQ(counting.TakeReductions(), (any_sinks ? 1 : 0) + (any_maximum ? 2 : 0));
             for (size_t i = 0; i < alone.size(); ++i) {

@@ -139,7 +139,7 @@ std::vector<Answers> AttendAll(RankGroup& group, absl::Span<const Problem> probl
       steps.push_back(std::make_unique<Step>(group, problem, r, ranks));
       args.push_back(steps.back()->args);
     }
-    answers[r] = AttendPages(group.backend(r), communicators[r].get(), args, deadline);
+    answers[r] = AttendPages(group.backend(r), communicators[r].get(), args, {}, deadline);
   });
   return answers;
 }
@@ -247,7 +247,7 @@ TEST_F(GpuSums, ARankThatCallsForOtherRowsIsFoundOut) {
   std::atomic<int> internal = 0;
   OnEachRank(2, [&](int r) {
     const Step step(group, r == 0 ? problem : less, r, 2);
-    const auto answer = AttendPages(group.backend(r), communicators[r].get(), {step.args}, Soon());
+    const auto answer = AttendPages(group.backend(r), communicators[r].get(), {step.args}, {}, Soon());
     ASSERT_FALSE(answer.ok());
     // The first to see it ends the group, and so may be the only one to say why.
     internal += absl::IsInternal(answer.status()) ? 1 : 0;
@@ -265,10 +265,10 @@ TEST_F(GpuSums, AMissingRankIsADeadlineAndTheBackendLivesOn) {
   {
     const auto communicators = Form(2);
     const Step step(group, problem, 0, 2);
-    const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args},
+    const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, {},
                                     absl::Now() + absl::Milliseconds(200));
     EXPECT_EQ(answer.status().code(), absl::StatusCode::kDeadlineExceeded) << answer.status();
-    EXPECT_FALSE(AttendPages(group.backend(0), communicators[0].get(), {step.args}, Soon()).ok());
+    EXPECT_FALSE(AttendPages(group.backend(0), communicators[0].get(), {step.args}, {}, Soon()).ok());
   }
   const auto answers = AttendAll(group, {problem}, Form(2));
   EXPECT_TRUE(answers[0].ok()) << answers[0].status();
@@ -294,7 +294,7 @@ TEST_F(GpuSums, AMissingRankIsADeadlineForALargerStepThanAnyBefore) {
     }
   });
   const Step step(group, problem, 0, 2);
-  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args},
+  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, {},
                                   absl::Now() + absl::Milliseconds(200));
   is_over.Notify();
   guard.join();
@@ -314,7 +314,7 @@ TEST_F(GpuSums, AnAbortEndsTheWait) {
     communicators[0]->Abort(absl::CancelledError("enough"));
   });
   const Step step(group, problem, 0, 2);
-  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, Soon());
+  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, {}, Soon());
   EXPECT_EQ(answer.status().code(), absl::StatusCode::kAborted) << answer.status();
   aborter.join();
 }
