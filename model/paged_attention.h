@@ -39,9 +39,10 @@ struct ContextRows {
 // Attention of contexts for one step, on one worker or on the ranks of a group that all take the same step.
 // Windows are on every rank; where a row sees all keys, each rank adds up those of the pages that it owns,
 // and the sums of all contexts meet in one all-reduce a layer, three where any row needs the maximum path
-// (docs/numerics.md). A row's bits depend on its position and on what it sees, not on which
-// rows came with it, nor on the number of ranks: channel exponents come from the weights
-// (Transformer::value_exponents), and the maximum path's unit from the row's own position.
+// (docs/numerics.md), or in reduce-scatters where each context is one rank's. A row's bits depend on its
+// position and on what it sees, not on which rows came with it, nor on the number of ranks: channel exponents
+// come from the weights (Transformer::value_exponents), and the maximum path's unit from the row's own
+// position.
 class PagedAttention final : public LayerAttention {
  public:
   // All outlive the object. The contexts' rows lie one after another in the step's. `communicator` is null

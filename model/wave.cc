@@ -71,14 +71,9 @@ int64_t Wave::buffer_bytes() const {
   int64_t row_bytes = 4 * (width_ + query_row_) + options_.model->angle_bytes() + 8;
   if (sinks) row_bytes += 4 * query_row_ + options_.model->angle_bytes() + 8;
   int64_t bytes = own_.size() * row_bytes + 4 * tokens;
-  // Chunks of everybody's queries, those of a round, and answers to a chunk.
+  // Chunks of everybody's queries, and answers to one of them.
   bytes += (ranks() + 1) * std::min(options_.chunk_rows, LongestSlice(plan_)) * 4 * query_row_;
-  bytes += ranks() * std::min(RoundRows(), LongestSlice(plan_)) * 4 * query_row_;
-  // What a round has in progress that is not one chunk's.
-  int64_t sink_tokens = 0;
-  for (const LayerView& view : rows_.views) sink_tokens = std::max(sink_tokens, view.sink_tokens);
-  bytes += std::max<int64_t>(0, ranks() * RoundRows() - options_.chunk_rows) *
-           PagedAttention::RowBytes(pages_.shape(), sink_tokens);
+  bytes += RoundBytes();
   int64_t exchange_rows = 0;
   for (int layer = 0; layer < static_cast<int>(rows_.views.size()); ++layer) {
     exchange_rows = std::max(exchange_rows, ExchangeRows(layer));
@@ -128,9 +123,23 @@ absl::Status Wave::Note(const absl::Status& status) {
   return absl::OkStatus();
 }
 
+// A round's queries, and what its steps have in progress that those of one chunk have not.
+int64_t Wave::RoundBytes() const {
+  int64_t sink_tokens = -1;
+  for (const LayerView& view : rows_.views) {
+    if (view.policy == Policy::kGlobal) sink_tokens = std::max(sink_tokens, view.sink_tokens);
+  }
+  if (sink_tokens < 0) return 0;
+  const AttentionShape& shape = pages_.shape();
+  const int64_t rows = ranks() * RoundRows();
+  return rows * 4 * query_row_ +
+         std::max<int64_t>(0, rows - options_.chunk_rows) * PagedAttention::RowBytes(shape, sink_tokens) +
+         (ranks() - 1) * sink_tokens * 4 * shape.kv_heads * (shape.head_dim + shape.value_dim);
+}
+
 int64_t Wave::RoundRows() const {
   const int64_t share = (options_.chunk_rows / 2 + ranks() - 1) / ranks();
-  return std::min(options_.chunk_rows, std::max(share, kFewestRows));
+  return std::min({options_.chunk_rows, LongestSlice(plan_), std::max(share, kFewestRows)});
 }
 
 PositionRange Wave::ChunkOf(int rank) const {
@@ -318,15 +327,17 @@ absl::Status Wave::AttendAll(absl::Time deadline) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<float> queries, GatherQueries(deadline));
   const PositionRange own = ChunkOf(rank());
   attended_.resize(own.size() * query_row_);
+  const int64_t round_rows = RoundRows();
   std::vector<float> asked;  // In a round.
-  for (int64_t at = 0; at < options_.chunk_rows; at += RoundRows()) {
+  asked.reserve(ranks() * round_rows * query_row_);
+  for (int64_t at = 0; at < options_.chunk_rows; at += round_rows) {
     asked.clear();
     std::vector<ContextRows> contexts;
     const float* of_rank = queries.data();
     for (int asker = 0; asker < ranks(); ++asker) {
       const PositionRange chunk = ChunkOf(asker);
       const PositionRange some =
-          PositionRange{chunk.begin + at, chunk.begin + at + RoundRows()}.Intersect(chunk);
+          PositionRange{chunk.begin + at, chunk.begin + at + round_rows}.Intersect(chunk);
       if (!some.empty()) {
         contexts.push_back({&pages_, some.begin, some.size(), rows_.views, asker});
         asked.insert(asked.end(), of_rank + at * query_row_, of_rank + (at + some.size()) * query_row_);

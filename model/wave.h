@@ -95,6 +95,7 @@ class Wave {
   // and partials stay in caches and in the memory of a chunk that every rank computes, but not so few that
   // reading pages takes longest.
   int64_t RoundRows() const;
+  int64_t RoundBytes() const;
   // Where the row of this rank's is.
   float* Hidden(int64_t position) { return &hidden_[(position - own_.begin) * width_]; }
   const LayerView& view() const { return rows_.views[layer_]; }

@@ -144,7 +144,7 @@ class GlooCommunicator final : public Communicator {
           },
           deadline));
       if (different >= 0) {
-        const absl::Status status = absl::InternalError(
+        absl::Status status = absl::InternalError(
             absl::StrCat("the ranks made different calls: the parts of ",
                          DescribeCall(Operation::kReduceScatterI64, static_cast<int64_t>(data.size())),
                          " are not of the same sizes on ranks ", rank(), " and ", different));

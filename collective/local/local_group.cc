@@ -151,9 +151,10 @@ absl::Status LocalGroup::Differences() const {
         other.part_begins == first.part_begins) {
       continue;
     }
-    return absl::InternalError(
-        absl::StrCat("the ranks made different calls: rank 0 ", DescribeCall(first.operation, first.count),
-                     ", rank ", r, " ", DescribeCall(other.operation, other.count), " (call ", round_, ")"));
+    return absl::InternalError(absl::StrCat(
+        "the ranks made different calls: rank 0 ", DescribeCall(first.operation, first.count), ", rank ", r,
+        " ", DescribeCall(other.operation, other.count),
+        other.part_begins == first.part_begins ? "" : " in other parts", " (call ", round_, ")"));
   }
   if (first.operation != Operation::kSendReceive) return absl::OkStatus();
   std::vector<Transfer> transfers;

@@ -257,13 +257,16 @@ TEST_F(GpuSums, OfOneRankAloneMayBeLongerThanAPieceAndHaveToAgree) {
   const Problem problem(spec);
   group.Load(problem);
   ASSERT_GT(int64_t{70} * 32 * 256, int64_t{1} << 19);
-  auto communicators = Form(2);
   const std::vector<Problem> problems = {problem, problem.WithRows({0})};
-  const auto answers = AttendAll(group, problems, communicators, {0, 1});
   const auto alone = group.Attend(problem, {0, 1});
-  ASSERT_TRUE(alone.ok() && answers[0].ok() && answers[1].ok()) << alone.status() << answers[0].status();
-  EXPECT_EQ((*answers[0])[0].outputs, alone->outputs);
-  EXPECT_EQ((*answers[0])[0].lse, alone->lse);
+  const auto communicators = Form(2);
+  for (const bool mixed : {false, true}) {
+    communicators[1]->hides_device_sums = mixed;
+    const auto answers = AttendAll(group, problems, communicators, {0, 1});
+    ASSERT_TRUE(alone.ok() && answers[0].ok() && answers[1].ok()) << alone.status() << answers[0].status();
+    EXPECT_EQ((*answers[0])[0].outputs, alone->outputs);
+    EXPECT_EQ((*answers[0])[0].lse, alone->lse);
+  }
 
   std::atomic<int> internal = 0;
   OnEachRank(2, [&](int r) {
