@@ -38,123 +38,205 @@ class Message {
   int64_t next_ = 0;
 };
 
-struct MergingSteps {
+// Steps, and who gets their answers.
+struct Merge {
+  Merge(Backend& backend, Communicator* communicator, absl::Span<const StepArgs> args,
+        absl::Span<const int> owners, absl::Time deadline)
+      : backend(backend), communicator(communicator), args(args), owners(owners), deadline(deadline) {}
+
+  Backend& backend;
+  Communicator* const communicator;  // Or none.
+  const absl::Span<const StepArgs> args;
+  const absl::Span<const int> owners;  // [steps], or none: every rank.
+  const absl::Time deadline;
   // Outlive the steps.
   Message<int64_t> sink_sums{0};
   Message<float> maxima{0};
   Message<int64_t> maximum_sums{0};
   std::vector<std::unique_ptr<AttentionStep>> steps;
+
+  bool is_own(size_t step) const { return owners.empty() || owners[step] == communicator->rank(); }
+  // [ranks]: words(step) of the steps of each, as ReduceScatterI64 takes them; empty where every rank
+  // answers.
+  template <class Words>
+  std::vector<int64_t> Parts(const Words& words) const {
+    std::vector<int64_t> parts(owners.empty() ? 0 : communicator->size());
+    for (size_t i = 0; i < owners.size(); ++i) parts[owners[i]] += words(i);
+    return parts;
+  }
+  int64_t SinkWords(size_t step) const {
+    return args[step].has_sinks() ? args[step].row_heads() * args[step].words_per_row_head() : 0;
+  }
 };
 
+// To all ranks, or `parts` to those whose they are.
+absl::Status Sum(const Merge& merge, absl::Span<int64_t> words, absl::Span<const int64_t> parts) {
+  if (merge.communicator == nullptr) return absl::OkStatus();
+  return parts.empty() ? merge.communicator->SumI64(words, merge.deadline)
+                       : merge.communicator->ReduceScatterI64(words, parts, merge.deadline);
+}
+
 // The sink path of all steps, through host memory.
-absl::Status SumOnHost(Communicator* communicator, absl::Span<const StepArgs> args, int64_t sink_words,
-                       absl::Time deadline, MergingSteps& merging) {
-  merging.sink_sums = Message<int64_t>(sink_words);
-  for (size_t i = 0; i < args.size(); ++i) {
-    EDUBA_RETURN_IF_ERROR(merging.steps[i]->Attend());
-    if (!args[i].has_sinks()) continue;
+absl::Status SumOnHost(Merge& merge, int64_t sink_words, absl::Span<const int64_t> parts) {
+  merge.sink_sums = Message<int64_t>(sink_words);
+  for (size_t i = 0; i < merge.args.size(); ++i) {
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->Attend());
+    if (!merge.args[i].has_sinks()) continue;
     // Now, while the device has what Attend made.
-    EDUBA_RETURN_IF_ERROR(merging.steps[i]->SinkSums(
-        merging.sink_sums.Next(args[i].row_heads() * args[i].words_per_row_head())));
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->SinkSums(merge.sink_sums.Next(merge.SinkWords(i))));
   }
-  if (communicator == nullptr || sink_words == 0) return absl::OkStatus();
-  return communicator->SumI64(merging.sink_sums.all(), deadline);
+  return sink_words == 0 ? absl::OkStatus() : Sum(merge, merge.sink_sums.all(), parts);
 }
 
 // The same without leaving the GPU. `sums` is null where there is nobody to sum with.
-absl::Status SumOnGpu(Backend& backend, Communicator* communicator, DeviceSums* sums,
-                      absl::Span<const StepArgs> args, int64_t sink_words, absl::Time deadline,
-                      MergingSteps& merging) {
+absl::Status SumOnGpu(Merge& merge, DeviceSums* sums, int64_t sink_words, absl::Span<const int64_t> parts) {
   int64_t* words = nullptr;
   if (sums != nullptr && sink_words > 0) {
     EDUBA_ASSIGN_OR_RETURN(words, sums->Words(sink_words));
   }
-  for (size_t i = 0; i < args.size(); ++i) {
-    EDUBA_RETURN_IF_ERROR(merging.steps[i]->Attend());
-    if (!args[i].has_sinks()) continue;
-    EDUBA_RETURN_IF_ERROR(merging.steps[i]->queued()->QueueSums(words));
-    if (words != nullptr) words += args[i].row_heads() * args[i].words_per_row_head();
+  for (size_t i = 0; i < merge.args.size(); ++i) {
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->Attend());
+    if (!merge.args[i].has_sinks()) continue;
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->queued()->QueueSums(words));
+    if (words != nullptr) words += merge.SinkWords(i);
   }
-  if (words != nullptr) EDUBA_RETURN_IF_ERROR(sums->Start(backend.stream(), deadline));
-  for (size_t i = 0; i < args.size(); ++i) {
-    if (args[i].has_sinks()) EDUBA_RETURN_IF_ERROR(merging.steps[i]->queued()->QueueFold());
+  if (words != nullptr) {
+    EDUBA_RETURN_IF_ERROR(sums->Start(merge.backend.stream(), parts, merge.deadline));
   }
-  if (words != nullptr) return sums->Finish(deadline);
+  for (size_t i = 0; i < merge.args.size(); ++i) {
+    if (merge.args[i].has_sinks() && merge.is_own(i)) {
+      EDUBA_RETURN_IF_ERROR(merge.steps[i]->queued()->QueueFold());
+    }
+  }
+  if (words != nullptr) return sums->Finish(merge.deadline);
   // A group of one may have been ended all the same.
-  return communicator == nullptr || sink_words == 0 ? absl::OkStatus() : communicator->SumI64({}, deadline);
+  return sink_words == 0 ? absl::OkStatus() : Sum(merge, {}, {});
+}
+
+using RowHeads = std::vector<int64_t>;
+
+// What each step selects for the maximum path, of steps that one rank each answers. Where there are sinks
+// only that rank can tell: all learn it by a sum of bits, to which everybody else adds zeros.
+absl::StatusOr<std::vector<RowHeads>> ShareSelections(Merge& merge) {
+  constexpr int64_t kBits = 64;
+  std::vector<RowHeads> selected(merge.args.size());
+  std::vector<int64_t> first_word(merge.args.size() + 1);  // Of a step's bits.
+  for (size_t i = 0; i < merge.args.size(); ++i) {
+    const StepArgs& args = merge.args[i];
+    first_word[i + 1] = first_word[i] + (args.has_sinks() ? (args.row_heads() + kBits - 1) / kBits : 0);
+    if (args.has_sinks() && !merge.is_own(i)) continue;
+    EDUBA_ASSIGN_OR_RETURN(const auto own, merge.steps[i]->SelectForMaximum());
+    selected[i].assign(own.begin(), own.end());
+  }
+  if (first_word.back() == 0) return selected;
+  std::vector<int64_t> bits(first_word.back());
+  for (size_t i = 0; i < merge.args.size(); ++i) {
+    if (!merge.args[i].has_sinks()) continue;
+    for (const int64_t row_head : selected[i]) {
+      int64_t& word = bits[first_word[i] + row_head / kBits];
+      word = static_cast<int64_t>(static_cast<uint64_t>(word) | uint64_t{1} << row_head % kBits);
+    }
+  }
+  EDUBA_RETURN_IF_ERROR(merge.communicator->SumI64(absl::MakeSpan(bits), merge.deadline));
+  for (size_t i = 0; i < merge.args.size(); ++i) {
+    if (!merge.args[i].has_sinks() || merge.is_own(i)) continue;
+    for (int64_t row_head = 0; row_head < merge.args[i].row_heads(); ++row_head) {
+      const auto word = static_cast<uint64_t>(bits[first_word[i] + row_head / kBits]);
+      if ((word >> row_head % kBits & 1) != 0) selected[i].push_back(row_head);
+    }
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->TakeSelection(selected[i]));
+  }
+  return selected;
+}
+
+absl::StatusOr<std::vector<RowHeads>> SelectForMaximum(Merge& merge) {
+  if (!merge.owners.empty()) return ShareSelections(merge);
+  std::vector<RowHeads> selected;
+  for (const auto& step : merge.steps) {
+    EDUBA_ASSIGN_OR_RETURN(const auto own, step->SelectForMaximum());
+    selected.emplace_back(own.begin(), own.end());
+  }
+  return selected;
 }
 
 // Everything up to the last collective.
-absl::Status Merge(Backend& backend, Communicator* communicator, absl::Span<const StepArgs> args,
-                   absl::Time deadline, MergingSteps& merging, std::vector<AttentionAnswer>& answers) {
+absl::Status MergeAll(Merge& merge, std::vector<AttentionAnswer>& answers) {
+  const absl::Span<const StepArgs> args = merge.args;
   int64_t sink_words = 0;
-  for (const StepArgs& one : args) {
-    EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<AttentionStep> step, backend.StartStep(one));
-    merging.steps.push_back(std::move(step));
-    if (one.has_sinks()) sink_words += one.row_heads() * one.words_per_row_head();
+  for (size_t i = 0; i < args.size(); ++i) {
+    EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<AttentionStep> step, merge.backend.StartStep(args[i]));
+    merge.steps.push_back(std::move(step));
+    sink_words += merge.SinkWords(i);
   }
-  const bool is_alone = communicator == nullptr || communicator->size() == 1;
-  DeviceSums* const sums = is_alone ? nullptr : communicator->device_sums();
-  const bool stays = backend.gpu() >= 0 && (is_alone || (sums != nullptr && sums->gpu() == backend.gpu()));
-  EDUBA_RETURN_IF_ERROR(stays ? SumOnGpu(backend, communicator, sums, args, sink_words, deadline, merging)
-                              : SumOnHost(communicator, args, sink_words, deadline, merging));
-  for (size_t i = 0; i < args.size(); ++i) answers[i].collectives += args[i].has_sinks() ? 1 : 0;
+  const std::vector<int64_t> sink_parts = merge.Parts([&](size_t i) { return merge.SinkWords(i); });
+  const bool is_alone = merge.communicator == nullptr || merge.communicator->size() == 1;
+  DeviceSums* const sums = is_alone ? nullptr : merge.communicator->device_sums();
+  const bool stays =
+      merge.backend.gpu() >= 0 && (is_alone || (sums != nullptr && sums->gpu() == merge.backend.gpu()));
+  EDUBA_RETURN_IF_ERROR(stays ? SumOnGpu(merge, sums, sink_words, sink_parts)
+                              : SumOnHost(merge, sink_words, sink_parts));
 
-  std::vector<int64_t> selected(args.size());
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<RowHeads> selected, SelectForMaximum(merge));
+  const auto maximum_words = [&](size_t i) {
+    return static_cast<int64_t>(selected[i].size()) * args[i].words_per_row_head();
+  };
+  const auto maximum_floats = [&](size_t i) {
+    return static_cast<int64_t>(selected[i].size()) * args[i].maxima_per_row_head();
+  };
   int64_t floats = 0;
   int64_t words = 0;
   for (size_t i = 0; i < args.size(); ++i) {
-    EDUBA_ASSIGN_OR_RETURN(const absl::Span<const int64_t> own, merging.steps[i]->SelectForMaximum());
-    for (const int64_t row_head : own) ++answers[i].row_heads_maximum[row_head / args[i].shape.query_heads];
-    selected[i] = static_cast<int64_t>(own.size());
-    floats += selected[i] * args[i].maxima_per_row_head();
-    words += selected[i] * args[i].words_per_row_head();
-    if (selected[i] > 0) answers[i].collectives += 2;
+    answers[i].collectives = (args[i].has_sinks() ? 1 : 0) + (selected[i].empty() ? 0 : 2);
+    floats += maximum_floats(i);
+    words += maximum_words(i);
+    if (!merge.is_own(i)) continue;
+    answers[i].row_heads_maximum.resize(args[i].rows);
+    for (const int64_t row_head : selected[i]) {
+      ++answers[i].row_heads_maximum[row_head / args[i].shape.query_heads];
+    }
   }
   if (words == 0) return absl::OkStatus();
-  merging.maxima = Message<float>(floats);
+  merge.maxima = Message<float>(floats);
   for (size_t i = 0; i < args.size(); ++i) {
-    if (selected[i] == 0) continue;
-    EDUBA_RETURN_IF_ERROR(
-        merging.steps[i]->Maxima(merging.maxima.Next(selected[i] * args[i].maxima_per_row_head())));
+    if (selected[i].empty()) continue;
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->Maxima(merge.maxima.Next(maximum_floats(i))));
   }
-  if (communicator != nullptr) {
-    EDUBA_RETURN_IF_ERROR(communicator->MaxF32(merging.maxima.all(), deadline));
+  if (merge.communicator != nullptr) {
+    EDUBA_RETURN_IF_ERROR(merge.communicator->MaxF32(merge.maxima.all(), merge.deadline));
   }
-  merging.maximum_sums = Message<int64_t>(words);
+  merge.maximum_sums = Message<int64_t>(words);
   for (size_t i = 0; i < args.size(); ++i) {
-    if (selected[i] == 0) continue;
-    EDUBA_RETURN_IF_ERROR(
-        merging.steps[i]->MaximumSums(merging.maximum_sums.Next(selected[i] * args[i].words_per_row_head())));
+    if (selected[i].empty()) continue;
+    EDUBA_RETURN_IF_ERROR(merge.steps[i]->MaximumSums(merge.maximum_sums.Next(maximum_words(i))));
   }
-  if (communicator == nullptr) return absl::OkStatus();
-  return communicator->SumI64(merging.maximum_sums.all(), deadline);
+  return Sum(merge, merge.maximum_sums.all(), merge.Parts(maximum_words));
 }
 
 }  // namespace
 
 absl::StatusOr<std::vector<AttentionAnswer>> AttendPages(Backend& backend, Communicator* communicator,
                                                          absl::Span<const StepArgs> steps,
-                                                         absl::Time deadline) {
+                                                         absl::Span<const int> owners, absl::Time deadline) {
+  EDUBA_CHECK(owners.empty() || (communicator != nullptr && owners.size() == steps.size() &&
+                                 std::is_sorted(owners.begin(), owners.end())));
   std::vector<AttentionAnswer> answers(steps.size());
-  for (size_t i = 0; i < steps.size(); ++i) {
-    answers[i].row_heads_maximum.resize(steps[i].rows);
-    answers[i].outputs.resize(steps[i].row_heads() * steps[i].shape.value_dim);
-    answers[i].lse.resize(steps[i].row_heads());
-    answers[i].sink_mass.resize(steps[i].row_heads());
-  }
-  MergingSteps merging;
-  const absl::Status merged = Merge(backend, communicator, steps, deadline, merging, answers);
+  Merge merge(backend, communicator, steps, owners, deadline);
+  const absl::Status merged = MergeAll(merge, answers);
   if (!merged.ok()) {
     if (communicator != nullptr) communicator->Abort(merged);
     return merged;
   }
   for (size_t i = 0; i < steps.size(); ++i) {
     AttentionAnswer& answer = answers[i];
-    // Non-finite arithmetic travels inside the sums: every rank learns of it here, and none is waiting.
+    answer.bytes_read = merge.steps[i]->bytes_read();
+    if (!merge.is_own(i)) continue;
+    answer.outputs.resize(steps[i].row_heads() * steps[i].shape.value_dim);
+    answer.lse.resize(steps[i].row_heads());
+    answer.sink_mass.resize(steps[i].row_heads());
+    // Non-finite arithmetic travels inside the sums: every rank that answers learns of it here, and none is
+    // waiting.
     EDUBA_RETURN_IF_ERROR(
-        merging.steps[i]->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data()));
-    answer.bytes_read = merging.steps[i]->bytes_read();
+        merge.steps[i]->Finish(answer.outputs.data(), answer.lse.data(), answer.sink_mass.data()));
   }
   return answers;
 }
@@ -195,7 +277,7 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.cancelled = query.cancelled;
 
   EDUBA_ASSIGN_OR_RETURN(std::vector<AttentionAnswer> answers,
-                         AttendPages(backend, &communicator, absl::MakeConstSpan(&args, 1), deadline));
+                         AttendPages(backend, &communicator, absl::MakeConstSpan(&args, 1), {}, deadline));
   return std::move(answers.front());
 }
 

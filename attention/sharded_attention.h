@@ -30,9 +30,9 @@ struct AttentionAnswer {
   std::vector<float> outputs;              // [rows, query_heads, value_dim]
   std::vector<float> lse;                  // [rows, query_heads], natural log
   std::vector<float> sink_mass;            // [rows, query_heads]
-  std::vector<int32_t> row_heads_maximum;  // [rows]: heads of the row that took the maximum path
+  std::vector<int32_t> row_heads_maximum;  // [rows]: heads of the row that took the maximum path.
   int64_t bytes_read = 0;                  // Of keys and values, by this worker.
-  int collectives = 0;                     // That its sums took part in.
+  int collectives = 0;                     // That its sums and maxima took part in.
 };
 
 // The half of AttendSharded that is not about sequences: steps over pages that the caller chose, merged with
@@ -40,9 +40,14 @@ struct AttentionAnswer {
 // collectives, each of which is as long as theirs together: one, or three where any row of any step needs the
 // maximum path. A step's answer is what it would be alone. Errors as AttendSharded; INVALID_ARGUMENT is the
 // first step's whose arithmetic left the finite numbers.
+//
+// `owners` [steps], ascending, or empty: step i is rank owners[i]'s, and only that rank gets its sums and its
+// answer; the others' is empty but for `bytes_read` and `collectives`, and an INVALID_ARGUMENT is the owner's
+// alone. A sum is then a reduce-scatter. Where there are sinks, one more collective tells all ranks what the
+// owners have selected for the maximum path, a bit for each row and head.
 absl::StatusOr<std::vector<AttentionAnswer>> AttendPages(Backend& backend, Communicator* communicator,
                                                          absl::Span<const StepArgs> steps,
-                                                         absl::Time deadline);
+                                                         absl::Span<const int> owners, absl::Time deadline);
 
 // One step of docs/numerics.md: every rank reads its own pages, the sums meet in one all-reduce (three where
 // a row needs the maximum path, two without sinks), and every rank gets the same answer.

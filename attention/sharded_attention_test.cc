@@ -382,6 +382,9 @@ class FaultyStep : public AttentionStep {
     return sums_(words);
   }
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override { return step_->SelectForMaximum(); }
+  absl::Status TakeSelection(absl::Span<const int64_t> row_heads) override {
+    return step_->TakeSelection(row_heads);
+  }
   absl::Status Maxima(absl::Span<float> maxima) override { return step_->Maxima(maxima); }
   absl::Status MaximumSums(absl::Span<int64_t> words) override { return step_->MaximumSums(words); }
   absl::Status Finish(float* outputs, float* lse, float* sink_mass) override {
@@ -550,12 +553,21 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
               steps.push_back(std::make_unique<RankStep>(problems[i], clusters[i]->sequence(rank)));
               args.push_back(steps.back()->args);
             }
-            const auto all = AttendPages(clusters[0]->backend(rank), &counting, args, deadline);
+            const auto all = AttendPages(clusters[0]->backend(rank), &counting, args, {}, deadline);
             EXPECT_EQ(all.status().code(), absl::StatusCode::kInvalidArgument) << all.status();
-            // Nobody was left waiting, and the group goes on.
+            // Nobody was left waiting, and the group goes on. Of a step that is one rank's, only that rank is
+            // told.
+            std::vector<int> owners;
+            for (size_t i = 0; i < args.size(); ++i) {
+              owners.push_back(static_cast<int>(i * ranks / args.size()));
+            }
+            const auto own = AttendPages(clusters[0]->backend(rank), &counting, args, owners, deadline);
+            EXPECT_EQ(own.status().code(),
+                      rank == owners.back() ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kOk)
+                << own.status();
             counting.TakeReductions();
             args.pop_back();
-            const auto together = AttendPages(clusters[0]->backend(rank), &counting, args, deadline);
+            const auto together = AttendPages(clusters[0]->backend(rank), &counting, args, {}, deadline);
             ASSERT_TRUE(together.ok()) << together.status();
             EXPECT_EQ(counting.TakeReductions(), (any_sinks ? 1 : 0) + (any_maximum ? 2 : 0));
             for (size_t i = 0; i < alone.size(); ++i) {
@@ -565,6 +577,21 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
               EXPECT_TRUE(SameBytes(answer.sink_mass, alone[i].sink_mass));
               EXPECT_EQ(answer.row_heads_maximum, alone[i].row_heads_maximum);
               EXPECT_EQ(answer.collectives, alone[i].collectives);
+            }
+            owners.pop_back();
+            const auto mine = AttendPages(clusters[0]->backend(rank), &counting, args, owners, deadline);
+            ASSERT_TRUE(mine.ok()) << mine.status();
+            EXPECT_EQ(counting.TakeReductions(), (any_sinks ? 2 : 0) + (any_maximum ? 2 : 0));
+            for (size_t i = 0; i < alone.size(); ++i) {
+              const AttentionAnswer nothing;
+              const AttentionAnswer& wanted = owners[i] == rank ? alone[i] : nothing;
+              const AttentionAnswer& answer = (*mine)[i];
+              EXPECT_TRUE(SameBytes(answer.outputs, wanted.outputs)) << problems[i].Text();
+              EXPECT_TRUE(SameBytes(answer.lse, wanted.lse));
+              EXPECT_TRUE(SameBytes(answer.sink_mass, wanted.sink_mass));
+              EXPECT_EQ(answer.row_heads_maximum, wanted.row_heads_maximum);
+              EXPECT_EQ(answer.collectives, alone[i].collectives);
+              EXPECT_EQ(answer.bytes_read, (*together)[i].bytes_read);
             }
           });
         }

@@ -28,7 +28,7 @@ void AddMergeOptions(CLI::App& command, MergeFlags& options) {
   command.add_option("--ranks", options.ranks, "Ranks, each a thread of this process")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
-  command.add_option("--rounds", options.rounds, "Timed all-reduces of each size")
+  command.add_option("--rounds", options.rounds, "Timed calls of each size")
       ->check(CLI::Range(1, 1000000))
       ->capture_default_str();
   AddJsonFlag(command, options.json);
@@ -40,13 +40,14 @@ struct MergeSize {
   int rows;
   int query_heads;
   int value_dim;
+  bool scatters = false;  // To the ranks whose rows they are, as a wave does.
 };
-constexpr MergeSize kMergeSizes[] = {{1, 8, 64}, {1, 32, 128}, {64, 32, 128}};
+constexpr MergeSize kMergeSizes[] = {{1, 8, 64}, {1, 32, 128}, {64, 32, 128}, {64, 32, 128, true}};
 
 absl::Status RunMerge(const MergeFlags& options) {
   Json list = Json::array();
   std::vector<std::vector<std::string>> rows = {
-      {"transport", "ranks", "rows", "heads", "value_dim", "bytes", "median us", "p10 us", "p90 us"}};
+      {"transport", "ranks", "call", "rows", "heads", "value_dim", "bytes", "median us", "p10 us", "p90 us"}};
   std::vector<std::string> transports = {"local", "gloo"};
   // NCCL where every rank can have a GPU of its own.
   const auto machine = cuda::DescribeCuda();
@@ -60,9 +61,12 @@ absl::Status RunMerge(const MergeFlags& options) {
       bench.ranks = options.ranks;
       bench.rounds = options.rounds;
       bench.bytes = int64_t{8} * size.rows * size.query_heads * (size.value_dim + 2);
+      bench.scatters = size.scatters;
+      const std::string call = size.scatters ? "reduce-scatter" : "all-reduce";
       EDUBA_ASSIGN_OR_RETURN(const MergeBenchResult result, BenchMerge(bench));
       list.push_back({{"transport", transport},
                       {"ranks", options.ranks},
+                      {"call", call},
                       {"query_rows", size.rows},
                       {"query_heads", size.query_heads},
                       {"value_dim", size.value_dim},
@@ -70,7 +74,7 @@ absl::Status RunMerge(const MergeFlags& options) {
                       {"median_us", result.median_us},
                       {"low_us", result.low_us},
                       {"high_us", result.high_us}});
-      rows.push_back({transport, absl::StrCat(options.ranks), absl::StrCat(size.rows),
+      rows.push_back({transport, absl::StrCat(options.ranks), call, absl::StrCat(size.rows),
                       absl::StrCat(size.query_heads), absl::StrCat(size.value_dim), absl::StrCat(bench.bytes),
                       absl::StrFormat("%.1f", result.median_us), absl::StrFormat("%.1f", result.low_us),
                       absl::StrFormat("%.1f", result.high_us)});
@@ -87,8 +91,8 @@ absl::Status RunMerge(const MergeFlags& options) {
 }  // namespace
 
 void AddMergeBench(CLI::App& bench, Command& chosen) {
-  AddCommand(bench, "merge", "The all-reduce of one step, for each transport", chosen, AddMergeOptions,
-             RunMerge);
+  AddCommand(bench, "merge", "The all-reduce of one step, and a wave's reduce-scatter, for each transport",
+             chosen, AddMergeOptions, RunMerge);
 }
 
 }  // namespace eduba

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -22,11 +23,23 @@ constexpr absl::Duration kRoundLimit = absl::Seconds(30);
 
 absl::Time Limit() { return absl::Now() + kRoundLimit; }
 
-absl::Status Check(Communicator& group, std::vector<int64_t>& data) {
+// The call that is timed. `parts`: none, or the counts of a reduce-scatter.
+absl::Status Reduce(Communicator& group, std::vector<int64_t>& data, absl::Span<const int64_t> parts) {
+  return parts.empty() ? group.SumI64(absl::MakeSpan(data), Limit())
+                       : group.ReduceScatterI64(absl::MakeSpan(data), parts, Limit());
+}
+
+absl::Status Check(Communicator& group, std::vector<int64_t>& data, absl::Span<const int64_t> parts) {
   const auto value = [](int64_t i, int rank) { return (i + 1) * (rank + 1); };
   for (size_t i = 0; i < data.size(); ++i) data[i] = value(static_cast<int64_t>(i), group.rank());
-  EDUBA_RETURN_IF_ERROR(group.SumI64(absl::MakeSpan(data), Limit()));
-  for (size_t i = 0; i < data.size(); ++i) {
+  EDUBA_RETURN_IF_ERROR(Reduce(group, data, parts));
+  size_t begin = 0;
+  size_t end = data.size();
+  if (!parts.empty()) {
+    begin = std::accumulate(parts.begin(), parts.begin() + group.rank(), int64_t{0});
+    end = begin + parts[group.rank()];
+  }
+  for (size_t i = begin; i < end; ++i) {
     int64_t want = 0;
     for (int r = 0; r < group.size(); ++r) want += value(static_cast<int64_t>(i), r);
     if (data[i] == want) continue;
@@ -37,11 +50,16 @@ absl::Status Check(Communicator& group, std::vector<int64_t>& data) {
 
 absl::Status RunRank(Communicator& group, const MergeBenchOptions& options, std::vector<double>& times_us) {
   std::vector<int64_t> data(options.bytes / sizeof(int64_t));
-  EDUBA_RETURN_IF_ERROR(Check(group, data));
+  std::vector<int64_t> parts;
+  for (int64_t r = 0; options.scatters && r < options.ranks; ++r) {
+    const auto words = static_cast<int64_t>(data.size());
+    parts.push_back((r + 1) * words / options.ranks - r * words / options.ranks);
+  }
+  EDUBA_RETURN_IF_ERROR(Check(group, data, parts));
   std::fill(data.begin(), data.end(), 0);
   for (double& time : times_us) {
     const auto start = std::chrono::steady_clock::now();
-    EDUBA_RETURN_IF_ERROR(group.SumI64(absl::MakeSpan(data), Limit()));
+    EDUBA_RETURN_IF_ERROR(Reduce(group, data, parts));
     time = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
   }
   return group.Barrier(Limit());

@@ -14,10 +14,11 @@ struct MergeBenchOptions {
   int ranks = 2;          // Each is a thread of this process.
   int64_t bytes = 33280;  // Payload per rank: one query row of 32 heads with value_dim 128 takes 33,280.
   int rounds = 1000;
+  bool scatters = false;  // Times ReduceScatterI64, parts as equal as they can be, and not SumI64.
 };
 
-// Wall time of one all-reduce as rank 0 sees it, in microseconds. The ranks start their rounds as they come,
-// so a round's time includes waiting for the slowest.
+// Wall time of one all-reduce or reduce-scatter as rank 0 sees it, in microseconds. The ranks start their
+// rounds as they come, so a round's time includes waiting for the slowest.
 struct MergeBenchResult {
   double median_us = 0;
   double low_us = 0;   // 10th percentile.

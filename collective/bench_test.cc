@@ -7,11 +7,14 @@ namespace {
 
 TEST(BenchMerge, TimesBothTransports) {
   for (const char* transport : {"local", "gloo"}) {
-    const auto result = BenchMerge({.transport = transport, .ranks = 3, .bytes = 1 << 20, .rounds = 5});
-    ASSERT_TRUE(result.ok()) << transport << ": " << result.status();
-    EXPECT_GT(result->low_us, 0);
-    EXPECT_LE(result->low_us, result->median_us);
-    EXPECT_LE(result->median_us, result->high_us);
+    for (const bool scatters : {false, true}) {
+      const auto result = BenchMerge(
+          {.transport = transport, .ranks = 3, .bytes = 1 << 20, .rounds = 5, .scatters = scatters});
+      ASSERT_TRUE(result.ok()) << transport << ": " << result.status();
+      EXPECT_GT(result->low_us, 0);
+      EXPECT_LE(result->low_us, result->median_us);
+      EXPECT_LE(result->median_us, result->high_us);
+    }
   }
 }
 

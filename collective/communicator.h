@@ -10,9 +10,9 @@
 
 namespace eduba {
 
-// SumI64 of words in a GPU's memory, without the host in between: for transports that reduce there. A sum
-// takes three calls, and there is no other call (but Abort) from Start to Finish. Ranks that call SumI64 with
-// as many words take part alike. Errors are a communicator's, as its own calls'.
+// Sums of words in a GPU's memory, without the host in between: for transports that reduce there. A sum
+// takes three calls, and there is no other call (but Abort) from Start to Finish. Ranks that make the
+// communicator's own call with as many words take part alike. Errors are a communicator's, as its own calls'.
 class DeviceSums {
  public:
   virtual ~DeviceSums() = default;
@@ -22,9 +22,10 @@ class DeviceSums {
   // Memory for `count` words, for work on a stream to fill; the communicator's own, because an all-reduce
   // that is aborted late may still write there. Valid until the next call of Words.
   virtual absl::StatusOr<int64_t*> Words(int64_t count) = 0;
-  // Queues their sum on `stream` (cudaStream_t), behind what fills them. More may be queued there that reads
-  // the sums; what it makes of them counts only when Finish has returned OK.
-  virtual absl::Status Start(void* stream, absl::Time deadline) = 0;
+  // Queues their sum on `stream` (cudaStream_t), behind what fills them: SumI64, or, with `counts`,
+  // ReduceScatterI64. More may be queued there that reads the sums; what it makes of them counts only when
+  // Finish has returned OK.
+  virtual absl::Status Start(void* stream, absl::Span<const int64_t> counts, absl::Time deadline) = 0;
   // Returns when all that is queued on the stream is done.
   virtual absl::Status Finish(absl::Time deadline) = 0;
 };
@@ -57,7 +58,12 @@ class Communicator {
 
   // data[i] becomes the sum of data[i] over all ranks, modulo 2^64. An empty span takes part like any other.
   virtual absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) = 0;
-  // SumI64 in a GPU's memory; null where this transport has none.
+  // SumI64 of which each rank gets a part: `data` has one of `counts[r]` words for each rank r, in their
+  // order, and this rank's becomes the sum; the other parts are undefined then. Half of what SumI64 moves.
+  // REQUIRES: size() counts, none of them negative, that add up to data.size().
+  virtual absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                        absl::Time deadline) = 0;
+  // The same two in a GPU's memory; null where this transport has none.
   virtual DeviceSums* device_sums() { return nullptr; }
   // data[i] becomes the largest data[i] of all ranks. REQUIRES: no NaN.
   virtual absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) = 0;

@@ -9,7 +9,13 @@
 namespace eduba {
 
 // The calls of a Communicator, as the transports compare them between ranks.
-enum class Operation : uint8_t { kBarrier = 1, kSumI64 = 2, kMaxF32 = 3, kSendReceive = 4 };
+enum class Operation : uint8_t {
+  kBarrier = 1,
+  kSumI64 = 2,
+  kMaxF32 = 3,
+  kSendReceive = 4,
+  kReduceScatterI64 = 5
+};
 
 // "sum of 130 words", for errors.
 inline std::string DescribeCall(Operation operation, int64_t count) {
@@ -22,6 +28,8 @@ inline std::string DescribeCall(Operation operation, int64_t count) {
       return absl::StrCat("maximum of ", count, " floats");
     case Operation::kSendReceive:
       return "send and receive";
+    case Operation::kReduceScatterI64:
+      return absl::StrCat("reduce-scatter of ", count, " words");
   }
   return absl::StrCat("unknown operation ", static_cast<int>(operation));
 }

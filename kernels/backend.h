@@ -100,9 +100,10 @@ class QueuedStep {
 // One step in progress. Calls in this order (the caller owns the collectives between them):
 //   Attend; [SinkSums, all-reduce SUM of `words`]; SelectForMaximum; [Maxima, MAX of `maxima`; MaximumSums,
 //   SUM of `words`, if any selected]; Finish.
-// SinkSums is skipped on every rank when the step has no sink of any kind. The spans that a call fills are
-// the caller's host memory: they are reduced in place, so that many steps can share a message, and hold the
-// reduced numbers until the step is gone.
+// SinkSums is skipped on every rank when the step has no sink of any kind. Where only one rank gets the sums
+// and the answer, the others call TakeSelection for SelectForMaximum, and end before Finish. The spans that a
+// call fills are the caller's host memory: they are reduced in place, so that many steps can share a message,
+// and hold the reduced numbers until the step is gone.
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;
@@ -123,6 +124,10 @@ class AttentionStep {
   // alone, which need the maximum path: out of range, or too coarse for the row's output. Returns them as row
   // * query_heads + head, ascending; a row that sees no key is never among them.
   virtual absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() = 0;
+
+  // For a rank that has sinks and not the reduced sums: what SelectForMaximum has returned on the one that
+  // has.
+  virtual absl::Status TakeSelection(absl::Span<const int64_t> row_heads) = 0;
 
   // [selected, 1 + value_dim] f32, in the order of SelectForMaximum: this worker's largest visible key logit
   // (-inf where it has no visible key, +inf after a fault), then for each channel how large a page's o[c] may

@@ -301,6 +301,13 @@ void MergingStep::Select(absl::Span<const char> takes_maximum) {
   }
 }
 
+absl::Status MergingStep::TakeSelection(absl::Span<const int64_t> row_heads) {
+  selected_.assign(row_heads.begin(), row_heads.end());
+  paths_.maximum = static_cast<int64_t>(row_heads.size());
+  paths_.sink = this->row_heads() - paths_.maximum;
+  return absl::OkStatus();
+}
+
 absl::Status MergingStep::Maxima(absl::Span<float> maxima) {
   const int64_t value_dim = args_.shape.value_dim;
   EDUBA_CHECK_EQ(maxima.size(), selected_.size() * (1 + value_dim));

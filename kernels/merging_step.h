@@ -66,6 +66,7 @@ class MergingStep : public AttentionStep {
 
   absl::Status SinkSums(absl::Span<int64_t> words) override;
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override;
+  absl::Status TakeSelection(absl::Span<const int64_t> row_heads) final;
   absl::Status Maxima(absl::Span<float> maxima) final;
   absl::Status MaximumSums(absl::Span<int64_t> words) final;
   absl::Status Finish(float* outputs, float* lse, float* sink_mass) override;

@@ -37,11 +37,14 @@ absl::Status PagedAttention::Attend(const LayerRows& rows, float* outputs) {
 absl::Status PagedAttention::AttendWritten(const LayerRows& rows, float* outputs) {
   std::vector<Part> shared;
   int64_t step_row = 0;
+  int64_t output_row = 0;
   for (size_t c = 0; c < contexts_.size(); ++c) {
     const ContextRows& context = contexts_[c];
     for (int64_t row = 0; row < context.rows;) {
       const int64_t end = std::min(context.rows, PositionsFor(context.first + row) - context.first);
       Part part = MakePart(rows, c, row, end - row, step_row);
+      part.output_row = output_row;
+      if (IsAnsweredHere(context.owner)) output_row += end - row;
       if (IsShared(context.views[rows.layer])) {
         shared.push_back(std::move(part));
       } else {
@@ -55,6 +58,15 @@ absl::Status PagedAttention::AttendWritten(const LayerRows& rows, float* outputs
   return shared.empty() ? absl::OkStatus() : AttendParts(rows, communicator_, shared, outputs);
 }
 
+int64_t PagedAttention::RowBytes(const AttentionShape& shape, int64_t sink_tokens) {
+  // Words of both paths, units and maxima of the maximum path; queries rounded to pairs; of each path a
+  // target; references, maxima, selections; logits of sinks.
+  const int64_t head = int64_t{2} * 8 * (shape.value_dim + 2) + int64_t{12} * shape.value_dim +
+                       int64_t{4} * (shape.head_dim + 1) + 2 * 24 + 48 + 8 * sink_tokens;
+  // Visible keys, twice, and sinks.
+  return shape.query_heads * head + 48;
+}
+
 PagedAttention::Part PagedAttention::MakePart(const LayerRows& rows, size_t context, int64_t row,
                                               int64_t count, int64_t step_row) const {
   const ContextRows& own = contexts_[context];
@@ -65,6 +77,7 @@ PagedAttention::Part PagedAttention::MakePart(const LayerRows& rows, size_t cont
   Part part;
   part.context = context;
   part.step_row = step_row + row;
+  part.owner = own.owner;
   part.visible.resize(count);
   part.visible_sinks.resize(count);
   PositionRange seen{INT64_MAX, 0};
@@ -98,16 +111,21 @@ PagedAttention::Part PagedAttention::MakePart(const LayerRows& rows, size_t cont
 absl::Status PagedAttention::AttendParts(const LayerRows& rows, Communicator* communicator,
                                          absl::Span<const Part> parts, float* outputs) {
   std::vector<StepArgs> steps;
+  std::vector<int> owners;
   steps.reserve(parts.size());
-  for (const Part& part : parts) steps.push_back(part.args);
+  for (const Part& part : parts) {
+    steps.push_back(part.args);
+    if (part.owner >= 0) owners.push_back(part.owner);
+  }
   EDUBA_ASSIGN_OR_RETURN(const std::vector<AttentionAnswer> answers,
-                         AttendPages(*backend_, communicator, steps, deadline_));
+                         AttendPages(*backend_, communicator, steps, owners, deadline_));
   for (size_t i = 0; i < parts.size(); ++i) {
+    bytes_read_ += answers[i].bytes_read;
+    if (!IsAnsweredHere(parts[i].owner)) continue;
     const AttentionShape& shape = parts[i].args.shape;
     std::copy(answers[i].outputs.begin(), answers[i].outputs.end(),
-              outputs + parts[i].step_row * shape.query_heads * shape.value_dim);
+              outputs + parts[i].output_row * shape.query_heads * shape.value_dim);
     AddSinkMass(rows, parts[i].context, answers[i].sink_mass);
-    bytes_read_ += answers[i].bytes_read;
   }
   return absl::OkStatus();
 }

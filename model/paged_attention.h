@@ -32,14 +32,17 @@ struct ContextRows {
   int64_t first = 0;         // Position of the first row; the others follow. The context is `first` long.
   int64_t rows = 0;
   absl::Span<const LayerView> views;  // One a layer.
+  // The rank that gets the answers, alone; -1: all do. All contexts of a step alike, ranks in their order.
+  int owner = -1;
 };
 
 // Attention of contexts for one step, on one worker or on the ranks of a group that all take the same step.
 // Windows are on every rank; where a row sees all keys, each rank adds up those of the pages that it owns,
 // and the sums of all contexts meet in one all-reduce a layer, three where any row needs the maximum path
-// (docs/numerics.md). A row's bits depend on its position and on what it sees, not on which
-// rows came with it, nor on the number of ranks: channel exponents come from the weights
-// (Transformer::value_exponents), and the maximum path's unit from the row's own position.
+// (docs/numerics.md), or in reduce-scatters where each context is one rank's. A row's bits depend on its
+// position and on what it sees, not on which rows came with it, nor on the number of ranks: channel exponents
+// come from the weights (Transformer::value_exponents), and the maximum path's unit from the row's own
+// position.
 class PagedAttention final : public LayerAttention {
  public:
   // All outlive the object. The contexts' rows lie one after another in the step's. `communicator` is null
@@ -53,8 +56,12 @@ class PagedAttention final : public LayerAttention {
         deadline_(deadline) {}
 
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
-  // Of rows whose keys and values are in the pages already, and `rows.keys` and `rows.values` null.
+  // Of rows whose keys and values are in the pages already, and `rows.keys` and `rows.values` null. Where the
+  // contexts have owners, `outputs` takes the rows of those that are this rank's, one behind the other, and
+  // an INVALID_ARGUMENT is theirs. REQUIRES of owners: rows that see all keys.
   absl::Status AttendWritten(const LayerRows& rows, float* outputs);
+  // Host memory that AttendWritten takes, at most, for one more row that another rank owns.
+  static int64_t RowBytes(const AttentionShape& shape, int64_t sink_tokens);
 
   // [contexts, layers, query_heads]: the token sinks' share of the weights, summed over the context's rows,
   // in units of kSinkMassUnit: integers, so that a sum over many steps does not depend on how they were cut.
@@ -70,6 +77,8 @@ class PagedAttention final : public LayerAttention {
 
     size_t context = 0;
     int64_t step_row = 0;  // Of all contexts' rows.
+    int64_t output_row = 0;
+    int owner = -1;  // ContextRows::owner
     StepArgs args;
     // What `args` points to.
     std::vector<PositionRange> visible;
@@ -77,6 +86,7 @@ class PagedAttention final : public LayerAttention {
     std::vector<PageRef> owned;
   };
 
+  bool IsAnsweredHere(int owner) const { return owner < 0 || owner == communicator_->rank(); }
   // A window's pages are all here; of all pages, each rank adds up its own.
   bool IsShared(const LayerView& view) const {
     return communicator_ != nullptr && view.policy == Policy::kGlobal;

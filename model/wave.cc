@@ -16,6 +16,9 @@
 namespace eduba {
 namespace {
 
+// Of a rank, that attend together where all ranks' rows do: pages are read once for them.
+constexpr int64_t kFewestRows = 32;
+
 int64_t LongestSlice(const WavePlan& plan) {
   int64_t longest = 0;
   for (const PositionRange& slice : plan.slices) longest = std::max(longest, slice.size());
@@ -70,6 +73,7 @@ int64_t Wave::buffer_bytes() const {
   int64_t bytes = own_.size() * row_bytes + 4 * tokens;
   // Chunks of everybody's queries, and answers to one of them.
   bytes += (ranks() + 1) * std::min(options_.chunk_rows, LongestSlice(plan_)) * 4 * query_row_;
+  bytes += RoundBytes();
   int64_t exchange_rows = 0;
   for (int layer = 0; layer < static_cast<int>(rows_.views.size()); ++layer) {
     exchange_rows = std::max(exchange_rows, ExchangeRows(layer));
@@ -117,6 +121,25 @@ absl::Status Wave::Note(const absl::Status& status) {
   if (!absl::IsInvalidArgument(status)) return status;
   if (status_.ok()) status_ = status;
   return absl::OkStatus();
+}
+
+// A round's queries, and what its steps have in progress that those of one chunk have not.
+int64_t Wave::RoundBytes() const {
+  int64_t sink_tokens = -1;
+  for (const LayerView& view : rows_.views) {
+    if (view.policy == Policy::kGlobal) sink_tokens = std::max(sink_tokens, view.sink_tokens);
+  }
+  if (sink_tokens < 0) return 0;
+  const AttentionShape& shape = pages_.shape();
+  const int64_t rows = ranks() * RoundRows();
+  return rows * 4 * query_row_ +
+         std::max<int64_t>(0, rows - options_.chunk_rows) * PagedAttention::RowBytes(shape, sink_tokens) +
+         (ranks() - 1) * sink_tokens * 4 * shape.kv_heads * (shape.head_dim + shape.value_dim);
+}
+
+int64_t Wave::RoundRows() const {
+  const int64_t share = (options_.chunk_rows / 2 + ranks() - 1) / ranks();
+  return std::min({options_.chunk_rows, LongestSlice(plan_), std::max(share, kFewestRows)});
 }
 
 PositionRange Wave::ChunkOf(int rank) const {
@@ -301,38 +324,57 @@ absl::Status Wave::AttendWindow(absl::Time deadline) {
 
 absl::Status Wave::AttendAll(absl::Time deadline) {
   EDUBA_CHECK(sink_queries_.empty());  // Every key would need a query of its own.
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<std::vector<float>> queries, GatherQueries(deadline));
-  for (int asker = 0; asker < ranks(); ++asker) {
-    const PositionRange chunk = ChunkOf(asker);
-    if (chunk.empty()) continue;
-    const float* const asked = queries[asker].data();
-    const LayerRows call{layer_, chunk.size(), asked, asked, nullptr, nullptr};
-    const ContextRows context{&pages_, chunk.begin, chunk.size(), rows_.views};
-    PagedAttention attention(options_.backend, options_.model, absl::MakeConstSpan(&context, 1),
-                             options_.communicator, deadline);
-    attended_.resize(chunk.size() * query_row_);
-    EDUBA_RETURN_IF_ERROR(
-        Note(Annotate(attention.AttendWritten(call, attended_.data()), absl::StrCat("layer ", layer_))));
-    if (asker == rank() && status_.ok()) {
-      options_.model->AfterAttention(layer_, chunk.size(), attended_.data(), Hidden(chunk.begin));
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<float> queries, GatherQueries(deadline));
+  const PositionRange own = ChunkOf(rank());
+  attended_.resize(own.size() * query_row_);
+  const int64_t round_rows = RoundRows();
+  std::vector<float> asked;  // In a round.
+  asked.reserve(ranks() * round_rows * query_row_);
+  for (int64_t at = 0; at < options_.chunk_rows; at += round_rows) {
+    asked.clear();
+    std::vector<ContextRows> contexts;
+    const float* of_rank = queries.data();
+    for (int asker = 0; asker < ranks(); ++asker) {
+      const PositionRange chunk = ChunkOf(asker);
+      const PositionRange some =
+          PositionRange{chunk.begin + at, chunk.begin + at + round_rows}.Intersect(chunk);
+      if (!some.empty()) {
+        contexts.push_back({&pages_, some.begin, some.size(), rows_.views, asker});
+        asked.insert(asked.end(), of_rank + at * query_row_, of_rank + (at + some.size()) * query_row_);
+      }
+      of_rank += chunk.size() * query_row_;
     }
+    if (contexts.empty()) break;
+    const auto rows = static_cast<int64_t>(asked.size()) / query_row_;
+    const LayerRows call{layer_, rows, asked.data(), asked.data(), nullptr, nullptr};
+    PagedAttention attention(options_.backend, options_.model, contexts, options_.communicator, deadline);
+    float* const outputs = attended_.data() + std::min(at, own.size()) * query_row_;
+    EDUBA_RETURN_IF_ERROR(
+        Note(Annotate(attention.AttendWritten(call, outputs), absl::StrCat("layer ", layer_))));
+  }
+  if (!own.empty() && status_.ok()) {
+    options_.model->AfterAttention(layer_, own.size(), attended_.data(), Hidden(own.begin));
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<std::vector<float>>> Wave::GatherQueries(absl::Time deadline) const {
-  std::vector<std::vector<float>> queries(ranks());
-  for (int r = 0; r < ranks(); ++r) queries[r].resize(ChunkOf(r).size() * query_row_);
-  std::vector<float>& mine = queries[rank()];
+absl::StatusOr<std::vector<float>> Wave::GatherQueries(absl::Time deadline) const {
+  std::vector<int64_t> begins(ranks() + 1);
+  for (int r = 0; r < ranks(); ++r) begins[r + 1] = begins[r] + ChunkOf(r).size() * query_row_;
+  std::vector<float> queries(begins.back());
+  const auto of = [&](int r) {
+    return absl::MakeSpan(queries).subspan(begins[r], begins[r + 1] - begins[r]);
+  };
+  const absl::Span<float> mine = of(rank());
   if (!mine.empty()) {
     std::copy_n(&queries_[(ChunkOf(rank()).begin - own_.begin) * query_row_], mine.size(), mine.data());
   }
   for (int shift = 1; shift < ranks(); ++shift) {
     const int to = (rank() + shift) % ranks();
     const int from = (rank() + ranks() - shift) % ranks();
-    EDUBA_RETURN_IF_ERROR(options_.communicator->SendReceive(
-        AsBytes(absl::MakeConstSpan(mine)), mine.empty() ? -1 : to, AsBytes(absl::MakeSpan(queries[from])),
-        queries[from].empty() ? -1 : from, deadline));
+    EDUBA_RETURN_IF_ERROR(options_.communicator->SendReceive(AsBytes(absl::Span<const float>(mine)),
+                                                             mine.empty() ? -1 : to, AsBytes(of(from)),
+                                                             of(from).empty() ? -1 : from, deadline));
   }
   return queries;
 }

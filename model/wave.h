@@ -91,6 +91,11 @@ class Wave {
   int ranks() const { return options_.communicator->size(); }
   // The rank's rows of the chunk under way; may be empty.
   PositionRange ChunkOf(int rank) const;
+  // Rows of each rank that attend to all keys at a time: half as many as a chunk all together, whose words
+  // and partials stay in caches and in the memory of a chunk that every rank computes, but not so few that
+  // reading pages takes longest.
+  int64_t RoundRows() const;
+  int64_t RoundBytes() const;
   // Where the row of this rank's is.
   float* Hidden(int64_t position) { return &hidden_[(position - own_.begin) * width_]; }
   const LayerView& view() const { return rows_.views[layer_]; }
@@ -106,8 +111,8 @@ class Wave {
   absl::Status TakeIn(int from, absl::Span<const char> message);
   absl::Status AttendWindow(absl::Time deadline);
   absl::Status AttendAll(absl::Time deadline);
-  // [ranks]: the queries of everybody's rows of the chunk.
-  absl::StatusOr<std::vector<std::vector<float>>> GatherQueries(absl::Time deadline) const;
+  // Of everybody's rows of the chunk, in the order of ranks.
+  absl::StatusOr<std::vector<float>> GatherQueries(absl::Time deadline) const;
   absl::Status Outputs();
   absl::Status Combine(absl::Time deadline);
 

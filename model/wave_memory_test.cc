@@ -54,6 +54,7 @@ struct Case {
   ContextOptions options;
   bool log_probs;
   bool pools;
+  int ranks = 3;
 };
 
 TEST(WaveMemory, IsWhatItReserves) {
@@ -61,14 +62,18 @@ TEST(WaveMemory, IsWhatItReserves) {
   rolling.policy = ContextPolicy::kStreaming;
   rolling.positions = PositionMode::kRolling;
   rolling.window = 3000;
+  ContextOptions sinkless;
+  sinkless.sink_tokens = 0;
   const Case cases[] = {{0, {}, false, false},
                         {2000, {}, false, false},
                         {0, rolling, false, false},
                         {0, {}, true, false},
-                        {700, {}, false, true}};
+                        {700, {}, false, true},
+                        // More rows in a round than in a chunk, and all of them on the maximum path.
+                        {0, sinkless, false, false, 5}};
   for (const Case& c : cases) {
     SCOPED_TRACE(absl::StrCat("window ", c.window, " ", testing::ToString(c.options), " log_probs ",
-                              c.log_probs, " pools ", c.pools));
+                              c.log_probs, " pools ", c.pools, " ranks ", c.ranks));
     ModelConfig config = RandomModel::RandomConfig(5);
     config.hidden_size = 64;
     config.query_heads = 4;
@@ -76,10 +81,10 @@ TEST(WaveMemory, IsWhatItReserves) {
     config.head_dim = 32;
     config.layers.resize(2, config.layers[0]);
     for (LayerConfig& layer : config.layers) layer.window = c.window;
-    RunGroup(3, [&](int rank, Communicator* communicator) {
+    RunGroup(c.ranks, [&](int rank, Communicator* communicator) {
       Fixture f(RandomModel(config, DType::kF32, 5), DType::kF32, 1, int64_t{256} << 20, communicator,
                 /*stripe_pages=*/12);
-      const std::vector<int32_t> ids = f.Text(3 * 12 * kPageRows);
+      const std::vector<int32_t> ids = f.Text(c.ranks * 12 * kPageRows);
       Context context = f.Open(c.options);
       // The first chunk makes the workspace of a step, which is not the wave's.
       f.Hidden(context, absl::MakeConstSpan(ids).first(100), 100);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -29,7 +30,8 @@ using testing::ToString;
 
 absl::Time Far() { return absl::Now() + absl::Seconds(60); }
 
-// Counts messages, and spoils a bit of the one that it is told to, in the exponent of its last number.
+// Counts calls, spoils a bit of the message that it is told to, in the exponent of its last number, and fails
+// in the reduce-scatter that it is told to.
 class Courier final : public testing::ForwardingCommunicator {
  public:
   using ForwardingCommunicator::ForwardingCommunicator;
@@ -41,11 +43,28 @@ class Courier final : public testing::ForwardingCommunicator {
     return status;
   }
 
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    maximum_scatters_ += std::exchange(is_behind_maximum_, false) ? 1 : 0;
+    if (scatters_++ == fail) return absl::DataLossError("a broken device");
+    return ForwardingCommunicator::ReduceScatterI64(data, counts, deadline);
+  }
+  absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
+    is_behind_maximum_ = true;
+    return ForwardingCommunicator::MaxF32(data, deadline);
+  }
+
   int64_t received() const { return received_; }
+  int64_t scatters() const { return scatters_; }
+  int64_t maximum_scatters() const { return maximum_scatters_; }  // Of these, the maximum path's.
   int64_t spoil = -1;
+  int64_t fail = -1;
 
  private:
   int64_t received_ = 0;
+  int64_t scatters_ = 0;
+  int64_t maximum_scatters_ = 0;
+  bool is_behind_maximum_ = false;
 };
 
 // A random model whose windows are of all sizes beside a page's, and none in some layers.
@@ -156,6 +175,68 @@ TEST(Wave, WhatARankIsSentIsWhatItSees) {
       courier.spoil = rank == 1 ? spoil : -1;  // What it is sent first: the halo of layer 0.
       EXPECT_EQ(SameBits(last(&courier), wanted), spoil < 0) << "rank " << rank;
     });
+  }
+}
+
+// All layers see all keys, each of which counts about as much as a sink: beyond 1024 of them a row takes the
+// maximum path, and without a sink it always does.
+RandomModel ModelOfEqualKeys() {
+  ModelConfig config = RandomModel::RandomConfig(7);
+  config.attention_scale = 1e-3F;
+  config.attention_softcap = 0;
+  config.layers.resize(2, config.layers[0]);
+  for (LayerConfig& layer : config.layers) layer.window = 0;
+  return RandomModel(config, DType::kF32, 7);
+}
+
+// Rounds of a wave with rows of the one path, of the other, and of both.
+TEST(Wave, RowsOfBothPathsGiveTheBitsOfOneWorker) {
+  for (const int64_t sinks : {0, 4}) {
+    ContextOptions options;
+    options.sink_tokens = sinks;
+    Fixture alone(ModelOfEqualKeys(), DType::kF32, 1, int64_t{256} << 20);
+    const std::vector<int32_t> ids = alone.Text(2300);
+    Context judge = alone.Open(options);
+    alone.Hidden(judge, ids, 100);
+    for (const int ranks : {2, 3, 4}) {
+      SCOPED_TRACE(absl::StrCat(sinks, " sinks, ", ranks, " ranks"));
+      RunGroup(ranks, [&](int rank, Communicator* communicator) {
+        Courier courier(communicator);
+        Fixture f(ModelOfEqualKeys(), DType::kF32, 1, int64_t{256} << 20, &courier);
+        Context context = f.Open(options);
+        ASSERT_TRUE(f.engine->Append(context, ids).ok());
+        EXPECT_TRUE(SameBits(context.last(), judge.last())) << "rank " << rank;
+        const int64_t sink_scatters = courier.scatters() - courier.maximum_scatters();
+        EXPECT_GT(courier.maximum_scatters(), 0);
+        if (sinks > 0) {
+          EXPECT_GT(sink_scatters, courier.maximum_scatters());
+        } else {
+          EXPECT_EQ(sink_scatters, 0);
+        }
+      });
+      if (HasFailure()) return;
+    }
+  }
+}
+
+// Whichever round it is in: in a sink path's sum, or in a maximum path's.
+TEST(Wave, ARankThatFailsInARoundIsAnErrorOnAll) {
+  for (const int64_t fail : {0, 1, 40, 61}) {
+    SCOPED_TRACE(absl::StrCat("reduce-scatter ", fail));
+    RunGroup(3, [&](int rank, Communicator* communicator) {
+      Courier courier(communicator);
+      if (rank == 1) courier.fail = fail;
+      Fixture f(ModelOfEqualKeys(), DType::kF32, 1, int64_t{256} << 20, &courier);
+      Context context = f.Open();
+      const absl::Status status = f.engine->Append(context, f.Text(2300)).status();
+      if (rank == 1) {
+        EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
+      } else {
+        EXPECT_TRUE(absl::IsUnavailable(status) || absl::IsAborted(status)) << status;
+      }
+      EXPECT_EQ(courier.scatters(), fail + 1);
+    });
+    if (HasFailure()) return;
   }
 }
 

@@ -40,6 +40,7 @@ class EndlessStep final : public AttentionStep {
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override {
     return absl::UnimplementedError("");
   }
+  absl::Status TakeSelection(absl::Span<const int64_t>) override { return absl::UnimplementedError(""); }
   absl::Status Maxima(absl::Span<float>) override { return absl::UnimplementedError(""); }
   absl::Status MaximumSums(absl::Span<int64_t>) override { return absl::UnimplementedError(""); }
   absl::Status Finish(float*, float*, float*) override { return absl::UnimplementedError(""); }

@@ -12,6 +12,7 @@
 #include "base/status_macros.h"
 #include "collective/gloo/mesh.h"
 #include "collective/operation.h"
+#include "collective/parts.h"
 #include "collective/reduce.h"
 #include "collective/transfer.h"
 
@@ -42,6 +43,11 @@ class GlooCommunicator final : public Communicator {
 
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
     return Once([&] { return AllReduce(Operation::kSumI64, data, AddInto, deadline); });
+  }
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    const std::vector<int64_t> begins = PartBegins(counts, size(), data.size());
+    return Once([&] { return ReduceScatter(data, counts, begins, deadline); });
   }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
     return Once([&] { return AllReduce(Operation::kMaxF32, data, MaxInto, deadline); });
@@ -113,6 +119,40 @@ class GlooCommunicator final : public Communicator {
           if (!theirs.empty()) std::memcpy(theirs.data(), payload, theirs.size() * sizeof(T));
         },
         deadline);
+  }
+
+  // A frame of everybody's part at a time, as long as any rank has one left. Which parts a rank thinks there
+  // are goes with its frames as one number, so all see a difference behind the first exchange.
+  absl::Status ReduceScatter(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                             absl::Span<const int64_t> begins, absl::Time deadline) {
+    const auto number = static_cast<int64_t>(PartsNumber(counts));
+    const int64_t frame = mesh_->capacity() / static_cast<int64_t>(sizeof(int64_t));
+    const int64_t longest = *std::max_element(counts.begin(), counts.end());
+    for (int64_t at = 0; at == 0 || at < longest; at += frame) {
+      const auto part = [&](int owner) {
+        const int64_t from = std::min(at, counts[owner]);
+        return data.subspan(begins[owner] + from, std::min(frame, counts[owner] - from));
+      };
+      const absl::Span<int64_t> mine = part(rank());
+      int different = -1;
+      EDUBA_RETURN_IF_ERROR(mesh_->Exchange(
+          {Operation::kReduceScatterI64, static_cast<int64_t>(data.size())}, {number, 0, 0, 0},
+          [&](int peer) { return Bytes(part(peer)); },
+          [&](int peer, const std::byte* payload, const GlooMesh::Notes& notes) {
+            if (notes[0] == number) return AddInto(mine, Elements<int64_t>(payload, mine.size()));
+            different = peer;
+          },
+          deadline));
+      if (different >= 0) {
+        absl::Status status = absl::InternalError(
+            absl::StrCat("the ranks made different calls: the parts of ",
+                         DescribeCall(Operation::kReduceScatterI64, static_cast<int64_t>(data.size())),
+                         " are not of the same sizes on ranks ", rank(), " and ", different));
+        mesh_->Fail(status);
+        return status;
+      }
+    }
+    return absl::OkStatus();
   }
 
   // A frame of the message at a time, as long as any rank has one left; the others' frames are empty. What

@@ -1,9 +1,11 @@
 #include "collective/local/local_communicator.h"
 
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "collective/local/local_group.h"
+#include "collective/parts.h"
 #include "collective/transfer.h"
 
 namespace eduba {
@@ -21,10 +23,17 @@ class LocalCommunicator final : public Communicator {
   const char* transport() const override { return "local"; }
 
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
-    return Run({Operation::kSumI64, data.data(), static_cast<int64_t>(data.size()), {}, nullptr}, deadline);
+    return Run(CallOn(Operation::kSumI64, data), deadline);
+  }
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    const std::vector<int64_t> begins = PartBegins(counts, size(), data.size());
+    LocalCall call = CallOn(Operation::kReduceScatterI64, data);
+    call.part_begins = begins;
+    return Run(call, deadline);
   }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
-    return Run({Operation::kMaxF32, data.data(), static_cast<int64_t>(data.size()), {}, nullptr}, deadline);
+    return Run(CallOn(Operation::kMaxF32, data), deadline);
   }
   absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
                            absl::Time deadline) override {
@@ -43,6 +52,15 @@ class LocalCommunicator final : public Communicator {
   }
 
  private:
+  template <typename T>
+  static LocalCall CallOn(Operation operation, absl::Span<T> data) {
+    LocalCall call;
+    call.operation = operation;
+    call.data = data.data();
+    call.count = static_cast<int64_t>(data.size());
+    return call;
+  }
+
   absl::Status Run(const LocalCall& call, absl::Time deadline) {
     if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
     first_error_ = group_->Run(rank_, call, deadline);

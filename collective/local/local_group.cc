@@ -109,6 +109,7 @@ void LocalGroup::ReduceSlice(int64_t slice) const {
   if (first.operation == Operation::kSendReceive) return DeliverTo(slice);
   const int64_t begin = slice * kSliceElements;
   const int64_t count = std::min(kSliceElements, first.count - begin);
+  if (first.operation == Operation::kReduceScatterI64) return ScatterSlice(begin, begin + count);
   const auto reduce = [&]<typename T>(T /*element*/, auto combine) {
     T* const result = static_cast<T*>(first.data) + begin;
     for (int r = 1; r < size_; ++r) {
@@ -121,6 +122,21 @@ void LocalGroup::ReduceSlice(int64_t slice) const {
   if (first.operation == Operation::kMaxF32) reduce(float{}, MaxInto);
 }
 
+void LocalGroup::ScatterSlice(int64_t begin, int64_t end) const {
+  const absl::Span<const int64_t> begins = ranks_[0].call.part_begins;
+  for (int owner = 0; owner < size_; ++owner) {
+    const int64_t from = std::max(begin, begins[owner]);
+    const int64_t count = std::min(end, begins[owner + 1]) - from;
+    if (count <= 0) continue;
+    const auto words = [&](int rank) {
+      return absl::MakeSpan(static_cast<int64_t*>(ranks_[rank].call.data) + from, count);
+    };
+    for (int r = 0; r < size_; ++r) {
+      if (r != owner) AddInto(words(owner), words(r));
+    }
+  }
+}
+
 void LocalGroup::DeliverTo(int64_t rank) const {
   const LocalCall& call = ranks_[rank].call;
   if (call.transfer.receive_bytes == 0) return;
@@ -131,10 +147,14 @@ absl::Status LocalGroup::Differences() const {
   const LocalCall& first = ranks_[0].call;
   for (int r = 1; r < size_; ++r) {
     const LocalCall& other = ranks_[r].call;
-    if (other.operation == first.operation && other.count == first.count) continue;
-    return absl::InternalError(
-        absl::StrCat("the ranks made different calls: rank 0 ", DescribeCall(first.operation, first.count),
-                     ", rank ", r, " ", DescribeCall(other.operation, other.count), " (call ", round_, ")"));
+    if (other.operation == first.operation && other.count == first.count &&
+        other.part_begins == first.part_begins) {
+      continue;
+    }
+    return absl::InternalError(absl::StrCat(
+        "the ranks made different calls: rank 0 ", DescribeCall(first.operation, first.count), ", rank ", r,
+        " ", DescribeCall(other.operation, other.count),
+        other.part_begins == first.part_begins ? "" : " in other parts", " (call ", round_, ")"));
   }
   if (first.operation != Operation::kSendReceive) return absl::OkStatus();
   std::vector<Transfer> transfers;

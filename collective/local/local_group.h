@@ -9,19 +9,21 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "collective/operation.h"
 #include "collective/transfer.h"
 
 namespace eduba {
 
-// One call as one rank makes it. `data` is `count` int64 (kSumI64) or float (kMaxF32), nothing (kBarrier), or
-// where the bytes of `transfer` go (kSendReceive).
+// One call as one rank makes it. `data` is `count` int64 (kSumI64, kReduceScatterI64) or float (kMaxF32),
+// nothing (kBarrier), or where the bytes of `transfer` go (kSendReceive).
 struct LocalCall {
   Operation operation = Operation::kBarrier;
   void* data = nullptr;
   int64_t count = 0;
   Transfer transfer;  // kSendReceive, as the next.
   const void* send = nullptr;
+  absl::Span<const int64_t> part_begins;  // kReduceScatterI64: [ranks + 1]
 };
 
 // What the ranks of one local group share. A call is a round: every rank enters with a view of its data; the
@@ -59,6 +61,8 @@ class LocalGroup {
   void OpenWork();
   void TakeSlices(std::unique_lock<std::mutex>& lock);
   void ReduceSlice(int64_t slice) const;
+  // kReduceScatterI64: of the words [begin, end), each rank's to that rank.
+  void ScatterSlice(int64_t begin, int64_t end) const;
   // kSendReceive: its slices are the ranks.
   void DeliverTo(int64_t rank) const;
   absl::Status Differences() const;

@@ -23,10 +23,12 @@ namespace {
 
 using Bytes = std::vector<char>;
 
-// One all-reduce of a group.
+// One all-reduce of a group, or one reduce.
 struct Round {
   int arrived = 0;
   Bytes sum;
+
+  void Add(const char* own, size_t bytes, int type, int operation);
 };
 
 // Sender, receiver, and the how many'th between the two.
@@ -127,6 +129,15 @@ void Combine(Bytes& sum, const Bytes& own, int type, int operation) {
   }
 }
 
+void Round::Add(const char* own, size_t bytes, int type, int operation) {
+  const Bytes copy(own, own + bytes);
+  if (arrived++ == 0) {
+    sum = copy;
+  } else {
+    Combine(sum, copy, type, operation);
+  }
+}
+
 }  // namespace
 }  // namespace eduba
 
@@ -194,12 +205,7 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
     const std::scoped_lock lock(member->group->mutex);
     Round& round = member->group->rounds[number];
     if (!arrived) {
-      const Bytes own(static_cast<const char*>(receive), static_cast<const char*>(receive) + bytes);
-      if (round.arrived++ == 0) {
-        round.sum = own;
-      } else {
-        Combine(round.sum, own, type, operation);
-      }
+      round.Add(static_cast<const char*>(receive), bytes, type, operation);
       arrived = true;
     }
     if (round.arrived < member->group->size) return false;
@@ -224,6 +230,31 @@ int GroupStart() {
   EDUBA_CHECK(open_group == nullptr);
   open_group = std::make_unique<OpenGroup>();
   return kNcclSuccess;
+}
+
+int Reduce(const void* send, void* receive, size_t count, int type, int operation, int root, NcclComm comm,
+           void* stream) {
+  EDUBA_CHECK(send == receive && open_group != nullptr && type == kNcclInt64);
+  const std::shared_ptr<Member> member = comm->member;
+  const size_t bytes = count * sizeof(int64_t);
+  const int64_t number = member->next_round++;
+  open_group->comm = comm;
+  open_group->stream = static_cast<PlayedQueue*>(stream);
+  open_group->parts.push_back([=, arrived = false]() mutable {
+    const std::scoped_lock lock(member->group->mutex);
+    Round& round = member->group->rounds[number];
+    if (!arrived) {
+      round.Add(static_cast<const char*>(send), bytes, type, operation);
+      arrived = true;
+    }
+    // Who has sent its words has done its part.
+    if (member->rank != root) return true;
+    if (round.arrived < member->group->size) return false;
+    EDUBA_CHECK_EQ(round.sum.size(), bytes);  // Undefined in NCCL.
+    std::memcpy(receive, round.sum.data(), bytes);
+    return true;
+  });
+  return kNcclInProgress;
 }
 
 int Send(const void* data, size_t count, int type, int peer, NcclComm comm, void* stream) {
@@ -312,8 +343,9 @@ FakeNccl& TheFakeNccl() {
 }
 
 const NcclApi& FakeNcclApi() {
-  static const NcclApi api = {GetVersion, GetErrorString, GetUniqueId, InitRank, GetAsyncError, Finalize,
-                              Abort,      AllReduce,      GroupStart,  GroupEnd, Send,          Receive};
+  static const NcclApi api = {GetVersion, GetErrorString, GetUniqueId, InitRank, GetAsyncError,
+                              Finalize,   Abort,          AllReduce,   Reduce,   GroupStart,
+                              GroupEnd,   Send,           Receive};
   return api;
 }
 

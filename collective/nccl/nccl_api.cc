@@ -40,8 +40,9 @@ absl::StatusOr<NcclApi> Load() {
       !Find(library, "ncclCommGetAsyncError", api.comm_get_async_error) ||
       !Find(library, "ncclCommFinalize", api.comm_finalize) ||
       !Find(library, "ncclCommAbort", api.comm_abort) || !Find(library, "ncclAllReduce", api.all_reduce) ||
-      !Find(library, "ncclGroupStart", api.group_start) || !Find(library, "ncclGroupEnd", api.group_end) ||
-      !Find(library, "ncclSend", api.send) || !Find(library, "ncclRecv", api.receive)) {
+      !Find(library, "ncclReduce", api.reduce) || !Find(library, "ncclGroupStart", api.group_start) ||
+      !Find(library, "ncclGroupEnd", api.group_end) || !Find(library, "ncclSend", api.send) ||
+      !Find(library, "ncclRecv", api.receive)) {
     return absl::FailedPreconditionError(absl::StrCat("NCCL: ", kLibrary, " has version ",
                                                       VersionText(version), ", wanted 2.14 or newer; ",
                                                       kHowToInstall));

@@ -49,6 +49,8 @@ struct NcclApi {
   int (*comm_abort)(NcclComm comm) = nullptr;
   int (*all_reduce)(const void* send, void* receive, size_t count, int type, int operation, NcclComm comm,
                     void* stream) = nullptr;
+  int (*reduce)(const void* send, void* receive, size_t count, int type, int operation, int root,
+                NcclComm comm, void* stream) = nullptr;
   int (*group_start)() = nullptr;
   int (*group_end)() = nullptr;
   int (*send)(const void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;

@@ -27,6 +27,8 @@ static_assert(std::is_same_v<decltype(ncclCommInitRankConfig),
                              ncclResult_t(ncclComm_t*, int, ncclUniqueId, int, ncclConfig_t*)>);
 static_assert(std::is_same_v<decltype(ncclAllReduce), ncclResult_t(const void*, void*, size_t, ncclDataType_t,
                                                                    ncclRedOp_t, ncclComm_t, cudaStream_t)>);
+static_assert(std::is_same_v<decltype(ncclReduce), ncclResult_t(const void*, void*, size_t, ncclDataType_t,
+                                                                ncclRedOp_t, int, ncclComm_t, cudaStream_t)>);
 static_assert(std::is_same_v<decltype(ncclSend), ncclResult_t(const void*, size_t, ncclDataType_t, int,
                                                               ncclComm_t, cudaStream_t)>);
 static_assert(std::is_same_v<decltype(ncclRecv),

@@ -17,6 +17,7 @@
 #include "base/status_macros.h"
 #include "collective/nccl/nccl_link.h"
 #include "collective/operation.h"
+#include "collective/parts.h"
 #include "collective/reduce.h"
 #include "collective/transfer.h"
 
@@ -28,6 +29,7 @@ namespace {
 // same. Holds the sums of one query row of 64 heads with value_dim 128 (8320 words).
 constexpr int64_t kFrameWords = 8704;
 constexpr int64_t kHeaderWords = 2;
+constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
 // What exceeds the frame follows, now that the ranks are known to agree, in pieces of this many bytes.
 constexpr int64_t kPieceBytes = int64_t{8} << 20;
 // A call that takes longer than this lets the processor go between two looks.
@@ -37,9 +39,8 @@ constexpr char kIdKey[] = "nccl/id";
 constexpr int kExitStuck = 137;
 
 // A number that differs where the calls do. Half of its bits are set, about.
-uint64_t CallNumber(Operation operation, int64_t count, uint64_t call) {
-  uint64_t x =
-      static_cast<uint64_t>(operation) * 0x9e3779b97f4a7c15U + static_cast<uint64_t>(count) + (call << 40);
+uint64_t CallNumber(Operation operation, uint64_t count, uint64_t call) {
+  uint64_t x = static_cast<uint64_t>(operation) * 0x9e3779b97f4a7c15U + count + (call << 40);
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
   return x ^ (x >> 31);
@@ -144,6 +145,11 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
     return Once([&] { return Reduce<Sum>(Operation::kSumI64, data, deadline); });
   }
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    const std::vector<int64_t> begins = PartBegins(counts, size_, data.size());
+    return Once([&] { return ReduceScatter(data, counts, begins, deadline); });
+  }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
     return Once([&] { return Reduce<Max>(Operation::kMaxF32, data, deadline); });
   }
@@ -165,15 +171,22 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(words_.Reserve(words * static_cast<int64_t>(sizeof(int64_t))));
     return static_cast<int64_t*>(words_.device) + kHeaderWords;
   }
-  // The first frame and the pieces are those of Reduce.
-  absl::Status Start(void* stream, absl::Time deadline) override {
-    return Once([&] { return StartSums(stream, deadline); }, /*goes_on=*/true);
+  absl::Status Start(void* stream, absl::Span<const int64_t> counts, absl::Time deadline) override {
+    return Once(
+        [&] {
+          EDUBA_RETURN_IF_ERROR(stream_->Attach());
+          if (queue_ == nullptr || queue_->handle() != stream) {
+            EDUBA_ASSIGN_OR_RETURN(queue_, stream_->Over(stream));
+          }
+          return counts.empty() ? StartSums(deadline) : StartScatter(counts, deadline);
+        },
+        /*goes_on=*/true);
   }
   absl::Status Finish(absl::Time deadline) override {
     return Once([&] {
       EDUBA_RETURN_IF_ERROR(stream_->Attach());
-      EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, DescribeCall(Operation::kSumI64, count_), deadline));
-      return CheckHeader<Sum>(started_, DescribeCall(Operation::kSumI64, count_));
+      EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, started_what_, deadline));
+      return CheckHeader<Sum>(started_, started_what_);
     });
   }
 
@@ -203,11 +216,10 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(stream_->Attach());  // Calls may come from one thread now, from another later.
     const auto count = static_cast<int64_t>(data.size());
     const std::string what = DescribeCall(operation, count);
-    const uint64_t number = CallNumber(operation, count, call_++);
+    const uint64_t number = CallNumber(operation, static_cast<uint64_t>(count), call_++);
     uint64_t* const header = WriteHeader(number);
     auto* elements = reinterpret_cast<Wire*>(header + kHeaderWords);
     constexpr int64_t kFrameBytes = kFrameWords * sizeof(int64_t);
-    constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
     constexpr int64_t kCapacity = (kFrameBytes - kHeaderBytes) / sizeof(Wire);
     const int64_t first = std::min(count, kCapacity);
     std::transform(data.begin(), data.begin() + first, elements, Kind::Encode);
@@ -246,16 +258,12 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
                                             " (call ", call_ - 1, "), another something else"));
   }
 
-  absl::Status StartSums(void* stream, absl::Time deadline) {
-    EDUBA_RETURN_IF_ERROR(stream_->Attach());
-    if (queue_ == nullptr || queue_->handle() != stream) {
-      EDUBA_ASSIGN_OR_RETURN(queue_, stream_->Over(stream));
-    }
-    const std::string what = DescribeCall(Operation::kSumI64, count_);
-    started_ = CallNumber(Operation::kSumI64, count_, call_++);
+  // The first frame and the pieces are those of Reduce.
+  absl::Status StartSums(absl::Time deadline) {
+    const std::string what = started_what_ = DescribeCall(Operation::kSumI64, count_);
+    started_ = CallNumber(Operation::kSumI64, static_cast<uint64_t>(count_), call_++);
     uint64_t* const header = WriteHeader(started_);
     auto* const words = static_cast<int64_t*>(words_.device);
-    constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
     EDUBA_RETURN_IF_ERROR(queue_->CopyIn(words, header, kHeaderBytes));
     EDUBA_RETURN_IF_ERROR(link_.AllReduce(words, kFrameWords, kNcclInt64, kNcclSum, *queue_, deadline));
     EDUBA_RETURN_IF_ERROR(queue_->CopyOut(header, words, kHeaderBytes));
@@ -270,6 +278,93 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
                                             kNcclSum, *queue_, deadline));
     }
     return absl::OkStatus();
+  }
+
+  // A first frame with nothing but the header, then a piece of everybody's part at a time, the same in host
+  // memory and in the device's; then a barrier: who has sent its words could leave while another still takes
+  // them in, and NCCL would tell that one that a peer is gone.
+  absl::Status ReduceScatter(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                             absl::Span<const int64_t> begins, absl::Time deadline) {
+    EDUBA_RETURN_IF_ERROR(stream_->Attach());
+    const std::string what = DescribeCall(Operation::kReduceScatterI64, static_cast<int64_t>(data.size()));
+    const uint64_t number = CallNumber(Operation::kReduceScatterI64, PartsNumber(counts), call_++);
+    EDUBA_RETURN_IF_ERROR(QueueHeader(*stream_, number, deadline));
+    EDUBA_RETURN_IF_ERROR(WaitForStream(*stream_, what, deadline));
+    EDUBA_RETURN_IF_ERROR(CheckHeader<Sum>(number, what));
+    if (!data.empty()) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
+    auto* const host = static_cast<int64_t*>(piece_.host);
+    auto* const device = static_cast<int64_t*>(piece_.device);
+    EDUBA_RETURN_IF_ERROR(ForPieces(counts, [&](absl::Span<const Piece> pieces) {
+      std::vector<absl::Span<int64_t>> parts;
+      int64_t words = 0;
+      for (int r = 0; r < size_; ++r) {
+        const auto from = data.subspan(begins[r] + pieces[r].begin, pieces[r].size);
+        std::copy(from.begin(), from.end(), host + words);
+        parts.emplace_back(device + words, from.size());
+        words += pieces[r].size;
+      }
+      EDUBA_RETURN_IF_ERROR(stream_->CopyIn(device, host, words * static_cast<int64_t>(sizeof(int64_t))));
+      EDUBA_RETURN_IF_ERROR(link_.ReduceScatter(parts, *stream_, deadline));
+      const absl::Span<int64_t> own = parts[rank_];
+      int64_t* const sums = host + (own.data() - device);
+      if (!own.empty()) {
+        EDUBA_RETURN_IF_ERROR(
+            stream_->CopyOut(sums, own.data(), static_cast<int64_t>(own.size() * sizeof(int64_t))));
+      }
+      EDUBA_RETURN_IF_ERROR(WaitForStream(*stream_, what, deadline));
+      std::copy_n(sums, own.size(), data.begin() + begins[rank_] + pieces[rank_].begin);
+      return absl::OkStatus();
+    }));
+    return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline);
+  }
+
+  absl::Status StartScatter(absl::Span<const int64_t> counts, absl::Time deadline) {
+    const std::vector<int64_t> begins = PartBegins(counts, size_, count_);
+    started_what_ = DescribeCall(Operation::kReduceScatterI64, count_);
+    const uint64_t number = CallNumber(Operation::kReduceScatterI64, PartsNumber(counts), call_++);
+    EDUBA_RETURN_IF_ERROR(QueueHeader(*queue_, number, deadline));
+    EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, started_what_, deadline));
+    EDUBA_RETURN_IF_ERROR(CheckHeader<Sum>(number, started_what_));
+    auto* const words = static_cast<int64_t*>(words_.device) + kHeaderWords;
+    EDUBA_RETURN_IF_ERROR(ForPieces(counts, [&](absl::Span<const Piece> pieces) {
+      std::vector<absl::Span<int64_t>> parts;
+      for (int r = 0; r < size_; ++r) {
+        parts.emplace_back(words + begins[r] + pieces[r].begin, pieces[r].size);
+      }
+      return link_.ReduceScatter(parts, *queue_, deadline);
+    }));
+    started_ = CallNumber(Operation::kBarrier, 0, call_++);
+    return QueueHeader(*queue_, started_, deadline);
+  }
+
+  // Words of a rank's part.
+  struct Piece {
+    int64_t begin;
+    int64_t size;
+  };
+  // Calls body(pieces [ranks]) for the words of everybody's part that are reduced together, until all are.
+  template <typename Body>
+  absl::Status ForPieces(absl::Span<const int64_t> counts, const Body& body) {
+    const int64_t most = kPieceBytes / static_cast<int64_t>(sizeof(int64_t)) / size_;
+    const int64_t longest = *std::max_element(counts.begin(), counts.end());
+    for (int64_t at = 0; at < longest; at += most) {
+      std::vector<Piece> pieces;
+      for (const int64_t count : counts) {
+        const int64_t begin = std::min(at, count);
+        pieces.push_back({begin, std::min(most, count - begin)});
+      }
+      EDUBA_RETURN_IF_ERROR(body(pieces));
+    }
+    return absl::OkStatus();
+  }
+
+  // A frame that has only a header to say.
+  absl::Status QueueHeader(GpuStream& stream, uint64_t number, absl::Time deadline) {
+    uint64_t* const header = WriteHeader(number);
+    EDUBA_RETURN_IF_ERROR(stream.CopyIn(frame_.device, header, kHeaderBytes));
+    EDUBA_RETURN_IF_ERROR(
+        link_.AllReduce(frame_.device, kFrameWords, kNcclInt64, kNcclSum, stream, deadline));
+    return stream.CopyOut(header, frame_.device, kHeaderBytes);
   }
 
   // First every rank learns what all send and receive: a sum in which each has its own place. Then the bytes
@@ -351,7 +446,8 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   Buffers piece_;
   DeviceBlock words_;                 // A header, and what Words gave away.
   int64_t count_ = 0;                 // Words of that.
-  uint64_t started_ = 0;              // The number of the call that Start began.
+  uint64_t started_ = 0;              // The number of the last frame that Start has queued, ...
+  std::string started_what_;          // and what its call is.
   std::unique_ptr<GpuStream> queue_;  // Where it was queued.
   // Behind the buffers: it goes first, and nothing is queued on them any more then.
   NcclLink link_;

@@ -59,23 +59,55 @@ absl::Status NcclLink::AllReduce(void* data, size_t count, NcclType type, NcclOp
   return WaitWhileInProgress(result, "all-reduce", deadline);
 }
 
+// Parts differ in size, which ncclReduceScatter does not know; in one group, NCCL works on all of them at the
+// same time.
+absl::Status NcclLink::ReduceScatter(absl::Span<const absl::Span<int64_t>> parts, GpuStream& stream,
+                                     absl::Time deadline) {
+  const int result = Ask([&](NcclComm comm) {
+    return InGroup([&](const auto& queue) {
+      for (int root = 0; root < static_cast<int>(parts.size()); ++root) {
+        if (parts[root].empty()) continue;
+        queue([&] {
+          return api_.reduce(parts[root].data(), parts[root].data(), parts[root].size(), kNcclInt64, kNcclSum,
+                             root, comm, stream.handle());
+        });
+      }
+    });
+  });
+  return WaitWhileInProgress(result, "reduce-scatter", deadline);
+}
+
 absl::Status NcclLink::SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
                                    int64_t receive_bytes, int64_t from, absl::Time deadline) {
   const int result = Ask([&](NcclComm comm) {
-    // One group: neither waits for the other. A group that has begun has to end.
-    const auto failed = [](int code) { return code != kNcclSuccess && code != kNcclInProgress; };
-    int code = api_.group_start();
-    if (failed(code)) return code;
-    if (send_bytes > 0) {
-      code = api_.send(send, send_bytes, kNcclInt8, static_cast<int>(to), comm, stream_.handle());
-    }
-    if (receive_bytes > 0 && !failed(code)) {
-      code = api_.receive(receive, receive_bytes, kNcclInt8, static_cast<int>(from), comm, stream_.handle());
-    }
-    const int ended = api_.group_end();
-    return failed(code) ? code : ended;
+    // Neither waits for the other.
+    return InGroup([&](const auto& queue) {
+      if (send_bytes > 0) {
+        queue([&] {
+          return api_.send(send, send_bytes, kNcclInt8, static_cast<int>(to), comm, stream_.handle());
+        });
+      }
+      if (receive_bytes > 0) {
+        queue([&] {
+          return api_.receive(receive, receive_bytes, kNcclInt8, static_cast<int>(from), comm,
+                              stream_.handle());
+        });
+      }
+    });
   });
   return WaitWhileInProgress(result, "send and receive", deadline);
+}
+
+template <typename Calls>
+int NcclLink::InGroup(const Calls& calls) {
+  const auto failed = [](int code) { return code != kNcclSuccess && code != kNcclInProgress; };
+  int code = api_.group_start();
+  if (failed(code)) return code;
+  calls([&](const auto& call) {
+    if (!failed(code)) code = call();
+  });
+  const int ended = api_.group_end();  // A group that has begun has to end.
+  return failed(code) ? code : ended;
 }
 
 int NcclLink::Ask(const std::function<int(NcclComm)>& call) {

@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "collective/nccl/gpu_stream.h"
 #include "collective/nccl/nccl_api.h"
 
@@ -40,6 +41,11 @@ class NcclLink {
   absl::Status AllReduce(void* data, size_t count, NcclType type, NcclOperation operation, GpuStream& stream,
                          absl::Time deadline);
 
+  // Queues the sums of `parts` [ranks], words of the device, each to the rank whose it is, in place. The
+  // other ranks' parts stay as they are. Otherwise as AllReduce.
+  absl::Status ReduceScatter(absl::Span<const absl::Span<int64_t>> parts, GpuStream& stream,
+                             absl::Time deadline);
+
   // Queues `send_bytes` of `send` for rank `to` and `receive_bytes` from rank `from`, which does its part
   // with as many; 0: not. Otherwise as AllReduce.
   absl::Status SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
@@ -55,6 +61,10 @@ class NcclLink {
   void Fail(const absl::Status& status);
 
  private:
+  // NCCL's answer to one group of the calls that `calls` hands to its argument: they are made until one
+  // fails.
+  template <typename Calls>
+  int InGroup(const Calls& calls);
   // NCCL's answer to `call`, made with the communicator; kNcclRemoteError without one.
   int Ask(const std::function<int(NcclComm)>& call);
   // Until NCCL has done what it was asked to.

@@ -16,12 +16,17 @@ class CountingCommunicator final : public ForwardingCommunicator {
     ++reductions_;
     return ForwardingCommunicator::SumI64(data, deadline);
   }
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    ++reductions_;
+    return ForwardingCommunicator::ReduceScatterI64(data, counts, deadline);
+  }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
     ++reductions_;
     return ForwardingCommunicator::MaxF32(data, deadline);
   }
 
-  // Calls of SumI64 and MaxF32 since this was asked last.
+  // Calls of SumI64, ReduceScatterI64 and MaxF32 since this was asked last.
   int TakeReductions() { return std::exchange(reductions_, 0); }
 
  private:

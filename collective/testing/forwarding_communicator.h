@@ -22,6 +22,10 @@ class ForwardingCommunicator : public Communicator {
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
     return inner_->SumI64(data, deadline);
   }
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    return inner_->ReduceScatterI64(data, counts, deadline);
+  }
   DeviceSums* device_sums() override { return inner_->device_sums(); }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
     return inner_->MaxF32(data, deadline);

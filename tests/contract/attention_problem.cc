@@ -347,6 +347,8 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
     }
   }
 
+  const auto owner = [&](const Step& step) { return (&step - steps.data()) % backends_.size(); };
+  const auto answers_on = [&](const Step& step, size_t rank) { return !one_answers || rank == owner(step); };
   // What an all-reduce does: afterwards every rank's numbers are the same.
   const auto reduce = [](auto& ranks, auto combine) {
     for (size_t i = 0; i < ranks[0].size(); ++i) {
@@ -355,7 +357,15 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
       for (auto& numbers : ranks) numbers[i] = value;
     }
   };
-  const auto add = [](int64_t a, int64_t b) { return a + b; };
+  // Afterwards the ranks that answer have the sums, and the others what was theirs.
+  const auto sum = [&](const Step& step, std::vector<std::vector<int64_t>>& ranks) {
+    const std::vector<std::vector<int64_t>> before = ranks;
+    reduce(ranks, [](int64_t a, int64_t b) { return a + b; });
+    words_.insert(words_.end(), ranks[0].begin(), ranks[0].end());
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+      if (!answers_on(step, rank)) std::copy(before[rank].begin(), before[rank].end(), ranks[rank].begin());
+    }
+  };
   const auto largest = [](float a, float b) { return std::max(a, b); };
   words_.clear();
   for (Step& step : steps) {
@@ -367,13 +377,18 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
       auto& words = step.sink_words.emplace_back(step.args.row_heads() * step.args.words_per_row_head());
       EDUBA_RETURN_IF_ERROR(on_rank->SinkSums(absl::MakeSpan(words)));
     }
-    reduce(step.sink_words, add);
-    words_.insert(words_.end(), step.sink_words[0].begin(), step.sink_words[0].end());
+    sum(step, step.sink_words);
   }
   for (Step& step : steps) {
-    for (auto& on_rank : step.ranks) {
-      EDUBA_ASSIGN_OR_RETURN(const auto own, on_rank->SelectForMaximum());
-      if (on_rank == step.ranks[0]) step.selected.assign(own.begin(), own.end());
+    EDUBA_ASSIGN_OR_RETURN(const auto selected, step.ranks[owner(step)]->SelectForMaximum());
+    step.selected.assign(selected.begin(), selected.end());
+    for (size_t rank = 0; rank < backends_.size(); ++rank) {
+      if (rank == owner(step)) continue;
+      if (!answers_on(step, rank) && step.args.has_sinks()) {
+        EDUBA_RETURN_IF_ERROR(step.ranks[rank]->TakeSelection(step.selected));
+        continue;
+      }
+      EDUBA_ASSIGN_OR_RETURN(const auto own, step.ranks[rank]->SelectForMaximum());
       EDUBA_CHECK(step.selected == own);
     }
   }
@@ -391,15 +406,18 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
       auto& words = step.maximum_words.emplace_back(step.selected.size() * step.args.words_per_row_head());
       EDUBA_RETURN_IF_ERROR(on_rank->MaximumSums(absl::MakeSpan(words)));
     }
-    reduce(step.maximum_words, add);
-    words_.insert(words_.end(), step.maximum_words[0].begin(), step.maximum_words[0].end());
+    sum(step, step.maximum_words);
   }
 
   std::vector<Answer> answers;
   for (Step& step : steps) {
     std::optional<Answer> first;
     absl::Status status;
-    for (auto& on_rank : step.ranks) {
+    int64_t bytes_read = 0;
+    for (size_t rank = 0; rank < backends_.size(); ++rank) {
+      auto& on_rank = step.ranks[rank];
+      bytes_read += on_rank->bytes_read();
+      if (!answers_on(step, rank)) continue;
       Answer answer;
       answer.outputs.assign(step.args.row_heads() * step.args.shape.value_dim, kNaN);
       answer.lse.assign(step.args.row_heads(), kNaN);
@@ -413,13 +431,13 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
         continue;
       }
       if (first) EDUBA_CHECK(*first == answer);  // Every rank can answer.
-      answer.bytes_read = on_rank->bytes_read() + (first ? first->bytes_read : 0);
       first = answer;
     }
     if (!status.ok()) {
       EDUBA_CHECK(!first);  // All ranks fail together.
       return status;
     }
+    first->bytes_read = bytes_read;
     answers.push_back(*std::move(first));
   }
   return answers;

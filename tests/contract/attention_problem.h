@@ -90,6 +90,8 @@ class RankGroup {
   // the next does.
   absl::StatusOr<std::vector<Answer>> AttendTogether(absl::Span<const Problem> problems,
                                                      const std::vector<int>& owners, bool reversed = false);
+  // Step i is rank i % size()'s: the others learn what it selects, but get neither its sums nor its answer.
+  bool one_answers = false;
   // Page memory, to be harmed.
   void* page(int64_t index) { return static_cast<char*>(slab_) + index * page_bytes_; }
   Backend& backend(int rank) { return *backends_[rank]; }

@@ -280,7 +280,7 @@ TEST_P(BackendContract, ARowsBitsAreTheSameAloneAndInABatch) {
   }
 }
 
-// Steps of all kinds in progress at once: none notices the others.
+// Steps of all kinds in progress at once: none notices the others, nor whether all ranks answer it.
 TEST_P(BackendContract, AStepsBitsAreTheSameAloneAndAmongOthersInProgress) {
   RankGroup group = Group(GetParam(), 2, 2);
   for (uint64_t seed = 8000; seed < 8030; ++seed) {
@@ -302,13 +302,17 @@ TEST_P(BackendContract, AStepsBitsAreTheSameAloneAndAmongOthersInProgress) {
         std::fill(problems[i].visible_sinks.begin(), problems[i].visible_sinks.end(), 0);
       }
     }
-    const auto together = group.AttendTogether(problems, {0, 1});
-    ASSERT_TRUE(together.ok()) << together.status();
-    for (size_t i = 0; i < problems.size(); ++i) {
-      const auto alone = group.Attend(problems[i], {0, 1});
-      ASSERT_TRUE(alone.ok()) << alone.status();
-      ASSERT_TRUE((*together)[i] == *alone) << "step " << i;
-      EXPECT_EQ((*together)[i].bytes_read, alone->bytes_read);
+    for (const bool one_answers : {false, true}) {
+      group.one_answers = one_answers;
+      const auto together = group.AttendTogether(problems, {0, 1});
+      ASSERT_TRUE(together.ok()) << together.status();
+      group.one_answers = false;
+      for (size_t i = 0; i < problems.size(); ++i) {
+        const auto alone = group.Attend(problems[i], {0, 1});
+        ASSERT_TRUE(alone.ok()) << alone.status();
+        ASSERT_TRUE((*together)[i] == *alone) << "step " << i << ", one answers: " << one_answers;
+        EXPECT_EQ((*together)[i].bytes_read, alone->bytes_read);
+      }
     }
   }
 }

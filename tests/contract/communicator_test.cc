@@ -13,6 +13,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -128,6 +129,36 @@ absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Tim
   return status;
 }
 
+// `words` shared out in parts that all differ, the first of them empty where there are some ranks.
+std::vector<int64_t> UnevenParts(int ranks, int64_t words) {
+  const auto until = [&](int64_t rank) { return words * rank * rank / (int64_t{ranks} * ranks); };
+  std::vector<int64_t> counts;
+  for (int rank = 0; rank < ranks; ++rank) counts.push_back(until(rank + 1) - until(rank));
+  if (ranks > 1) {
+    counts[1] += counts[0];
+    counts[0] = 0;
+  }
+  return counts;
+}
+
+absl::Status ScatterAndCheck(Communicator& c, const std::vector<int64_t>& counts, int64_t call,
+                             absl::Time deadline) {
+  std::vector<int64_t> data(std::accumulate(counts.begin(), counts.end(), int64_t{0}));
+  const auto words = static_cast<int64_t>(data.size());
+  for (int64_t i = 0; i < words; ++i) data[i] = Word(c.rank(), call, i);
+  absl::Status status = c.ReduceScatterI64(absl::MakeSpan(data), counts, deadline);
+  if (!status.ok()) return status;
+  const int64_t begin = std::accumulate(counts.begin(), counts.begin() + c.rank(), int64_t{0});
+  for (int64_t i = begin; i < begin + counts[c.rank()]; ++i) {
+    uint64_t want = 0;
+    for (int r = 0; r < c.size(); ++r) want += static_cast<uint64_t>(Word(r, call, i));
+    if (static_cast<uint64_t>(data[i]) == want) continue;
+    return absl::DataLossError(absl::StrCat("reduce-scatter ", call, " of ", words, ", word ", i, " of rank ",
+                                            c.rank(), ": ", data[i], ", want ", want));
+  }
+  return status;
+}
+
 absl::Status MaxAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
   std::vector<float> data(count);
   for (int64_t i = 0; i < count; ++i) data[i] = Real(c.rank(), call, i);
@@ -205,6 +236,10 @@ TEST_P(CommunicatorContract, SumsAndMaximaAreExactForEverySizeAndGroup) {
       for (const int64_t count : {0, 1, 2, 3, 1009, 65537}) {
         EXPECT_EQ(SumAndCheck(*group[rank], count, ++call, Far()), absl::OkStatus()) << ranks << " ranks";
         EXPECT_EQ(MaxAndCheck(*group[rank], count, ++call, Far()), absl::OkStatus()) << ranks << " ranks";
+        for (const auto& parts : {UnevenParts(ranks, count), std::vector<int64_t>(ranks, count / ranks)}) {
+          EXPECT_EQ(ScatterAndCheck(*group[rank], parts, ++call, Far()), absl::OkStatus())
+              << ranks << " ranks";
+        }
       }
     });
   }
@@ -215,6 +250,8 @@ TEST_P(CommunicatorContract, SumsPayloadsOfManyMebibytes) {
     const Group group = Form(ranks);
     OnThreads(ranks, [&](int rank) {
       EXPECT_EQ(SumAndCheck(*group[rank], 600'001, 1, Far()), absl::OkStatus()) << ranks << " ranks";
+      EXPECT_EQ(ScatterAndCheck(*group[rank], UnevenParts(ranks, 1'500'001), 2, Far()), absl::OkStatus())
+          << ranks << " ranks";
     });
   }
 }
@@ -229,6 +266,13 @@ TEST_P(CommunicatorContract, SumsWrapAround) {
     std::vector<int64_t> data = given[rank];
     EXPECT_EQ(group[rank]->SumI64(absl::MakeSpan(data), Far()), absl::OkStatus());
     EXPECT_EQ(data, (std::vector<int64_t>{smallest, 0, -2, 0}));
+    data = given[rank];
+    EXPECT_EQ(group[rank]->ReduceScatterI64(absl::MakeSpan(data), {1, 3}, Far()), absl::OkStatus());
+    if (rank == 0) {
+      EXPECT_EQ(data[0], smallest);
+    } else {
+      EXPECT_EQ(std::vector<int64_t>(data.begin() + 1, data.end()), (std::vector<int64_t>{0, -2, 0}));
+    }
   });
 }
 
@@ -342,12 +386,14 @@ TEST_P(CommunicatorContract, KeepsManyMixedCallsInOrder) {
   OnThreads(ranks, [&](int rank) {
     std::mt19937 random(seed);  // The same sequence on every rank.
     for (int call = 0; call < 300; ++call) {
-      const int kind = static_cast<int>(random() % 4);
+      const int kind = static_cast<int>(random() % 5);
       const int64_t count = random() % 8 == 0 ? random() % 20'000 : random() % 200;
       const absl::Status status = kind == 0   ? SumAndCheck(*group[rank], count, call, Far())
                                   : kind == 1 ? MaxAndCheck(*group[rank], count, call, Far())
                                   : kind == 2 ? SendAndCheck(*group[rank], Ring(ranks, 2, count), call, Far())
-                                              : group[rank]->Barrier(Far());
+                                  : kind == 3
+                                      ? ScatterAndCheck(*group[rank], UnevenParts(ranks, count), call, Far())
+                                      : group[rank]->Barrier(Far());
       ASSERT_TRUE(status.ok()) << status << " (seed=" << seed << " call=" << call << " kind=" << kind
                                << " count=" << count;
     }
@@ -383,6 +429,31 @@ TEST_P(CommunicatorContract, ACallGivesUpAtItsDeadlineWhenARankDoesNotCome) {
   // The others may have sent the late one all it needs, but then they left.
   EXPECT_THAT(SumAndCheck(*group[2], 100, 1, Far()).code(), AnyOf(Eq(kOk), Eq(kUnavailable)));
   EXPECT_THAT(SumAndCheck(*group[2], 100, 2, Far()).code(), AnyOf(Eq(kAborted), Eq(kUnavailable)));
+}
+
+TEST_P(CommunicatorContract, AReduceScatterGivesUpAtItsDeadlineOrWhenARankLeaves) {
+  const std::vector<int64_t> parts = {30'000, 10'000, 50'000};
+  {
+    const Group group = Form(3);
+    const absl::Time deadline = absl::Now() + absl::Milliseconds(150);
+    OnThreads(2, [&](int rank) {
+      const absl::Status status = ScatterAndCheck(*group[rank], parts, 1, deadline);
+      EXPECT_EQ(status.code(), kDeadlineExceeded) << status;
+      EXPECT_GE(absl::Now(), deadline);
+      EXPECT_THAT(std::string(status.message()), HasSubstr("rank"));
+      EXPECT_EQ(ScatterAndCheck(*group[rank], parts, 2, Far()).code(), kAborted);
+    });
+  }
+  Group group = Form(3);
+  OnThreads(3, [&](int rank) {
+    EXPECT_EQ(ScatterAndCheck(*group[rank], parts, 1, Far()), absl::OkStatus());
+    if (rank == 1) {
+      group[1].reset();
+      return;
+    }
+    const absl::Status status = ScatterAndCheck(*group[rank], parts, 2, Far());
+    EXPECT_EQ(status.code(), kUnavailable) << status;
+  });
 }
 
 TEST_P(CommunicatorContract, AbortEndsTheCallUnderWay) {
@@ -437,6 +508,12 @@ TEST_P(CommunicatorContract, LeavingRightAfterTheLastCallSpoilsItForNobody) {
             << "rank " << rank << ", " << count;
         group[rank].reset();
       });
+      group = Form(4);
+      OnThreads(4, [&](int rank) {
+        EXPECT_EQ(ScatterAndCheck(*group[rank], UnevenParts(4, count), 1, Far()), absl::OkStatus())
+            << "rank " << rank << ", " << count;
+        group[rank].reset();
+      });
     }
   }
 }
@@ -450,8 +527,9 @@ TEST_P(CommunicatorContract, EveryCallAfterAnErrorReturnsItsTextAsAborted) {
   std::vector<float> floats(3);
   for (int i = 0; i < 2; ++i) {
     for (const absl::Status& later :
-         {SumAndCheck(*group[0], 1, 1, Far()), group[0]->MaxF32(absl::MakeSpan(floats), Far()),
-          SendNothing(*group[0]), group[0]->Barrier(Far())}) {
+         {SumAndCheck(*group[0], 1, 1, Far()), ScatterAndCheck(*group[0], {1, 2}, 1, Far()),
+          group[0]->MaxF32(absl::MakeSpan(floats), Far()), SendNothing(*group[0]),
+          group[0]->Barrier(Far())}) {
       EXPECT_EQ(later.code(), kAborted);
       EXPECT_EQ(later.message(), first.message());
     }
@@ -471,6 +549,15 @@ std::function<absl::Status(Communicator&)> Max(int64_t count) {
   return [count](Communicator& c) { return MaxAndCheck(c, count, 1, Far()); };
 }
 
+// `each` words for every rank but the last, which gets what is left of `words`.
+std::function<absl::Status(Communicator&)> Scatter(int64_t each, int64_t words) {
+  return [=](Communicator& c) {
+    std::vector<int64_t> counts(c.size(), each);
+    counts.back() = words - each * (c.size() - 1);
+    return ScatterAndCheck(c, counts, 1, Far());
+  };
+}
+
 // With the next rank, in a group of any size: what it sends, and what it wants from the one before.
 std::function<absl::Status(Communicator&)> Send(int64_t count, int64_t wanted) {
   return [=](Communicator& c) {
@@ -488,6 +575,14 @@ std::vector<Mismatch> Mismatches() {
           {"barrier and sum of nothing", [](Communicator& c) { return c.Barrier(Far()); }, Sum(0)},
           {"small and large", Sum(10), Sum(200'000)},
           {"large and larger", Max(200'000), Max(200'001)},
+          {"a sum and a reduce-scatter", Sum(400), Scatter(100, 400)},
+          {"a sum and a reduce-scatter, large", Sum(1'200'000), Scatter(100'000, 1'200'000)},
+          {"a reduce-scatter and a maximum", Scatter(100, 400), Max(800)},
+          {"one word more to scatter", Scatter(100, 400), Scatter(100, 401)},
+          {"other parts", Scatter(100, 400), Scatter(99, 400)},
+          {"other parts, large", Scatter(100'000, 1'200'000), Scatter(200'000, 1'200'000)},
+          {"a reduce-scatter of nothing and a barrier", Scatter(0, 0),
+           [](Communicator& c) { return c.Barrier(Far()); }},
           {"a message and a sum", Send(0, 0), Sum(0)},
           {"a message and none", Send(5, 5), SendNothing},
           {"a message too long", Send(5, 5), Send(6, 5)},
@@ -537,7 +632,9 @@ TEST_P(CommunicatorContract, AnAbortAtAnyMomentOfAStreamEndsEveryRankWithAnError
     OnThreads(ranks, [&](int rank) {
       absl::Status status;
       for (int64_t call = 0; status.ok(); ++call, ++calls) {
-        status = SumAndCheck(*group[rank], 3'000 * (call % 7), call, Far());
+        const int64_t count = 3'000 * (call % 7);
+        status = call % 2 == 0 ? SumAndCheck(*group[rank], count, call, Far())
+                               : ScatterAndCheck(*group[rank], UnevenParts(ranks, count), call, Far());
       }
       EXPECT_THAT(status.code(), AnyOf(Eq(kAborted), Eq(kUnavailable)))
           << status << " (seed=" << seed << " round=" << round << " rank=" << rank << " victim=" << victim;

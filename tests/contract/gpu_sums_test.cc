@@ -36,11 +36,17 @@ class Watched final : public testing::ForwardingCommunicator {
     ++host_sums;
     return ForwardingCommunicator::SumI64(data, deadline);
   }
+  absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
+                                absl::Time deadline) override {
+    ++host_scatters;
+    return ForwardingCommunicator::ReduceScatterI64(data, counts, deadline);
+  }
   DeviceSums* device_sums() override {
     return hides_device_sums ? nullptr : ForwardingCommunicator::device_sums();
   }
 
   int host_sums = 0;
+  int host_scatters = 0;
   bool hides_device_sums = false;
 };
 
@@ -126,10 +132,10 @@ struct Step {
 
 using Answers = absl::StatusOr<std::vector<AttentionAnswer>>;
 
-// `problems` together, on every rank.
+// `problems` together, on every rank; or each problem for rank `owners` of it.
 std::vector<Answers> AttendAll(RankGroup& group, absl::Span<const Problem> problems,
                                const std::vector<std::unique_ptr<Watched>>& communicators,
-                               absl::Time deadline = Soon()) {
+                               absl::Span<const int> owners = {}, absl::Time deadline = Soon()) {
   const auto ranks = static_cast<int>(communicators.size());
   std::vector<Answers> answers(ranks, absl::UnknownError("not asked"));
   OnEachRank(ranks, [&](int r) {
@@ -139,7 +145,7 @@ std::vector<Answers> AttendAll(RankGroup& group, absl::Span<const Problem> probl
       steps.push_back(std::make_unique<Step>(group, problem, r, ranks));
       args.push_back(steps.back()->args);
     }
-    answers[r] = AttendPages(group.backend(r), communicators[r].get(), args, deadline);
+    answers[r] = AttendPages(group.backend(r), communicators[r].get(), args, owners, deadline);
   });
   return answers;
 }
@@ -197,6 +203,81 @@ TEST_F(GpuSums, GiveTheBytesOfSumsOnTheHost) {
   }
 }
 
+// Each step for one rank: over the GPU, the host, or both, it gets what it gets where all ranks answer.
+TEST_F(GpuSums, OfOneRankAloneAreTheBytesThatAllGet) {
+  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+    for (const int ranks : {2, 3}) {
+      RankGroup group = Backends(ranks, precision);
+      const auto communicators = Form(ranks);
+      const auto mixed = Form(ranks);
+      mixed[1]->hides_device_sums = true;
+      int stayed = 0;
+      int with_maximum = 0;
+      for (uint64_t seed = 1; seed <= 12; ++seed) {
+        const Problem problem = MakeProblem(seed, static_cast<int>(1 + seed % 7));
+        SCOPED_TRACE(absl::StrCat(ranks, " ranks: ", problem.spec.ToString()));
+        group.Load(problem);
+        const std::vector<Problem> problems = {problem, problem.WithRows({problem.spec.rows - 1}), problem};
+        const std::vector<int> owners = {0, 1, ranks - 1};
+        const auto wanted = AttendAll(group, problems, communicators);
+        for (const auto* group_of : {&communicators, &mixed}) {
+          (*group_of)[0]->host_scatters = 0;
+          const auto answers = AttendAll(group, problems, *group_of, owners);
+          for (int r = 0; r < ranks; ++r) {
+            ASSERT_TRUE(answers[r].ok() && wanted[r].ok()) << answers[r].status() << wanted[r].status();
+            for (size_t i = 0; i < problems.size(); ++i) {
+              if (owners[i] == r) {
+                ExpectSame((*answers[r])[i], (*wanted[r])[i]);
+              } else {
+                EXPECT_TRUE((*answers[r])[i].outputs.empty());
+              }
+            }
+          }
+          const AttentionAnswer& first = (*answers[0])[0];
+          if (first.collectives == 1) {
+            ++stayed;
+            EXPECT_EQ((*group_of)[0]->host_scatters, 0);  // Only rank 1's words came by the host.
+          }
+          with_maximum += first.collectives > 1 ? 1 : 0;
+        }
+      }
+      EXPECT_GT(stayed, 0);
+      EXPECT_GT(with_maximum, 0);
+    }
+  }
+}
+
+// A part that is more than a piece of the reduce-scatter, and a rank that wants other parts.
+TEST_F(GpuSums, OfOneRankAloneMayBeLongerThanAPieceAndHaveToAgree) {
+  RankGroup group = Backends(2, CudaPrecision::kExact);
+  ProblemSpec spec;
+  spec.shape = {32, 2, 16, 254, DType::kBf16, 0.25F, 0};
+  spec.rows = 70;
+  spec.sink_tokens = 4;
+  const Problem problem(spec);
+  group.Load(problem);
+  ASSERT_GT(int64_t{70} * 32 * 256, int64_t{1} << 19);
+  const std::vector<Problem> problems = {problem, problem.WithRows({0})};
+  const auto alone = group.Attend(problem, {0, 1});
+  const auto communicators = Form(2);
+  for (const bool mixed : {false, true}) {
+    communicators[1]->hides_device_sums = mixed;
+    const auto answers = AttendAll(group, problems, communicators, {0, 1});
+    ASSERT_TRUE(alone.ok() && answers[0].ok() && answers[1].ok()) << alone.status() << answers[0].status();
+    EXPECT_EQ((*answers[0])[0].outputs, alone->outputs);
+    EXPECT_EQ((*answers[0])[0].lse, alone->lse);
+  }
+
+  std::atomic<int> internal = 0;
+  OnEachRank(2, [&](int r) {
+    const Step step(group, problem, r, 2);
+    const auto answer = AttendPages(group.backend(r), communicators[r].get(), {step.args}, {r}, Soon());
+    ASSERT_FALSE(answer.ok());
+    internal += absl::IsInternal(answer.status()) ? 1 : 0;
+  });
+  EXPECT_GE(internal, 1);
+}
+
 // More words than the first frame of a call holds.
 TEST_F(GpuSums, MayBeLongerThanAFrame) {
   RankGroup group = Backends(2, CudaPrecision::kExact);
@@ -247,7 +328,7 @@ TEST_F(GpuSums, ARankThatCallsForOtherRowsIsFoundOut) {
   std::atomic<int> internal = 0;
   OnEachRank(2, [&](int r) {
     const Step step(group, r == 0 ? problem : less, r, 2);
-    const auto answer = AttendPages(group.backend(r), communicators[r].get(), {step.args}, Soon());
+    const auto answer = AttendPages(group.backend(r), communicators[r].get(), {step.args}, {}, Soon());
     ASSERT_FALSE(answer.ok());
     // The first to see it ends the group, and so may be the only one to say why.
     internal += absl::IsInternal(answer.status()) ? 1 : 0;
@@ -265,10 +346,10 @@ TEST_F(GpuSums, AMissingRankIsADeadlineAndTheBackendLivesOn) {
   {
     const auto communicators = Form(2);
     const Step step(group, problem, 0, 2);
-    const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args},
+    const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, {},
                                     absl::Now() + absl::Milliseconds(200));
     EXPECT_EQ(answer.status().code(), absl::StatusCode::kDeadlineExceeded) << answer.status();
-    EXPECT_FALSE(AttendPages(group.backend(0), communicators[0].get(), {step.args}, Soon()).ok());
+    EXPECT_FALSE(AttendPages(group.backend(0), communicators[0].get(), {step.args}, {}, Soon()).ok());
   }
   const auto answers = AttendAll(group, {problem}, Form(2));
   EXPECT_TRUE(answers[0].ok()) << answers[0].status();
@@ -294,7 +375,7 @@ TEST_F(GpuSums, AMissingRankIsADeadlineForALargerStepThanAnyBefore) {
     }
   });
   const Step step(group, problem, 0, 2);
-  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args},
+  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, {},
                                   absl::Now() + absl::Milliseconds(200));
   is_over.Notify();
   guard.join();
@@ -314,7 +395,7 @@ TEST_F(GpuSums, AnAbortEndsTheWait) {
     communicators[0]->Abort(absl::CancelledError("enough"));
   });
   const Step step(group, problem, 0, 2);
-  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, Soon());
+  const auto answer = AttendPages(group.backend(0), communicators[0].get(), {step.args}, {}, Soon());
   EXPECT_EQ(answer.status().code(), absl::StatusCode::kAborted) << answer.status();
   aborter.join();
 }

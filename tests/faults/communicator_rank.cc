@@ -1,5 +1,5 @@
 // One rank of a Gloo group, as a process for communicator_kill_test.cc to hurt; or of an NCCL group, for
-// tests/gpu/run.sh. Sums words in a stream until a call fails.
+// tests/gpu/run.sh. Sums words in a stream until a call fails; every second time each rank gets a part.
 //   communicator_rank DIRECTORY RANK SIZE WORDS CALL_SECONDS [kill|stop|nccl]
 // DIRECTORY is the rendezvous, new for each group. With `kill` or `stop` it does that to itself while the
 // group forms, when it has published its address and the others may be connecting to it. With `nccl` the
@@ -72,12 +72,18 @@ int Run(const std::string& directory, int rank, int size, int64_t words, absl::D
   auto group = nccl ? ConnectNccl(rank, size, rendezvous, NcclOptions(), deadline)
                     : ConnectGloo(rank, size, rendezvous, GlooOptions(), deadline);
   if (!group.ok()) return End(group.status(), deadline);
+  const int64_t begin = words * rank / size;
+  std::vector<int64_t> counts;
+  for (int r = 0; r < size; ++r) counts.push_back(words * (r + 1) / size - words * r / size);
   for (int64_t round = 0;; ++round) {
     std::vector<int64_t> data(words, rank + round);
     deadline = absl::Now() + limit;
-    const absl::Status status = (*group)->SumI64(absl::MakeSpan(data), deadline);
+    const bool scatters = round % 2 == 1;
+    const absl::Status status = scatters ? (*group)->ReduceScatterI64(absl::MakeSpan(data), counts, deadline)
+                                         : (*group)->SumI64(absl::MakeSpan(data), deadline);
     if (!status.ok()) return End(status, deadline);
-    for (const int64_t word : data) {
+    for (const int64_t word :
+         scatters ? absl::MakeSpan(data).subspan(begin, counts[rank]) : absl::MakeSpan(data)) {
       if (word != size * (size - 1) / 2 + size * round) return 3;
     }
     std::printf("round %ld\n", round);
