@@ -91,8 +91,8 @@ class Wave {
   int ranks() const { return options_.communicator->size(); }
   // The rank's rows of the chunk under way; may be empty.
   PositionRange ChunkOf(int rank) const;
-  // Where the row of this rank's is.
-  float* Hidden(int64_t position) { return &hidden_[(position - own_.begin) * width_]; }
+  // Where the row of this rank's is, for the host.
+  float* Hidden(int64_t position) { return hidden_.host() + (position - own_.begin) * width_; }
   const LayerView& view() const { return rows_.views[layer_]; }
 
   absl::Status RunUnits(int64_t units, absl::Time deadline);
@@ -122,9 +122,8 @@ class Wave {
   std::vector<WavePages> layer_pages_;  // [layers]
   KvPages::SparePages spare_;
   RowAngles angles_;                           // Of this rank's rows.
-  std::vector<float> hidden_;                  // [own rows, hidden_size]
+  LayerFloats hidden_;                         // [own rows, hidden_size]
   std::vector<float> queries_, sink_queries_;  // [own rows, query_heads, head_dim] of the layer
-  std::vector<float> attended_;
   std::vector<Outgoing> outgoing_;
   std::vector<int64_t>
       log_prob_words_;  // [ids]: bits of floats, of the tokens that this rank's rows predict.
