@@ -725,6 +725,17 @@ TEST_F(FakeCublasLtTest, ItsFingerprintIsItsOwn) {
   EXPECT_EQ(EmulatedCuda()->library(), "cuBLASLt 999900 on cuda:emulated");
 }
 
+// A machine has it or not; where it has not, this is all that a user is told.
+TEST(CublasLt, IsLoadedOrSaysHowToInstallIt) {
+  const auto api = cuda::LoadCublasLt();
+  if (api.ok()) {
+    EXPECT_GE((*api)->get_version(), 12'0000U);
+  } else {
+    EXPECT_EQ(api.status().code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_THAT(std::string(api.status().message()), ::testing::HasSubstr("install"));
+  }
+}
+
 // f32 activations lose nothing that f32 has, whatever their size: three terms are the number.
 TEST(CudaLayerKernels, ThreeTermsAreTheNumber) {
   for (std::unique_ptr<LayerKernels>& made : CudaKernels(Activations::kF32)) {
