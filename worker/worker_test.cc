@@ -2,6 +2,7 @@
 
 #include <deque>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -334,7 +335,8 @@ TEST_F(WorkerTest, AWorkerWhoseDeviceFailsLeavesForGood) {
   coordinator_.AwaitStreamsGone();
 }
 
-// Workers whose layers have other bits must not meet: they say another fingerprint, and what they compute with.
+// Workers whose layers have other bits must not meet: they say another fingerprint, and what they compute
+// with.
 TEST_F(WorkerTest, AModelsLayersOnAGpuAreInWhatItSays) {
   if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
   Worker::Options options;
@@ -350,9 +352,9 @@ TEST_F(WorkerTest, AModelsLayersOnAGpuAreInWhatItSays) {
     };
     StartWorker(&hub_, options);
     const v1::WorkerHello hello = coordinator_.Hellos(workers_.size()).back();
-    EXPECT_EQ(hello.backend(), absl::StrCat("reference+cuda:emulated",
-                                            activations == Activations::kBf16 ? "/bf16" : "",
-                                            ", cuBLASLt 999900 on cuda:emulated"));
+    EXPECT_EQ(hello.backend(),
+              absl::StrCat("reference+cuda:emulated", activations == Activations::kBf16 ? "/bf16" : "",
+                           ", cuBLASLt 999900 on cuda:emulated"));
     fingerprints.insert(hello.fingerprint());
   }
   EXPECT_EQ(fingerprints.size(), 3u);
