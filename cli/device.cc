@@ -1,6 +1,9 @@
 #include "cli/device.h"
 
+#include <algorithm>
+#include <filesystem>
 #include <set>
+#include <system_error>
 
 #include "CLI/Option.hpp"
 #include "CLI/Validators.hpp"
@@ -11,6 +14,22 @@
 #include "kernels/cuda/cuda_device.h"
 
 namespace eduba {
+namespace {
+
+// Of a model's files; 0 where there are none.
+int64_t WeightBytes(const std::string& model) {
+  int64_t bytes = 0;
+  std::error_code error;
+  for (std::filesystem::directory_iterator file(model, error), end; !error && file != end;
+       file.increment(error)) {
+    if (file->path().extension() != ".safetensors") continue;
+    const uintmax_t size = file->file_size(error);
+    if (!error) bytes += static_cast<int64_t>(size);
+  }
+  return bytes;
+}
+
+}  // namespace
 
 void AddDeviceOption(CLI::App& command, std::string& device, const std::string& description) {
   command.add_option("--device", device, description + ": cpu, cuda, or cuda:N")->capture_default_str();
@@ -43,13 +62,20 @@ bool EachHasItsGpu(const std::vector<std::string>& devices) {
   return distinct.count("cpu") == 0 && distinct.size() == devices.size();
 }
 
-absl::StatusOr<int64_t> DefaultMemoryBytes(const std::vector<std::string>& devices) {
+absl::StatusOr<int64_t> DefaultMemoryBytes(const std::vector<std::string>& devices,
+                                           const std::string& model) {
   int64_t bytes = 0;
   for (const std::string& device : std::set<std::string>(devices.begin(), devices.end())) {
     if (device == "cpu") return DefaultStoreBytes();
     EDUBA_ASSIGN_OR_RETURN(const int index, CudaDeviceIndex(device));
     EDUBA_ASSIGN_OR_RETURN(const int64_t free, cuda::FreeCudaBytes(index));
-    bytes += free / 5 * 3;
+    const int64_t weights = std::count(devices.begin(), devices.end(), device) * WeightBytes(model);
+    if (weights >= free) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          device, " has ", free, " bytes free, and the weights of ", model, " for its workers take ", weights,
+          "; use fewer workers, a larger GPU, or --device cpu"));
+    }
+    bytes += (free - weights) / 5 * 3;
   }
   return bytes;
 }

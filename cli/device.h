@@ -24,8 +24,9 @@ absl::StatusOr<std::vector<std::string>> DevicesOfWorkers(const std::string& dev
 bool EachHasItsGpu(const std::vector<std::string>& devices);
 
 // Memory for pages when --memory-bytes is not given, over all these workers: 60 % of this machine's, or of
-// what their GPUs have free.
-absl::StatusOr<int64_t> DefaultMemoryBytes(const std::vector<std::string>& devices);
+// what their GPUs have free beside the weights of the model in the folder `model` (empty: none), of which
+// each worker has its own. RESOURCE_EXHAUSTED where a GPU has no room for these.
+absl::StatusOr<int64_t> DefaultMemoryBytes(const std::vector<std::string>& devices, const std::string& model);
 
 }  // namespace eduba
 

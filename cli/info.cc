@@ -16,6 +16,7 @@
 #include "collective/nccl/nccl_api.h"
 #include "grpcpp/grpcpp.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cublaslt_api.h"
 #include "kernels/cuda/cuda_device.h"
 #include "rpc/server.h"
 
@@ -154,6 +155,11 @@ std::vector<Finding> ExamineGpus() {
   findings.push_back({"nccl", nccl.ok() ? "ok" : "note",
                       nccl.ok() ? absl::StrCat("version ", NcclVersionText(**nccl), ", for --transport nccl")
                                 : std::string(nccl.status().message())});
+  const auto cublaslt = cuda::LoadCublasLt();
+  findings.push_back({"cublaslt", cublaslt.ok() ? "ok" : "note",
+                      cublaslt.ok()
+                          ? absl::StrCat("version ", (*cublaslt)->get_version(), ", for --model on GPUs")
+                          : std::string(cublaslt.status().message())});
   return findings;
 }
 

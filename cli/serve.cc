@@ -259,7 +259,7 @@ absl::Status RunUp(const UpOptions& given) {
   EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices,
                          DevicesOfWorkers(options.device, options.workers));
   if (options.memory_bytes == 0) {
-    EDUBA_ASSIGN_OR_RETURN(options.memory_bytes, DefaultMemoryBytes(devices));
+    EDUBA_ASSIGN_OR_RETURN(options.memory_bytes, DefaultMemoryBytes(devices, options.model));
   }
   if (options.memory_bytes / options.workers < 1) {
     return absl::InvalidArgumentError("--memory-bytes leaves nothing for each worker; give more");
@@ -370,7 +370,7 @@ absl::Status Work(const WorkerOptions& options) {
   worker_options.listen = options.listen;
   worker_options.memory_bytes = options.memory_bytes;
   if (options.memory_bytes == 0) {
-    EDUBA_ASSIGN_OR_RETURN(worker_options.memory_bytes, DefaultMemoryBytes(devices));
+    EDUBA_ASSIGN_OR_RETURN(worker_options.memory_bytes, DefaultMemoryBytes(devices, options.model));
   }
   worker_options.threads = options.threads;
   worker_options.version = EDUBA_VERSION;

@@ -143,8 +143,8 @@ void ClusterState::Greet(WorkerEntry* worker, v1::WorkerHello hello, int64_t now
                             absl::StrCat("worker ", hello.address(), " (", hello.backend(),
                                          ") is refused: its arithmetic differs from that of ",
                                          other.hello.address(), " (", other.hello.backend(),
-                                         "): another CPU kind or build; answers would not be the same "
-                                         "bits. Use equal machines and one build")));
+                                         "): another kind of CPU or GPU, another library or build; answers "
+                                         "would not be the same bits. Use equal machines and one build")));
     }
     if (other.hello.has_model() != hello.has_model() || other.hello.model().hash() != hello.model().hash() ||
         other.hello.model().tokenizer_hash() != hello.model().tokenizer_hash() ||

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -40,17 +41,13 @@ TEST(LayerFingerprint, TellsKernelsApartExactlyWhereTheirArithmeticDiffers) {
   }
 }
 
-// Kernels whose products round large batches differently, as matrix libraries may.
-class BatchSensitive final : public LayerKernels {
+class Forwarding : public LayerKernels {
  public:
-  std::string name() const override { return "sensitive"; }
+  std::string name() const override { return good_->name(); }
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(absl::Span<const MatrixView> parts) override {
     return good_->Pack(parts);
   }
-  void Multiply(const MatmulArgs& args) override {
-    good_->Multiply(args);
-    if (args.rows > 16) args.y[11 * args.weights->outputs()] += 1e-6F;
-  }
+  void Multiply(const MatmulArgs& args) override { good_->Multiply(args); }
   void Normalise(const NormArgs& args) override { good_->Normalise(args); }
   void Rotate(const RopeArgs& args) override { good_->Rotate(args); }
   void Activate(const ActivationArgs& args) override { good_->Activate(args); }
@@ -59,6 +56,34 @@ class BatchSensitive final : public LayerKernels {
  private:
   std::unique_ptr<LayerKernels> good_ = MakeCpuLayerKernels(1);
 };
+
+// Kernels whose products round large batches differently, as matrix libraries may.
+class BatchSensitive final : public Forwarding {
+ public:
+  void Multiply(const MatmulArgs& args) override {
+    Forwarding::Multiply(args);
+    if (args.rows > 16) args.y[11 * args.weights->outputs()] += 1e-6F;
+  }
+};
+
+class OfLibrary final : public Forwarding {
+ public:
+  explicit OfLibrary(std::string name) : name_(std::move(name)) {}
+  std::string library() const override { return name_; }
+
+ private:
+  const std::string name_;
+};
+
+// Its choices for other shapes are not seen.
+TEST(LayerFingerprint, TellsLibrariesApart) {
+  std::set<uint64_t> prints = {LayerFingerprint(*MakeCpuLayerKernels(1)).value()};
+  for (const char* name : {"", "one 1.0", "one 1.1"}) {
+    OfLibrary kernels(name);
+    prints.insert(LayerFingerprint(kernels).value());
+  }
+  EXPECT_EQ(prints.size(), 3U);
+}
 
 TEST(LayerFingerprint, RefusesKernelsWhoseRowsDependOnTheirBatch) {
   BatchSensitive kernels;

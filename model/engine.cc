@@ -168,10 +168,11 @@ absl::Status ModelEngine::Compute(absl::Span<const Turn> turns, absl::Time deadl
     contexts.push_back({&context.pages_, context.length_, static_cast<int64_t>(turn.ids.size()),
                         turn.asks ? context.ask_views_ : context.append_views_});
   }
-  hidden_.resize(ids.size() * config.hidden_size);
-  EDUBA_RETURN_IF_ERROR(options_.model->Embed(ids, hidden_.data()));
+  hidden_size_ = static_cast<int64_t>(ids.size()) * config.hidden_size;
+  EDUBA_RETURN_IF_ERROR(hidden_.Reserve(hidden_size_));
+  EDUBA_RETURN_IF_ERROR(options_.model->Embed(ids, hidden_.host()));
   PagedAttention attention(options_.backend, options_.model, contexts, options_.communicator, deadline);
-  EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_.data()));
+  EDUBA_RETURN_IF_ERROR(options_.model->Forward(Positions(turns), attention, hidden_));
   sink_mass_ = attention.sink_mass();
   bytes_read_ = attention.bytes_read();
   return absl::OkStatus();
@@ -191,6 +192,10 @@ absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time 
   if (turns.empty()) return absl::OkStatus();
   if (absl::Status status = Compute(turns, deadline); !status.ok()) {
     for (const Turn& turn : turns) Unprepare(*turn.context);
+    // This rank's device, or memory: no rank shall wait for it. (What is not finite is so on all of them.)
+    if (!absl::IsInvalidArgument(status) && options_.communicator != nullptr) {
+      options_.communicator->Abort(status);
+    }
     return status;
   }
   const ModelConfig& config = options_.model->config();
@@ -199,7 +204,7 @@ absl::Status ModelEngine::StepPrepared(absl::Span<const Turn> turns, absl::Time 
     Context& context = *turn.context;
     row += static_cast<int64_t>(turn.ids.size());
     context.length_ += static_cast<int64_t>(turn.ids.size());
-    const float* last = &hidden_[(row - 1) * config.hidden_size];
+    const float* last = hidden_.host() + (row - 1) * config.hidden_size;
     context.last_.assign(last, last + config.hidden_size);
     DropUnseen(context, context.length_);
   }
@@ -377,9 +382,9 @@ absl::StatusOr<std::vector<float>> ModelEngine::Append(Context& context, absl::S
       status = absl::Now() < options.deadline ? Step({Turn{&context, chunk, options.asks}})
                                               : absl::DeadlineExceededError("the deadline is over");
     }
-    if (status.ok() && options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.data());
+    if (status.ok() && options.pooler != nullptr) options.pooler->Add(first, rows, hidden_.host());
     if (status.ok() && options.log_probs) {
-      before.insert(before.end(), hidden_.begin(), hidden_.begin() + (rows - 1) * width);
+      before.insert(before.end(), hidden_.host(), hidden_.host() + (rows - 1) * width);
       const auto some = eduba::LogProbs(*options_.model, before, chunk);
       status = some.status();
       if (some.ok()) log_probs.insert(log_probs.end(), some->begin(), some->end());
@@ -458,9 +463,8 @@ absl::StatusOr<std::vector<float>> ModelEngine::NextLogits(const Context& contex
 
 absl::StatusOr<std::vector<float>> ModelEngine::Logits(absl::Span<const float> hidden) const {
   const int64_t rows = static_cast<int64_t>(hidden.size()) / options_.model->config().hidden_size;
-  std::vector<float> logits(rows * options_.model->config().vocab_size);
-  EDUBA_RETURN_IF_ERROR(options_.model->Logits(hidden.data(), rows, logits.data()));
-  return logits;
+  EDUBA_ASSIGN_OR_RETURN(const absl::Span<const float> logits, options_.model->Logits(hidden.data(), rows));
+  return std::vector<float>(logits.begin(), logits.end());
 }
 
 }  // namespace eduba

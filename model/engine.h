@@ -131,7 +131,7 @@ class ModelEngine {
   };
 
   // What `options` points to outlives the engine.
-  explicit ModelEngine(const Options& options) : options_(options) {}
+  explicit ModelEngine(const Options& options) : options_(options), hidden_(options.model->NewHidden()) {}
 
   // INVALID_ARGUMENT names the option that contradicts the model or another.
   absl::StatusOr<Context> Open(const ContextOptions& options) const {
@@ -211,7 +211,7 @@ class ModelEngine {
   // once. INVALID_ARGUMENT where one is not finite.
   absl::StatusOr<std::vector<float>> Logits(absl::Span<const float> hidden) const;
   // [rows, hidden_size]: what the last step made of its turns' tokens, turn after turn.
-  absl::Span<const float> hidden() const { return hidden_; }
+  absl::Span<const float> hidden() const { return absl::MakeConstSpan(hidden_.host(), hidden_size_); }
   // Of the last step: the token sinks' share of each head's weights, summed over the rows of each turn, in
   // units of kSinkMassUnit. [turns, layers, query_heads]
   const std::vector<int64_t>& sink_mass() const { return sink_mass_; }
@@ -238,7 +238,8 @@ class ModelEngine {
 
   const Options options_;
   std::vector<int64_t> positions_, sink_positions_;
-  std::vector<float> hidden_;  // [rows, hidden_size] of the last step
+  LayerFloats hidden_;  // [rows, hidden_size] of the last step
+  int64_t hidden_size_ = 0;
   std::vector<int64_t> sink_mass_;
   int64_t bytes_read_ = 0;
 };

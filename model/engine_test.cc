@@ -101,12 +101,14 @@ TEST(ModelEngine, EveryPolicySeesExactlyItsKeysAtItsPositions) {
     got.insert(got.end(), asked.begin(), asked.end());
 
     DenseAttention oracle = Oracle(f.random.config, options, asks_from);
-    std::vector<float> wanted(length * f.random.config.hidden_size);
-    ASSERT_TRUE(f.model->Embed(ids, wanted.data()).ok());
+    LayerFloats wanted = f.model->NewHidden();
+    const int64_t size = length * f.random.config.hidden_size;
+    ASSERT_TRUE(wanted.Reserve(size).ok());
+    ASSERT_TRUE(f.model->Embed(ids, wanted.host()).ok());
     std::vector<int64_t> positions(length);
     for (int64_t i = 0; i < length; ++i) positions[i] = i;
-    ASSERT_TRUE(f.model->Forward({positions, {}}, oracle, wanted.data()).ok());
-    EXPECT_LE(Error(got, wanted), 1e-5);
+    ASSERT_TRUE(f.model->Forward({positions, {}}, oracle, wanted).ok());
+    EXPECT_LE(Error(got, {wanted.host(), wanted.host() + size}), 1e-5);
     if (HasFailure()) return;
   }
   EXPECT_GE(rolled, 5);
@@ -785,14 +787,15 @@ TEST(Transformer, ValuesStayBelowTheirExponents) {
     Judge judge(f.model.get());
     const std::vector<int32_t> ids = f.Text(200, seed);
     std::vector<int64_t> positions(ids.size());
-    std::vector<float> hidden(ids.size() * f.random.config.hidden_size);
-    ASSERT_TRUE(f.model->Embed(ids, hidden.data()).ok());
+    LayerFloats hidden = f.model->NewHidden();
+    ASSERT_TRUE(hidden.Reserve(static_cast<int64_t>(ids.size()) * f.random.config.hidden_size).ok());
+    ASSERT_TRUE(f.model->Embed(ids, hidden.host()).ok());
     // Along a row of the weights a value is as large as it gets.
     const WeightView& v = f.random.weights.layers[0].v.weight;
     for (int64_t c = 0; c < f.random.config.hidden_size; ++c) {
-      hidden[c] = 1e3F * LoadElement(v.data, v.dtype, c);
+      hidden.host()[c] = 1e3F * LoadElement(v.data, v.dtype, c);
     }
-    ASSERT_TRUE(f.model->Forward({positions, {}}, judge, hidden.data()).ok());
+    ASSERT_TRUE(f.model->Forward({positions, {}}, judge, hidden).ok());
     closest = std::max(closest, judge.closest);
   }
   EXPECT_GT(closest, 0.5);  // The bound is near enough to be worth something.

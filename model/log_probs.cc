@@ -10,7 +10,7 @@ namespace eduba {
 namespace {
 
 // Rows whose logits are held at once.
-constexpr int64_t kLogitRows = 32;
+constexpr int64_t kLogitRows = Transformer::kReservedLogitRows;
 
 }  // namespace
 
@@ -20,13 +20,12 @@ absl::StatusOr<std::vector<float>> LogProbs(Transformer& model, absl::Span<const
   const int64_t vocab = model.config().vocab_size;
   const auto rows = static_cast<int64_t>(ids.size());
   EDUBA_CHECK_EQ(static_cast<int64_t>(hidden.size()), rows * width);
-  std::vector<float> logits(std::min(kLogitRows, rows) * vocab);
   std::vector<float> log_probs;
   for (int64_t row = 0; row < rows; row += kLogitRows) {
     const int64_t some = std::min(kLogitRows, rows - row);
-    EDUBA_RETURN_IF_ERROR(model.Logits(&hidden[row * width], some, logits.data()));
+    EDUBA_ASSIGN_OR_RETURN(const absl::Span<const float> logits, model.Logits(&hidden[row * width], some));
     for (int64_t i = 0; i < some; ++i) {
-      log_probs.push_back(LogProb(absl::MakeConstSpan(logits).subspan(i * vocab, vocab), ids[row + i]));
+      log_probs.push_back(LogProb(logits.subspan(i * vocab, vocab), ids[row + i]));
     }
   }
   return log_probs;

@@ -57,13 +57,11 @@ std::vector<QkvPart> QkvParts(const ModelConfig& config, const LayerWeights& lay
   return parts;
 }
 
-void Add(const std::vector<float>& from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
+// In front of numbers that a host looks at: what LayerKernels::Find says of them, so that one copy brings
+// both. As many as keep what follows aligned.
+constexpr int64_t kHeader = 64;
 
-bool AllFinite(absl::Span<const float> numbers) {
-  return std::all_of(numbers.begin(), numbers.end(), [](float x) { return std::isfinite(x); });
-}
+using Use = LayerFloats::Use;
 
 }  // namespace
 
@@ -71,7 +69,18 @@ Transformer::Transformer(const ModelConfig& config, const ModelWeights& weights,
     : config_(config),
       embeddings_(weights.embeddings),
       kernels_(kernels),
-      embedding_scale_(RoundedEmbeddingScale(config, weights.embeddings.dtype)) {}
+      embedding_scale_(RoundedEmbeddingScale(config, weights.embeddings.dtype)),
+      constants_(kernels, Use::kShared),
+      angles_(kernels),
+      normed_(kernels, Use::kKernels),
+      qkv_(kernels, Use::kKernels),
+      mapped_(kernels, Use::kKernels),
+      up_(kernels, Use::kKernels),
+      activated_(kernels, Use::kKernels),
+      projected_(kernels, Use::kShared),
+      attended_(kernels, Use::kShared),
+      states_(kernels, Use::kShared),
+      logits_(kernels, Use::kShared) {}
 
 absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConfig& config,
                                                                  const ModelWeights& weights,
@@ -81,9 +90,11 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConf
   model->weight_dtype_ = weights.embeddings.dtype;
   model->layers_.resize(config.layers.size());
   std::vector<Rope> ropes;
+  std::vector<float> constants;
   for (size_t i = 0; i < config.layers.size(); ++i) {
     Layer& layer = model->layers_[i];
-    EDUBA_RETURN_IF_ERROR(Annotate(model->PackLayer(weights.layers[i], layer), absl::StrCat("layer ", i)));
+    EDUBA_RETURN_IF_ERROR(
+        Annotate(model->PackLayer(weights.layers[i], layer, constants), absl::StrCat("layer ", i)));
     const Rope& rope = config.layers[i].rope;
     const auto known = std::find(ropes.begin(), ropes.end(), rope);
     layer.rope = static_cast<int>(known - ropes.begin());
@@ -92,16 +103,57 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConf
       model->ropes_.push_back(InverseFrequencies(rope));
     }
   }
-  model->final_norm_ = {Floats(weights.final_norm.weight), Floats(weights.final_norm.bias)};
-  model->hidden_exponents_ = model->HiddenExponents();
+  model->final_norm_ = Keep(weights.final_norm, constants);
+  model->hidden_exponents_ = model->HiddenExponents(weights.final_norm);
   EDUBA_ASSIGN_OR_RETURN(model->head_.weights, kernels->Pack({All(weights.head)}));
+  EDUBA_RETURN_IF_ERROR(model->SendConstants(constants));
+  EDUBA_RETURN_IF_ERROR(model->Reserve(kReservedRows));
+  EDUBA_RETURN_IF_ERROR(model->ReserveLogits(kReservedLogitRows));
   return model;
 }
 
-absl::Status Transformer::PackLayer(const LayerWeights& from, Layer& to) {
-  const auto norm = [](const NormWeights& weights) {
-    return Norm{Floats(weights.weight), Floats(weights.bias)};
-  };
+Transformer::Constant Transformer::Keep(const std::vector<float>& floats, std::vector<float>& constants) {
+  if (floats.empty()) return -1;
+  const auto at = static_cast<Constant>(constants.size());
+  constants.insert(constants.end(), floats.begin(), floats.end());
+  return at;
+}
+
+Transformer::Norm Transformer::Keep(const NormWeights& weights, std::vector<float>& constants) {
+  Norm norm;
+  norm.weight = Keep(Floats(weights.weight), constants);
+  norm.bias = Keep(Floats(weights.bias), constants);
+  return norm;
+}
+
+absl::Status Transformer::SendConstants(const std::vector<float>& constants) {
+  const auto count = static_cast<int64_t>(constants.size());
+  EDUBA_RETURN_IF_ERROR(constants_.Reserve(count));
+  std::copy(constants.begin(), constants.end(), constants_.host());
+  constants_.Send(0, count);
+  return kernels_->Wait();
+}
+
+absl::Status Transformer::Reserve(int64_t rows) {
+  const int64_t width = config_.hidden_size;
+  const int64_t queries = int64_t{config_.query_heads} * config_.head_dim;
+  const int64_t keys = int64_t{config_.kv_heads} * config_.head_dim;
+  EDUBA_RETURN_IF_ERROR(normed_.Reserve(rows * width));
+  EDUBA_RETURN_IF_ERROR(qkv_.Reserve(rows * (queries + 2 * keys)));
+  EDUBA_RETURN_IF_ERROR(projected_.Reserve(kHeader + rows * 2 * (queries + keys)));
+  EDUBA_RETURN_IF_ERROR(attended_.Reserve(rows * queries));
+  EDUBA_RETURN_IF_ERROR(mapped_.Reserve(rows * width));
+  EDUBA_RETURN_IF_ERROR(up_.Reserve(rows * (config_.gated_mlp ? 2 : 1) * config_.intermediate_size));
+  return activated_.Reserve(rows * config_.intermediate_size);
+}
+
+absl::Status Transformer::ReserveLogits(int64_t rows) {
+  EDUBA_RETURN_IF_ERROR(states_.Reserve(rows * config_.hidden_size));
+  return logits_.Reserve(kHeader + rows * config_.vocab_size);
+}
+
+absl::Status Transformer::PackLayer(const LayerWeights& from, Layer& to, std::vector<float>& constants) {
+  const auto norm = [&](const NormWeights& weights) { return Keep(weights, constants); };
   to.attention_in = norm(from.attention_in);
   to.attention_out = norm(from.attention_out);
   to.mlp_in = norm(from.mlp_in);
@@ -116,9 +168,11 @@ absl::Status Transformer::PackLayer(const LayerWeights& from, Layer& to) {
     bias |= part.linear->bias.present();
     if (part.linear->weight.dtype == DType::kF32) weight_dtype_ = DType::kF32;
   }
+  std::vector<float> biases;
   for (const QkvPart& part : QkvParts(config_, from)) {
-    if (bias) AppendFloats(part.linear->bias, part.first, part.count, to.qkv.bias);
+    if (bias) AppendFloats(part.linear->bias, part.first, part.count, biases);
   }
+  to.qkv.bias = Keep(biases, constants);
   const auto pack = [&](const std::vector<MatrixView>& views, Linear& linear) {
     for (const MatrixView& view : views) {
       if (view.dtype != views[0].dtype) {
@@ -132,25 +186,27 @@ absl::Status Transformer::PackLayer(const LayerWeights& from, Layer& to) {
   };
   EDUBA_RETURN_IF_ERROR(pack(parts, to.qkv));
   EDUBA_RETURN_IF_ERROR(pack({All(from.attention_map.weight)}, to.attention_map));
-  to.attention_map.bias = Floats(from.attention_map.bias);
+  to.attention_map.bias = Keep(Floats(from.attention_map.bias), constants);
   if (config_.gated_mlp) {
     EDUBA_RETURN_IF_ERROR(pack({All(from.gate.weight), All(from.up.weight)}, to.up));
     if (from.up.bias.present()) {
-      to.up.bias = Floats(from.gate.bias);
-      AppendFloats(from.up.bias, 0, config_.intermediate_size, to.up.bias);
+      biases = Floats(from.gate.bias);
+      AppendFloats(from.up.bias, 0, config_.intermediate_size, biases);
+      to.up.bias = Keep(biases, constants);
     }
   } else {
     EDUBA_RETURN_IF_ERROR(pack({All(from.up.weight)}, to.up));
-    to.up.bias = Floats(from.up.bias);
+    to.up.bias = Keep(Floats(from.up.bias), constants);
   }
   EDUBA_RETURN_IF_ERROR(pack({All(from.down.weight)}, to.down));
-  to.down.bias = Floats(from.down.bias);
+  to.down.bias = Keep(Floats(from.down.bias), constants);
   to.value_exponents = ValueExponents(from);
   return absl::OkStatus();
 }
 
 std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const {
-  const Norm norm{Floats(from.attention_in.weight), Floats(from.attention_in.bias)};
+  const std::vector<float> norm_weight = Floats(from.attention_in.weight);
+  const std::vector<float> norm_bias = Floats(from.attention_in.bias);
   const double offset = config_.norm_plus_one ? 1 : 0;
   const int64_t hidden = config_.hidden_size;
   const int64_t values = int64_t{config_.kv_heads} * config_.head_dim;
@@ -168,9 +224,9 @@ std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const
           part.linear->bias.present() ? LoadElement(part.linear->bias.data, part.linear->bias.dtype, c) : 0;
       for (int64_t k = 0; k < hidden; ++k) {
         const double w = LoadElement(weight.data, weight.dtype, c * hidden + k);
-        const double scaled = w * (offset + norm.weight[k]);
+        const double scaled = w * (offset + norm_weight[k]);
         squares += scaled * scaled;
-        if (!norm.bias.empty()) constant += w * norm.bias[k];
+        if (!norm_bias.empty()) constant += w * norm_bias[k];
       }
       // One per cent for every rounding on the way, of the stored value too.
       const double bound = 1.01 * (std::sqrt(static_cast<double>(hidden) * squares) + std::abs(constant));
@@ -181,13 +237,15 @@ std::vector<int16_t> Transformer::ValueExponents(const LayerWeights& from) const
   return exponents;
 }
 
-std::vector<int16_t> Transformer::HiddenExponents() const {
+std::vector<int16_t> Transformer::HiddenExponents(const NormWeights& norm) const {
+  const std::vector<float> weight = Floats(norm.weight);
+  const std::vector<float> biases = Floats(norm.bias);
   const double longest = std::sqrt(static_cast<double>(config_.hidden_size));
   const double offset = config_.norm_plus_one ? 1 : 0;
   std::vector<int16_t> exponents;
   for (int64_t c = 0; c < config_.hidden_size; ++c) {
-    const double bias = final_norm_.bias.empty() ? 0 : final_norm_.bias[c];
-    const double bound = 1.01 * (longest * std::abs(offset + final_norm_.weight[c]) + std::abs(bias));
+    const double bias = biases.empty() ? 0 : biases[c];
+    const double bound = 1.01 * (longest * std::abs(offset + weight[c]) + std::abs(bias));
     exponents.push_back(bound > 0 ? static_cast<int16_t>(std::ilogb(bound) + 1) : int16_t{0});
   }
   return exponents;
@@ -219,107 +277,139 @@ absl::Status Transformer::Embed(absl::Span<const int32_t> ids, float* hidden) co
   return absl::OkStatus();
 }
 
-absl::Status Transformer::Forward(const RowPositions& at, LayerAttention& attention, float* hidden) {
+absl::Status Transformer::Forward(const RowPositions& at, LayerAttention& attention,
+                                  const LayerFloats& hidden) {
   const auto rows = static_cast<int64_t>(at.positions.size());
-  const RowAngles angles = Angles(at);
+  EDUBA_RETURN_IF_ERROR(Angles(at, angles_));
+  hidden.Send(0, rows * config_.hidden_size);
   for (int layer = 0; layer < static_cast<int>(layers_.size()); ++layer) {
-    EDUBA_ASSIGN_OR_RETURN(const LayerRows call, BeforeAttention(layer, angles, 0, rows, hidden));
-    attended_.resize(rows * config_.query_heads * config_.head_dim);
-    EDUBA_RETURN_IF_ERROR(Annotate(attention.Attend(call, attended_.data()), absl::StrCat("layer ", layer)));
-    AfterAttention(layer, rows, attended_.data(), hidden);
+    EDUBA_ASSIGN_OR_RETURN(const LayerRows call, BeforeAttention(layer, angles_, 0, rows, hidden));
+    EDUBA_ASSIGN_OR_RETURN(float* const attended, Attended(rows));
+    EDUBA_RETURN_IF_ERROR(Annotate(attention.Attend(call, attended), absl::StrCat("layer ", layer)));
+    AfterAttention(layer, 0, rows, hidden);
   }
-  return FinalNorm(rows, hidden);
+  return FinalNorm(0, rows, hidden);
 }
 
 absl::StatusOr<LayerRows> Transformer::BeforeAttention(int index, const RowAngles& angles, int64_t first,
-                                                       int64_t rows, const float* hidden) {
+                                                       int64_t rows, const LayerFloats& hidden) {
   const Layer& layer = layers_[index];
   const int64_t dim = config_.head_dim;
   const int64_t width = config_.hidden_size;
-  const int64_t stride = (config_.query_heads + 2 * int64_t{config_.kv_heads}) * dim;
-  normed_.resize(rows * width);
+  const int64_t query_row = config_.query_heads * dim;
+  const int64_t key_row = config_.kv_heads * dim;
+  const int64_t stride = query_row + 2 * key_row;
+  EDUBA_RETURN_IF_ERROR(Reserve(rows));
 
-  Normalise(layer.attention_in, config_.norm, rows, hidden, normed_.data());
-  Multiply(layer.qkv, rows, normed_.data(), qkv_);
-  float* keys = qkv_.data() + config_.query_heads * dim;
-  const float* values = keys + config_.kv_heads * dim;
+  Normalise(layer.attention_in, config_.norm, rows, hidden.data() + first * width, normed_.data());
+  Multiply(layer.qkv, rows, normed_.data(), qkv_.data());
+  float* const queries = qkv_.data();
+  float* const keys = queries + query_row;
+  const float* const values = keys + key_row;
   if (config_.qk_norm) {
-    NormaliseHeads(layer.q_norm, rows, config_.query_heads, qkv_.data(), stride);
+    NormaliseHeads(layer.q_norm, rows, config_.query_heads, queries, stride);
     NormaliseHeads(layer.k_norm, rows, config_.kv_heads, keys, stride);
   }
   const RowAngles::Kind& turn = angles.kinds[layer.rope];
-  const int64_t angle = first * static_cast<int64_t>(ropes_[layer.rope].size());
-  const float* const cosines = turn.cosines.data() + angle;
-  const float* const sines = turn.sines.data() + angle;
-  Rotate(layer.rope, cosines, sines, rows, config_.query_heads, qkv_.data(), stride, queries_);
-  Rotate(layer.rope, cosines, sines, rows, config_.kv_heads, keys, stride, keys_);
-  LayerRows call{index, rows, queries_.data(), queries_.data(), keys_.data(), nullptr};
-  if (!turn.sink_cosines.empty()) {
-    Rotate(layer.rope, turn.sink_cosines.data() + angle, turn.sink_sines.data() + angle, rows,
-           config_.query_heads, qkv_.data(), stride, sink_queries_);
-    call.sink_queries = sink_queries_.data();
+  const auto frequencies = static_cast<int64_t>(ropes_[layer.rope].size());
+  const float* const angle = angles.floats.data() + first * frequencies;
+  const int64_t to_keys = kHeader + rows * query_row;
+  const int64_t to_values = to_keys + rows * key_row;
+  const int64_t to_sink_queries = to_values + rows * key_row;
+  float* const to = projected_.data();
+  Rotate(frequencies, angle + turn.cosines, angle + turn.sines, rows, config_.query_heads, queries, stride,
+         to + kHeader);
+  Rotate(frequencies, angle + turn.cosines, angle + turn.sines, rows, config_.kv_heads, keys, stride,
+         to + to_keys);
+  Rotate(0, nullptr, nullptr, rows, config_.kv_heads, values, stride, to + to_values);
+  int64_t end = to_sink_queries;
+  if (angles.has_sinks) {
+    Rotate(frequencies, angle + turn.sink_cosines, angle + turn.sink_sines, rows, config_.query_heads,
+           queries, stride, to + to_sink_queries);
+    end += rows * query_row;
   }
-  values_.resize(rows * config_.kv_heads * dim);
-  for (int64_t row = 0; row < rows; ++row) {
-    std::copy_n(values + row * stride, config_.kv_heads * dim, &values_[row * config_.kv_heads * dim]);
-  }
-  call.values = values_.data();
   // What attention is given must be finite; what overflowed is an error here, and never becomes a number.
-  if (!AllFinite(queries_) || !AllFinite(keys_) || !AllFinite(values_)) {
+  kernels_->Find({end - kHeader, to + kHeader, to});
+  projected_.Fetch(0, end);
+  EDUBA_RETURN_IF_ERROR(kernels_->Wait());
+  is_attended_queued_ = false;
+  const float* const made = projected_.host();
+  if (made[0] != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", index, ": a query, key or value is not finite; are the weights whole?"));
   }
-  return call;
+  return LayerRows{index,          rows,
+                   made + kHeader, made + (angles.has_sinks ? to_sink_queries : kHeader),
+                   made + to_keys, made + to_values};
 }
 
-void Transformer::AfterAttention(int index, int64_t rows, const float* attended, float* hidden) {
+absl::StatusOr<float*> Transformer::Attended(int64_t rows) {
+  if (is_attended_queued_) EDUBA_RETURN_IF_ERROR(kernels_->Wait());
+  is_attended_queued_ = false;
+  EDUBA_RETURN_IF_ERROR(Reserve(rows));
+  return attended_.host();
+}
+
+void Transformer::AfterAttention(int index, int64_t first, int64_t rows, const LayerFloats& hidden) {
   const Layer& layer = layers_[index];
   const int64_t width = config_.hidden_size;
-  normed_.resize(rows * width);
-  Multiply(layer.attention_map, rows, attended, mapped_);
+  float* const states = hidden.data() + first * width;
+  attended_.Send(0, rows * config_.query_heads * config_.head_dim);
+  is_attended_queued_ = true;
+  Multiply(layer.attention_map, rows, attended_.data(), mapped_.data());
   if (config_.post_norms) {
     Normalise(layer.attention_out, config_.norm, rows, mapped_.data(), mapped_.data());
   }
   if (config_.parallel_residual) {
-    Normalise(layer.mlp_in, config_.norm, rows, hidden, normed_.data());
-    Add(mapped_, rows * width, hidden);
+    Normalise(layer.mlp_in, config_.norm, rows, states, normed_.data());
+    kernels_->Add({rows * width, mapped_.data(), states});
   } else {
-    Add(mapped_, rows * width, hidden);
-    Normalise(layer.mlp_in, config_.norm, rows, hidden, normed_.data());
+    kernels_->Add({rows * width, mapped_.data(), states});
+    Normalise(layer.mlp_in, config_.norm, rows, states, normed_.data());
   }
 
-  Multiply(layer.up, rows, normed_.data(), up_);
+  Multiply(layer.up, rows, normed_.data(), up_.data());
   const int64_t inner = config_.intermediate_size;
-  activated_.resize(rows * inner);
   kernels_->Activate({config_.activation, rows, inner, up_.data(), config_.gated_mlp ? 2 * inner : inner,
                       config_.gated_mlp ? up_.data() + inner : nullptr, activated_.data()});
-  Multiply(layer.down, rows, activated_.data(), mapped_);
+  Multiply(layer.down, rows, activated_.data(), mapped_.data());
   if (config_.post_norms) Normalise(layer.mlp_out, config_.norm, rows, mapped_.data(), mapped_.data());
-  Add(mapped_, rows * width, hidden);
+  kernels_->Add({rows * width, mapped_.data(), states});
 }
 
-absl::Status Transformer::FinalNorm(int64_t rows, float* hidden) {
-  Normalise(final_norm_, config_.norm, rows, hidden, hidden);
-  if (AllFinite(absl::MakeConstSpan(hidden, rows * config_.hidden_size))) return absl::OkStatus();
+absl::Status Transformer::FinalNorm(int64_t first, int64_t rows, const LayerFloats& hidden) {
+  const int64_t width = config_.hidden_size;
+  float* const states = hidden.data() + first * width;
+  Normalise(final_norm_, config_.norm, rows, states, states);
+  kernels_->Find({rows * width, states, projected_.data()});
+  hidden.Fetch(first * width, rows * width);
+  projected_.Fetch(0, 1);
+  EDUBA_RETURN_IF_ERROR(kernels_->Wait());
+  if (projected_.host()[0] == 0) return absl::OkStatus();
   return absl::InvalidArgumentError(
       "behind the last layer: a hidden state is not finite; are the weights whole?");
 }
 
-absl::Status Transformer::Logits(const float* hidden, int64_t rows, float* logits) {
-  kernels_->Multiply({head_.weights.get(), rows, hidden, nullptr, logits});
-  if (!AllFinite(absl::MakeConstSpan(logits, rows * config_.vocab_size))) {
+absl::StatusOr<absl::Span<const float>> Transformer::Logits(const float* hidden, int64_t rows) {
+  const int64_t width = config_.hidden_size;
+  const int64_t count = rows * config_.vocab_size;
+  EDUBA_RETURN_IF_ERROR(ReserveLogits(rows));
+  std::copy_n(hidden, rows * width, states_.host());
+  states_.Send(0, rows * width);
+  float* const logits = logits_.data() + kHeader;
+  Multiply(head_, rows, states_.data(), logits);
+  kernels_->Find({count, logits, logits_.data()});
+  if (config_.logit_softcap > 0) kernels_->Softcap({count, logits, config_.logit_softcap});
+  logits_.Fetch(0, kHeader + count);
+  EDUBA_RETURN_IF_ERROR(kernels_->Wait());
+  if (logits_.host()[0] != 0) {
     return absl::InvalidArgumentError("the last product: a logit is not finite; are the weights whole?");
   }
-  if (config_.logit_softcap > 0) {
-    kernels_->Softcap({rows * config_.vocab_size, logits, config_.logit_softcap});
-  }
-  return absl::OkStatus();
+  return absl::MakeConstSpan(logits_.host() + kHeader, count);
 }
 
-void Transformer::Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y) {
-  y.resize(rows * linear.weights->outputs());
-  kernels_->Multiply(
-      {linear.weights.get(), rows, x, linear.bias.empty() ? nullptr : linear.bias.data(), y.data()});
+void Transformer::Multiply(const Linear& linear, int64_t rows, const float* x, float* y) {
+  kernels_->Multiply({linear.weights.get(), rows, x, At(linear.bias), y});
 }
 
 void Transformer::Normalise(const Norm& norm, NormKind kind, int64_t rows, const float* x, float* y) {
@@ -330,9 +420,9 @@ void Transformer::Normalise(const Norm& norm, NormKind kind, int64_t rows, const
   args.x = x;
   args.x_stride = args.y_stride = config_.hidden_size;
   args.y = y;
-  args.weight = norm.weight.data();
+  args.weight = At(norm.weight);
   args.weight_offset = config_.norm_plus_one ? 1.0F : 0.0F;
-  args.bias = norm.bias.empty() ? nullptr : norm.bias.data();
+  args.bias = At(norm.bias);
   args.epsilon = config_.norm_eps;
   kernels_->Normalise(args);
 }
@@ -344,7 +434,7 @@ void Transformer::NormaliseHeads(const Norm& norm, int64_t rows, int heads, floa
   args.dim = config_.head_dim;
   args.x = args.y = x;
   args.x_stride = args.y_stride = stride;
-  args.weight = norm.weight.data();
+  args.weight = At(norm.weight);
   args.weight_offset = config_.norm_plus_one ? 1.0F : 0.0F;
   args.epsilon = config_.norm_eps;
   kernels_->Normalise(args);
@@ -356,35 +446,45 @@ int64_t Transformer::angle_bytes() const {
   return static_cast<int64_t>(2 * frequencies * sizeof(float));
 }
 
-RowAngles Transformer::Angles(const RowPositions& at) const {
-  RowAngles angles;
+absl::Status Transformer::Angles(const RowPositions& at, RowAngles& angles) const {
+  angles.has_sinks = !at.sink_positions.empty();
+  angles.kinds.clear();
+  int64_t count = 0;
+  const auto place = [&](absl::Span<const int64_t> positions, const std::vector<double>& frequencies) {
+    const int64_t begin = count;
+    count += static_cast<int64_t>(positions.size() * frequencies.size());
+    return begin;
+  };
   for (const std::vector<double>& frequencies : ropes_) {
     RowAngles::Kind& kind = angles.kinds.emplace_back();
-    const auto fill = [&](absl::Span<const int64_t> positions, std::vector<float>& cosines,
-                          std::vector<float>& sines) {
-      cosines.resize(positions.size() * frequencies.size());
-      sines.resize(cosines.size());
-      RopeAngles(frequencies, positions, cosines.data(), sines.data());
-    };
-    fill(at.positions, kind.cosines, kind.sines);
-    fill(at.sink_positions, kind.sink_cosines, kind.sink_sines);
+    kind.cosines = place(at.positions, frequencies);
+    kind.sines = place(at.positions, frequencies);
+    kind.sink_cosines = place(at.sink_positions, frequencies);
+    kind.sink_sines = place(at.sink_positions, frequencies);
   }
-  return angles;
+  EDUBA_RETURN_IF_ERROR(angles.floats.Reserve(count));
+  float* const floats = angles.floats.host();
+  for (size_t i = 0; i < ropes_.size(); ++i) {
+    const RowAngles::Kind& kind = angles.kinds[i];
+    RopeAngles(ropes_[i], at.positions, floats + kind.cosines, floats + kind.sines);
+    RopeAngles(ropes_[i], at.sink_positions, floats + kind.sink_cosines, floats + kind.sink_sines);
+  }
+  angles.floats.Send(0, count);
+  return absl::OkStatus();
 }
 
-void Transformer::Rotate(int rope, const float* cosines, const float* sines, int64_t rows, int heads,
-                         const float* x, int64_t stride, std::vector<float>& y) {
-  y.resize(rows * heads * config_.head_dim);
+void Transformer::Rotate(int64_t frequencies, const float* cosines, const float* sines, int64_t rows,
+                         int heads, const float* x, int64_t stride, float* y) {
   RopeArgs args;
   args.rows = rows;
   args.heads = heads;
   args.dim = config_.head_dim;
-  args.rotary_dim = static_cast<int>(2 * ropes_[rope].size());
+  args.rotary_dim = static_cast<int>(2 * frequencies);
   args.cosines = cosines;
   args.sines = sines;
   args.x = x;
   args.x_stride = stride;
-  args.y = y.data();
+  args.y = y;
   args.y_stride = int64_t{heads} * config_.head_dim;
   kernels_->Rotate(args);
 }

@@ -24,18 +24,26 @@ struct RowPositions {
   absl::Span<const int64_t> sink_positions;
 };
 
-// By how much to turn the queries and keys of some rows, for each kind of rotary embedding that a model has.
+// By how much to turn the queries and keys of some rows, for each kind of rotary embedding that a model has,
+// where the model's kernels work.
 struct RowAngles {
+  explicit RowAngles(LayerKernels* kernels) : floats(kernels, LayerFloats::Use::kShared) {}
+
   struct Kind {
-    std::vector<float> cosines, sines;            // [rows, frequencies]
-    std::vector<float> sink_cosines, sink_sines;  // The same at sink_positions; empty without.
+    int64_t cosines = 0, sines = 0;            // Where in `floats`: [rows, frequencies] each.
+    int64_t sink_cosines = 0, sink_sines = 0;  // The same at sink_positions.
   };
   std::vector<Kind> kinds;
+  bool has_sinks = false;  // Whether there are sink_positions.
+  LayerFloats floats;
 };
 
 // The forward pass of one model, for rows of any number of sequences: a pure function of its weights, the
 // rows and what LayerAttention answers. A row's bits do not depend on the other rows of its step
 // (docs/adr/0007). One call at a time.
+//
+// Hidden states are where its kernels work, with a host's side that Forward and the parts read and write
+// where they say so. On a CPU the two are one.
 class Transformer {
  public:
   // Packs the weights for `kernels`, which must outlive the transformer. `config` and `weights` as LoadModel
@@ -59,34 +67,50 @@ class Transformer {
   //   |h[c]| <= sqrt(hidden_size) |norm weight[c]| + |norm bias[c]|.
   const std::vector<int16_t>& hidden_exponents() const { return hidden_exponents_; }
 
-  // hidden [ids, hidden_size] from token ids. INVALID_ARGUMENT names the first id outside the vocabulary.
+  // For hidden states: rows of hidden_size, shared.
+  LayerFloats NewHidden() const { return {kernels_, LayerFloats::Use::kShared}; }
+  RowAngles NewAngles() const { return RowAngles(kernels_); }
+
+  // hidden [ids, hidden_size] from token ids, in a host's memory. INVALID_ARGUMENT names the first id outside
+  // the vocabulary.
   absl::Status Embed(absl::Span<const int32_t> ids, float* hidden) const;
-  // Rows through all layers and the final norm, in place: transformers' last_hidden_state.
-  absl::Status Forward(const RowPositions& at, LayerAttention& attention, float* hidden);
-  // Its parts, for callers that take a long prompt layer by layer.
-  RowAngles Angles(const RowPositions& at) const;
+  // Rows through all layers and the final norm, in place: transformers' last_hidden_state. From the host's
+  // side of `hidden`, which is set, and back to it. Errors as those of the parts, and as attention's.
+  absl::Status Forward(const RowPositions& at, LayerAttention& attention, const LayerFloats& hidden);
+
+  // Its parts, for callers that take a long prompt layer by layer. Rows [first, first + rows) of `hidden` and
+  // of `angles` are meant. RESOURCE_EXHAUSTED, where there are more rows than Create has reserved memory
+  // for, and UNAVAILABLE are the kernels'.
+  static constexpr int64_t kReservedRows = 512;      // Of a step: an append's chunk, and generations.
+  static constexpr int64_t kReservedLogitRows = 32;  // Of one call of Logits.
+  absl::Status Angles(const RowPositions& at, RowAngles& angles) const;
   // Of Angles, for each row; twice as many with sink positions.
   int64_t angle_bytes() const;
-  // What attention gets of `rows` rows, whose angles are those of `angles` from the row `first` on; in memory
-  // that the next call uses again. INVALID_ARGUMENT where it is not finite.
+  // What attention gets; in a host's memory, which the next call uses again. INVALID_ARGUMENT where it is not
+  // finite.
   absl::StatusOr<LayerRows> BeforeAttention(int layer, const RowAngles& angles, int64_t first, int64_t rows,
-                                            const float* hidden);
-  // The rest of the layer: attended [rows, query_heads, head_dim] for the `hidden` that was given before.
-  void AfterAttention(int layer, int64_t rows, const float* attended, float* hidden);
-  // INVALID_ARGUMENT where the result is not finite.
-  absl::Status FinalNorm(int64_t rows, float* hidden);
-  // logits [rows, vocab_size] of rows that Forward made. INVALID_ARGUMENT where one is not finite, before the
-  // softcap, which would make a number of it.
-  absl::Status Logits(const float* hidden, int64_t rows, float* logits);
+                                            const LayerFloats& hidden);
+  // Where the host is to put what attention made of `rows` rows: [rows, query_heads, head_dim].
+  absl::StatusOr<float*> Attended(int64_t rows);
+  // The rest of the layer, for rows whose answers are in Attended().
+  void AfterAttention(int layer, int64_t first, int64_t rows, const LayerFloats& hidden);
+  // Back to the host's side. INVALID_ARGUMENT where the result is not finite.
+  absl::Status FinalNorm(int64_t first, int64_t rows, const LayerFloats& hidden);
+  // logits [rows, vocab_size] of rows that Forward made, both in a host's memory; that of the logits is used
+  // again by the next call. INVALID_ARGUMENT where one is not finite, before the softcap, which would make a
+  // number of it.
+  absl::StatusOr<absl::Span<const float>> Logits(const float* hidden, int64_t rows);
 
  private:
+  // Where in constants_; none: -1.
+  using Constant = int64_t;
   struct Linear {
     std::unique_ptr<PackedMatrix> weights;
-    std::vector<float> bias;  // Empty without.
+    Constant bias = -1;
   };
   struct Norm {
-    std::vector<float> weight;  // Empty: the model has no such norm.
-    std::vector<float> bias;    // Empty without.
+    Constant weight = -1;
+    Constant bias = -1;
   };
   struct Layer {
     Norm attention_in, attention_out, mlp_in, mlp_out, q_norm, k_norm;
@@ -98,15 +122,23 @@ class Transformer {
     int rope = 0;  // Index into ropes_.
   };
   Transformer(const ModelConfig& config, const ModelWeights& weights, LayerKernels* kernels);
-  absl::Status PackLayer(const LayerWeights& from, Layer& to);
+  // Appends to `constants`, of which SendConstants makes constants_.
+  static Constant Keep(const std::vector<float>& floats, std::vector<float>& constants);
+  static Norm Keep(const NormWeights& weights, std::vector<float>& constants);
+  absl::Status SendConstants(const std::vector<float>& constants);
+  const float* At(Constant at) const { return at < 0 ? nullptr : constants_.data() + at; }
+  absl::Status PackLayer(const LayerWeights& from, Layer& to, std::vector<float>& constants);
   std::vector<int16_t> ValueExponents(const LayerWeights& from) const;
-  std::vector<int16_t> HiddenExponents() const;
-  void Multiply(const Linear& linear, int64_t rows, const float* x, std::vector<float>& y);
+  std::vector<int16_t> HiddenExponents(const NormWeights& norm) const;
+  // Of what is needed for a step's rows.
+  absl::Status Reserve(int64_t rows);
+  absl::Status ReserveLogits(int64_t rows);
+  void Multiply(const Linear& linear, int64_t rows, const float* x, float* y);
   void Normalise(const Norm& norm, NormKind kind, int64_t rows, const float* x, float* y);
   void NormaliseHeads(const Norm& norm, int64_t rows, int heads, float* x, int64_t stride);
-  // cosines and sines [rows, frequencies]
-  void Rotate(int rope, const float* cosines, const float* sines, int64_t rows, int heads, const float* x,
-              int64_t stride, std::vector<float>& y);
+  // To [rows, heads, head_dim], by cosines and sines [rows, frequencies].
+  void Rotate(int64_t frequencies, const float* cosines, const float* sines, int64_t rows, int heads,
+              const float* x, int64_t stride, float* y);
 
   const ModelConfig config_;
   const WeightView embeddings_;
@@ -119,10 +151,17 @@ class Transformer {
   Linear head_;
 
   std::vector<std::vector<double>> ropes_;  // Frequencies of each kind of rotary embedding.
+  LayerFloats constants_;                   // Weights of norms, biases.
 
   // Of the step under way.
-  std::vector<float> normed_, qkv_, queries_, sink_queries_, keys_, values_, attended_, mapped_, up_,
-      activated_;
+  RowAngles angles_;
+  LayerFloats normed_, qkv_, mapped_, up_, activated_;
+  LayerFloats
+      projected_;  // kHeader floats, of which the first is Find's; queries, keys, values, sink queries.
+  LayerFloats attended_;
+  bool is_attended_queued_ = false;  // Its copy may be under way.
+  LayerFloats states_;               // Whose logits are asked for.
+  LayerFloats logits_;               // kHeader floats, as above; logits.
 };
 
 }  // namespace eduba

@@ -41,6 +41,8 @@ Wave::Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows)
       query_row_(int64_t{options.model->config().query_heads} * options.model->config().head_dim),
       pages_(std::move(pages)),
       rows_(std::move(rows)),
+      angles_(options.model->NewAngles()),
+      hidden_(options.model->NewHidden()),
       chunks_((LongestSlice(plan_) + options.chunk_rows - 1) / options.chunk_rows) {
   EDUBA_CHECK_EQ(static_cast<int64_t>(rows_.ids.size()), plan_.positions.size());
   for (size_t layer = 0; layer < rows_.views.size(); ++layer) {
@@ -93,17 +95,22 @@ absl::Status Wave::Reserve() {
     spare = std::max(spare, static_cast<int64_t>(pages.lent.size()));
   }
   EDUBA_ASSIGN_OR_RETURN(ReservedBytes buffers, options_.store->ReserveBytes(buffer_bytes()));
-  auto reserved = pages_.Reserve(plan_.positions.begin, kept, spare);
-  if (!reserved.ok()) {
-    if (!absl::IsResourceExhausted(reserved.status())) options_.communicator->Abort(reserved.status());
-    return reserved.status();
-  }
-  spare_ = *std::move(reserved);
-  buffers_ = std::move(buffers);
   std::vector<int64_t> positions(own_.size());
   std::iota(positions.begin(), positions.end(), own_.begin);
-  angles_ = options_.model->Angles({positions, rows_.sink_positions});
-  hidden_.resize(own_.size() * width_);
+  absl::Status status = options_.model->Angles({positions, rows_.sink_positions}, angles_);
+  if (status.ok()) status = hidden_.Reserve(own_.size() * width_);
+  if (status.ok()) {
+    auto reserved = pages_.Reserve(plan_.positions.begin, kept, spare);
+    status = reserved.status();
+    if (reserved.ok()) spare_ = *std::move(reserved);
+  }
+  if (!status.ok()) {
+    angles_ = options_.model->NewAngles();
+    hidden_ = options_.model->NewHidden();
+    if (!absl::IsResourceExhausted(status)) options_.communicator->Abort(status);
+    return status;
+  }
+  buffers_ = std::move(buffers);
   queries_.resize(own_.size() * query_row_);
   if (!rows_.sink_positions.empty()) sink_queries_.resize(queries_.size());
   if (rows_.log_probs) log_prob_words_.resize(rows_.ids.size());
@@ -226,9 +233,10 @@ absl::Status Wave::Project() {
         absl::MakeConstSpan(rows_.ids).subspan(chunk.begin - plan_.positions.begin, chunk.size());
     EDUBA_RETURN_IF_ERROR(Note(options_.model->Embed(ids, Hidden(chunk.begin))));
     if (!status_.ok()) return absl::OkStatus();
+    hidden_.Send(first * width_, chunk.size() * width_);
   }
   const absl::StatusOr<LayerRows> made =
-      options_.model->BeforeAttention(layer_, angles_, first, chunk.size(), Hidden(chunk.begin));
+      options_.model->BeforeAttention(layer_, angles_, first, chunk.size(), hidden_);
   EDUBA_RETURN_IF_ERROR(Note(made.status()));
   if (!made.ok()) return absl::OkStatus();
   std::copy_n(made->queries, chunk.size() * query_row_, &queries_[first * query_row_]);
@@ -313,11 +321,11 @@ absl::Status Wave::AttendWindow(absl::Time deadline) {
   const ContextRows context{&pages_, chunk.begin, chunk.size(), rows_.views};
   PagedAttention attention(options_.backend, options_.model, absl::MakeConstSpan(&context, 1), nullptr,
                            deadline);
-  attended_.resize(chunk.size() * query_row_);
+  EDUBA_ASSIGN_OR_RETURN(float* const attended, options_.model->Attended(chunk.size()));
   EDUBA_RETURN_IF_ERROR(
-      Note(Annotate(attention.AttendWritten(call, attended_.data()), absl::StrCat("layer ", layer_))));
+      Note(Annotate(attention.AttendWritten(call, attended), absl::StrCat("layer ", layer_))));
   if (status_.ok()) {
-    options_.model->AfterAttention(layer_, chunk.size(), attended_.data(), Hidden(chunk.begin));
+    options_.model->AfterAttention(layer_, chunk.begin - own_.begin, chunk.size(), hidden_);
   }
   return absl::OkStatus();
 }
@@ -326,7 +334,7 @@ absl::Status Wave::AttendAll(absl::Time deadline) {
   EDUBA_CHECK(sink_queries_.empty());  // Every key would need a query of its own.
   EDUBA_ASSIGN_OR_RETURN(const std::vector<float> queries, GatherQueries(deadline));
   const PositionRange own = ChunkOf(rank());
-  attended_.resize(own.size() * query_row_);
+  EDUBA_ASSIGN_OR_RETURN(float* const attended, options_.model->Attended(own.size()));
   const int64_t round_rows = RoundRows();
   std::vector<float> asked;  // In a round.
   asked.reserve(ranks() * round_rows * query_row_);
@@ -348,12 +356,12 @@ absl::Status Wave::AttendAll(absl::Time deadline) {
     const auto rows = static_cast<int64_t>(asked.size()) / query_row_;
     const LayerRows call{layer_, rows, asked.data(), asked.data(), nullptr, nullptr};
     PagedAttention attention(options_.backend, options_.model, contexts, options_.communicator, deadline);
-    float* const outputs = attended_.data() + std::min(at, own.size()) * query_row_;
+    float* const outputs = attended + std::min(at, own.size()) * query_row_;
     EDUBA_RETURN_IF_ERROR(
         Note(Annotate(attention.AttendWritten(call, outputs), absl::StrCat("layer ", layer_))));
   }
   if (!own.empty() && status_.ok()) {
-    options_.model->AfterAttention(layer_, own.size(), attended_.data(), Hidden(own.begin));
+    options_.model->AfterAttention(layer_, own.begin - own_.begin, own.size(), hidden_);
   }
   return absl::OkStatus();
 }
@@ -382,7 +390,7 @@ absl::StatusOr<std::vector<float>> Wave::GatherQueries(absl::Time deadline) cons
 absl::Status Wave::Outputs() {
   const PositionRange chunk = ChunkOf(rank());
   if (chunk.empty() || !status_.ok()) return absl::OkStatus();
-  EDUBA_RETURN_IF_ERROR(Note(options_.model->FinalNorm(chunk.size(), Hidden(chunk.begin))));
+  EDUBA_RETURN_IF_ERROR(Note(options_.model->FinalNorm(chunk.begin - own_.begin, chunk.size(), hidden_)));
   if (!status_.ok()) return absl::OkStatus();
   if (rows_.part) rows_.part->Add(chunk.begin, chunk.size(), Hidden(chunk.begin));
   if (!rows_.log_probs) return absl::OkStatus();

@@ -96,8 +96,8 @@ class Wave {
   // reading pages takes longest.
   int64_t RoundRows() const;
   int64_t RoundBytes() const;
-  // Where the row of this rank's is.
-  float* Hidden(int64_t position) { return &hidden_[(position - own_.begin) * width_]; }
+  // Where the row of this rank's is, for the host.
+  float* Hidden(int64_t position) { return hidden_.host() + (position - own_.begin) * width_; }
   const LayerView& view() const { return rows_.views[layer_]; }
 
   absl::Status RunUnits(int64_t units, absl::Time deadline);
@@ -127,9 +127,8 @@ class Wave {
   std::vector<WavePages> layer_pages_;  // [layers]
   KvPages::SparePages spare_;
   RowAngles angles_;                           // Of this rank's rows.
-  std::vector<float> hidden_;                  // [own rows, hidden_size]
+  LayerFloats hidden_;                         // [own rows, hidden_size]
   std::vector<float> queries_, sink_queries_;  // [own rows, query_heads, head_dim] of the layer
-  std::vector<float> attended_;
   std::vector<Outgoing> outgoing_;
   std::vector<int64_t>
       log_prob_words_;  // [ids]: bits of floats, of the tokens that this rank's rows predict.

@@ -18,6 +18,8 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/cuda_layer_kernels.h"
 #include "kernels/fingerprint.h"
 #include "kernels/layer_fingerprint.h"
 #include "kernels/reference/reference_backend.h"
@@ -33,22 +35,34 @@ namespace {
 constexpr absl::Duration kBackoffMin = absl::Milliseconds(200);
 constexpr absl::Duration kBackoffMax = absl::Seconds(2);
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Worker::Options& options) {
-  if (options.make_backend) return options.make_backend();
+absl::Status CheckPrecision(const Worker::Options& options) {
+  if (options.make_backend) return absl::OkStatus();
   EDUBA_ASSIGN_OR_RETURN(const CudaPrecision precision, ParseCudaPrecision(options.precision));
   if (precision != CudaPrecision::kExact && !CudaDeviceIndex(options.backend).ok()) {
     return absl::InvalidArgumentError(absl::StrCat("precision ", options.precision,
                                                    " is for GPUs, and this worker's ", "device is ",
                                                    options.backend, "; use --device cuda:N"));
   }
+  return absl::OkStatus();
+}
+
+// What attention and layers share on a GPU; null elsewhere.
+absl::StatusOr<std::shared_ptr<cuda::Device>> OpenDevice(const Worker::Options& options) {
+  if (options.make_backend || options.backend == "cpu" || options.backend == "reference") return nullptr;
+  EDUBA_ASSIGN_OR_RETURN(const int index, CudaDeviceIndex(options.backend));
+  return cuda::OpenCudaDevice(index);
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Worker::Options& options,
+                                                     std::shared_ptr<cuda::Device> device) {
+  if (options.make_backend) return options.make_backend();
   if (options.backend == "cpu") return MakeCpuBackend(options.threads, options.activations);
   if (options.backend == "reference") return MakeReferenceBackend();
-  EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(options.backend));
   CudaOptions cuda;
-  cuda.precision = precision;
+  EDUBA_ASSIGN_OR_RETURN(cuda.precision, ParseCudaPrecision(options.precision));
   cuda.page_bytes = options.memory_bytes;
   cuda.threads = options.threads;
-  return MakeCudaBackend(device, cuda);
+  return MakeCudaBackendOn(std::move(device), cuda);
 }
 
 // Whether the worker can take part in groups over its transport at all.
@@ -67,9 +81,12 @@ absl::Status CheckTransport(const Worker::Options& options) {
 }
 
 // For a backend that MakeBackend knows.
-std::unique_ptr<LayerKernels> MakeLayerKernels(const Worker::Options& options) {
-  return options.backend == "reference" ? MakeReferenceLayerKernels(options.activations)
-                                        : MakeCpuLayerKernels(options.threads, options.activations);
+absl::StatusOr<std::unique_ptr<LayerKernels>> MakeLayerKernels(const Worker::Options& options,
+                                                               std::shared_ptr<cuda::Device> device) {
+  if (options.make_layers) return options.make_layers();
+  if (device != nullptr) return MakeCudaLayerKernels(std::move(device), options.activations);
+  if (options.backend == "reference") return MakeReferenceLayerKernels(options.activations);
+  return MakeCpuLayerKernels(options.threads, options.activations);
 }
 
 std::string RandomName() {
@@ -168,11 +185,16 @@ absl::Status Worker::Init() {
   }
   EDUBA_RETURN_IF_ERROR(ParseAddress(options_.coordinator).status());
   EDUBA_RETURN_IF_ERROR(CheckTransport(options_));
-  EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_));
+  EDUBA_RETURN_IF_ERROR(CheckPrecision(options_));
+  EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<cuda::Device> device, OpenDevice(options_));
+  EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_, device));
+  backend_name_ = backend_->name();
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
   if (!options_.model.empty()) {
-    std::unique_ptr<LayerKernels> kernels = MakeLayerKernels(options_);
+    EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<LayerKernels> kernels, MakeLayerKernels(options_, device));
+    if (kernels->name() != backend_name_) absl::StrAppend(&backend_name_, "+", kernels->name());
+    if (!kernels->library().empty()) absl::StrAppend(&backend_name_, ", ", kernels->library());
     EDUBA_ASSIGN_OR_RETURN(const uint64_t layers, LayerFingerprint(*kernels));
     fingerprint_ ^= layers;
     EDUBA_ASSIGN_OR_RETURN(model_, ServedModel::Load(options_.model, std::move(kernels)));
@@ -292,7 +314,7 @@ v1::WorkerHello Worker::Hello() const {
   hello.set_version(options_.version);
   hello.set_incarnation(incarnation_);
   hello.set_address(address_);
-  hello.set_backend(backend_->name());
+  hello.set_backend(backend_name_);
   hello.set_threads(options_.threads);
   hello.set_memory_bytes(options_.memory_bytes);
   hello.set_fingerprint(fingerprint_);

@@ -49,8 +49,9 @@ class Worker {
     // Where the workers of this process meet; outlives them. Null: the ranks are processes, and `transport`
     // connects them.
     LocalHub* hub = nullptr;
-    // For tests: makes the backend instead.
+    // For tests: make the backend, and the kernels of a model's layers, instead.
     std::function<absl::StatusOr<std::unique_ptr<Backend>>()> make_backend;
+    std::function<absl::StatusOr<std::unique_ptr<LayerKernels>>()> make_layers;
   };
 
   // Serves, and keeps asking the coordinator to be taken in. INVALID_ARGUMENT for bad options, UNAVAILABLE
@@ -86,6 +87,7 @@ class Worker {
 
   const Options options_;
   std::unique_ptr<Backend> backend_;
+  std::string backend_name_;  // And what the model's layers are computed by, where it is another.
   std::unique_ptr<PageStore> store_;
   std::unique_ptr<ServedModel> model_;  // Null without one.
   PagesService pages_;

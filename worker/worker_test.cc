@@ -13,7 +13,9 @@
 #include "grpcpp/generic/generic_stub.h"
 #include "gtest/gtest.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_layer_kernels.h"
 #include "kernels/cuda/emulated_device.h"
+#include "kernels/cuda/fake_cublaslt.h"
 #include "rpc/channel.h"
 #include "rpc/limits.h"
 #include "rpc/status.h"
@@ -340,6 +342,31 @@ TEST_F(WorkerTest, AWorkerWhoseDeviceFailsLeavesForGood) {
   EXPECT_EQ(ended.code(), absl::StatusCode::kUnavailable) << ended;
   EXPECT_THAT(std::string(ended.message()), HasSubstr("left its group"));
   coordinator_.AwaitStreamsGone();
+}
+
+// Workers whose layers have other bits must not meet: they say another fingerprint, and what they compute
+// with.
+TEST_F(WorkerTest, AModelsLayersOnAGpuAreInWhatItSays) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  Worker::Options options;
+  options.model = std::string(EDUBA_GOLDEN_MODELS) + "/llama";
+  StartWorker(&hub_, options);
+  v1::WorkerHello plain = coordinator_.Hellos(1)[0];
+  EXPECT_EQ(plain.backend(), "reference");
+  std::set<uint64_t> fingerprints = {plain.fingerprint()};
+  for (const Activations activations : {Activations::kF32, Activations::kBf16}) {
+    options.make_layers = [activations] {
+      return MakeCudaLayerKernelsWith(cuda::MakeEmulatedDevice(int64_t{1} << 30), cuda::FakeCublasLtApi(),
+                                      activations);
+    };
+    StartWorker(&hub_, options);
+    const v1::WorkerHello hello = coordinator_.Hellos(workers_.size()).back();
+    EXPECT_EQ(hello.backend(),
+              absl::StrCat("reference+cuda:emulated", activations == Activations::kBf16 ? "/bf16" : "",
+                           ", cuBLASLt 999900 on cuda:emulated"));
+    fingerprints.insert(hello.fingerprint());
+  }
+  EXPECT_EQ(fingerprints.size(), 3u);
 }
 
 TEST_F(WorkerTest, ShutdownLeavesTheCoordinator) {

@@ -95,6 +95,13 @@ EDUBA_DEVICE double Fma(double a, double b, double c) {
   return std::fma(a, b, c);
 #endif
 }
+EDUBA_DEVICE double Sqrt(double x) {
+#ifdef __CUDA_ARCH__
+  return __dsqrt_rn(x);
+#else
+  return std::sqrt(x);
+#endif
+}
 // To the nearest integer, ties to even. REQUIRES: |x| < 2^63.
 EDUBA_DEVICE int64_t RoundToInteger(double x) {
 #ifdef __CUDA_ARCH__

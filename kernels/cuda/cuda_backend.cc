@@ -759,7 +759,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::unique_ptr<Device> device, const CudaOptions& options, int64_t pool_bytes)
+  CudaBackend(std::shared_ptr<Device> device, const CudaOptions& options, int64_t pool_bytes)
       : device_(std::move(device)),
         pool_(pool_bytes),
         pool_memory_(*device_, Memory::Kind::kDevice),
@@ -914,7 +914,7 @@ class CudaBackend final : public Backend {
     return status;
   }
 
-  const std::unique_ptr<Device> device_;
+  const std::shared_ptr<Device> device_;
   cuda::SlabPool pool_;
   Memory pool_memory_;
   Workspace workspace_;
@@ -945,7 +945,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int device, const CudaO
   return MakeCudaBackendOn(std::move(opened), options);
 }
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackendOn(std::unique_ptr<Device> device,
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackendOn(std::shared_ptr<Device> device,
                                                            const CudaOptions& options) {
   EDUBA_CHECK(options.page_bytes >= 0 && options.partial_bytes > 0 && options.threads >= 1);
   // What the store's slabs may lose between each other, and the fingerprint's.

@@ -39,8 +39,8 @@ absl::StatusOr<int> CudaDeviceIndex(const std::string& name);
 // The GPU's kernels on cuda:`device`; errors as OpenCudaDevice (cuda_device.h), and RESOURCE_EXHAUSTED when
 // the device has not as much memory left as the options want.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int device, const CudaOptions& options);
-// The same over any device.
-absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackendOn(std::unique_ptr<cuda::Device> device,
+// The same over any device, which others may use beside it.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackendOn(std::shared_ptr<cuda::Device> device,
                                                            const CudaOptions& options);
 
 }  // namespace eduba

@@ -77,6 +77,7 @@ class CudaDevice final : public Device {
           absl::StrCat(name_, " cannot be used: ", cudaGetErrorString(error), "; use --device cpu"));
     }
     kind_ = absl::StrCat("cuda/sm_", properties.major, properties.minor);
+    model_ = properties.name;
     shared_bytes_max_ = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
     multiprocessors_ = properties.multiProcessorCount;
     return absl::OkStatus();
@@ -85,6 +86,7 @@ class CudaDevice final : public Device {
   const std::string& name() const override { return name_; }
   int index() const override { return index_; }
   const std::string& kind() const override { return kind_; }
+  const std::string& model() const override { return model_; }
   absl::Status health() const override {
     const std::scoped_lock lock(mutex_);
     return health_;
@@ -92,6 +94,11 @@ class CudaDevice final : public Device {
   absl::Status Attach() override {
     EDUBA_RETURN_IF_ERROR(health());
     return Check(cudaSetDevice(index_), "choosing the device");
+  }
+  absl::Status Fail(const std::string& what) override {
+    const std::scoped_lock lock(mutex_);
+    if (health_.ok()) health_ = absl::UnavailableError(absl::StrCat(name_, " failed: ", what));
+    return health_;
   }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
@@ -179,6 +186,12 @@ class CudaDevice final : public Device {
   absl::Status Fold(Stream stream, Element element, const FoldArgs& args) override {
     return Check(LaunchFold(static_cast<cudaStream_t>(stream), element, args), "starting the fold");
   }
+  absl::Status Layer(Stream stream, const LayerOperation& operation) override {
+    const auto launch = [&](const auto& args) {
+      return LaunchLayer(static_cast<cudaStream_t>(stream), args);
+    };
+    return Check(std::visit(launch, operation), "starting a layer's work");
+  }
 
  private:
   absl::Status Copy(Stream stream, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind) {
@@ -210,6 +223,7 @@ class CudaDevice final : public Device {
   const int index_;
   const std::string name_;
   std::string kind_;
+  std::string model_;
   int64_t shared_bytes_max_ = 0;
   int64_t multiprocessors_ = 1;
   mutable std::mutex mutex_;

@@ -56,6 +56,12 @@ __global__ void __launch_bounds__(kFoldThreads) FoldKernel(const __grid_constant
   FoldRowHead<Type>(GpuBlock(shared), args);
 }
 
+template <class Args>
+__global__ void __launch_bounds__(kLayerThreads) LayerKernel(const __grid_constant__ Args args) {
+  __shared__ float4 shared[sizeof(LayerShared) / sizeof(float4)];
+  RunLayer(GpuBlock(shared), args);
+}
+
 // Of shared memory that a kernel gets without asking.
 constexpr int64_t kSharedBytesFree = 48 << 10;
 
@@ -155,6 +161,23 @@ cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& arg
   if (element == Element::kF16) FoldKernel<F16><<<blocks, kFoldThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
+
+template <class Args>
+cudaError_t LaunchLayer(cudaStream_t stream, const Args& args) {
+  if (LayerBlocks(args) == 0) return cudaSuccess;
+  LayerKernel<<<static_cast<unsigned>(LayerBlocks(args)), kLayerThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+template cudaError_t LaunchLayer(cudaStream_t stream, const NormArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const RopeArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const ActivationArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const SoftcapArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const AddArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const FindArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const ScaleArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const SplitArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const JoinArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const CompareArgs& args);
 
 cudaError_t CheckKernelImage() {
   cudaFuncAttributes attributes;

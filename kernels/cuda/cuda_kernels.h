@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/cuda/fold.h"
+#include "kernels/cuda/layer_rows.h"
 #include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
@@ -26,6 +27,9 @@ cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args);
 cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args);
 cudaError_t LaunchScoreSinks(cudaStream_t stream, Element element, const SinkArgs& args);
 cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& args);
+// For the arguments of layer_rows.h.
+template <class Args>
+cudaError_t LaunchLayer(cudaStream_t stream, const Args& args);
 
 // Whether the program has code for the current device: cudaErrorNoKernelImageForDevice where it has not.
 cudaError_t CheckKernelImage();

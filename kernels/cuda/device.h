@@ -3,10 +3,12 @@
 
 #include <cstdint>
 #include <string>
+#include <variant>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/cuda/fold.h"
+#include "kernels/cuda/layer_rows.h"
 #include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
 #include "kernels/cuda/page_rows.h"
@@ -18,6 +20,10 @@ namespace eduba::cuda {
 
 // A queue of work that runs in order. Work on different streams runs in any order.
 using Stream = void*;
+
+// One of the kernels of layer_rows.h.
+using LayerOperation = std::variant<NormArgs, RopeArgs, ActivationArgs, SoftcapArgs, AddArgs, FindArgs,
+                                    ScaleArgs, SplitArgs, JoinArgs, CompareArgs>;
 
 // What the backend needs of a GPU: its memory, streams and kernels. One implementation calls CUDA
 // (cuda_device.h), one runs the same kernels on the host, for tests (emulated_device.h).
@@ -35,11 +41,15 @@ class Device {
   virtual int index() const = 0;
   // "cuda/sm_90": what decides about the bits that it computes.
   virtual const std::string& kind() const = 0;
+  // "NVIDIA H200": what decides about a library's choices for it.
+  virtual const std::string& model() const = 0;
   // Whether a host plays it: nothing about its speed means anything then.
   virtual bool is_played() const { return false; }
   // Not OK once it has failed.
   virtual absl::Status health() const = 0;
   virtual absl::Status Attach() = 0;
+  // A library's call failed, and with it the device. Its health().
+  virtual absl::Status Fail(const std::string& what) = 0;
 
   // Memory of the device, aligned to 256 bytes, not zeroed; page-locked memory of the host. Freeing waits for
   // what is queued.
@@ -72,6 +82,7 @@ class Device {
   virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;
   virtual absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) = 0;
   virtual absl::Status Fold(Stream stream, Element element, const FoldArgs& args) = 0;
+  virtual absl::Status Layer(Stream stream, const LayerOperation& operation) = 0;
 };
 
 }  // namespace eduba::cuda

@@ -118,7 +118,7 @@ class EmulatedBlock {
   };
 
   EmulatedBlock(int64_t index, int threads, void* shared)
-      : index_(index), threads_(threads), shared_(static_cast<float*>(shared)), copies_(threads) {}
+      : index_(index), threads_(threads), shared_(static_cast<float*>(shared)) {}
 
   int64_t index() const { return index_; }
   int threads() const { return threads_; }
@@ -137,16 +137,16 @@ class EmulatedBlock {
   // free, or that is used before it was waited for, shows either way.
   void CopyAsync(int thread, void* shared, const void* global, bool is_copied) const {
     std::memset(shared, 0xff, kCopyBytes);
-    copies_[thread].open.push_back({shared, is_copied ? global : nullptr});
+    CopiesOf(thread).open.push_back({shared, is_copied ? global : nullptr});
   }
   void CommitCopies(int thread) const {
-    Copies& copies = copies_[thread];
+    Copies& copies = CopiesOf(thread);
     copies.groups.push_back(std::move(copies.open));
     copies.open.clear();
   }
   template <int kPending>
   void WaitForCopies(int thread) const {
-    auto& groups = copies_[thread].groups;
+    auto& groups = CopiesOf(thread).groups;
     for (; groups.size() > kPending; groups.pop_front()) {
       for (const Copy& copy : groups.front()) {
         if (copy.from == nullptr) {
@@ -168,11 +168,15 @@ class EmulatedBlock {
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
   };
+  Copies& CopiesOf(int thread) const {
+    if (copies_.empty()) copies_.resize(threads_);
+    return copies_[thread];
+  }
 
   const int64_t index_;
   const int threads_;
   float* const shared_;
-  mutable std::vector<Copies> copies_;  // Of each thread.
+  mutable std::vector<Copies> copies_;  // Of each thread; empty where nobody copies.
 };
 
 }  // namespace eduba::cuda

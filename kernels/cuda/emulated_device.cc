@@ -59,12 +59,17 @@ class EmulatedDevice final : public Device {
   const std::string& name() const override { return name_; }
   int index() const override { return kEmulatedDeviceIndex; }
   const std::string& kind() const override { return name_; }
+  const std::string& model() const override { return name_; }
   absl::Status health() const override {
     return calls_left_ > 0 ? absl::OkStatus()
                            : absl::UnavailableError("cuda:emulated: unspecified launch failure");
   }
   bool is_played() const override { return true; }
   absl::Status Attach() override { return health(); }
+  absl::Status Fail(const std::string& /*what*/) override {
+    calls_left_ = 0;
+    return health();
+  }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
     const std::scoped_lock lock(mutex_);
@@ -178,6 +183,17 @@ class EmulatedDevice final : public Device {
         RunBlocks(args.blocks(), kFoldThreads, sizeof(FoldShared),
                   [&](const EmulatedBlock& block) { FoldRowHead<Type>(block, args); });
       });
+    });
+  }
+
+  absl::Status Layer(Stream stream, const LayerOperation& operation) override {
+    return Queue(stream, [=] {
+      std::visit(
+          [](const auto& args) {
+            RunBlocks(LayerBlocks(args), kLayerThreads, sizeof(LayerShared),
+                      [&](const EmulatedBlock& block) { RunLayer(block, args); });
+          },
+          operation);
     });
   }
 

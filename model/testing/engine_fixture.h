@@ -38,10 +38,11 @@ struct Fixture {
                    int64_t stripe_pages = 1)
       : Fixture(RandomModel(seed), kv_dtype, threads, store_bytes, communicator, stripe_pages) {}
   Fixture(RandomModel&& random_model, DType kv_dtype, int threads, int64_t store_bytes,
-          Communicator* communicator = nullptr, int64_t stripe_pages = 1)
+          Communicator* communicator = nullptr, int64_t stripe_pages = 1,
+          std::unique_ptr<LayerKernels> layers = nullptr)
       : random(std::move(random_model)),
         backend(MakeCpuBackend(threads)),
-        kernels(MakeCpuLayerKernels(threads)),
+        kernels(layers != nullptr ? std::move(layers) : MakeCpuLayerKernels(threads)),
         store(std::make_unique<PageStore>(backend.get(), store_bytes)) {
     auto made = Transformer::Create(random.config, random.weights, kernels.get());
     EXPECT_TRUE(made.ok()) << made.status();

@@ -1,5 +1,6 @@
-// The contract of kernels/layer_kernels.h, for every backend: the reference, and the CPU kernels on each
-// instruction set this machine runs.
+// The contract of kernels/layer_kernels.h, for every backend: the reference, the CPU kernels on each
+// instruction set this machine runs, the GPU's kernels played on the host over a fake cuBLASLt, and a GPU
+// where there is one.
 
 #include "kernels/layer_kernels.h"
 
@@ -14,19 +15,50 @@
 #include <ostream>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/cpu/matmul.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/cuda_layer_kernels.h"
+#include "kernels/cuda/emulated_device.h"
+#include "kernels/cuda/fake_cublaslt.h"
+#include "kernels/layer_fingerprint.h"
 #include "kernels/reference/reference_layer_kernels.h"
+#include "kernels/testing/on_host.h"
 
 namespace eduba {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+constexpr int64_t kEmulatedBytes = int64_t{1} << 30;
+
+std::unique_ptr<LayerKernels> EmulatedCuda(Activations activations = Activations::kF32) {
+  return *MakeCudaLayerKernelsWith(cuda::MakeEmulatedDevice(kEmulatedBytes), cuda::FakeCublasLtApi(),
+                                   activations);
+}
+
+absl::StatusOr<std::unique_ptr<LayerKernels>> OpenCuda(Activations activations = Activations::kF32) {
+  auto device = cuda::OpenCudaDevice(0);
+  if (!device.ok()) return device.status();
+  return MakeCudaLayerKernels(*std::move(device), activations);
+}
+
+// Why this machine cannot run the cuda kernels; OK where it can.
+const absl::Status& CudaMissing() {
+  static const absl::Status* const status = new absl::Status(OpenCuda().status());
+  return *status;
+}
+
+std::unique_ptr<LayerKernels> OnHost(std::unique_ptr<LayerKernels> kernels) {
+  return std::make_unique<testing::OnHost>(std::move(kernels));
+}
 
 struct KernelsChoice {
   std::string name;
@@ -51,19 +83,32 @@ std::vector<KernelsChoice> AllKernels() {
                  Activations::kBf16});
   all.push_back({"reference_bf16", [](int) { return MakeReferenceLayerKernels(Activations::kBf16); },
                  Activations::kBf16});
+  for (const Activations activations : {Activations::kF32, Activations::kBf16}) {
+    const std::string suffix = activations == Activations::kBf16 ? "_bf16" : "";
+    if (cuda::EmulatedDeviceRuns()) {
+      all.push_back({"cuda_emulated" + suffix,
+                     [activations](int) { return OnHost(EmulatedCuda(activations)); }, activations});
+    }
+    all.push_back(
+        {"cuda" + suffix, [activations](int) { return OnHost(*OpenCuda(activations)); }, activations});
+  }
   return all;
 }
 
-class LayerKernelsContract : public testing::TestWithParam<KernelsChoice> {
+class LayerKernelsContract : public ::testing::TestWithParam<KernelsChoice> {
  protected:
+  void SetUp() override {
+    const bool is_gpu = GetParam().name == "cuda" || GetParam().name == "cuda_bf16";
+    if (is_gpu && !CudaMissing().ok()) GTEST_SKIP() << "SKIPPED, NOT TESTED: cuda: " << CudaMissing();
+  }
   std::unique_ptr<LayerKernels> Make(int threads = 2) { return GetParam().make(threads); }
 };
 
-INSTANTIATE_TEST_SUITE_P(All, LayerKernelsContract, testing::ValuesIn(AllKernels()),
+INSTANTIATE_TEST_SUITE_P(All, LayerKernelsContract, ::testing::ValuesIn(AllKernels()),
                          [](const auto& info) { return info.param.name; });
 
 TEST(LayerKernels, AreTheTargetsOfTheAttentionKernels) {
-  EXPECT_EQ(AllKernels().size(), 2 * CpuTargets().size() + 3);
+  EXPECT_EQ(AllKernels().size(), 2 * CpuTargets().size() + 3 + (cuda::EmulatedDeviceRuns() ? 4 : 2));
   EXPECT_EQ(MakeCpuLayerKernels(1)->name(), "cpu/" + CpuTargets().front());
 }
 
@@ -92,7 +137,7 @@ struct Product {
 
   std::string ToString() const {
     return absl::StrCat("{seed=", seed, " dtype=", DTypeName(dtype),
-                        " outputs=", testing::PrintToString(outputs), " inputs=", inputs, " rows=", rows,
+                        " outputs=", ::testing::PrintToString(outputs), " inputs=", inputs, " rows=", rows,
                         " bias=", bias, "}");
   }
   int64_t all_outputs() const {
@@ -189,8 +234,9 @@ TEST_P(LayerKernelsContract, AProductsRowIsTheSameInEveryBatchFrom1To512) {
   const auto one = Make(1);
   const auto three = Make(3);
   const bool reference = GetParam().name.rfind("reference", 0) == 0;
+  const bool emulated = GetParam().name.rfind("cuda_emulated", 0) == 0;
   for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
-    const Product p{7, dtype, {200, 100}, 520, reference ? 20 : 512, true};
+    const Product p{7, dtype, {200, 100}, 520, reference ? 20 : emulated ? 50 : 512, true};
     SCOPED_TRACE(p.ToString());
     const std::vector<char> weights = p.Weights();
     const std::vector<float> x = p.X();
@@ -199,7 +245,7 @@ TEST_P(LayerKernelsContract, AProductsRowIsTheSameInEveryBatchFrom1To512) {
     const auto packed_three = Pack(*three, p, weights);
     const auto all = Multiply(*one, *packed_one, x.data(), p.rows, bias.data());
     const int64_t outputs = p.all_outputs();
-    for (int64_t rows = 1; rows <= p.rows; rows = rows < 40 ? rows + 1 : rows * 3 / 2) {
+    for (int64_t rows = 1; rows <= p.rows; rows = rows < (emulated ? 3 : 40) ? rows + 1 : rows * 3 / 2) {
       const int64_t first = p.rows - rows;
       for (LayerKernels* kernels : {one.get(), three.get()}) {
         const auto& packed = kernels == one.get() ? *packed_one : *packed_three;
@@ -467,6 +513,41 @@ TEST_P(LayerKernelsContract, SoftcapsMatchTheirDefinition) {
   }
 }
 
+// ---- sums, and what is not finite
+
+TEST_P(LayerKernelsContract, SumsAreRoundedOnce) {
+  const auto kernels = Make();
+  for (const int count : {1, 255, 256, 4000}) {
+    const std::vector<float> from = Numbers(count, count, 3);
+    std::vector<float> to = Numbers(count, count + 1);
+    std::vector<float> wanted = to;
+    for (int i = 0; i < count; ++i) wanted[i] += from[i];
+    kernels->Add({count, from.data(), to.data()});
+    EXPECT_EQ(to, wanted);
+  }
+}
+
+TEST_P(LayerKernelsContract, WhatIsNotFiniteIsFoundWhereverItIs) {
+  const auto kernels = Make();
+  for (const int count : {1, 300, 2048, 5000}) {
+    std::vector<float> x = Numbers(count, count);
+    x[0] = std::numeric_limits<float>::max();
+    float found = 7;
+    kernels->Find({count, x.data(), &found});
+    EXPECT_EQ(found, 0);
+    for (const int at : {0, count / 2, count - 1}) {
+      for (const float bad : {kNaN, std::numeric_limits<float>::infinity(), -HUGE_VALF}) {
+        const float good = std::exchange(x[at], bad);
+        kernels->Find({count, x.data(), &found});
+        EXPECT_EQ(found, 1) << at;
+        x[at] = good;
+      }
+    }
+    kernels->Find({count, x.data(), &found});
+    EXPECT_EQ(found, 0);
+  }
+}
+
 // ---- bits
 
 // Everything one after another, as one hashable array: for targets that must agree.
@@ -523,6 +604,170 @@ TEST(CpuLayerKernels, TargetsThatFuseMultiplyAndAddAgreeBitForBit) {
         ASSERT_EQ(wanted.size(), bits.size());
         EXPECT_TRUE(SameBits(wanted.data(), bits.data(), bits.size())) << target;
       }
+    }
+  }
+}
+
+// ---- GPUs
+
+// The GPU kernels that this machine runs.
+std::vector<std::unique_ptr<LayerKernels>> CudaKernels(Activations activations) {
+  std::vector<std::unique_ptr<LayerKernels>> all;
+  if (cuda::EmulatedDeviceRuns()) all.push_back(EmulatedCuda(activations));
+  if (CudaMissing().ok()) all.push_back(*OpenCuda(activations));
+  return all;
+}
+
+// The promise that cuBLASLt is asked for: whatever block a row is in, wherever, and whoever is beside it.
+TEST(CudaLayerKernels, AProductsRowIsTheSameAtEveryPlaceAndBesideEveryRow) {
+  for (const Activations activations : {Activations::kF32, Activations::kBf16}) {
+    for (std::unique_ptr<LayerKernels>& made : CudaKernels(activations)) {
+      const bool is_gpu = made->name().find("emulated") == std::string::npos;
+      const auto kernels = OnHost(std::move(made));
+      for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+        // On a GPU as large as models' are: other algorithms serve those.
+        const Product p{11, dtype, {is_gpu ? 9000 : 20}, is_gpu ? 4608 : 40, 300, true};
+        SCOPED_TRACE(absl::StrCat(kernels->name(), " ", p.ToString()));
+        const std::vector<char> weights = p.Weights();
+        const std::vector<float> bias = p.Bias();
+        const auto packed = Pack(*kernels, p, weights);
+        const std::vector<float> row = Numbers(p.inputs, 12);
+        const auto alone = Multiply(*kernels, *packed, row.data(), 1, bias.data());
+        for (const int64_t place : {0, 1, 5, 31, 32, 41, 42, 63, 64, 100, 127, 128, 200, 299}) {
+          for (const float size : {1.0F, 1e4F}) {
+            std::vector<float> x = Numbers(p.rows * p.inputs, place, size);
+            std::copy(row.begin(), row.end(), &x[place * p.inputs]);
+            const int64_t rows = std::max<int64_t>(place + 1, size == 1 ? p.rows : 0);
+            const auto y = Multiply(*kernels, *packed, x.data(), rows, bias.data());
+            ASSERT_TRUE(SameBits(alone.data(), &y[place * packed->outputs()], packed->outputs()))
+                << "at " << place << " of " << rows << " rows of size " << size;
+          }
+        }
+      }
+    }
+  }
+}
+
+class FakeCublasLtTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  }
+  void TearDown() override { cuda::TheFakeCublasLt().Reset(); }
+  static absl::Status PackSome(LayerKernels& kernels, DType dtype = DType::kBf16) {
+    const Product p{1, dtype, {70}, 50, 1, false};
+    const std::vector<char> weights = p.Weights();
+    return kernels.Pack({{weights.data(), dtype, 70, 50}}).status();
+  }
+};
+
+TEST_F(FakeCublasLtTest, AnAlgorithmThatLooksAtARowsPlaceIsRefused) {
+  const auto kernels = EmulatedCuda();
+  cuda::TheFakeCublasLt().depends_on_place = true;
+  for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+    const absl::Status status = PackSome(*kernels, dtype);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
+    EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("wherever it stands"));
+  }
+  cuda::TheFakeCublasLt().Reset();
+  EXPECT_TRUE(PackSome(*kernels).ok());
+}
+
+TEST_F(FakeCublasLtTest, AShapeWithoutAnAlgorithmIsAnError) {
+  const auto kernels = EmulatedCuda();
+  cuda::TheFakeCublasLt().has_none = true;
+  EXPECT_EQ(PackSome(*kernels).code(), absl::StatusCode::kInternal);
+}
+
+TEST_F(FakeCublasLtTest, AProductThatFailsEndsTheDevice) {
+  std::shared_ptr<cuda::Device> device = cuda::MakeEmulatedDevice(kEmulatedBytes);
+  const auto kernels = *MakeCudaLayerKernelsWith(device, cuda::FakeCublasLtApi(), Activations::kF32);
+  cuda::TheFakeCublasLt().result = 13;
+  EXPECT_EQ(PackSome(*kernels).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(device->health().code(), absl::StatusCode::kUnavailable);
+  cuda::TheFakeCublasLt().Reset();
+  EXPECT_EQ(kernels->Wait().code(), absl::StatusCode::kUnavailable);
+}
+
+// One product for each block of rows, however few they are.
+TEST_F(FakeCublasLtTest, RowsGoInBlocksOfOneSize) {
+  const auto kernels = OnHost(EmulatedCuda());
+  const auto rounding = OnHost(EmulatedCuda(Activations::kBf16));
+  const auto products = [](LayerKernels& by, DType dtype, int64_t rows) {
+    const Product p{1, dtype, {70}, 50, rows, false};
+    const auto packed = Pack(by, p, p.Weights());
+    cuda::TheFakeCublasLt().products = 0;
+    Multiply(by, *packed, p.X().data(), rows, nullptr);
+    return cuda::TheFakeCublasLt().products.load();
+  };
+  EXPECT_EQ(products(*kernels, DType::kBf16, 1), 1);
+  EXPECT_EQ(products(*kernels, DType::kBf16, 42), 1);
+  EXPECT_EQ(products(*kernels, DType::kBf16, 43), 2);
+  EXPECT_EQ(products(*kernels, DType::kF16, 43), 2);
+  EXPECT_EQ(products(*kernels, DType::kF32, 33), 2);
+  EXPECT_EQ(products(*rounding, DType::kBf16, 128), 1);
+  EXPECT_EQ(products(*rounding, DType::kBf16, 129), 2);
+}
+
+TEST_F(FakeCublasLtTest, WithoutMemoryNothingIsPacked) {
+  const auto kernels =
+      *MakeCudaLayerKernelsWith(cuda::MakeEmulatedDevice(60'000), cuda::FakeCublasLtApi(), Activations::kF32);
+  EXPECT_EQ(PackSome(*kernels).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(kernels->Allocate(1 << 20, true).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(kernels->Wait().ok());
+}
+
+TEST_F(FakeCublasLtTest, ItsFingerprintIsItsOwn) {
+  const uint64_t exact = LayerFingerprint(*EmulatedCuda()).value();
+  EXPECT_EQ(LayerFingerprint(*EmulatedCuda()).value(), exact);
+  EXPECT_NE(LayerFingerprint(*EmulatedCuda(Activations::kBf16)).value(), exact);
+  EXPECT_NE(LayerFingerprint(*MakeCpuLayerKernels(1)).value(), exact);
+  EXPECT_EQ(EmulatedCuda()->library(), "cuBLASLt 999900 on cuda:emulated");
+}
+
+// A machine has it or not; where it has not, this is all that a user is told.
+TEST(CublasLt, IsLoadedOrSaysHowToInstallIt) {
+  const auto api = cuda::LoadCublasLt();
+  if (api.ok()) {
+    EXPECT_GE((*api)->get_version(), 12'0000U);
+  } else {
+    EXPECT_EQ(api.status().code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_THAT(std::string(api.status().message()), ::testing::HasSubstr("install"));
+  }
+}
+
+// f32 activations lose nothing that f32 has, whatever their size: three terms are the number.
+TEST(CudaLayerKernels, ThreeTermsAreTheNumber) {
+  for (std::unique_ptr<LayerKernels>& made : CudaKernels(Activations::kF32)) {
+    const auto kernels = OnHost(std::move(made));
+    const float one = 1;
+    std::vector<char> weight(2);
+    StoreElement(weight.data(), DType::kBf16, 0, one);
+    const auto packed = *kernels->Pack({{weight.data(), DType::kBf16, 1, 1}});
+    std::vector<float> x = Numbers(500, 1);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = std::ldexp(x[i], static_cast<int>(i % 200) - 100);
+    x.push_back(std::numeric_limits<float>::max());
+    x.push_back(-std::numeric_limits<float>::max());
+    x.push_back(0);
+    const auto y = Multiply(*kernels, *packed, x.data(), static_cast<int64_t>(x.size()), nullptr);
+    for (size_t i = 0; i < x.size(); ++i) ASSERT_EQ(x[i], y[i]) << i;
+  }
+}
+
+// Nothing of an infinity may be left that looks like a number.
+TEST_P(LayerKernelsContract, ProductsOfWhatIsNotFiniteAreNotFinite) {
+  const auto kernels = Make();
+  for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+    const Product p{3, dtype, {40}, 70, 3, true};
+    const std::vector<float> bias = p.Bias();
+    const auto packed = Pack(*kernels, p, p.Weights());
+    for (const float bad : {kNaN, HUGE_VALF, -HUGE_VALF}) {
+      std::vector<float> x = p.X();
+      const auto good = Multiply(*kernels, *packed, x.data(), p.rows, bias.data());
+      x[1 * p.inputs + 33] = bad;
+      const auto y = Multiply(*kernels, *packed, x.data(), p.rows, bias.data());
+      for (int64_t n = 0; n < 40; ++n) ASSERT_FALSE(std::isfinite(y[40 + n])) << n;
+      EXPECT_TRUE(SameBits(y.data(), good.data(), 40) && SameBits(&y[80], &good[80], 40));
     }
   }
 }

@@ -166,13 +166,17 @@ import struct
 import sys
 
 random.seed(1)
-for name, shape in (("k", (20_000, 2, 64)), ("v", (20_000, 2, 64)), ("q", (16, 8, 64))):
-    numbers = array.array("f", (random.gauss(0, 1) for _ in range(shape[0] * shape[1] * shape[2])))
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+
+def write(name, kind, shape, numbers):
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}"
     header += " " * (-(len(header) + 11) % 64) + "\n"
     with open(f"{sys.argv[1]}/{name}.npy", "wb") as file:
         file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
         numbers.tofile(file)
+
+for name, shape in (("k", (20_000, 2, 64)), ("v", (20_000, 2, 64)), ("q", (16, 8, 64))):
+    write(name, "<f4", shape, array.array("f", (random.gauss(0, 1) for _ in range(shape[0] * shape[1] * shape[2]))))
+write("ids", "<i4", (700,), array.array("i", (random.randrange(4000) for _ in range(700))))
 PY
   "$eduba" up --workers 1 --listen 127.0.0.1:0 --memory-bytes 1GiB >"$scratch/up" 2>&1 &
   local pid=$! address=
@@ -194,13 +198,50 @@ PY
 build_all() {
   cmake --preset release -DEDUBA_CUDA=ON &&
     cmake --build --preset release -j "$(nproc)" --target eduba backend_test communicator_contract_test nccl_communicator_test \
-      communicator_rank slab_pool_test
+      communicator_rank slab_pool_test layer_kernels_test gpu_layers_test
 }
 
 # Not a test may be skipped here for want of a GPU.
 contract() {
   "$build/bin/backend_test" --gtest_filter='*/cuda:*/cuda_tensor:CudaBackend.*' | tee "$scratch/contract" || return 1
   ! grep -q 'SKIPPED, NOT TESTED: cuda' "$scratch/contract"
+}
+
+# The layers of a model: on the GPU, with its cuBLASLt.
+layers() {
+  {
+    "$build/bin/layer_kernels_test" --gtest_filter='*/cuda:*/cuda_bf16:CudaLayerKernels.*:CublasLt.*' &&
+      "$build/bin/gpu_layers_test" --gtest_filter='*/cuda'
+  } | tee "$scratch/layers" || return 1
+  ! grep -q 'SKIPPED, NOT TESTED: cuda' "$scratch/layers"
+}
+
+# model_on_gpu ACTIVATIONS: nano on cuda:0, on one worker and on two: the same text and log-probs.
+model_on_gpu() {
+  local workers
+  for workers in 1 2; do
+    local directory=$scratch/model-$1-$workers address=
+    mkdir "$directory"
+    "$eduba" up --workers "$workers" --device cuda:0 --model nano --activations "$1" --listen 127.0.0.1:0 --memory-bytes 1GiB \
+      >"$directory/up" 2>&1 &
+    local pid=$!
+    started+=("$pid")
+    for ((wait = 0; wait < 300; ++wait)); do
+      address=$(sed -n 's/^ready: //p' "$directory/up")
+      [[ -n $address ]] && break
+      sleep 0.1
+    done
+    [[ -n $address ]] || { cat "$directory/up"; return 1; }
+    "$eduba" workers --server "$address"
+    "$eduba" session create cell --server "$address" --model &&
+      "$eduba" session append cell --server "$address" --tokens "$scratch/ids.npy" &&
+      "$eduba" score cell --server "$address" --tokens "$scratch/ids.npy" --out "$directory/log_probs.npy" &&
+      "$eduba" generate cell --server "$address" --max-tokens 50 >"$directory/text" || return 1
+    kill "$pid"
+    wait "$pid"
+  done
+  cmp "$scratch/model-$1-1/log_probs.npy" "$scratch/model-$1-2/log_probs.npy" &&
+    cmp "$scratch/model-$1-1/text" "$scratch/model-$1-2/text"
 }
 
 # bench_attend PRECISION OPTION...: with as many keys as the device holds, up to 4 Mi (16 GiB).
@@ -222,6 +263,11 @@ torch_beside() { python3 benchmarks/sdpa_gpu.py; }
 
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 "$build/bin/backend_test" --gtest_filter="$2"; }
 
+layers_under() {
+  compute-sanitizer --tool "$1" --error-exitcode 9 "$build/bin/layer_kernels_test" \
+    --gtest_filter='*NormsMatch*/cuda:*RotationsMatch*/cuda:*ActivationsMatch*/cuda:*NotFinite*/cuda'
+}
+
 {
   printf '# Eduba on a GPU\n\n%s, commit %s\n\n```\n' "$(date -u +'%Y-%m-%d %H:%M UTC')" "$(git rev-parse HEAD)"
   [[ $gpu == no ]] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
@@ -235,6 +281,7 @@ if ((failed > 0)); then
 fi
 step "doctor" "$eduba" doctor --timeout 1
 step "contract of the cuda backend" contract
+step "contract of a model's layers" layers
 step "contract of the transports" "$build/bin/communicator_contract_test"
 step "nccl's own tests" "$build/bin/nccl_communicator_test"
 if [[ $quick == no ]]; then
@@ -242,10 +289,15 @@ if [[ $quick == no ]]; then
     step "memcheck of $path" sanitizer memcheck "*RandomProblems*/$path"
     step "racecheck of $path" sanitizer racecheck "*ThreadsDoNotChange*/$path"
   done
+  step "memcheck of layers" layers_under memcheck
+  step "racecheck of layers" layers_under racecheck
 else
   skip "memcheck and racecheck" "--quick"
 fi
 step "an answer of the CPU" cpu_answer
+for activations in f32 bf16; do
+  step "a model on the GPU, activations $activations" model_on_gpu "$activations"
+done
 step "2 ranks over NCCL, one killed" nccl_group 2
 step "4 ranks over NCCL, one killed" nccl_group 4
 for transport in gloo nccl; do
