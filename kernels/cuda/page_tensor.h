@@ -119,6 +119,106 @@ EDUBA_DEVICE float FloatPowerOfTwo(int k) {
   return std::bit_cast<float>(static_cast<uint32_t>(k + 127) << 23);
 }
 
+// Keys [begin, end) of a page.
+struct KeyRange {
+  int begin;
+  int end;
+};
+
+// exp(x) for x <= 1 that is no NaN, as Exp, but for 0 from about -87.7 on: without a branch, which products
+// that are under way would have to be waited for in front of.
+EDUBA_DEVICE float ExpOfDistance(float x) {
+  constexpr float kRound = 0x1.8p23F;
+  const float y = x > -88.0F ? x : -88.0F;
+  const float shifted = Fma(y, 1.44269504F, kRound);
+  const float n = Sub(shifted, kRound);
+  float r = Fma(n, -0.693145751953125F, y);
+  r = Fma(n, -1.428606765330187e-06F, r);
+  float p = Fma(0.00129408902F, r, 0.00836335309F);
+  p = Fma(p, r, 0.0416814387F);
+  p = Fma(p, r, 0.166665763F);
+  p = Fma(p, r, 0.499999553F);
+  p = Fma(p, Mul(r, r), Add(r, 1.0F));
+  // n is -127 at least, for which this is 0.
+  return Mul(p, std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23));
+}
+
+// softcap * tanh(x / softcap), off by up to 2^-22 of the softcap, without a branch either.
+EDUBA_DEVICE float CappedLogit(float x, float softcap, float inverse) {
+  const auto bits = std::bit_cast<uint32_t>(Mul(x, inverse));
+  const float e = ExpOfDistance(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2.0F));
+  const float tanh = Sub(1.0F, DivNearly(Add(e, e), Add(1.0F, e)));
+  return Mul(softcap, std::bit_cast<float>(std::bit_cast<uint32_t>(tanh) | (bits & 0x80000000U)));
+}
+
+// From the dot products s of 16 query vectors, all of a page's, to their weights, in place; and m, l, and bad
+// where a logit is not finite. `range_of(lane, i)`: keys that the lane's vector i sees; others weigh 0.
+template <class Type, class Warp, class RegistersOf, class RangeOf>
+EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
+                            const RangeOf& range_of) {
+  // A logit that counts for nothing, and is finite.
+  constexpr float kUnseen = -0x1.fffffep127F;
+  const bool capped = args.softcap > 0;
+  const float inverse = capped ? Div(1.0F, args.softcap) : 0;
+  warp.Lanes([&](int lane) {
+    auto& r = registers_of(lane);
+    EDUBA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const KeyRange seen = range_of(lane, i);
+      const auto count = static_cast<uint32_t>(seen.end - seen.begin);
+      const int first = lane % 4 * 2 - seen.begin;
+      const float factor = Type::kHasFloatRange ? args.scale : Mul(args.scale, r.shrink[i]);
+      uint32_t largest = 0;  // Of the logits' sizes, as bits: above infinity's for NaN.
+      r.m[i] = kUnseen;
+      EDUBA_UNROLL
+      for (int j = 0; j < kKeyTiles; ++j) {
+        EDUBA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& s = r.s[j][2 * i + e];
+          s = static_cast<uint32_t>(first + j * kTileColumns + e) < count ? Mul(s, factor) : kUnseen;
+          const uint32_t size = std::bit_cast<uint32_t>(s) & 0x7fffffffU;
+          largest = size > largest ? size : largest;
+          r.m[i] = s > r.m[i] ? s : r.m[i];
+        }
+      }
+      r.bad[i] = largest < 0x7f800000U ? 0 : 1;
+    }
+    if (!capped) return;
+    EDUBA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      r.m[i] = CappedLogit(r.m[i], args.softcap, inverse);
+      EDUBA_UNROLL
+      for (int j = 0; j < kKeyTiles; ++j) {
+        EDUBA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& s = r.s[j][2 * i + e];
+          s = s == kUnseen ? s : CappedLogit(s, args.softcap, inverse);
+        }
+      }
+    }
+  });
+  EDUBA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      const KeyRange seen = range_of(lane, i);
+      const float m = seen.begin < seen.end ? r.m[i] : 0;
+      r.l[i] = 0;
+      EDUBA_UNROLL
+      for (int j = 0; j < kKeyTiles; ++j) {
+        EDUBA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& s = r.s[j][2 * i + e];
+          s = ExpOfDistance(Sub(s, m));
+          r.l[i] = Add(r.l[i], s);
+        }
+      }
+    });
+    warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
+  }
+}
+
 template <class Type, class Block>
 EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
   static_assert(Type::kElement == 2);
@@ -139,8 +239,6 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
   const auto row_head_of = [&](int v) {
     return int64_t{row_of(v)} * args.query_heads + kv_head * args.group + (first_vector + v) % args.group;
   };
-  const bool capped = args.softcap > 0;
-
   block.Threads([&](int t) {
     if (t >= args.tile) return;
     shared.begin[t] = shared.end[t] = 0;
@@ -323,55 +421,13 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
 
   // Of the page, so of every warp by itself.
   block.Warps([&](const auto& warp) {
-    const int first_thread = warp.index() * kWarpThreads;
-    const auto registers_of = [&](int lane) -> TensorRegisters& { return registers[first_thread + lane]; };
-    const auto vector_of = [&](int lane, int i) { return warp.index() * kTileRows + lane / 4 + 8 * i; };
-    warp.Lanes([&](int lane) {
-      TensorRegisters& r = registers_of(lane);
-      EDUBA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int begin = shared.begin[vector_of(lane, i)];
-        const int end = shared.end[vector_of(lane, i)];
-        r.m[i] = -Infinity();
-        r.bad[i] = 0;
-        EDUBA_UNROLL
-        for (int j = 0; j < kKeyTiles; ++j) {
-          EDUBA_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int key = j * kTileColumns + lane % 4 * 2 + e;
-            if (key < begin || key >= end) continue;
-            float dot = r.s[j][2 * i + e];
-            if constexpr (!Type::kHasFloatRange) dot = Mul(dot, r.shrink[i]);
-            // Capped logits as they are, others before the scale, which is fused with the difference below.
-            r.s[j][2 * i + e] = capped ? Capped(dot, args.scale, args.softcap) : dot;
-            const float x = capped ? r.s[j][2 * i + e] : Mul(dot, args.scale);
-            if (!IsFinite(x)) r.bad[i] = 1;
-            r.m[i] = x > r.m[i] ? x : r.m[i];
-          }
-        }
-      }
-    });
-    EDUBA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
-      warp.Lanes([&](int lane) {
-        TensorRegisters& r = registers_of(lane);
-        const int begin = shared.begin[vector_of(lane, i)];
-        const int end = shared.end[vector_of(lane, i)];
-        r.l[i] = 0;
-        EDUBA_UNROLL
-        for (int j = 0; j < kKeyTiles; ++j) {
-          EDUBA_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int key = j * kTileColumns + lane % 4 * 2 + e;
-            float& s = r.s[j][2 * i + e];
-            s = key < begin || key >= end ? 0 : Exp(capped ? Sub(s, r.m[i]) : Fma(s, args.scale, -r.m[i]));
-            r.l[i] = Add(r.l[i], s);
-          }
-        }
-      });
-      warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
-    }
+    WeighKeys<Type>(
+        warp, args,
+        [&](int lane) -> TensorRegisters& { return registers[warp.index() * kWarpThreads + lane]; },
+        [&](int lane, int i) {
+          const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
+          return KeyRange{shared.begin[v], shared.end[v]};
+        });
   });
 
   for (int pass = 0; pass < passes; ++pass) {

@@ -75,8 +75,8 @@ CudaOptions SmallCuda(int threads, CudaPrecision precision = CudaPrecision::kExa
   return options;
 }
 
-std::unique_ptr<Backend> EmulatedCuda(const CudaOptions& options) {
-  return *MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30), options);
+std::unique_ptr<Backend> EmulatedCuda(const CudaOptions& options, bool has_warpgroups = false) {
+  return *MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups), options);
 }
 
 // Why this machine cannot run the cuda backend; OK where it can.
@@ -109,6 +109,12 @@ std::vector<BackendChoice> AllBackends() {
     all.push_back({"cuda_emulated", [](int threads) { return EmulatedCuda(SmallCuda(threads)); }});
     all.push_back({"cuda_emulated_tensor",
                    [](int threads) { return EmulatedCuda(SmallCuda(threads, CudaPrecision::kTensor)); },
+                   /*fused=*/true, /*is_tensor=*/true});
+    all.push_back({"cuda_emulated_wgmma",
+                   [](int threads) {
+                     return EmulatedCuda(SmallCuda(threads, CudaPrecision::kTensor),
+                                         /*has_warpgroups=*/true);
+                   },
                    /*fused=*/true, /*is_tensor=*/true});
   }
   all.push_back({"cuda", [](int threads) { return *MakeCudaBackend(0, SmallCuda(threads)); }});
