@@ -170,8 +170,6 @@ class GroupSchedule {
         turn_.notify_all();
         return;
       }
-      if (copies_.empty()) for (int g=0; g<groups; ++g) { fprintf(stderr, "DBG group %d done %d waits %p parity %u\n", g, is_done_[g], waits_[g].barrier, waits_[g].parity); }
-      if (copies_.empty()) for (auto& [k,b] : barriers_) fprintf(stderr, "DBG bar %p count %d missing %d bytes %ld parity %u\n", k, b.count,b.missing,(long)b.bytes,b.parity);
       EDUBA_CHECK(!copies_.empty());  // Or the groups wait for each other.
       const BulkCopy copy = copies_.back();
       copies_.pop_back();

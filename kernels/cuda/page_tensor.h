@@ -125,11 +125,21 @@ struct KeyRange {
   int end;
 };
 
-// exp(x) for x <= 1 that is no NaN, as Exp, but for 0 from about -87.7 on: without a branch, which products
-// that are under way would have to be waited for in front of.
+// f16 holds small numbers badly: its weights, and so their sums, are 2^15 times as large until they leave.
+template <class Type>
+inline constexpr int kWeightShift = Type::kHasFloatRange ? 0 : 15;
+template <class Type>
+EDUBA_DEVICE float Unshifted(float sum) {
+  return Type::kHasFloatRange ? sum : Mul(sum, 0x1p-15F);
+}
+
+// 2^kShift exp(x) for x <= 0 that is no NaN, as Exp, but 0 only where 2^kShift exp(x) is below 2^-126, and
+// without a branch: products would be waited for in front of one.
+template <int kShift>
 EDUBA_DEVICE float ExpOfDistance(float x) {
   constexpr float kRound = 0x1.8p23F;
-  const float y = x > -88.0F ? x : -88.0F;
+  constexpr float kLowest = -88.0F - static_cast<float>(kShift) * 0.6931472F;
+  const float y = x > kLowest ? x : kLowest;
   const float shifted = Fma(y, 1.44269504F, kRound);
   const float n = Sub(shifted, kRound);
   float r = Fma(n, -0.693145751953125F, y);
@@ -139,27 +149,48 @@ EDUBA_DEVICE float ExpOfDistance(float x) {
   p = Fma(p, r, 0.166665763F);
   p = Fma(p, r, 0.499999553F);
   p = Fma(p, Mul(r, r), Add(r, 1.0F));
-  // n is -127 at least, for which this is 0.
-  return Mul(p, std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23));
+  // n is -127 - kShift at least, for which this is 0.
+  return Mul(p, std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127 + kShift) << 23));
 }
 
-// softcap * tanh(x / softcap), off by up to 2^-22 of the softcap, without a branch either.
+// softcap * tanh(x / softcap), off by up to 2^-22 of the softcap, without a branch either; NaN where x is not
+// finite. `inverse`: of the softcap.
 EDUBA_DEVICE float CappedLogit(float x, float softcap, float inverse) {
-  const auto bits = std::bit_cast<uint32_t>(Mul(x, inverse));
-  const float e = ExpOfDistance(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2.0F));
-  const float tanh = Sub(1.0F, DivNearly(Add(e, e), Add(1.0F, e)));
+  const float u = Mul(x, inverse);
+  const auto bits = std::bit_cast<uint32_t>(u);
+  const float e = ExpOfDistance<0>(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2.0F));
+  const float tanh = Add(Sub(1.0F, DivNearly(Add(e, e), Add(1.0F, e))), Sub(u, u));
   return Mul(softcap, std::bit_cast<float>(std::bit_cast<uint32_t>(tanh) | (bits & 0x80000000U)));
 }
 
 // From the dot products s of 16 query vectors, all of a page's, to their weights, in place; and m, l, and bad
-// where a logit is not finite. `range_of(lane, i)`: keys that the lane's vector i sees; others weigh 0.
+// where a logit is not finite. The weights are shifted, l is not. `range_of(lane, i)`: keys that the lane's vector i sees; others weigh 0.
 template <class Type, class Warp, class RegistersOf, class RangeOf>
 EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
                             const RangeOf& range_of) {
   // A logit that counts for nothing, and is finite.
   constexpr float kUnseen = -0x1.fffffep127F;
-  const bool capped = args.softcap > 0;
-  const float inverse = capped ? Div(1.0F, args.softcap) : 0;
+  const auto factor_of = [&](const auto& r, int i) {
+    return Type::kHasFloatRange ? args.scale : Mul(args.scale, r.shrink[i]);
+  };
+  if (args.softcap > 0) {
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      const float inverse = Div(1.0F, args.softcap);
+      EDUBA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float factor = factor_of(r, i);
+        EDUBA_UNROLL
+        for (int j = 0; j < kKeyTiles; ++j) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float& s = r.s[j][2 * i + e];
+            s = CappedLogit(Mul(s, factor), args.softcap, inverse);
+          }
+        }
+      }
+    });
+  }
   warp.Lanes([&](int lane) {
     auto& r = registers_of(lane);
     EDUBA_UNROLL
@@ -167,7 +198,7 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       const KeyRange seen = range_of(lane, i);
       const auto count = static_cast<uint32_t>(seen.end - seen.begin);
       const int first = lane % 4 * 2 - seen.begin;
-      const float factor = Type::kHasFloatRange ? args.scale : Mul(args.scale, r.shrink[i]);
+      const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
       uint32_t largest = 0;  // Of the logits' sizes, as bits: above infinity's for NaN.
       r.m[i] = kUnseen;
       EDUBA_UNROLL
@@ -183,19 +214,6 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       }
       r.bad[i] = largest < 0x7f800000U ? 0 : 1;
     }
-    if (!capped) return;
-    EDUBA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      r.m[i] = CappedLogit(r.m[i], args.softcap, inverse);
-      EDUBA_UNROLL
-      for (int j = 0; j < kKeyTiles; ++j) {
-        EDUBA_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& s = r.s[j][2 * i + e];
-          s = s == kUnseen ? s : CappedLogit(s, args.softcap, inverse);
-        }
-      }
-    }
   });
   EDUBA_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -210,12 +228,13 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
         EDUBA_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& s = r.s[j][2 * i + e];
-          s = ExpOfDistance(Sub(s, m));
+          s = ExpOfDistance<kWeightShift<Type>>(Sub(s, m));
           r.l[i] = Add(r.l[i], s);
         }
       }
     });
     warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
+    warp.Lanes([&](int lane) { registers_of(lane).l[i] = Unshifted<Type>(registers_of(lane).l[i]); });
   }
 }
 
@@ -494,8 +513,8 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
           EDUBA_UNROLL
           for (int n = 0; n < kChannelTiles; ++n) {
             if (n >= tiles) continue;
-            const float x = r.o[n][2 * i];
-            const float y = r.o[n][2 * i + 1];
+            const float x = Unshifted<Type>(r.o[n][2 * i]);
+            const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
             if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
             StorePair(to + n * kTileColumns, x, y);
           }

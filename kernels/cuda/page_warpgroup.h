@@ -49,8 +49,8 @@ inline constexpr int kMultiplyGroups = 2;
 inline constexpr int kWarpgroupThreads = (1 + kMultiplyGroups) * kGroupThreads;
 inline constexpr int kWarpgroupTileMax = kMultiplyGroups * kGroupTileRows;
 // Registers of a thread, of 65536 for all: 168 at the start.
-inline constexpr int kLoadRegisters = 24;
-inline constexpr int kMultiplyRegisters = 240;
+inline constexpr int kLoadRegisters = 40;
+inline constexpr int kMultiplyRegisters = 232;
 static_assert(kGroupThreads * (kLoadRegisters + kMultiplyGroups * kMultiplyRegisters) <= 65536);
 
 // What a slot holds, a slice: 32 dimensions of all keys, or 64 rows of up to 128 channels.
@@ -70,9 +70,9 @@ inline constexpr int kSlicesAhead = kGroupSlotsMin - 2;
 // 8 dimensions of 64 queries, and both terms of 64 queries for each dimension.
 inline constexpr int kQueryUnitBytes = kGroupTileRows * kLoadBytes;
 inline constexpr int kQueryDimBytes = 2 * kQueryUnitBytes / kUnitDims;
-inline constexpr int kHulls = 16;  // Of as many vectors each.
+inline constexpr int kHulls = 8;  // Of a group's vectors, as many for each.
 
-// Terms of a weight. One in f16 is off by 2^-12, within what is promised for both; one in bf16 by 2^-9.
+// Terms of a weight. One in f16 is off by up to 2^-11 of it; one in bf16 would be by 2^-8.
 template <class Type>
 inline constexpr int kWeightTerms = Type::kHasFloatRange ? 2 : 1;
 
@@ -80,7 +80,8 @@ struct GroupShared {
   uint64_t full[kGroupSlotsMax];
   uint64_t empty[kGroupSlotsMax];
   PositionRange visible[kWarpgroupTileMax];  // Of each vector.
-  PositionRange hull[kHulls];                // Of what 8 vectors see: in here.
+  PositionRange part[kMultiplyGroups * kHulls];  // What 8 vectors see lies in here,
+  PositionRange hull[kMultiplyGroups];           // and what 64 see in here.
   float stretch[kWarpgroupTileMax];          // As TensorRegisters.
   float shrink[kWarpgroupTileMax];
   int has_low[kMultiplyGroups];  // Of 64 vectors: a query is not what its high term is.
@@ -126,7 +127,6 @@ struct GroupRegisters {
   float m[2];
   float l[2];
   float bad[2];
-  PositionRange visible[2];
   KeyRange seen[2];
 };
 
@@ -151,9 +151,12 @@ EDUBA_DEVICE KeyRange KeysSeen(const PositionRange& visible, int64_t page) {
 }
 // The smallest range that holds both.
 EDUBA_DEVICE PositionRange HullOf(const PositionRange& a, const PositionRange& b) {
-  if (a.begin >= a.end) return b;
-  if (b.begin >= b.end) return a;
-  return {a.begin < b.begin ? a.begin : b.begin, a.end > b.end ? a.end : b.end};
+  const bool is_a = a.begin < a.end;
+  const bool is_b = b.begin < b.end;
+  PositionRange hull;
+  hull.begin = is_a && (!is_b || a.begin < b.begin) ? a.begin : b.begin;
+  hull.end = is_a && (!is_b || a.end > b.end) ? a.end : b.end;
+  return hull;
 }
 EDUBA_DEVICE bool SeesPage(const PositionRange& range, int64_t page) {
   return range.begin < range.end && range.begin < (page + 1) * kPageRows && range.end > page * kPageRows;
@@ -216,11 +219,11 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   });
   // Queries in two terms, as core matrices: [64 vectors][term][8 dimensions][64][8].
   block.Threads([&](int t) {
-    if (t < kHulls) {
-      constexpr int kVectors = kWarpgroupTileMax / kHulls;
+    if (t < kMultiplyGroups * kHulls) {
+      constexpr int kVectors = kGroupTileRows / kHulls;
       PositionRange hull = {0, 0};
       for (int i = 0; i < kVectors; ++i) hull = HullOf(hull, shared.visible[t * kVectors + i]);
-      shared.hull[t] = hull;
+      shared.part[t] = hull;
     }
     for (int i = t; i < args.tile * units; i += kWarpgroupThreads) {
       const int v = i / units;
@@ -248,14 +251,15 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     block.Publish(t);
   });
 
-  // Of the vectors from `first` on.
-  const auto hull_of = [&](int first, int count) {
-    constexpr int kVectors = kWarpgroupTileMax / kHulls;
+  block.Threads([&](int t) {
+    if (t >= kMultiplyGroups) return;
     PositionRange hull = {0, 0};
-    for (int i = first / kVectors; i < (first + count) / kVectors; ++i) hull = HullOf(hull, shared.hull[i]);
-    return hull;
+    for (int i = 0; i < kHulls; ++i) hull = HullOf(hull, shared.part[t * kHulls + i]);
+    shared.hull[t] = hull;
+  });
+  const auto is_loaded = [&](int64_t page) {
+    return block.Uniform(SeesPage(shared.hull[0], page) || SeesPage(shared.hull[1], page) ? 1 : 0) != 0;
   };
-  const PositionRange block_hull = hull_of(0, kWarpgroupTileMax);
 
   const auto load = [&](const auto& group) {
     RingPlace place;
@@ -280,7 +284,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     };
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
       const PageEntry page = args.page[slot];
-      if (block.Uniform(SeesPage(block_hull, page.index) ? 1 : 0) == 0) continue;
+      if (!is_loaded(page.index)) continue;
       const char* const data = static_cast<const char*>(page.data);
       // Mostly the first vector or the last sees the whole page, and all rows are seen.
       const auto sees_all = [&](int v) {
@@ -350,7 +354,6 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   const auto multiply = [&](const auto& group) {
     const int mine = group.index() - 1;
     const int first = take_turns ? 0 : mine * kGroupTileRows;  // Of the tile's vectors.
-    const PositionRange hull = hull_of(first, kGroupTileRows);
     const int first_thread = group.index() * kGroupThreads;
     const auto vector_of = [&](int warp, int lane, int i) {
       return first + warp * kTileRows + lane / 4 + 8 * i;
@@ -363,11 +366,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       warp.Lanes([&](int lane) {
         Registers& r = registers[first_thread + warp.index() * kWarpThreads + lane];
         EDUBA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int v = vector_of(warp.index(), lane, i);
-          r.visible[i] = shared.visible[v];
-          r.shrink[i] = shared.shrink[v];
-        }
+        for (int i = 0; i < 2; ++i) r.shrink[i] = shared.shrink[vector_of(warp.index(), lane, i)];
       });
     });
     // A tile whose queries are 16-bit numbers has no low terms: their products would add nothing.
@@ -390,10 +389,10 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
 
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
       const PageEntry page = args.page[slot];
-      const bool is_loaded = block.Uniform(SeesPage(block_hull, page.index) ? 1 : 0) != 0;
-      const bool is_seen = block.Uniform(SeesPage(hull, page.index) ? 1 : 0) != 0;
+      const bool comes = is_loaded(page.index);
+      const bool is_seen = block.Uniform(SeesPage(shared.hull[take_turns ? 0 : mine], page.index) ? 1 : 0) != 0;
       const bool is_mine = !take_turns || turn % kMultiplyGroups == mine;
-      if (is_loaded) ++turn;
+      if (comes) ++turn;
       if (!is_seen && is_mine) {
         group.Threads([&](int t) {
           const int v = first + t;
@@ -404,7 +403,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       }
       if (!is_seen || !is_mine) {
         // Every group takes part in every phase of a barrier: a parity tells a phase from the next one only.
-        for (int s = 0; is_loaded && s < key_slices + passes * kValueSlices; ++s) {
+        for (int s = 0; comes && s < key_slices + passes * kValueSlices; ++s) {
           wait();
           give_back(place.slot);
           place.Next(slot_count);
@@ -412,32 +411,34 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         continue;
       }
 
-      // A loop for each number of terms: its products have to stand in one line for the compiler.
-      const auto multiply_keys = [&]<int kTerms>() {
-        for (int unit = 0; unit < units; unit += 2) {
-          const bool is_first = unit % kKeySliceUnits == 0;  // Of a slice.
-          if (is_first) wait();
-          const uint32_t keys = block.AddressOf(slots + place.slot * kSlotBytes);
-          group.FenceRegisters();
-          EDUBA_UNROLL
-          for (int term = 2 - kTerms; term < 2; ++term) {
-            group.template MultiplyKeys<Type>(
-                s_of,
-                MatrixDescriptor(block.AddressOf(query + (term * units + unit) * kQueryUnitBytes),
-                                 kQueryUnitBytes, kCoreBytes),
-                MatrixDescriptor(keys + unit % kKeySliceUnits * kKeyUnitBytes, kKeyUnitBytes, kCoreBytes),
-                unit > 0 || term > 2 - kTerms);
-          }
-          group.CommitProducts();
-          group.template WaitForProducts<1>();
-          if (is_first && unit > 0) give_back(before());
-          if (!is_first || unit + 2 == units) place.Next(slot_count);
+      // 16 dimensions. For each number of terms by itself: products have to stand in one line for the compiler.
+      const auto multiply_keys = [&]<int kTerms, bool kIsSum>(int unit) {
+        const bool is_first = unit % kKeySliceUnits == 0;  // Of a slice.
+        if (is_first) wait();
+        const uint32_t keys = block.AddressOf(slots + place.slot * kSlotBytes);
+        group.FenceRegisters();
+        EDUBA_UNROLL
+        for (int term = 2 - kTerms; term < 2; ++term) {
+          group.template MultiplyKeys<Type>(
+              s_of,
+              MatrixDescriptor(block.AddressOf(query + (term * units + unit) * kQueryUnitBytes),
+                               kQueryUnitBytes, kCoreBytes),
+              MatrixDescriptor(keys + unit % kKeySliceUnits * kKeyUnitBytes, kKeyUnitBytes, kCoreBytes),
+              kIsSum || term > 2 - kTerms);
         }
+        group.CommitProducts();
+        group.template WaitForProducts<1>();
+        if (is_first && unit > 0) give_back(before());
+        if (!is_first || unit + 2 == units) place.Next(slot_count);
+      };
+      const auto multiply_all_keys = [&]<int kTerms>() {
+        multiply_keys.template operator()<kTerms, false>(0);
+        for (int unit = 2; unit < units; unit += 2) multiply_keys.template operator()<kTerms, true>(unit);
       };
       if (has_low) {
-        multiply_keys.template operator()<2>();
+        multiply_all_keys.template operator()<2>();
       } else {
-        multiply_keys.template operator()<1>();
+        multiply_all_keys.template operator()<1>();
       }
       finish();
       group.KeepProducts(s_of);
@@ -449,7 +450,9 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         warp.Lanes([&](int lane) {
           Registers& r = registers_of(lane);
           EDUBA_UNROLL
-          for (int i = 0; i < 2; ++i) r.seen[i] = KeysSeen(r.visible[i], page.index);
+          for (int i = 0; i < 2; ++i) {
+            r.seen[i] = KeysSeen(shared.visible[vector_of(warp.index(), lane, i)], page.index);
+          }
         });
         WeighKeys<Type>(warp, args, registers_of, [&](int lane, int i) { return registers_of(lane).seen[i]; });
         // Two tiles of 8 keys as c are one of 16 keys as a.
@@ -520,8 +523,8 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
               EDUBA_UNROLL
               for (int n = 0; n < kPassChannels / kTileColumns; ++n) {
                 if (channel + n * kTileColumns >= layout.value_pitch) continue;
-                const float x = r.o[n][2 * i];
-                const float y = r.o[n][2 * i + 1];
+                const float x = Unshifted<Type>(r.o[n][2 * i]);
+                const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
                 if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
                 StorePair(to + n * kTileColumns, x, y);
               }

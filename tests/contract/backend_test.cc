@@ -40,11 +40,13 @@ struct BackendChoice {
   bool is_tensor = false;  // It multiplies on tensor cores where keys and values are 16 bits.
   // It rounds queries to bf16 where keys are bf16.
   bool is_rounded = false;
+  bool is_warpgroup = false;  // Its tensor cores take weights for f16 in one term.
 
   bool IsEmulated() const { return name.starts_with("cuda_emulated"); }
   // The largest error relative to the magnitudes, and the largest of a logit's exponential.
   double Error(DType dtype) const {
     if (is_rounded && dtype == DType::kBf16) return 3e-5;
+    if (is_warpgroup && dtype == DType::kF16) return 6e-4;
     return is_tensor && dtype != DType::kF32 ? 3e-4 : 3e-6;
   }
   double LogitError(DType dtype) const {
@@ -115,12 +117,13 @@ std::vector<BackendChoice> AllBackends() {
                      return EmulatedCuda(SmallCuda(threads, CudaPrecision::kTensor),
                                          /*has_warpgroups=*/true);
                    },
-                   /*fused=*/true, /*is_tensor=*/true});
+                   /*fused=*/true, /*is_tensor=*/true, /*is_rounded=*/false, /*is_warpgroup=*/true});
   }
   all.push_back({"cuda", [](int threads) { return *MakeCudaBackend(0, SmallCuda(threads)); }});
   all.push_back({"cuda_tensor",
                  [](int threads) { return *MakeCudaBackend(0, SmallCuda(threads, CudaPrecision::kTensor)); },
                  /*fused=*/true, /*is_tensor=*/true});
+  all.back().is_warpgroup = CudaMissing().ok() && all.back().make(1)->name().starts_with("cuda/sm_90");
   return all;
 }
 
