@@ -133,88 +133,95 @@ EDUBA_DEVICE float Unshifted(float sum) {
   return Type::kHasFloatRange ? sum : Mul(sum, 0x1p-15F);
 }
 
-// 2^kShift exp(x) for x <= 0 that is no NaN, as Exp, but 0 only where 2^kShift exp(x) is below 2^-126, and
-// without a branch: products would be waited for in front of one.
+inline constexpr float kLog2E = 1.44269504F;
+
+// 2^(kShift + x) for x <= 0 that is no NaN, within 3 ulp; 0 where it would be below 2^-126. Without a branch:
+// products would be waited for in front of one.
 template <int kShift>
-EDUBA_DEVICE float ExpOfDistance(float x) {
+EDUBA_DEVICE float TwoTo(float x) {
   constexpr float kRound = 0x1.8p23F;
-  constexpr float kLowest = -88.0F - static_cast<float>(kShift) * 0.6931472F;
-  const float y = x > kLowest ? x : kLowest;
-  const float shifted = Fma(y, 1.44269504F, kRound);
-  const float n = Sub(shifted, kRound);
-  float r = Fma(n, -0.693145751953125F, y);
-  r = Fma(n, -1.428606765330187e-06F, r);
-  float p = Fma(0.00129408902F, r, 0.00836335309F);
-  p = Fma(p, r, 0.0416814387F);
-  p = Fma(p, r, 0.166665763F);
-  p = Fma(p, r, 0.499999553F);
-  p = Fma(p, Mul(r, r), Add(r, 1.0F));
-  // n is -127 - kShift at least, for which this is 0.
+  const float y = Max(x, static_cast<float>(-127 - kShift));
+  const float shifted = Add(y, kRound);
+  const float f = Sub(y, Sub(shifted, kRound));
+  float p = Fma(0.00132647273F, f, 0.00967151299F);
+  p = Fma(p, f, 0.0555073358F);
+  p = Fma(p, f, 0.240222424F);
+  p = Fma(p, f, 0.693147004F);
+  p = Fma(p, f, 1.0F);
+  // The low bits of `shifted` are the exponent: -127 - kShift at least, for which this is 0.
   return Mul(p, std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127 + kShift) << 23));
 }
 
-// softcap * tanh(x / softcap), off by up to 2^-22 of the softcap, without a branch either; NaN where x is not
-// finite. `inverse`: of the softcap.
-EDUBA_DEVICE float CappedLogit(float x, float softcap, float inverse) {
-  const float u = Mul(x, inverse);
+// limit * tanh(u), off by up to 2^-22 of the limit, without a branch either; NaN where u is not finite.
+EDUBA_DEVICE float Capped(float u, float limit) {
   const auto bits = std::bit_cast<uint32_t>(u);
-  const float e = ExpOfDistance<0>(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2.0F));
+  const float e = TwoTo<0>(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2 * kLog2E));
   const float tanh = Add(Sub(1.0F, DivNearly(Add(e, e), Add(1.0F, e))), Sub(u, u));
-  return Mul(softcap, std::bit_cast<float>(std::bit_cast<uint32_t>(tanh) | (bits & 0x80000000U)));
+  return Mul(limit, std::bit_cast<float>(std::bit_cast<uint32_t>(tanh) | (bits & 0x80000000U)));
 }
 
 // From the dot products s of 16 query vectors, all of a page's, to their weights, in place; and m, l, and bad
-// where a logit is not finite. The weights are shifted, l is not. `range_of(lane, i)`: keys that the lane's vector i sees; others weigh 0.
+// where a logit is not finite. The weights are shifted, l is not. `range_of(lane, i)`: keys that the lane's
+// vector i sees; others weigh 0. `all_seen`: each vector sees all of them; alike for all lanes, and it changes
+// no bit.
 template <class Type, class Warp, class RegistersOf, class RangeOf>
 EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
-                            const RangeOf& range_of) {
+                            const RangeOf& range_of, bool all_seen) {
   // A logit that counts for nothing, and is finite.
   constexpr float kUnseen = -0x1.fffffep127F;
+  const float scale = Mul(args.scale, kLog2E);  // Logits are to the base 2 here.
   const auto factor_of = [&](const auto& r, int i) {
-    return Type::kHasFloatRange ? args.scale : Mul(args.scale, r.shrink[i]);
+    return Type::kHasFloatRange ? scale : Mul(scale, r.shrink[i]);
   };
   if (args.softcap > 0) {
     warp.Lanes([&](int lane) {
       auto& r = registers_of(lane);
-      const float inverse = Div(1.0F, args.softcap);
+      const float limit = Mul(args.softcap, kLog2E);
       EDUBA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float factor = factor_of(r, i);
+        const float factor = Div(factor_of(r, i), limit);
         EDUBA_UNROLL
         for (int j = 0; j < kKeyTiles; ++j) {
           EDUBA_UNROLL
           for (int e = 0; e < 2; ++e) {
-            float& s = r.s[j][2 * i + e];
-            s = CappedLogit(Mul(s, factor), args.softcap, inverse);
+            r.s[j][2 * i + e] = Capped(Mul(r.s[j][2 * i + e], factor), limit);
           }
         }
       }
     });
   }
-  warp.Lanes([&](int lane) {
-    auto& r = registers_of(lane);
-    EDUBA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const KeyRange seen = range_of(lane, i);
-      const auto count = static_cast<uint32_t>(seen.end - seen.begin);
-      const int first = lane % 4 * 2 - seen.begin;
-      const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
-      uint32_t largest = 0;  // Of the logits' sizes, as bits: above infinity's for NaN.
-      r.m[i] = kUnseen;
+  const auto take_logits = [&]<bool kAllSeen>() {
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
       EDUBA_UNROLL
-      for (int j = 0; j < kKeyTiles; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const KeyRange seen = range_of(lane, i);
+        const auto count = static_cast<uint32_t>(seen.end - seen.begin);
+        const int first = lane % 4 * 2 - seen.begin;
+        const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
+        uint32_t largest = 0;  // Of the logits' sizes, as bits: above infinity's for NaN.
+        r.m[i] = kUnseen;
         EDUBA_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& s = r.s[j][2 * i + e];
-          s = static_cast<uint32_t>(first + j * kTileColumns + e) < count ? Mul(s, factor) : kUnseen;
-          const uint32_t size = std::bit_cast<uint32_t>(s) & 0x7fffffffU;
-          largest = size > largest ? size : largest;
-          r.m[i] = s > r.m[i] ? s : r.m[i];
+        for (int j = 0; j < kKeyTiles; ++j) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float& s = r.s[j][2 * i + e];
+            const bool is_seen = kAllSeen || static_cast<uint32_t>(first + j * kTileColumns + e) < count;
+            s = is_seen ? Mul(s, factor) : kUnseen;
+            const uint32_t size = std::bit_cast<uint32_t>(s) & 0x7fffffffU;
+            largest = size > largest ? size : largest;
+            r.m[i] = Max(s, r.m[i]);
+          }
         }
+        r.bad[i] = largest < 0x7f800000U ? 0 : 1;
       }
-      r.bad[i] = largest < 0x7f800000U ? 0 : 1;
-    }
-  });
+    });
+  };
+  if (all_seen) {
+    take_logits.template operator()<true>();
+  } else {
+    take_logits.template operator()<false>();
+  }
   EDUBA_UNROLL
   for (int i = 0; i < 2; ++i) {
     warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
@@ -228,13 +235,17 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
         EDUBA_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& s = r.s[j][2 * i + e];
-          s = ExpOfDistance<kWeightShift<Type>>(Sub(s, m));
+          s = TwoTo<kWeightShift<Type>>(Sub(s, m));
           r.l[i] = Add(r.l[i], s);
         }
       }
     });
     warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
-    warp.Lanes([&](int lane) { registers_of(lane).l[i] = Unshifted<Type>(registers_of(lane).l[i]); });
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      r.l[i] = Unshifted<Type>(r.l[i]);
+      r.m[i] = Mul(r.m[i], 0.693147182F);
+    });
   }
 }
 
@@ -446,7 +457,8 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
         [&](int lane, int i) {
           const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
           return KeyRange{shared.begin[v], shared.end[v]};
-        });
+        },
+        /*all_seen=*/false);
   });
 
   for (int pass = 0; pass < passes; ++pass) {

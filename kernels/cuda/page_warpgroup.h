@@ -80,8 +80,11 @@ struct GroupShared {
   uint64_t full[kGroupSlotsMax];
   uint64_t empty[kGroupSlotsMax];
   PositionRange visible[kWarpgroupTileMax];  // Of each vector.
-  PositionRange part[kMultiplyGroups * kHulls];  // What 8 vectors see lies in here,
-  PositionRange hull[kMultiplyGroups];           // and what 64 see in here.
+  // What 8 vectors see lies in here, and what 64 see; what each of them sees.
+  PositionRange part_hull[kMultiplyGroups * kHulls];
+  PositionRange hull[kMultiplyGroups];
+  PositionRange part_core[kMultiplyGroups * kHulls];
+  PositionRange core[kMultiplyGroups];
   float stretch[kWarpgroupTileMax];          // As TensorRegisters.
   float shrink[kWarpgroupTileMax];
   int has_low[kMultiplyGroups];  // Of 64 vectors: a query is not what its high term is.
@@ -158,6 +161,13 @@ EDUBA_DEVICE PositionRange HullOf(const PositionRange& a, const PositionRange& b
   hull.end = is_a && (!is_b || a.end > b.end) ? a.end : b.end;
   return hull;
 }
+// What lies in both.
+EDUBA_DEVICE PositionRange CoreOf(const PositionRange& a, const PositionRange& b) {
+  PositionRange core;
+  core.begin = a.begin > b.begin ? a.begin : b.begin;
+  core.end = a.end < b.end ? a.end : b.end;
+  return core;
+}
 EDUBA_DEVICE bool SeesPage(const PositionRange& range, int64_t page) {
   return range.begin < range.end && range.begin < (page + 1) * kPageRows && range.end > page * kPageRows;
 }
@@ -222,8 +232,13 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     if (t < kMultiplyGroups * kHulls) {
       constexpr int kVectors = kGroupTileRows / kHulls;
       PositionRange hull = {0, 0};
-      for (int i = 0; i < kVectors; ++i) hull = HullOf(hull, shared.visible[t * kVectors + i]);
-      shared.part[t] = hull;
+      PositionRange core = shared.visible[t * kVectors];
+      for (int i = 0; i < kVectors; ++i) {
+        hull = HullOf(hull, shared.visible[t * kVectors + i]);
+        core = CoreOf(core, shared.visible[t * kVectors + i]);
+      }
+      shared.part_hull[t] = hull;
+      shared.part_core[t] = core;
     }
     for (int i = t; i < args.tile * units; i += kWarpgroupThreads) {
       const int v = i / units;
@@ -254,8 +269,13 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   block.Threads([&](int t) {
     if (t >= kMultiplyGroups) return;
     PositionRange hull = {0, 0};
-    for (int i = 0; i < kHulls; ++i) hull = HullOf(hull, shared.part[t * kHulls + i]);
+    PositionRange core = shared.part_core[t * kHulls];
+    for (int i = 0; i < kHulls; ++i) {
+      hull = HullOf(hull, shared.part_hull[t * kHulls + i]);
+      core = CoreOf(core, shared.part_core[t * kHulls + i]);
+    }
     shared.hull[t] = hull;
+    shared.core[t] = core;
   });
   const auto is_loaded = [&](int64_t page) {
     return block.Uniform(SeesPage(shared.hull[0], page) || SeesPage(shared.hull[1], page) ? 1 : 0) != 0;
@@ -391,6 +411,10 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       const PageEntry page = args.page[slot];
       const bool comes = is_loaded(page.index);
       const bool is_seen = block.Uniform(SeesPage(shared.hull[take_turns ? 0 : mine], page.index) ? 1 : 0) != 0;
+      const PositionRange core = shared.core[take_turns ? 0 : mine];
+      const bool all_seen =
+          block.Uniform(core.begin <= page.index * kPageRows && core.end >= (page.index + 1) * kPageRows ? 1
+                                                                                                         : 0) != 0;
       const bool is_mine = !take_turns || turn % kMultiplyGroups == mine;
       if (comes) ++turn;
       if (!is_seen && is_mine) {
@@ -454,7 +478,8 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
             r.seen[i] = KeysSeen(shared.visible[vector_of(warp.index(), lane, i)], page.index);
           }
         });
-        WeighKeys<Type>(warp, args, registers_of, [&](int lane, int i) { return registers_of(lane).seen[i]; });
+        WeighKeys<Type>(
+            warp, args, registers_of, [&](int lane, int i) { return registers_of(lane).seen[i]; }, all_seen);
         // Two tiles of 8 keys as c are one of 16 keys as a.
         warp.Lanes([&](int lane) {
           Registers& r = registers_of(lane);

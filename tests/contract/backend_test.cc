@@ -578,6 +578,33 @@ TEST_P(BackendContract, QueriesOfAnySizeKeepTheirDigits) {
   }
 }
 
+// A channel may hold nothing but values of keys that weigh little beside the others of their page.
+TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
+  for (const DType dtype : {DType::kBf16, DType::kF16}) {
+    for (const float distance : {7.0F, 12.0F, 15.0F, 17.0F, 20.0F}) {
+      RankGroup group = Group(GetParam(), 1);
+      ProblemSpec spec;
+      spec.shape = {1, 1, 16, 16, dtype, 1, 0};
+      spec.positions = 2;
+      Problem problem(spec);
+      std::fill(problem.queries.begin(), problem.queries.end(), 0.0F);
+      std::fill(problem.keys.begin(), problem.keys.end(), 0.0F);
+      problem.queries[0] = 1;
+      problem.keys[0] = distance;
+      for (int c = 0; c < 16; ++c) {
+        problem.values[c] = static_cast<float>(c % 2);
+        problem.values[16 + c] = 1;
+      }
+      SCOPED_TRACE(absl::StrCat("distance=", distance, " ", spec.ToString()));
+      group.Load(problem);
+      const auto answer = group.Attend(problem, {0});
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
+                GetParam().Error(dtype));
+    }
+  }
+}
+
 // The same operations in the same order: a session may move between CPUs and GPUs.
 TEST(CudaBackend, GivesTheBitsOfTheCpusThatFuseMultiplyAndAdd) {
   for (const std::string& target : CpuTargets()) {
