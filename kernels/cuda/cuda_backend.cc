@@ -936,8 +936,9 @@ class CudaBackend final : public Backend {
 absl::StatusOr<CudaPrecision> ParseCudaPrecision(const std::string& name) {
   if (name == "exact") return CudaPrecision::kExact;
   if (name == "tensor") return CudaPrecision::kTensor;
-  return absl::InvalidArgumentError(absl::StrCat(
-      "precision '", name, "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 3e-4)"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("precision '", name,
+                   "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 3e-4, f16 6e-4)"));
 }
 
 absl::StatusOr<int> CudaDeviceIndex(const std::string& name) {

@@ -167,9 +167,8 @@ class EmulatedDevice final : public Device {
   int64_t WarpgroupBlocksAtOnce() const override { return has_warpgroups_ ? 7 : 0; }
   absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) override {
     EDUBA_CHECK(has_warpgroups_);
-    return Queue(stream, [=] {
-      element == Element::kBf16 ? RunWarpgroups<Bf16>(args) : RunWarpgroups<F16>(args);
-    });
+    return Queue(stream,
+                 [=] { element == Element::kBf16 ? RunWarpgroups<Bf16>(args) : RunWarpgroups<F16>(args); });
   }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
     return Queue(stream, [=] {

@@ -47,7 +47,7 @@ struct DescribedMatrix {
     return start + 2 * (i % 8 + i / 8 * stride + depth % 8 * 8 + depth / 8 * leading);
   }
 
-  int start;  // Bytes.
+  int start;    // Bytes.
   int leading;  // Elements.
   int stride;
 };
@@ -232,7 +232,8 @@ class EmulatedWarpgroup {
   }
   template <class Type, class Of>
   void MultiplyValues(const Of& operands_of, uint64_t b, bool is_sum) const {
-    Product product = MakeProduct<Type>([&](int t) -> auto& { return operands_of(t).c; }, is_sum);
+    Product product = MakeProduct<Type>(
+        [&](int t) -> auto& { return operands_of(t).c; }, is_sum);
     std::vector<const uint32_t*> a(kGroupThreads);
     for (int t = 0; t < kGroupThreads; ++t) a[t] = operands_of(t).a;
     product.read = [this, a, b](Bits& rows, Bits& columns) {
@@ -336,7 +337,8 @@ class EmulatedWarpgroup {
       };
       const auto first = rows.begin() + row * kTileDepth;
       // Zeros add nothing: most rows of a test's tiles are empty.
-      if (product.is_sum && is_finite && std::all_of(first, first + kTileDepth, [](uint16_t x) { return x == 0; })) {
+      if (product.is_sum && is_finite &&
+          std::all_of(first, first + kTileDepth, [](uint16_t x) { return x == 0; })) {
         continue;
       }
       for (int column = 0; column < width; ++column) sum[column] = product.is_sum ? at(column) : 0;

@@ -87,7 +87,8 @@ void MultipliesAsPtxSays() {
   }
   for (int d = 0; d < 16; ++d) {
     for (int column = 0; column < kColumns; ++column) {
-      *(played.At(kKeys + column / 8 * 128 + d / 8 * 1024 + column % 8 * 16) + d % 8) = Stored<Type>(n.b[d][column]);
+      *(played.At(kKeys + column / 8 * 128 + d / 8 * 1024 + column % 8 * 16) + d % 8) =
+          Stored<Type>(n.b[d][column]);
       *(played.At(kValues + column / 8 * 272 + d / 8 * 128 + d % 8 * 16) + column % 8) =
           Stored<Type>(n.b[d][column]);
     }
@@ -109,8 +110,8 @@ void MultipliesAsPtxSays() {
   };
   played.block.Groups([&](const auto& group) {
     group.FenceRegisters();
-    group.template MultiplyKeys<Type>(c_of, MatrixDescriptor(kA, 4096, 144), MatrixDescriptor(kKeys, 1024, 128),
-                                      false);
+    group.template MultiplyKeys<Type>(c_of, MatrixDescriptor(kA, 4096, 144),
+                                      MatrixDescriptor(kKeys, 1024, 128), false);
     group.CommitProducts();
     EXPECT_TRUE(std::isnan(c[5][0][0]));
     group.template WaitForProducts<0>();
@@ -177,7 +178,8 @@ void Multiply(Played& played, bool is_fenced, bool is_changed) {
   played.block.Groups([&](const auto& group) {
     if (is_fenced) group.FenceRegisters();
     group.template MultiplyKeys<Bf16>([&](int t) -> float(&)[kColumns / 8][4] { return c[t]; },
-                                      MatrixDescriptor(1024, 1024, 128), MatrixDescriptor(1024, 1024, 128), false);
+                                      MatrixDescriptor(1024, 1024, 128), MatrixDescriptor(1024, 1024, 128),
+                                      false);
     group.CommitProducts();
     if (is_changed) *played.At(1024) = 1;
     group.template WaitForProducts<0>();

@@ -86,12 +86,12 @@ class GpuWarpgroup {
     auto& c = c_of(thread());
     static_assert(sizeof(c) == 128 * sizeof(float));
     const int sums = is_sum ? 1 : 0;
-#define EDUBA_MULTIPLY(type)                                                                        \
-  asm volatile(                                                                                     \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                 \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" EDUBA_N128              \
-      "}, %128, %129, p, 1, 1, 0, 0;\n}"                                                            \
-      : EDUBA_C128(c)                                                                               \
+#define EDUBA_MULTIPLY(type)                                                       \
+  asm volatile(                                                                    \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" EDUBA_N128 \
+      "}, %128, %129, p, 1, 1, 0, 0;\n}"                                           \
+      : EDUBA_C128(c)                                                              \
       : "l"(a), "l"(b), "r"(sums))
     if constexpr (Type::kHasFloatRange) {
       EDUBA_MULTIPLY("bf16");
@@ -105,16 +105,16 @@ class GpuWarpgroup {
   EDUBA_DEVICE void MultiplyValues(const Of& operands_of, uint64_t b, bool is_sum) const {
     const auto x = operands_of(thread());
     const int sums = is_sum ? 1 : 0;
-#define EDUBA_MULTIPLY(n, type, names, accumulators, a0, a1, a2, a3, descriptor, predicate)               \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " predicate                                              \
-               ", 0;\n"                                                                                   \
+#define EDUBA_MULTIPLY(n, type, names, accumulators, a0, a1, a2, a3, descriptor, predicate)                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " predicate                                               \
+               ", 0;\n"                                                                                    \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, {" a0 ", " a1 \
-               ", " a2 ", " a3 "}, " descriptor ", p, 1, 1, 1;\n}"                                        \
-               : accumulators                                                                             \
+               ", " a2 ", " a3 "}, " descriptor ", p, 1, 1, 1;\n}"                                         \
+               : accumulators                                                                              \
                : "r"(x.a[0]), "r"(x.a[1]), "r"(x.a[2]), "r"(x.a[3]), "l"(b), "r"(sums))
-#define EDUBA_MULTIPLY_64(type)                                                                      \
+#define EDUBA_MULTIPLY_64(type) \
   EDUBA_MULTIPLY("64", type, EDUBA_N32, EDUBA_C32(x.c, 0), "%32", "%33", "%34", "%35", "%36", "%37")
-#define EDUBA_MULTIPLY_128(type)                                                                      \
+#define EDUBA_MULTIPLY_128(type) \
   EDUBA_MULTIPLY("128", type, EDUBA_N64, EDUBA_C64(x.c, 0), "%64", "%65", "%66", "%67", "%68", "%69")
     if constexpr (sizeof(x.c) == 32 * sizeof(float)) {
       if constexpr (Type::kHasFloatRange) {
@@ -136,7 +136,9 @@ class GpuWarpgroup {
   }
 
   EDUBA_DEVICE void FenceRegisters() const { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
-  EDUBA_DEVICE void CommitProducts() const { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+  EDUBA_DEVICE void CommitProducts() const {
+    asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+  }
   template <int kPending>
   EDUBA_DEVICE void WaitForProducts() const {
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
@@ -156,9 +158,7 @@ class GpuWarpgroup {
   // Its index is the group's.
   class GroupWarp : public GpuWarp {
    public:
-    EDUBA_DEVICE int index() const {
-      return static_cast<int>(threadIdx.x) % kGroupThreads / kWarpThreads;
-    }
+    EDUBA_DEVICE int index() const { return static_cast<int>(threadIdx.x) % kGroupThreads / kWarpThreads; }
   };
   EDUBA_DEVICE static int thread() { return static_cast<int>(threadIdx.x) % kGroupThreads; }
 
@@ -180,7 +180,10 @@ class GpuGroupBlock : public GpuBlock {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   }
   EDUBA_DEVICE void InitBarrier(uint64_t* barrier, int count) const {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(AddressOf(barrier)), "r"(count) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :
+                 : "r"(AddressOf(barrier)), "r"(count)
+                 : "memory");
   }
   EDUBA_DEVICE void Expect(uint64_t* barrier, int bytes) const {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
@@ -201,7 +204,9 @@ class GpuGroupBlock : public GpuBlock {
     *static_cast<uint4*>(shared) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
   }
   // Products and bulk copies go another way to shared memory ("proxy") than a thread's own loads and stores.
-  EDUBA_DEVICE void Publish(int /*thread*/) const { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+  EDUBA_DEVICE void Publish(int /*thread*/) const {
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+  }
 };
 
 }  // namespace eduba::cuda

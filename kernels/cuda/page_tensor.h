@@ -162,8 +162,8 @@ EDUBA_DEVICE float Capped(float u, float limit) {
 
 // From the dot products s of 16 query vectors, all of a page's, to their weights, in place; and m, l, and bad
 // where a logit is not finite. The weights are shifted, l is not. `range_of(lane, i)`: keys that the lane's
-// vector i sees; others weigh 0. `all_seen`: each vector sees all of them; alike for all lanes, and it changes
-// no bit.
+// vector i sees; others weigh 0. `all_seen`: each vector sees all of them; alike for all lanes, and it
+// changes no bit.
 template <class Type, class Warp, class RegistersOf, class RangeOf>
 EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
                             const RangeOf& range_of, bool all_seen) {

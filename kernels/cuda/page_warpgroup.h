@@ -40,7 +40,8 @@
 //   InitBarrier(barrier, count)   of `count` arrivals a phase, and of the bytes that were expected
 //   Expect(barrier, bytes), Arrive(barrier)
 //   CopyBulk(shared, global, bytes, barrier)      multiples of 16; tells the barrier when it is there
-//   Store(t, shared, value)       16 bytes that products will read; Publish(t): the thread's stores and copies
+//   Store(t, shared, value)       16 bytes that products will read; Publish(t): the thread's stores and
+//   copies
 //                                 that are done may be read by products, behind a barrier
 //   AddressOf(shared)             as a descriptor has it
 namespace eduba::cuda {
@@ -54,8 +55,8 @@ inline constexpr int kMultiplyRegisters = 232;
 static_assert(kGroupThreads * (kLoadRegisters + kMultiplyGroups * kMultiplyRegisters) <= 65536);
 
 // What a slot holds, a slice: 32 dimensions of all keys, or 64 rows of up to 128 channels.
-inline constexpr int kKeySliceUnits = 4;                          // Of 8 dimensions.
-inline constexpr int kKeyUnitBytes = kPageRows * kLoadBytes;      // 8 dimensions of all keys.
+inline constexpr int kKeySliceUnits = 4;                           // Of 8 dimensions.
+inline constexpr int kKeyUnitBytes = kPageRows * kLoadBytes;       // 8 dimensions of all keys.
 inline constexpr int kKeyPieceBytes = kKeyBlockRows * kLoadBytes;  // Of 32 keys: what the page has in one.
 // 8 channels of a slice's rows. 16 bytes apart, so that a row's units meet in no bank when they are written.
 inline constexpr int kValueUnitBytes = kValueRows * kLoadBytes + kLoadBytes;
@@ -85,7 +86,7 @@ struct GroupShared {
   PositionRange hull[kMultiplyGroups];
   PositionRange part_core[kMultiplyGroups * kHulls];
   PositionRange core[kMultiplyGroups];
-  float stretch[kWarpgroupTileMax];          // As TensorRegisters.
+  float stretch[kWarpgroupTileMax];  // As TensorRegisters.
   float shrink[kWarpgroupTileMax];
   int has_low[kMultiplyGroups];  // Of 64 vectors: a query is not what its high term is.
   bool seen[kPageRows];          // Rows of the page under way that some vector sees.
@@ -98,8 +99,7 @@ constexpr int GroupQueryBytes(const PageLayout& layout, int tile) {
   return tile / kGroupTileRows * layout.head_pitch * kQueryDimBytes;
 }
 constexpr int GroupSlots(const PageLayout& layout, int tile) {
-  const int slots =
-      (kWarpgroupSharedMax - kGroupSharedBytes - GroupQueryBytes(layout, tile)) / kSlotBytes;
+  const int slots = (kWarpgroupSharedMax - kGroupSharedBytes - GroupQueryBytes(layout, tile)) / kSlotBytes;
   return slots < kGroupSlotsMax ? slots : kGroupSlotsMax;
 }
 constexpr int WarpgroupSharedBytes(const PageLayout& layout, int tile) {
@@ -410,11 +410,12 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
       const PageEntry page = args.page[slot];
       const bool comes = is_loaded(page.index);
-      const bool is_seen = block.Uniform(SeesPage(shared.hull[take_turns ? 0 : mine], page.index) ? 1 : 0) != 0;
+      const bool is_seen =
+          block.Uniform(SeesPage(shared.hull[take_turns ? 0 : mine], page.index) ? 1 : 0) != 0;
       const PositionRange core = shared.core[take_turns ? 0 : mine];
       const bool all_seen =
-          block.Uniform(core.begin <= page.index * kPageRows && core.end >= (page.index + 1) * kPageRows ? 1
-                                                                                                         : 0) != 0;
+          block.Uniform(
+              core.begin <= page.index * kPageRows && core.end >= (page.index + 1) * kPageRows ? 1 : 0) != 0;
       const bool is_mine = !take_turns || turn % kMultiplyGroups == mine;
       if (comes) ++turn;
       if (!is_seen && is_mine) {
@@ -435,7 +436,8 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         continue;
       }
 
-      // 16 dimensions. For each number of terms by itself: products have to stand in one line for the compiler.
+      // 16 dimensions. For each number of terms by itself: products have to stand in one line for the
+      // compiler.
       const auto multiply_keys = [&]<int kTerms, bool kIsSum>(int unit) {
         const bool is_first = unit % kKeySliceUnits == 0;  // Of a slice.
         if (is_first) wait();

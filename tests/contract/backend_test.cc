@@ -81,6 +81,10 @@ std::unique_ptr<Backend> EmulatedCuda(const CudaOptions& options, bool has_warpg
   return *MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups), options);
 }
 
+// How a device attends, and whether it is an sm_90a.
+constexpr std::pair<CudaPrecision, bool> kCudaKernels[] = {
+    {CudaPrecision::kExact, false}, {CudaPrecision::kTensor, false}, {CudaPrecision::kTensor, true}};
+
 // Why this machine cannot run the cuda backend; OK where it can.
 const absl::Status& CudaMissing() {
   static const absl::Status* const status = new absl::Status(MakeCudaBackend(0, SmallCuda(1)).status());
@@ -551,6 +555,10 @@ TEST(CudaBackend, ItsFingerprintTellsHowItComputes) {
   const auto tensor_print = Fingerprint(*tensor);
   ASSERT_TRUE(exact_print.ok() && tensor_print.ok()) << exact_print.status() << tensor_print.status();
   EXPECT_NE(*exact_print, *tensor_print);
+  const auto warpgroup_print =
+      Fingerprint(*EmulatedCuda(SmallCuda(1, CudaPrecision::kTensor), /*has_warpgroups=*/true));
+  ASSERT_TRUE(warpgroup_print.ok()) << warpgroup_print.status();
+  EXPECT_NE(*warpgroup_print, *tensor_print);
   EXPECT_EQ(tensor->name(), exact->name() + "/tensor");
 }
 
@@ -575,6 +583,33 @@ TEST_P(BackendContract, QueriesOfAnySizeKeepTheirDigits) {
       EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
                 GetParam().Error(dtype));
     }
+  }
+}
+
+// Tensor cores may leave out what a query's second term is where it is zero: for a row alone, and not among
+// others that have one.
+TEST_P(BackendContract, ARowOf16BitQueriesHasTheSameBitsAloneAndAmongOthers) {
+  for (const DType dtype : {DType::kBf16, DType::kF16}) {
+    RankGroup group = Group(GetParam(), 1);
+    ProblemSpec spec;
+    spec.shape = {4, 2, 72, 24, dtype, 0.125F, 0};
+    spec.rows = 5;
+    spec.positions = 600;
+    spec.sink_logit = 1;
+    Problem problem(spec);
+    const size_t width = problem.queries.size() / spec.rows;
+    for (size_t i = 2 * width; i < 3 * width; ++i) {
+      problem.queries[i] = F32FromBf16(Bf16FromF32(std::round(problem.queries[i] * 16)));
+    }
+    SCOPED_TRACE(spec.ToString());
+    group.Load(problem);
+    const auto alone = group.Attend(problem.WithRows({2}), {0});
+    const auto among = group.Attend(problem.WithRows({0, 2, 4}), {0});
+    ASSERT_TRUE(alone.ok() && among.ok()) << alone.status() << among.status();
+    const size_t outputs = alone->outputs.size();
+    EXPECT_EQ(std::memcmp(alone->outputs.data(), &among->outputs[outputs], outputs * sizeof(float)), 0);
+    EXPECT_EQ(
+        std::memcmp(alone->lse.data(), &among->lse[alone->lse.size()], alone->lse.size() * sizeof(float)), 0);
   }
 }
 
@@ -633,10 +668,10 @@ TEST(CudaBackend, StepsInPartsGiveTheSameBits) {
   if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
   CudaOptions little = SmallCuda(1);
   little.partial_bytes = int64_t{2} << 20;  // One page, or a few.
-  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+  for (const auto& [precision, has_warpgroups] : kCudaKernels) {
     little.precision = precision;
-    RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1, precision)));
-    RankGroup parts = GroupOf(EmulatedCuda(little));
+    RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1, precision), has_warpgroups));
+    RankGroup parts = GroupOf(EmulatedCuda(little, has_warpgroups));
     for (uint64_t seed = 7000; seed < 7060; ++seed) {
       const ProblemSpec spec = RandomSpec(seed);
       SCOPED_TRACE(spec.ToString());
@@ -680,11 +715,11 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
   spec.sink_tokens = 4;
   spec.sink_logit = -30.0F;  // Some heads take the maximum path.
   const Problem problem(spec);
-  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+  for (const auto& [precision, has_warpgroups] : kCudaKernels) {
     bool survived = false;
     for (int calls = 0; !survived; ++calls) {
       ASSERT_LT(calls, 200);
-      auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+      auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups);
       cuda::Device& broken = *device;
       CudaOptions options;
       options.partial_bytes = int64_t{1} << 20;
