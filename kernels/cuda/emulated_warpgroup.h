@@ -8,6 +8,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -291,7 +292,7 @@ class EmulatedWarpgroup {
   static Product MakeProduct(const Of& c_of, bool is_sum) {
     Product product;
     for (int t = 0; t < kGroupThreads; ++t) product.c.push_back(&c_of(t)[0][0]);
-    product.tiles = sizeof(c_of(0)) / sizeof(c_of(0)[0]);
+    product.tiles = static_cast<int>(std::size(c_of(0)));
     product.is_sum = is_sum;
     product.value = [](uint16_t bits) { return Type::Value(bits); };
     product.rows.resize(kGroupTileRows * kTileDepth);

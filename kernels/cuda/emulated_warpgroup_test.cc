@@ -68,8 +68,8 @@ struct Numbers {
     for (int d = 0; d < 16; ++d) sum += a[row][d] * b[d][column];
     return sum;
   }
-  float a[64][16];
-  float b[16][kColumns];
+  float a[64][16] = {};
+  float b[16][kColumns] = {};
 };
 
 template <class Type>
