@@ -39,7 +39,7 @@ void AddPrecisionOption(CLI::App& command, std::string& precision) {
   command
       .add_option("--precision", precision,
                   "On GPUs: exact (a CPU's bits, errors to 3e-6), or tensor (tensor cores for bf16 and f16 "
-                  "sessions, errors to 3e-4); the same for all workers")
+                  "sessions, errors to 3e-4, f16 6e-4); the same for all workers")
       ->check(CLI::IsMember({"exact", "tensor"}))
       ->capture_default_str();
 }

@@ -53,6 +53,22 @@ EDUBA_DEVICE float Div(float a, float b) {
   return a / b;
 #endif
 }
+// REQUIRES: no NaN.
+EDUBA_DEVICE float Max(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+// a / b within 2 ulp on a GPU, for b of [1, 2].
+EDUBA_DEVICE float DivNearly(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
 EDUBA_DEVICE float Fma(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
   return __fmaf_rn(a, b, c);

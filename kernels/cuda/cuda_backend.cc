@@ -137,6 +137,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
         layout_(LayoutOf(args.shape)),
         element_(ElementOf(args.shape)),
         on_tensor_cores_(workspace.precision == CudaPrecision::kTensor && args.shape.dtype != DType::kF32),
+        by_warpgroups_(on_tensor_cores_ && workspace.device.WarpgroupBlocksAtOnce() > 0 &&
+                       cuda::TakesWarpgroups(layout_)),
         workspace_(workspace),
         device_(workspace.device),
         memory_(workspace.Take()),
@@ -338,6 +340,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
   int TileFor(int rows, bool is_summed) const {
     const int64_t vectors = int64_t{rows} * args_.shape.group();
+    if (by_warpgroups_) return cuda::WarpgroupTile(layout_, vectors);
     if (on_tensor_cores_) {
       int tile = cuda::kTileRows;
       while (tile < vectors && tile < cuda::kTensorWarpsMax * cuda::kTileRows) tile *= 2;
@@ -478,8 +481,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
   // words, and one that had to wait for others would only add to them.
   void ChooseRuns(AttendArgs& args) {
     const int64_t tiles = int64_t{layout_.kv_heads} * args.tiles;
-    args.runs = std::clamp<int64_t>(device_.AttendBlocksAtOnce(element_, args) / tiles, 1,
-                                    std::max<int64_t>(args.pages, 1));
+    const int64_t at_once =
+        by_warpgroups_ ? device_.WarpgroupBlocksAtOnce() : device_.AttendBlocksAtOnce(element_, args);
+    args.runs = std::clamp<int64_t>(at_once / tiles, 1, std::max<int64_t>(args.pages, 1));
   }
 
   Rows AllRows() const {
@@ -563,7 +567,10 @@ class CudaStep final : public MergingStep, public QueuedStep {
         args.m = partials.m;
         args.l = partials.l;
         args.o = partials.o;
-        if (on_tensor_cores_) {
+        if (by_warpgroups_) {
+          ChooseRuns(args);
+          EDUBA_RETURN_IF_ERROR(device_.AttendWarpgroups(workspace_.stream, element_, args));
+        } else if (on_tensor_cores_) {
           args.runs = args.pages;
           EDUBA_RETURN_IF_ERROR(device_.AttendTensor(workspace_.stream, element_, args));
         } else {
@@ -730,6 +737,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   const PageLayout layout_;
   const Element element_;
   const bool on_tensor_cores_;
+  const bool by_warpgroups_;  // Of the two kernels for them: a matter of the device and of the session alone.
   Workspace& workspace_;
   Device& device_;
   std::unique_ptr<StepMemory> memory_;
@@ -928,8 +936,9 @@ class CudaBackend final : public Backend {
 absl::StatusOr<CudaPrecision> ParseCudaPrecision(const std::string& name) {
   if (name == "exact") return CudaPrecision::kExact;
   if (name == "tensor") return CudaPrecision::kTensor;
-  return absl::InvalidArgumentError(absl::StrCat(
-      "precision '", name, "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 3e-4)"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("precision '", name,
+                   "' is not known: use exact, or tensor (GPUs' tensor cores, errors to 3e-4, f16 6e-4)"));
 }
 
 absl::StatusOr<int> CudaDeviceIndex(const std::string& name) {

@@ -72,6 +72,7 @@ class CudaDevice final : public Device {
     if (error == cudaSuccess) error = cudaFree(nullptr);  // Makes the context.
     if (error == cudaErrorMemoryAllocation) return OutOfMemory(0);
     if (error == cudaSuccess) error = CheckKernelImage();
+    if (error == cudaSuccess) error = HasWarpgroups(&has_warpgroups_);
     if (error != cudaSuccess) {
       return absl::FailedPreconditionError(
           absl::StrCat(name_, " cannot be used: ", cudaGetErrorString(error), "; use --device cpu"));
@@ -168,6 +169,11 @@ class CudaDevice final : public Device {
     return Check(LaunchAttendTensor(static_cast<cudaStream_t>(stream), element, args),
                  "starting attention on tensor cores");
   }
+  int64_t WarpgroupBlocksAtOnce() const override { return has_warpgroups_ ? multiprocessors_ : 0; }
+  absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) override {
+    return Check(LaunchAttendWarpgroups(static_cast<cudaStream_t>(stream), element, args),
+                 "starting attention of warpgroups");
+  }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
     return Check(LaunchSum(static_cast<cudaStream_t>(stream), args), "starting the sum");
   }
@@ -226,6 +232,7 @@ class CudaDevice final : public Device {
   std::string model_;
   int64_t shared_bytes_max_ = 0;
   int64_t multiprocessors_ = 1;
+  bool has_warpgroups_ = false;
   mutable std::mutex mutex_;
   absl::Status health_;  // Guarded by mutex_.
   // What Attend's occupancy depends on (element, tile, bytes of shared memory), to AttendBlocksAtOnce.

@@ -1,5 +1,6 @@
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/gpu_block.h"
+#include "kernels/cuda/gpu_warpgroup.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
@@ -24,6 +25,27 @@ template <class Type>
 __global__ void __launch_bounds__(kTensorThreadsMax) TensorKernel(const __grid_constant__ AttendArgs args) {
   __shared__ float4 shared[(sizeof(TensorShared) + sizeof(float4) - 1) / sizeof(float4)];
   AttendPageTensor<Type>(GpuBlock(shared), args);
+}
+
+// Only sm_90a has the instructions; HasWarpgroups tells whether this is the code that runs.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define EDUBA_HAS_WARPGROUPS
+#endif
+template <class Type, int kPassChannels>
+__global__ void __launch_bounds__(kWarpgroupThreads, 1)
+    WarpgroupKernel(const __grid_constant__ AttendArgs args) {
+#ifdef EDUBA_HAS_WARPGROUPS
+  extern __shared__ float4 shared[];
+  AttendPagesWarpgroup<Type, kPassChannels>(GpuGroupBlock(shared), args);
+#endif
+}
+
+__global__ void HasWarpgroupsKernel(int* has) {
+#ifdef EDUBA_HAS_WARPGROUPS
+  *has = 1;
+#else
+  *has = 0;
+#endif
 }
 
 __global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__ SumArgs args) {
@@ -85,6 +107,17 @@ struct AttendLaunch {
   }
 };
 
+template <class Type, int kPassChannels>
+cudaError_t LaunchWarpgroupKernel(cudaStream_t stream, const AttendArgs& args) {
+  const int bytes = WarpgroupSharedBytes(args.layout, args.tile);
+  const cudaError_t error = cudaFuncSetAttribute(WarpgroupKernel<Type, kPassChannels>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  WarpgroupKernel<Type, kPassChannels>
+      <<<static_cast<unsigned>(args.blocks()), kWarpgroupThreads, bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
 struct AttendCount {
   const AttendArgs& args;
   int* blocks;
@@ -115,6 +148,29 @@ cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const Atten
   if (element == Element::kBf16) TensorKernel<Bf16><<<blocks, TensorThreads(args.tile), 0, stream>>>(args);
   if (element == Element::kF16) TensorKernel<F16><<<blocks, TensorThreads(args.tile), 0, stream>>>(args);
   return cudaGetLastError();
+}
+
+cudaError_t LaunchAttendWarpgroups(cudaStream_t stream, Element element, const AttendArgs& args) {
+  if (args.blocks() == 0) return cudaSuccess;
+  const bool is_narrow = GroupChannels(args.layout) == kGroupChannelsMax / 2;
+  if (element == Element::kBf16) {
+    return is_narrow ? LaunchWarpgroupKernel<Bf16, kGroupChannelsMax / 2>(stream, args)
+                     : LaunchWarpgroupKernel<Bf16, kGroupChannelsMax>(stream, args);
+  }
+  return is_narrow ? LaunchWarpgroupKernel<F16, kGroupChannelsMax / 2>(stream, args)
+                   : LaunchWarpgroupKernel<F16, kGroupChannelsMax>(stream, args);
+}
+
+cudaError_t HasWarpgroups(bool* has) {
+  int* on_device = nullptr;
+  int answer = 0;
+  cudaError_t error = cudaMalloc(&on_device, sizeof(answer));
+  if (error != cudaSuccess) return error;
+  HasWarpgroupsKernel<<<1, 1>>>(on_device);
+  error = cudaMemcpy(&answer, on_device, sizeof(answer), cudaMemcpyDeviceToHost);
+  cudaFree(on_device);
+  *has = answer != 0;
+  return error;
 }
 
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args) {

@@ -10,6 +10,7 @@
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
 #include "kernels/cuda/page_tensor.h"
+#include "kernels/cuda/page_warpgroup.h"
 #include "kernels/cuda/sink_scores.h"
 
 // Launches of the kernels: what nvcc compiles, and nothing else. The rest of the program calls them from
@@ -21,6 +22,10 @@ cudaError_t LaunchAttend(cudaStream_t stream, Element element, const AttendArgs&
 cudaError_t CountAttendBlocks(Element element, const AttendArgs& args, int* blocks);
 // REQUIRES: elements of 16 bits.
 cudaError_t LaunchAttendTensor(cudaStream_t stream, Element element, const AttendArgs& args);
+// REQUIRES: HasWarpgroups; TakesWarpgroups(args.layout).
+cudaError_t LaunchAttendWarpgroups(cudaStream_t stream, Element element, const AttendArgs& args);
+// Whether the current device runs code for sm_90a.
+cudaError_t HasWarpgroups(bool* has);
 cudaError_t LaunchSum(cudaStream_t stream, const SumArgs& args);
 cudaError_t LaunchMultiplyLoop(cudaStream_t stream, const LoopArgs& args);
 cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args);

@@ -14,6 +14,7 @@
 #include "kernels/cuda/page_rows.h"
 #include "kernels/cuda/page_sums.h"
 #include "kernels/cuda/page_tensor.h"
+#include "kernels/cuda/page_warpgroup.h"
 #include "kernels/cuda/sink_scores.h"
 
 namespace eduba::cuda {
@@ -76,6 +77,10 @@ class Device {
   virtual absl::Status Attend(Stream stream, Element element, const AttendArgs& args) = 0;
   // REQUIRES: elements of 16 bits, a tile that is a multiple of 16.
   virtual absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) = 0;
+  // Blocks of AttendWarpgroups that the device runs at a time; 0: it has no products of warpgroups (sm_90a).
+  virtual int64_t WarpgroupBlocksAtOnce() const = 0;
+  // REQUIRES: there are some; TakesWarpgroups(args.layout), a tile of WarpgroupTile.
+  virtual absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) = 0;
   virtual absl::Status Sum(Stream stream, const SumArgs& args) = 0;
   virtual absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) = 0;
   virtual absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) = 0;

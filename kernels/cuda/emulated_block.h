@@ -146,15 +146,22 @@ class EmulatedBlock {
   }
   template <int kPending>
   void WaitForCopies(int thread) const {
+    FinishCopies<kPending>(thread, [](void* to, const void* from) {
+      if (from == nullptr) {
+        std::memset(to, 0, kCopyBytes);
+      } else {
+        std::memcpy(to, from, kCopyBytes);
+      }
+    });
+  }
+
+ protected:
+  // land(to, from), `from` null for zeros, for each copy of all groups but the last ones.
+  template <int kPending, class Land>
+  void FinishCopies(int thread, const Land& land) const {
     auto& groups = CopiesOf(thread).groups;
     for (; groups.size() > kPending; groups.pop_front()) {
-      for (const Copy& copy : groups.front()) {
-        if (copy.from == nullptr) {
-          std::memset(copy.to, 0, kCopyBytes);
-        } else {
-          std::memcpy(copy.to, copy.from, kCopyBytes);
-        }
-      }
+      for (const Copy& copy : groups.front()) land(copy.to, copy.from);
     }
   }
 

@@ -15,13 +15,15 @@
 #include "base/check.h"
 #include "base/played_queue.h"
 #include "kernels/cuda/emulated_block.h"
+#include "kernels/cuda/emulated_warpgroup.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
 
-template <class Kernel>
-void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& kernel) {
+// make(index, memory) is block number `index` over its shared memory.
+template <class Make, class Kernel>
+void RunBlocksOf(int64_t blocks, int64_t shared_bytes, const Make& make, const Kernel& kernel) {
   // Aligned as the device's is.
   std::vector<uint64_t> shared(shared_bytes / sizeof(uint64_t) + 3);
   void* aligned = shared.data();
@@ -30,8 +32,29 @@ void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& 
   for (int64_t i = 0; i < blocks; ++i) {
     // NaN, and no small integer: what a block reads before it wrote it shows.
     std::memset(shared.data(), 0xff, shared.size() * sizeof(uint64_t));
-    kernel(EmulatedBlock(i, threads, aligned));
+    kernel(make(i, aligned));
   }
+}
+template <class Kernel>
+void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& kernel) {
+  RunBlocksOf(
+      blocks, shared_bytes,
+      [&](int64_t index, void* shared) { return EmulatedBlock(index, threads, shared); }, kernel);
+}
+
+template <class Type>
+void RunWarpgroups(const AttendArgs& args) {
+  const int shared_bytes = WarpgroupSharedBytes(args.layout, args.tile);
+  RunBlocksOf(
+      args.blocks(), shared_bytes,
+      [&](int64_t index, void* shared) {
+        return EmulatedGroupBlock(index, kWarpgroupThreads, shared, shared_bytes);
+      },
+      [&](const EmulatedGroupBlock& block) {
+        GroupChannels(args.layout) == kGroupChannelsMax
+            ? AttendPagesWarpgroup<Type, kGroupChannelsMax>(block, args)
+            : AttendPagesWarpgroup<Type, kGroupChannelsMax / 2>(block, args);
+      });
 }
 
 struct AttendLaunch {
@@ -53,7 +76,8 @@ void ForElement(Element element, const Run& run) {
 
 class EmulatedDevice final : public Device {
  public:
-  explicit EmulatedDevice(int64_t memory_bytes) : free_bytes_(memory_bytes) {}
+  EmulatedDevice(int64_t memory_bytes, bool has_warpgroups)
+      : has_warpgroups_(has_warpgroups), free_bytes_(memory_bytes) {}
   ~EmulatedDevice() override { EDUBA_CHECK(allocated_.empty() && streams_.empty()); }
 
   const std::string& name() const override { return name_; }
@@ -144,6 +168,13 @@ class EmulatedDevice final : public Device {
                 });
     });
   }
+  // As few as AttendBlocksAtOnce.
+  int64_t WarpgroupBlocksAtOnce() const override { return has_warpgroups_ ? 7 : 0; }
+  absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) override {
+    EDUBA_CHECK(has_warpgroups_);
+    return Queue(stream,
+                 [=] { element == Element::kBf16 ? RunWarpgroups<Bf16>(args) : RunWarpgroups<F16>(args); });
+  }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
     return Queue(stream, [=] {
       RunBlocks(args.blocks(), kSumThreads, sizeof(SumShared),
@@ -231,6 +262,7 @@ class EmulatedDevice final : public Device {
 
   static constexpr int kForEver = 1 << 30;
   const std::string name_ = "cuda:emulated";
+  const bool has_warpgroups_;
   std::atomic<int> calls_left_{kForEver};
   std::mutex mutex_;
   int64_t free_bytes_;  // Guarded by mutex_, as all below.
@@ -240,8 +272,8 @@ class EmulatedDevice final : public Device {
 
 }  // namespace
 
-std::unique_ptr<Device> MakeEmulatedDevice(int64_t memory_bytes) {
-  return std::make_unique<EmulatedDevice>(memory_bytes);
+std::unique_ptr<Device> MakeEmulatedDevice(int64_t memory_bytes, bool has_warpgroups) {
+  return std::make_unique<EmulatedDevice>(memory_bytes, has_warpgroups);
 }
 
 void BreakEmulatedDevice(Device& device, int calls) { static_cast<EmulatedDevice&>(device).Break(calls); }

@@ -15,6 +15,16 @@
 //   c[2], c[3]  row g + 8  columns 2 p, 2 p + 1
 //
 // So the c of two neighbouring tiles of 8 columns, rounded and packed, are the a of the next product.
+//
+// And of one wgmma.mma_async.m64nNk16, by the 128 threads of a warpgroup ("Register Fragments", same place):
+// each of its four warps has 16 rows, its a as above, and its c as that of N / 8 tiles side by side. What is
+// not in registers is in shared memory, made of core matrices of 8 times 16 bytes that are 128 consecutive
+// bytes; a descriptor says where the first one is and how far apart they are ("Matrix Descriptor Format",
+// "Canonical Layouts", no swizzling):
+//
+//   along depth  ("K-major": a, and b as it is)   16 bytes are 8 of the depth, 8 rows of a or columns of b
+//   across depth ("MN-major": b transposed)       16 bytes are 8 columns of b, 8 of the depth
+//   leading: bytes to the next 8 of the depth     stride: bytes to the next 8 rows or columns
 namespace eduba::cuda {
 
 inline constexpr int kWarpThreads = 32;
@@ -27,6 +37,26 @@ struct MatrixOperands {
   float (&c)[4];
   const uint32_t (&a)[4];
   const uint32_t (&b)[2];
+};
+
+inline constexpr int kGroupWarps = 4;
+inline constexpr int kGroupThreads = kGroupWarps * kWarpThreads;
+inline constexpr int kGroupTileRows = kGroupWarps * kTileRows;
+inline constexpr int kCoreRows = 8;
+inline constexpr int kCoreBytes = kCoreRows * 16;
+
+// A matrix in shared memory. REQUIRES: multiples of 16 below 2^18.
+constexpr uint64_t MatrixDescriptor(uint32_t address, int leading_bytes, int stride_bytes) {
+  const auto encode = [](uint32_t x) { return uint64_t{(x & 0x3ffff) >> 4}; };
+  return encode(address) | encode(static_cast<uint32_t>(leading_bytes)) << 16 |
+         encode(static_cast<uint32_t>(stride_bytes)) << 32;
+}
+
+// A thread's parts of one product of a warpgroup whose a is in registers.
+template <int kTiles>
+struct GroupOperands {
+  float (&c)[kTiles][4];
+  const uint32_t (&a)[4];
 };
 
 }  // namespace eduba::cuda

@@ -119,6 +119,136 @@ EDUBA_DEVICE float FloatPowerOfTwo(int k) {
   return std::bit_cast<float>(static_cast<uint32_t>(k + 127) << 23);
 }
 
+// Keys [begin, end) of a page.
+struct KeyRange {
+  int begin;
+  int end;
+};
+
+// f16 holds small numbers badly: its weights, and so their sums, are 2^15 times as large until they leave.
+template <class Type>
+inline constexpr int kWeightShift = Type::kHasFloatRange ? 0 : 15;
+template <class Type>
+EDUBA_DEVICE float Unshifted(float sum) {
+  return Type::kHasFloatRange ? sum : Mul(sum, 0x1p-15F);
+}
+
+inline constexpr float kLog2E = 1.44269504F;
+
+// 2^(kShift + x) for x <= 0 that is no NaN, within 3 ulp; 0 where it would be below 2^-126. Without a branch:
+// products would be waited for in front of one.
+template <int kShift>
+EDUBA_DEVICE float TwoTo(float x) {
+  constexpr float kRound = 0x1.8p23F;
+  const float y = Max(x, static_cast<float>(-127 - kShift));
+  const float shifted = Add(y, kRound);
+  const float f = Sub(y, Sub(shifted, kRound));
+  float p = Fma(0.00132647273F, f, 0.00967151299F);
+  p = Fma(p, f, 0.0555073358F);
+  p = Fma(p, f, 0.240222424F);
+  p = Fma(p, f, 0.693147004F);
+  p = Fma(p, f, 1.0F);
+  // The low bits of `shifted` are the exponent: -127 - kShift at least, for which this is 0.
+  return Mul(p, std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127 + kShift) << 23));
+}
+
+// limit * tanh(u), off by up to 2^-22 of the limit, without a branch either; NaN where u is not finite.
+EDUBA_DEVICE float Capped(float u, float limit) {
+  const auto bits = std::bit_cast<uint32_t>(u);
+  const float e = TwoTo<0>(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2 * kLog2E));
+  const float tanh = Add(Sub(1.0F, DivNearly(Add(e, e), Add(1.0F, e))), Sub(u, u));
+  return Mul(limit, std::bit_cast<float>(std::bit_cast<uint32_t>(tanh) | (bits & 0x80000000U)));
+}
+
+// From the dot products s of 16 query vectors, all of a page's, to their weights, in place; and m, l, and bad
+// where a logit is not finite. The weights are shifted, l is not. `range_of(lane, i)`: keys that the lane's
+// vector i sees; others weigh 0. `all_seen`: each vector sees all of them; alike for all lanes, and it
+// changes no bit.
+template <class Type, class Warp, class RegistersOf, class RangeOf>
+EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
+                            const RangeOf& range_of, bool all_seen) {
+  // A logit that counts for nothing, and is finite.
+  constexpr float kUnseen = -0x1.fffffep127F;
+  const float scale = Mul(args.scale, kLog2E);  // Logits are to the base 2 here.
+  const auto factor_of = [&](const auto& r, int i) {
+    return Type::kHasFloatRange ? scale : Mul(scale, r.shrink[i]);
+  };
+  if (args.softcap > 0) {
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      const float limit = Mul(args.softcap, kLog2E);
+      EDUBA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float factor = Div(factor_of(r, i), limit);
+        EDUBA_UNROLL
+        for (int j = 0; j < kKeyTiles; ++j) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            r.s[j][2 * i + e] = Capped(Mul(r.s[j][2 * i + e], factor), limit);
+          }
+        }
+      }
+    });
+  }
+  const auto take_logits = [&]<bool kAllSeen>() {
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      EDUBA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const KeyRange seen = range_of(lane, i);
+        const auto count = static_cast<uint32_t>(seen.end - seen.begin);
+        const int first = lane % 4 * 2 - seen.begin;
+        const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
+        uint32_t largest = 0;  // Of the logits' sizes, as bits: above infinity's for NaN.
+        r.m[i] = kUnseen;
+        EDUBA_UNROLL
+        for (int j = 0; j < kKeyTiles; ++j) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float& s = r.s[j][2 * i + e];
+            const bool is_seen = kAllSeen || static_cast<uint32_t>(first + j * kTileColumns + e) < count;
+            s = is_seen ? Mul(s, factor) : kUnseen;
+            const uint32_t size = std::bit_cast<uint32_t>(s) & 0x7fffffffU;
+            largest = size > largest ? size : largest;
+            r.m[i] = Max(s, r.m[i]);
+          }
+        }
+        r.bad[i] = largest < 0x7f800000U ? 0 : 1;
+      }
+    });
+  };
+  if (all_seen) {
+    take_logits.template operator()<true>();
+  } else {
+    take_logits.template operator()<false>();
+  }
+  EDUBA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      const KeyRange seen = range_of(lane, i);
+      const float m = seen.begin < seen.end ? r.m[i] : 0;
+      r.l[i] = 0;
+      EDUBA_UNROLL
+      for (int j = 0; j < kKeyTiles; ++j) {
+        EDUBA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& s = r.s[j][2 * i + e];
+          s = TwoTo<kWeightShift<Type>>(Sub(s, m));
+          r.l[i] = Add(r.l[i], s);
+        }
+      }
+    });
+    warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
+    warp.Lanes([&](int lane) {
+      auto& r = registers_of(lane);
+      r.l[i] = Unshifted<Type>(r.l[i]);
+      r.m[i] = Mul(r.m[i], 0.693147182F);
+    });
+  }
+}
+
 template <class Type, class Block>
 EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
   static_assert(Type::kElement == 2);
@@ -139,8 +269,6 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
   const auto row_head_of = [&](int v) {
     return int64_t{row_of(v)} * args.query_heads + kv_head * args.group + (first_vector + v) % args.group;
   };
-  const bool capped = args.softcap > 0;
-
   block.Threads([&](int t) {
     if (t >= args.tile) return;
     shared.begin[t] = shared.end[t] = 0;
@@ -323,55 +451,14 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
 
   // Of the page, so of every warp by itself.
   block.Warps([&](const auto& warp) {
-    const int first_thread = warp.index() * kWarpThreads;
-    const auto registers_of = [&](int lane) -> TensorRegisters& { return registers[first_thread + lane]; };
-    const auto vector_of = [&](int lane, int i) { return warp.index() * kTileRows + lane / 4 + 8 * i; };
-    warp.Lanes([&](int lane) {
-      TensorRegisters& r = registers_of(lane);
-      EDUBA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int begin = shared.begin[vector_of(lane, i)];
-        const int end = shared.end[vector_of(lane, i)];
-        r.m[i] = -Infinity();
-        r.bad[i] = 0;
-        EDUBA_UNROLL
-        for (int j = 0; j < kKeyTiles; ++j) {
-          EDUBA_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int key = j * kTileColumns + lane % 4 * 2 + e;
-            if (key < begin || key >= end) continue;
-            float dot = r.s[j][2 * i + e];
-            if constexpr (!Type::kHasFloatRange) dot = Mul(dot, r.shrink[i]);
-            // Capped logits as they are, others before the scale, which is fused with the difference below.
-            r.s[j][2 * i + e] = capped ? Capped(dot, args.scale, args.softcap) : dot;
-            const float x = capped ? r.s[j][2 * i + e] : Mul(dot, args.scale);
-            if (!IsFinite(x)) r.bad[i] = 1;
-            r.m[i] = x > r.m[i] ? x : r.m[i];
-          }
-        }
-      }
-    });
-    EDUBA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
-      warp.Lanes([&](int lane) {
-        TensorRegisters& r = registers_of(lane);
-        const int begin = shared.begin[vector_of(lane, i)];
-        const int end = shared.end[vector_of(lane, i)];
-        r.l[i] = 0;
-        EDUBA_UNROLL
-        for (int j = 0; j < kKeyTiles; ++j) {
-          EDUBA_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int key = j * kTileColumns + lane % 4 * 2 + e;
-            float& s = r.s[j][2 * i + e];
-            s = key < begin || key >= end ? 0 : Exp(capped ? Sub(s, r.m[i]) : Fma(s, args.scale, -r.m[i]));
-            r.l[i] = Add(r.l[i], s);
-          }
-        }
-      });
-      warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
-    }
+    WeighKeys<Type>(
+        warp, args,
+        [&](int lane) -> TensorRegisters& { return registers[warp.index() * kWarpThreads + lane]; },
+        [&](int lane, int i) {
+          const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
+          return KeyRange{shared.begin[v], shared.end[v]};
+        },
+        /*all_seen=*/false);
   });
 
   for (int pass = 0; pass < passes; ++pass) {
@@ -438,8 +525,8 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
           EDUBA_UNROLL
           for (int n = 0; n < kChannelTiles; ++n) {
             if (n >= tiles) continue;
-            const float x = r.o[n][2 * i];
-            const float y = r.o[n][2 * i + 1];
+            const float x = Unshifted<Type>(r.o[n][2 * i]);
+            const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
             if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
             StorePair(to + n * kTileColumns, x, y);
           }

@@ -40,11 +40,13 @@ struct BackendChoice {
   bool is_tensor = false;  // It multiplies on tensor cores where keys and values are 16 bits.
   // It rounds queries to bf16 where keys are bf16.
   bool is_rounded = false;
+  bool is_warpgroup = false;  // Its tensor cores take weights for f16 in one term.
 
   bool IsEmulated() const { return name.starts_with("cuda_emulated"); }
   // The largest error relative to the magnitudes, and the largest of a logit's exponential.
   double Error(DType dtype) const {
     if (is_rounded && dtype == DType::kBf16) return 3e-5;
+    if (is_warpgroup && dtype == DType::kF16) return 6e-4;
     return is_tensor && dtype != DType::kF32 ? 3e-4 : 3e-6;
   }
   double LogitError(DType dtype) const {
@@ -75,9 +77,13 @@ CudaOptions SmallCuda(int threads, CudaPrecision precision = CudaPrecision::kExa
   return options;
 }
 
-std::unique_ptr<Backend> EmulatedCuda(const CudaOptions& options) {
-  return *MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30), options);
+std::unique_ptr<Backend> EmulatedCuda(const CudaOptions& options, bool has_warpgroups = false) {
+  return *MakeCudaBackendOn(cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups), options);
 }
+
+// How a device attends, and whether it is an sm_90a.
+constexpr std::pair<CudaPrecision, bool> kCudaKernels[] = {
+    {CudaPrecision::kExact, false}, {CudaPrecision::kTensor, false}, {CudaPrecision::kTensor, true}};
 
 // Why this machine cannot run the cuda backend; OK where it can.
 const absl::Status& CudaMissing() {
@@ -110,11 +116,18 @@ std::vector<BackendChoice> AllBackends() {
     all.push_back({"cuda_emulated_tensor",
                    [](int threads) { return EmulatedCuda(SmallCuda(threads, CudaPrecision::kTensor)); },
                    /*fused=*/true, /*is_tensor=*/true});
+    all.push_back({"cuda_emulated_wgmma",
+                   [](int threads) {
+                     return EmulatedCuda(SmallCuda(threads, CudaPrecision::kTensor),
+                                         /*has_warpgroups=*/true);
+                   },
+                   /*fused=*/true, /*is_tensor=*/true, /*is_rounded=*/false, /*is_warpgroup=*/true});
   }
   all.push_back({"cuda", [](int threads) { return *MakeCudaBackend(0, SmallCuda(threads)); }});
   all.push_back({"cuda_tensor",
                  [](int threads) { return *MakeCudaBackend(0, SmallCuda(threads, CudaPrecision::kTensor)); },
                  /*fused=*/true, /*is_tensor=*/true});
+  all.back().is_warpgroup = CudaMissing().ok() && all.back().make(1)->name().starts_with("cuda/sm_90");
   return all;
 }
 
@@ -546,6 +559,10 @@ TEST(CudaBackend, ItsFingerprintTellsHowItComputes) {
   const auto tensor_print = Fingerprint(*tensor);
   ASSERT_TRUE(exact_print.ok() && tensor_print.ok()) << exact_print.status() << tensor_print.status();
   EXPECT_NE(*exact_print, *tensor_print);
+  const auto warpgroup_print =
+      Fingerprint(*EmulatedCuda(SmallCuda(1, CudaPrecision::kTensor), /*has_warpgroups=*/true));
+  ASSERT_TRUE(warpgroup_print.ok()) << warpgroup_print.status();
+  EXPECT_NE(*warpgroup_print, *tensor_print);
   EXPECT_EQ(tensor->name(), exact->name() + "/tensor");
 }
 
@@ -564,6 +581,60 @@ TEST_P(BackendContract, QueriesOfAnySizeKeepTheirDigits) {
       Problem problem = GetParam().MakeProblem(spec);
       for (float& q : problem.queries) q *= factor;
       problem.spec.shape.scale /= factor;
+      group.Load(problem);
+      const auto answer = group.Attend(problem, {0});
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
+                GetParam().Error(dtype));
+    }
+  }
+}
+
+// Tensor cores may leave out what a query's second term is where it is zero: for a row alone, and not among
+// others that have one.
+TEST_P(BackendContract, ARowOf16BitQueriesHasTheSameBitsAloneAndAmongOthers) {
+  for (const DType dtype : {DType::kBf16, DType::kF16}) {
+    RankGroup group = Group(GetParam(), 1);
+    ProblemSpec spec;
+    spec.shape = {4, 2, 72, 24, dtype, 0.125F, 0};
+    spec.rows = 5;
+    spec.positions = 600;
+    spec.sink_logit = 1;
+    Problem problem(spec);
+    const size_t width = problem.queries.size() / spec.rows;
+    for (size_t i = 2 * width; i < 3 * width; ++i) {
+      problem.queries[i] = F32FromBf16(Bf16FromF32(std::round(problem.queries[i] * 16)));
+    }
+    SCOPED_TRACE(spec.ToString());
+    group.Load(problem);
+    const auto alone = group.Attend(problem.WithRows({2}), {0});
+    const auto among = group.Attend(problem.WithRows({0, 2, 4}), {0});
+    ASSERT_TRUE(alone.ok() && among.ok()) << alone.status() << among.status();
+    const size_t outputs = alone->outputs.size();
+    EXPECT_EQ(std::memcmp(alone->outputs.data(), &among->outputs[outputs], outputs * sizeof(float)), 0);
+    EXPECT_EQ(
+        std::memcmp(alone->lse.data(), &among->lse[alone->lse.size()], alone->lse.size() * sizeof(float)), 0);
+  }
+}
+
+// A channel may hold nothing but values of keys that weigh little beside the others of their page.
+TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
+  for (const DType dtype : {DType::kBf16, DType::kF16}) {
+    for (const float distance : {7.0F, 12.0F, 15.0F, 17.0F, 20.0F}) {
+      RankGroup group = Group(GetParam(), 1);
+      ProblemSpec spec;
+      spec.shape = {1, 1, 16, 16, dtype, 1, 0};
+      spec.positions = 2;
+      Problem problem(spec);
+      std::fill(problem.queries.begin(), problem.queries.end(), 0.0F);
+      std::fill(problem.keys.begin(), problem.keys.end(), 0.0F);
+      problem.queries[0] = 1;
+      problem.keys[0] = distance;
+      for (int c = 0; c < 16; ++c) {
+        problem.values[c] = static_cast<float>(c % 2);
+        problem.values[16 + c] = 1;
+      }
+      SCOPED_TRACE(absl::StrCat("distance=", distance, " ", spec.ToString()));
       group.Load(problem);
       const auto answer = group.Attend(problem, {0});
       ASSERT_TRUE(answer.ok()) << answer.status();
@@ -601,10 +672,10 @@ TEST(CudaBackend, StepsInPartsGiveTheSameBits) {
   if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
   CudaOptions little = SmallCuda(1);
   little.partial_bytes = int64_t{2} << 20;  // One page, or a few.
-  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+  for (const auto& [precision, has_warpgroups] : kCudaKernels) {
     little.precision = precision;
-    RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1, precision)));
-    RankGroup parts = GroupOf(EmulatedCuda(little));
+    RankGroup whole = GroupOf(EmulatedCuda(SmallCuda(1, precision), has_warpgroups));
+    RankGroup parts = GroupOf(EmulatedCuda(little, has_warpgroups));
     for (uint64_t seed = 7000; seed < 7060; ++seed) {
       const ProblemSpec spec = RandomSpec(seed);
       SCOPED_TRACE(spec.ToString());
@@ -648,11 +719,11 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
   spec.sink_tokens = 4;
   spec.sink_logit = -30.0F;  // Some heads take the maximum path.
   const Problem problem(spec);
-  for (const CudaPrecision precision : {CudaPrecision::kExact, CudaPrecision::kTensor}) {
+  for (const auto& [precision, has_warpgroups] : kCudaKernels) {
     bool survived = false;
     for (int calls = 0; !survived; ++calls) {
       ASSERT_LT(calls, 200);
-      auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+      auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups);
       cuda::Device& broken = *device;
       CudaOptions options;
       options.partial_bytes = int64_t{1} << 20;

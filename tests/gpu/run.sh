@@ -255,7 +255,7 @@ bench_attend() {
 # What the kernels are bound by, for whoever finds a figure missed: every launch of a short run, in a file beside the report.
 profile() {
   ncu --set full --kernel-name "regex:$2" "$eduba" bench attend --device cuda:0 --precision "$1" --bytes 1GiB --rounds 1 |
-    tee "${report%.md}-$2.txt"
+    tee "${report%.md}-$1.txt"
 }
 
 # Ends with 3 where there is nothing to compare with.
@@ -319,7 +319,7 @@ if [[ $gpu == yes ]] && ! command -v ncu >/dev/null; then
   skip "profiles" "ncu is not installed (it comes with the CUDA toolkit)"
 else
   step "profile of the exact kernel" profile exact AttendKernel
-  step "profile of the tensor kernel" profile tensor TensorKernel
+  step "profile of the tensor kernel" profile tensor 'TensorKernel|WarpgroupKernel'
 fi
 # The real payloads; NCCL where every rank can have a GPU of its own.
 gpus=1

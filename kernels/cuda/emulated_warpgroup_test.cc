@@ -1,0 +1,219 @@
+#include "kernels/cuda/emulated_warpgroup.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/page_layout.h"
+#include "kernels/cuda/page_warpgroup.h"
+
+namespace eduba::cuda {
+namespace {
+
+constexpr int kColumns = 64;
+constexpr int kBytes = 16 << 10;
+
+// A block of warpgroups over memory of its own.
+struct Played {
+  explicit Played(int groups) : block(0, groups * kGroupThreads, memory, kBytes) {
+    std::memset(memory, 0xff, sizeof(memory));
+  }
+  uint16_t* At(int address) { return reinterpret_cast<uint16_t*>(memory + address) - 512; }
+
+  alignas(16) char memory[kBytes];
+  EmulatedGroupBlock block;
+};
+
+// The PTX ISA's examples of descriptors without swizzling, and its layouts of them in elements.
+TEST(DescribedMatrix, LiesWherePtxsExamplesSay) {
+  // MN-major, bf16: LBO 128 elements (encoded 16), SBO 64 (8); ((8,1,2),(8,2)):((1,8,64),(8,128)).
+  const DescribedMatrix across(MatrixDescriptor(1024, 128 * 2, 64 * 2));
+  EXPECT_EQ(MatrixDescriptor(1024, 128 * 2, 64 * 2), uint64_t{64} | uint64_t{16} << 16 | uint64_t{8} << 32);
+  // K-major, tf32: LBO 64 elements (16), SBO 32 (8); ((8,2),(4,4)):((4,32),(1,64)). With 8 elements in 16
+  // bytes instead of 4: ((8,2),(8,2)):((8,64),(1,128)).
+  const DescribedMatrix along(MatrixDescriptor(1024, 64 * 4, 32 * 4));
+  for (int i = 0; i < 16; ++i) {
+    for (int depth = 0; depth < 16; ++depth) {
+      EXPECT_EQ(across.MnMajor(i, depth), 1024 + 2 * (i % 8 + i / 8 * 64 + depth % 8 * 8 + depth / 8 * 128));
+      EXPECT_EQ(along.KMajor(i, depth), 1024 + 2 * (i % 8 * 8 + i / 8 * 64 + depth % 8 + depth / 8 * 128));
+    }
+  }
+}
+
+// Where element `i` of a thread's parts stands, as the PTX ISA's figures of m64nNk16 number them.
+int RowOfC(int t, int i) { return 16 * (t / 32) + t % 32 / 4 + (i % 4 < 2 ? 0 : 8); }
+int ColumnOfC(int t, int i) { return 8 * (i / 4) + t % 4 * 2 + i % 2; }
+int RowOfA(int t, int i) { return 16 * (t / 32) + t % 32 / 4 + ((i & 2) == 0 ? 0 : 8); }
+int DepthOfA(int t, int i) { return t % 4 * 2 + (i & 1) + (i < 4 ? 0 : 8); }
+
+template <class Type>
+uint16_t Stored(float x) {
+  return static_cast<uint16_t>(Type::Pack(x, 0));
+}
+
+// Small whole numbers, so that products are exact.
+struct Numbers {
+  Numbers() {
+    std::mt19937 random(1);
+    for (auto* x : {&a[0][0], &b[0][0]}) {
+      const int count = x == &a[0][0] ? 64 * 16 : 16 * kColumns;
+      for (int i = 0; i < count; ++i) x[i] = static_cast<float>(static_cast<int>(random() % 17) - 8);
+    }
+  }
+  float Product(int row, int column) const {
+    float sum = 0;
+    for (int d = 0; d < 16; ++d) sum += a[row][d] * b[d][column];
+    return sum;
+  }
+  float a[64][16] = {};
+  float b[16][kColumns] = {};
+};
+
+template <class Type>
+void MultipliesAsPtxSays() {
+  const Numbers n;
+  Played played(1);
+  // a: core matrices of 8 rows and 8 of the depth; the next 8 rows 144 bytes on, the next depth 4096.
+  constexpr int kA = 1024;
+  constexpr int kKeys = 1024 + 1408;
+  constexpr int kValues = 1024 + 8192;
+  for (int row = 0; row < 64; ++row) {
+    for (int d = 0; d < 16; ++d) {
+      *(played.At(kA + row / 8 * 144 + d / 8 * 4096 + row % 8 * 16) + d % 8) = Stored<Type>(n.a[row][d]);
+    }
+  }
+  for (int d = 0; d < 16; ++d) {
+    for (int column = 0; column < kColumns; ++column) {
+      *(played.At(kKeys + column / 8 * 128 + d / 8 * 1024 + column % 8 * 16) + d % 8) =
+          Stored<Type>(n.b[d][column]);
+      *(played.At(kValues + column / 8 * 272 + d / 8 * 128 + d % 8 * 16) + column % 8) =
+          Stored<Type>(n.b[d][column]);
+    }
+  }
+  std::vector<float[kColumns / 8][4]> c(kGroupThreads);
+  std::vector<uint32_t[4]> a(kGroupThreads);
+  for (int t = 0; t < kGroupThreads; ++t) {
+    for (int i = 0; i < 8; i += 2) {
+      a[t][i / 2] = Type::Pack(n.a[RowOfA(t, i)][DepthOfA(t, i)], n.a[RowOfA(t, i + 1)][DepthOfA(t, i + 1)]);
+    }
+  }
+  const auto c_of = [&](int t) -> float(&)[kColumns / 8][4] { return c[t]; };
+  const auto expect = [&](float factor) {
+    for (int t = 0; t < kGroupThreads; ++t) {
+      for (int i = 0; i < kColumns / 2; ++i) {
+        EXPECT_EQ(c[t][i / 4][i % 4], factor * n.Product(RowOfC(t, i), ColumnOfC(t, i)));
+      }
+    }
+  };
+  played.block.Groups([&](const auto& group) {
+    group.FenceRegisters();
+    group.template MultiplyKeys<Type>(c_of, MatrixDescriptor(kA, 4096, 144),
+                                      MatrixDescriptor(kKeys, 1024, 128), false);
+    group.CommitProducts();
+    EXPECT_TRUE(std::isnan(c[5][0][0]));
+    group.template WaitForProducts<0>();
+    expect(1);
+    for (int i = 0; i < 2; ++i) {
+      group.FenceRegisters();
+      group.template MultiplyValues<Type>(
+          [&](int t) {
+            return GroupOperands<kColumns / 8>{c[t], a[t]};
+          },
+          MatrixDescriptor(kValues, 128, 272), true);
+      group.CommitProducts();
+    }
+    group.template WaitForProducts<1>();
+    EXPECT_TRUE(std::isnan(c[5][0][0]));  // One is still under way.
+    group.template WaitForProducts<0>();
+    expect(3);
+  });
+}
+
+TEST(EmulatedWarpgroup, MultipliesAsPtxSays) {
+  MultipliesAsPtxSays<Bf16>();
+  MultipliesAsPtxSays<F16>();
+}
+
+// One group copies, the other waits.
+TEST(EmulatedWarpgroup, BulkCopiesLandWhenTheyAreWaitedForAndNotBefore) {
+  Played played(2);
+  alignas(16) const uint16_t from[8] = {1, 2, 3};
+  auto* const barrier = reinterpret_cast<uint64_t*>(played.memory);
+  played.block.InitBarrier(barrier, 1);
+  played.block.Groups([&](const auto& group) {
+    if (group.index() == 0) {
+      played.block.Expect(barrier, 16);
+      played.block.CopyBulk(played.memory + 64, from, 16, barrier);
+      EXPECT_EQ(*played.At(1024 + 64), 0xffff);
+      played.block.Arrive(barrier);
+      EXPECT_EQ(*played.At(1024 + 64), 0xffff);
+    } else {
+      group.Wait(barrier, 1);  // Of no phase yet.
+      group.Wait(barrier, 0);
+      EXPECT_EQ(*played.At(1024 + 64 + 4), 3);
+    }
+  });
+}
+
+TEST(EmulatedWarpgroup, StoresAndCopiesAreSeenWhenTheyWerePublished) {
+  Played played(1);
+  const Load16 from = {{1, 2, 3, 4}};
+  played.block.Store(7, played.memory, from);
+  played.block.CopyAsync(7, played.memory + 16, &from, true);
+  played.block.CommitCopies(7);
+  played.block.WaitForCopies<0>(7);
+  EXPECT_EQ(*played.At(1024), 0xffff);
+  EXPECT_EQ(*played.At(1024 + 16), 0xffff);
+  played.block.Publish(7);
+  EXPECT_EQ(std::memcmp(played.memory, &from, 16), 0);
+  EXPECT_EQ(std::memcmp(played.memory + 16, &from, 16), 0);
+}
+
+void Multiply(Played& played, bool is_fenced, bool is_changed) {
+  std::memset(played.memory, 0, sizeof(played.memory));
+  std::vector<float[kColumns / 8][4]> c(kGroupThreads);
+  played.block.Groups([&](const auto& group) {
+    if (is_fenced) group.FenceRegisters();
+    group.template MultiplyKeys<Bf16>([&](int t) -> float(&)[kColumns / 8][4] { return c[t]; },
+                                      MatrixDescriptor(1024, 1024, 128), MatrixDescriptor(1024, 1024, 128),
+                                      false);
+    group.CommitProducts();
+    if (is_changed) *played.At(1024) = 1;
+    group.template WaitForProducts<0>();
+  });
+}
+
+TEST(EmulatedWarpgroupDeathTest, WhatAGpuWouldNotForgiveEndsTheProcess) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  Played played(1);
+  Multiply(played, true, false);
+  EXPECT_DEATH(Multiply(played, false, false), "is_fenced_");
+  EXPECT_DEATH(Multiply(played, true, true), "rows == product.rows");
+  auto* const barrier = reinterpret_cast<uint64_t*>(played.memory);
+  played.block.InitBarrier(barrier, 1);
+  // Nobody will ever arrive.
+  EXPECT_DEATH(played.block.Groups([&](const auto& group) { group.Wait(barrier, 0); }), "copies_.empty");
+}
+
+// The fewest slots still let a group wait while the slice before has not been given back.
+TEST(WarpgroupLayout, HasRoomForASessionsQueriesOrLeavesItToTheOtherKernel) {
+  for (int head_dim = 1; head_dim <= 1024; ++head_dim) {
+    const PageLayout layout = MakePageLayout(2, 1, head_dim, 64);
+    for (const int64_t vectors : {1, 64, 65, 1000}) {
+      if (!TakesWarpgroups(layout)) continue;
+      const int tile = WarpgroupTile(layout, vectors);
+      EXPECT_GE(GroupSlots(layout, tile), kGroupSlotsMin) << head_dim;
+      EXPECT_LE(WarpgroupSharedBytes(layout, tile), kWarpgroupSharedMax) << head_dim;
+    }
+  }
+  EXPECT_EQ(WarpgroupTile(MakePageLayout(2, 1, 256, 256), 65), 128);
+  EXPECT_TRUE(TakesWarpgroups(MakePageLayout(2, 1, 512, 64)));
+  EXPECT_FALSE(TakesWarpgroups(MakePageLayout(2, 1, 1024, 64)));
+  EXPECT_FALSE(TakesWarpgroups(MakePageLayout(4, 1, 64, 64)));
+}
+
+}  // namespace
+}  // namespace eduba::cuda
