@@ -296,6 +296,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     auto* const device = static_cast<int64_t*>(piece_.device);
     EDUBA_RETURN_IF_ERROR(ForPieces(counts, [&](absl::Span<const Piece> pieces) {
       std::vector<absl::Span<int64_t>> parts;
+      parts.reserve(size_);
       int64_t words = 0;
       for (int r = 0; r < size_; ++r) {
         const auto from = data.subspan(begins[r] + pieces[r].begin, pieces[r].size);
@@ -328,6 +329,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     auto* const words = static_cast<int64_t*>(words_.device) + kHeaderWords;
     EDUBA_RETURN_IF_ERROR(ForPieces(counts, [&](absl::Span<const Piece> pieces) {
       std::vector<absl::Span<int64_t>> parts;
+      parts.reserve(size_);
       for (int r = 0; r < size_; ++r) {
         parts.emplace_back(words + begins[r] + pieces[r].begin, pieces[r].size);
       }
@@ -349,6 +351,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     const int64_t longest = *std::max_element(counts.begin(), counts.end());
     for (int64_t at = 0; at < longest; at += most) {
       std::vector<Piece> pieces;
+      pieces.reserve(size_);
       for (const int64_t count : counts) {
         const int64_t begin = std::min(at, count);
         pieces.push_back({begin, std::min(most, count - begin)});
