@@ -394,7 +394,7 @@ void WeighRows(const void* values, int pitch, int begin, int end, bool fresh, bo
 
 // The sum of a vector's lanes: halves are added until one lane is left.
 template <class D, class V = hn::Vec<D>>
-HWY_INLINE float HalvedSum(D d, V v) {
+HWY_INLINE float HalvedSum(D /*d*/, V v) {
 #if HWY_TARGET != HWY_SCALAR
   if constexpr (hn::MaxLanes(D()) > 1) {
     const hn::Half<D> half;
