@@ -677,7 +677,7 @@ TEST_F(ModelStateTest, AnswersThatMakeNoSenseEndTheEpoch) {
     cluster_.Restart();
     StartGroup();
     static int next = 0;
-    const std::string name = absl::StrCat("n", next++);
+    std::string name = absl::StrCat("n", next++);
     EXPECT_TRUE(Create(name).ok());
     EXPECT_TRUE(Append(name, {}, {1, 2}).ok());
     HoldJobs();

@@ -141,8 +141,7 @@ TEST_P(GpuLayers, WavesOfSeveralWorkersGiveTheBitsOfOne) {
 // Kernels that count how often a host waits for them.
 class Waits final : public LayerKernels {
  public:
-  explicit Waits(std::unique_ptr<LayerKernels> kernels) : kernels_(std::move(kernels)) {}
-  int count = 0;
+  Waits(std::unique_ptr<LayerKernels> kernels, int* count) : kernels_(std::move(kernels)), count_(count) {}
 
   std::string name() const override { return kernels_->name(); }
   absl::StatusOr<std::unique_ptr<LayerMemory>> Allocate(int64_t bytes, bool is_shared) override {
@@ -155,7 +154,7 @@ class Waits final : public LayerKernels {
     kernels_->Fetch(memory, offset, bytes);
   }
   absl::Status Wait() override {
-    ++count;
+    ++*count_;
     return kernels_->Wait();
   }
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(absl::Span<const MatrixView> parts) override {
@@ -171,12 +170,12 @@ class Waits final : public LayerKernels {
 
  private:
   const std::unique_ptr<LayerKernels> kernels_;
+  int* const count_;
 };
 
 TEST_P(GpuLayers, AStepWaitsOnceALayer) {
-  auto waits = std::make_unique<Waits>(Make());
-  int& count = waits->count;
-  Fixture f(RandomModel(1), DType::kF32, 1, kStoreBytes, nullptr, 1, std::move(waits));
+  int count = 0;
+  Fixture f(RandomModel(1), DType::kF32, 1, kStoreBytes, nullptr, 1, std::make_unique<Waits>(Make(), &count));
   Context context = f.Open();
   for (const int64_t rows : {1, 90}) {
     count = 0;
