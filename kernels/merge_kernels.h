@@ -27,8 +27,8 @@ struct MergeKernels {
   // The sum of (words[c] / units[c])^2, over 8 lanes and then pairwise; units as in FoldCall.
   double (*sum_squares)(const int64_t* words, const double* units, int count);
   // units[c] = 2^(fraction_bits - e): e is the smallest integer with exp(magnitudes[c] - m) <= 2^e, whatever
-  // fp32 made of the two, kept within [least, most[c]]; `most` where one of them is NaN or +inf, as after a
-  // fault.
+  // fp32 made of the two, kept within [least, most[c]]; `most` where m is not finite or a magnitude is NaN
+  // or +inf, as after a fault.
   void (*maximum_units)(float m, const float* magnitudes, int count, int fraction_bits, double least,
                         const double* most, double* units);
 };

@@ -12,7 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "base/played_queue.h"
 #include "collective/map_rendezvous.h"
 #include "collective/nccl/fake_nccl.h"
 
@@ -33,19 +35,21 @@ using Group = std::vector<std::unique_ptr<Communicator>>;
 
 absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
 
+void OnThreads(int count, const std::function<void(int)>& body) {
+  std::vector<std::thread> threads;
+  threads.reserve(count);
+  for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
 Group Form(int size, const std::function<NcclParts()>& parts = FakeNcclParts) {
   Group group(size);
   MapRendezvous board;
-  std::vector<std::thread> threads;
-  threads.reserve(size);
-  for (int r = 0; r < size; ++r) {
-    threads.emplace_back([&, r] {
-      auto joined = ConnectNcclForTest(r, size, board, parts(), Soon());
-      EXPECT_TRUE(joined.ok()) << joined.status();
-      if (joined.ok()) group[r] = *std::move(joined);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  OnThreads(size, [&](int r) {
+    auto joined = ConnectNcclForTest(r, size, board, parts(), Soon());
+    EXPECT_TRUE(joined.ok()) << joined.status();
+    if (joined.ok()) group[r] = *std::move(joined);
+  });
   return group;
 }
 
@@ -145,6 +149,36 @@ TEST_F(NcclCommunicatorTest, OneRankNeedsNoNcclAtAll) {
   std::vector<int64_t> data = {1, 2};
   EXPECT_EQ(group[0]->SumI64(absl::MakeSpan(data), Soon()), absl::OkStatus());
   EXPECT_EQ(data, (std::vector<int64_t>{1, 2}));
+}
+
+// The first frame has room for 8702 words, a piece for 2^20.
+TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
+  constexpr int kRanks = 2;
+  Group group = Form(kRanks);
+  PlayedQueue queues[kRanks];  // The streams of who fills the words.
+  constexpr int64_t kFirst = 8702;
+  constexpr int64_t kPiece = 1 << 20;
+  const auto word = [](int64_t i, int rank) { return (i + 1) * (rank == 0 ? 1 : 1'000'003); };
+  for (const int64_t count : {int64_t{1}, kFirst - 1, kFirst, kFirst + 1, kFirst + 2, kFirst + kPiece - 1,
+                              kFirst + kPiece, kFirst + kPiece + 1, int64_t{1}}) {
+    for (const bool scatters : {false, true}) {
+      SCOPED_TRACE(absl::StrCat(count, scatters ? " words, each rank's own" : " words"));
+      // The second rank's part is the longer one.
+      const std::vector<int64_t> parts = {count / 3, count - count / 3};
+      OnThreads(kRanks, [&](int r) {
+        DeviceSums* const sums = group[r]->device_sums();
+        const auto words = sums->Words(count);
+        ASSERT_TRUE(words.ok()) << words.status();
+        for (int64_t i = 0; i < count; ++i) (*words)[i] = word(i, r);
+        ASSERT_EQ(sums->Start(&queues[r], scatters ? parts : std::vector<int64_t>(), Soon()),
+                  absl::OkStatus());
+        ASSERT_EQ(sums->Finish(Soon()), absl::OkStatus());
+        const int64_t begin = scatters && r == 1 ? parts[0] : 0;
+        const int64_t end = scatters && r == 0 ? parts[0] : count;
+        for (int64_t i = begin; i < end; ++i) ASSERT_EQ((*words)[i], word(i, 0) + word(i, 1)) << i;
+      });
+    }
+  }
 }
 
 // Where NCCL or the device is missing there is one line that says what to do.

@@ -53,8 +53,12 @@ TEST(KeptPartials, IsOneBlockForWhatWasInSeveral) {
   EXPECT_EQ(kept.bytes(), bytes);
   kept.Return();
   EXPECT_EQ(kept.Take((1 << 20) + 1), nullptr);
-  EXPECT_NE(kept.Take(1 << 20), nullptr);
+  const float* const all = kept.Take(1 << 20);
+  EXPECT_NE(all, nullptr);
   EXPECT_EQ(kept.Take(1), nullptr);
+  // Who got nothing has nothing to return.
+  kept.Return();
+  EXPECT_EQ(kept.Take(1 << 20), all);
 }
 
 }  // namespace

@@ -362,6 +362,15 @@ TEST_P(CommunicatorContract, ABroadcastReachesAllFromAny) {
   }
 }
 
+TEST_P(CommunicatorContract, ABroadcastThatARankHasLeftIsAnError) {
+  Group group = Form(4);
+  group[0].reset();
+  OnThreads(3, [&](int i) {
+    std::vector<char> data(5'000);
+    EXPECT_FALSE(Broadcast(*group[i + 1], 0, absl::MakeSpan(data), Far()).ok()) << i + 1;
+  });
+}
+
 TEST_P(CommunicatorContract, AMessageWhoseRankLeavesOrDoesNotComeIsAnError) {
   Group group = Form(3);
   OnThreads(3, [&](int rank) {

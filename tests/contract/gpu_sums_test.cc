@@ -417,5 +417,32 @@ TEST_F(GpuSums, AFaultIsEveryRanksError) {
   }
 }
 
+// The flag of the last row and head is the last word of all, here behind the first frame.
+TEST_F(GpuSums, AFaultInTheLastWordOfALongSumIsEveryRanksError) {
+  RankGroup group = Backends(2, CudaPrecision::kExact);
+  ProblemSpec spec;
+  spec.shape = {8, 8, 16, 130, DType::kF32, 0.25F, 0};
+  spec.rows = 20;
+  spec.sink_logit = 0;
+  ASSERT_GT(int64_t{20} * 8 * 132, 8704);
+  for (const int faulty : {0, 1}) {
+    SCOPED_TRACE(faulty);
+    Problem problem(spec);
+    // The last row alone sees the faulty rank's page, in which the last head alone is beyond its exponents.
+    const PositionRange pages[] = {{0, kPageRows}, {kPageRows, spec.positions}};
+    std::fill(problem.visible.begin(), problem.visible.end(), pages[1 - faulty]);
+    problem.visible.back() = pages[faulty];
+    for (int64_t at = pages[faulty].begin; at < pages[faulty].end; ++at) {
+      float* const values = &problem.values[(at * 8 + 7) * 130];
+      for (int c = 0; c < 130; ++c) values[c] *= 1e30F;
+    }
+    group.Load(problem);
+    const auto answers = AttendAll(group, {problem}, Form(2), {}, absl::Now() + absl::Seconds(20));
+    for (const Answers& one : answers) {
+      EXPECT_EQ(one.status().code(), absl::StatusCode::kInvalidArgument) << one.status();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace eduba
