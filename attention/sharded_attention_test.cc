@@ -488,7 +488,22 @@ struct RankStep {
   StepArgs args;
 };
 
-// Steps of different sequences, shapes and paths.
+// Until there are `row_heads` at least, of queries of other sizes, so that they take other paths.
+void AddRows(Problem& p, int row_heads) {
+  std::mt19937_64 random(p.seed);
+  const int64_t query_row = int64_t{p.spec.shape.query_heads} * p.spec.shape.head_dim;
+  const float sizes[] = {0.02F, 0.3F, 1};
+  while (p.rows * p.spec.shape.query_heads < row_heads) {
+    const auto from = static_cast<int64_t>(random() % p.rows);
+    const float size = sizes[random() % 3];
+    for (int64_t i = 0; i < query_row; ++i) p.queries.push_back(size * p.queries[from * query_row + i]);
+    p.positions.push_back(p.positions[from]);
+    ++p.rows;
+  }
+}
+
+// Steps of different sequences, shapes and paths, with sinks and without. One has more rows and heads than
+// there are bits in a word.
 TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
   int with_maximum = 0;
   int without_maximum = 0;
@@ -497,6 +512,11 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
     for (uint64_t i = 0; i < 4; ++i) {
       problems.push_back(MakeProblem(1000 + 4 * seed + i));
       problems.back().cpu = true;  // Their pages are read by one backend.
+      if (i == 1) AddRows(problems.back(), 65);
+      if (seed == 5) {
+        problems.back().spec.sink_logits.clear();
+        problems.back().spec.sink_tokens = 0;
+      }
       if (seed % 3 != 0) continue;
       // Sinks about as heavy as the keys: these stay on the sink path.
       problems.back().spec.sink_logits.assign(problems.back().spec.shape.query_heads, 3.0F);
