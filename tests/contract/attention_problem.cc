@@ -386,6 +386,9 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
       if (rank == owner(step)) continue;
       if (!answers_on(step, rank) && step.args.has_sinks()) {
         EDUBA_RETURN_IF_ERROR(step.ranks[rank]->TakeSelection(step.selected));
+        const PathCounts taken = step.ranks[rank]->paths();
+        const PathCounts chosen = step.ranks[owner(step)]->paths();
+        EDUBA_CHECK(taken.maximum == chosen.maximum && taken.sink == chosen.sink);
         continue;
       }
       EDUBA_ASSIGN_OR_RETURN(const auto own, step.ranks[rank]->SelectForMaximum());
