@@ -102,8 +102,8 @@ TEST(MergeKernels, MaximumUnitsHoldEveryPageAndAreTheSameOnEveryTarget) {
   constexpr int kFractionBits = 50;
   constexpr double kLeast = -70;  // Some are below it, and some above `most`.
   for (const int count : kCounts) {
-    std::vector<double> most;
-    for (int c = 0; c < count; ++c) most.push_back(60 + c % 30);
+    std::vector<double> most(count);
+    for (int c = 0; c < count; ++c) most[c] = 60 + c % 30;
     // Where logits are large, fp32 has few digits left for what their differences are.
     for (const float m : {0.0F, -3.5F, 71.0F, -3e4F, 1e6F, kInfinity, -kInfinity, std::nanf("")}) {
       std::vector<float> magnitudes(count);
