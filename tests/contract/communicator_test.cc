@@ -132,8 +132,8 @@ absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Tim
 // `words` shared out in parts that all differ, the first of them empty where there are some ranks.
 std::vector<int64_t> UnevenParts(int ranks, int64_t words) {
   const auto until = [&](int64_t rank) { return words * rank * rank / (int64_t{ranks} * ranks); };
-  std::vector<int64_t> counts;
-  for (int rank = 0; rank < ranks; ++rank) counts.push_back(until(rank + 1) - until(rank));
+  std::vector<int64_t> counts(ranks);
+  for (int rank = 0; rank < ranks; ++rank) counts[rank] = until(rank + 1) - until(rank);
   if (ranks > 1) {
     counts[1] += counts[0];
     counts[0] = 0;
