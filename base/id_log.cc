@@ -75,7 +75,8 @@ class BlockFile {
   // What outlives a reboot is meant for larger files than /tmp, which may be memory.
   static std::string Folder() {
     const char* const folder = std::getenv("TMPDIR");
-    return folder != nullptr && *folder != '\0' ? folder : "/var/tmp";
+    if (folder != nullptr && *folder != '\0') return folder;
+    return access("/var/tmp", W_OK) == 0 ? "/var/tmp" : "/tmp";
   }
 
   bool Open() {

@@ -11,10 +11,10 @@
 namespace eduba {
 
 // Token ids that only become more, in constant memory: whole blocks of them lie in a file without a name, in
-// $TMPDIR or else /var/tmp, which all logs of the process share and which ends with it. Blocks that the file
-// does not take, because the disk is full or absent, stay in memory (and a warning says so once). A copy
-// shares what has been written, and costs some bytes for each block. Different logs may be used at once, by
-// different threads.
+// $TMPDIR or else /var/tmp (or /tmp), which all logs of the process share and which ends with it. Blocks that
+// the file does not take, because the disk is full or absent, stay in memory (and a warning says so once). A
+// copy shares what has been written, and costs some bytes for each block. Different logs may be used at once,
+// by different threads.
 class IdLog {
  public:
   static constexpr int64_t kBlockIds = 1 << 14;
