@@ -61,6 +61,13 @@ EDUBA_DEVICE float Max(float a, float b) {
   return a > b ? a : b;
 #endif
 }
+EDUBA_DEVICE float Min(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return fminf(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 // a / b within 2 ulp on a GPU, for b of [1, 2].
 EDUBA_DEVICE float DivNearly(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -127,6 +134,7 @@ EDUBA_DEVICE int64_t RoundToInteger(double x) {
 #endif
 }
 
+inline constexpr float kFloatMax = 0x1.fffffep127F;
 EDUBA_DEVICE float Infinity() { return std::bit_cast<float>(0x7f800000U); }
 // False for infinities and NaN.
 EDUBA_DEVICE bool IsFinite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7f800000U) != 0x7f800000U; }
@@ -146,6 +154,19 @@ EDUBA_DEVICE float Exp(float x) {
   // The low bits of `shifted` are n; a multiplication by 2^n keeps NaN.
   const uint32_t bits = (std::bit_cast<uint32_t>(shifted) + 127) << 23;
   return x < -87.0F ? 0.0F : Mul(p, std::bit_cast<float>(bits));
+}
+
+// 2^x within 2 ulp, by the chip's own unit on a GPU: bits of one kind of GPU. 0 where it is below 2^-126, NaN
+// for NaN.
+EDUBA_DEVICE float TwoTo(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = std::exp2(x);
+  return y < 0x1p-126F ? 0 : y;
+#endif
 }
 
 // softcap * tanh(scale * dot / softcap), the tanh within 2 ulp.

@@ -74,6 +74,7 @@ struct TensorRegisters {
   float stretch[2];  // A power of two that brings the query into the type's range, and back.
   float shrink[2];
   float m[2];
+  float smallest[2];  // Of the dot products, negated.
   float l[2];
   float bad[2];  // 1: something was not finite.
 };
@@ -135,27 +136,11 @@ EDUBA_DEVICE float Unshifted(float sum) {
 
 inline constexpr float kLog2E = 1.44269504F;
 
-// 2^(kShift + x) for x <= 0 that is no NaN, within 3 ulp; 0 where it would be below 2^-126. Without a branch:
-// products would be waited for in front of one.
-template <int kShift>
-EDUBA_DEVICE float TwoTo(float x) {
-  constexpr float kRound = 0x1.8p23F;
-  const float y = Max(x, static_cast<float>(-127 - kShift));
-  const float shifted = Add(y, kRound);
-  const float f = Sub(y, Sub(shifted, kRound));
-  float p = Fma(0.00132647273F, f, 0.00967151299F);
-  p = Fma(p, f, 0.0555073358F);
-  p = Fma(p, f, 0.240222424F);
-  p = Fma(p, f, 0.693147004F);
-  p = Fma(p, f, 1.0F);
-  // The low bits of `shifted` are the exponent: -127 - kShift at least, for which this is 0.
-  return Mul(p, std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127 + kShift) << 23));
-}
-
-// limit * tanh(u), off by up to 2^-22 of the limit, without a branch either; NaN where u is not finite.
+// limit * tanh(u), off by up to 2^-22 of the limit, without a branch: products would be waited for in front
+// of one. NaN where u is not finite.
 EDUBA_DEVICE float Capped(float u, float limit) {
   const auto bits = std::bit_cast<uint32_t>(u);
-  const float e = TwoTo<0>(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2 * kLog2E));
+  const float e = TwoTo(Mul(std::bit_cast<float>(bits & 0x7fffffffU), -2 * kLog2E));
   const float tanh = Add(Sub(1.0F, DivNearly(Add(e, e), Add(1.0F, e))), Sub(u, u));
   return Mul(limit, std::bit_cast<float>(std::bit_cast<uint32_t>(tanh) | (bits & 0x80000000U)));
 }
@@ -167,8 +152,6 @@ EDUBA_DEVICE float Capped(float u, float limit) {
 template <class Type, class Warp, class RegistersOf, class RangeOf>
 EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
                             const RangeOf& range_of, bool all_seen) {
-  // A logit that counts for nothing, and is finite.
-  constexpr float kUnseen = -0x1.fffffep127F;
   const float scale = Mul(args.scale, kLog2E);  // Logits are to the base 2 here.
   const auto factor_of = [&](const auto& r, int i) {
     return Type::kHasFloatRange ? scale : Mul(scale, r.shrink[i]);
@@ -190,62 +173,64 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       }
     });
   }
-  const auto take_logits = [&]<bool kAllSeen>() {
-    warp.Lanes([&](int lane) {
-      auto& r = registers_of(lane);
-      EDUBA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const KeyRange seen = range_of(lane, i);
-        const auto count = static_cast<uint32_t>(seen.end - seen.begin);
-        const int first = lane % 4 * 2 - seen.begin;
-        const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
-        uint32_t largest = 0;  // Of the logits' sizes, as bits: above infinity's for NaN.
-        r.m[i] = kUnseen;
-        EDUBA_UNROLL
-        for (int j = 0; j < kKeyTiles; ++j) {
-          EDUBA_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            float& s = r.s[j][2 * i + e];
-            const bool is_seen = kAllSeen || static_cast<uint32_t>(first + j * kTileColumns + e) < count;
-            s = is_seen ? Mul(s, factor) : kUnseen;
-            const uint32_t size = std::bit_cast<uint32_t>(s) & 0x7fffffffU;
-            largest = size > largest ? size : largest;
-            r.m[i] = Max(s, r.m[i]);
-          }
-        }
-        r.bad[i] = largest < 0x7f800000U ? 0 : 1;
-      }
-    });
-  };
-  if (all_seen) {
-    take_logits.template operator()<true>();
-  } else {
-    take_logits.template operator()<false>();
-  }
-  EDUBA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
-    warp.Lanes([&](int lane) {
+  const auto weigh = [&]<bool kAllSeen>() {
+    // of(s, is_seen) for the lane's logits of its vector i.
+    const auto for_logits = [&](int lane, int i, const auto& of) {
       auto& r = registers_of(lane);
       const KeyRange seen = range_of(lane, i);
-      const float m = seen.begin < seen.end ? r.m[i] : 0;
-      r.l[i] = 0;
+      const auto count = static_cast<uint32_t>(seen.end - seen.begin);
+      const int first = lane % 4 * 2 - seen.begin;
       EDUBA_UNROLL
       for (int j = 0; j < kKeyTiles; ++j) {
         EDUBA_UNROLL
         for (int e = 0; e < 2; ++e) {
-          float& s = r.s[j][2 * i + e];
-          s = TwoTo<kWeightShift<Type>>(Sub(s, m));
-          r.l[i] = Add(r.l[i], s);
+          of(r.s[j][2 * i + e], kAllSeen || static_cast<uint32_t>(first + j * kTileColumns + e) < count);
         }
       }
-    });
-    warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
-    warp.Lanes([&](int lane) {
-      auto& r = registers_of(lane);
-      r.l[i] = Unshifted<Type>(r.l[i]);
-      r.m[i] = Mul(r.m[i], 0.693147182F);
-    });
+    };
+    EDUBA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      // The largest and the smallest dot product: one of them is the largest logit, and where both logits are
+      // finite all are, but for NaN, which goes into l.
+      warp.Lanes([&](int lane) {
+        auto& r = registers_of(lane);
+        r.m[i] = -kFloatMax;
+        r.smallest[i] = kFloatMax;
+        for_logits(lane, i, [&](float s, bool is_seen) {
+          r.m[i] = Max(r.m[i], is_seen ? s : -kFloatMax);
+          r.smallest[i] = Min(r.smallest[i], is_seen ? s : kFloatMax);
+        });
+        r.smallest[i] = -r.smallest[i];
+      });
+      warp.QuadMax([&](int lane) -> float& { return registers_of(lane).m[i]; });
+      warp.QuadMax([&](int lane) -> float& { return registers_of(lane).smallest[i]; });
+      warp.Lanes([&](int lane) {
+        auto& r = registers_of(lane);
+        const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
+        const float x = Mul(r.m[i], factor);
+        const float y = Mul(-r.smallest[i], factor);
+        r.bad[i] = IsFinite(x) && IsFinite(y) ? 0 : 1;
+        r.m[i] = Max(x, y);
+        // Fused, so that a logit is rounded once, and after the largest was taken away.
+        const float shift = Sub(static_cast<float>(kWeightShift<Type>), r.m[i]);
+        r.l[i] = 0;
+        for_logits(lane, i, [&](float& s, bool is_seen) {
+          s = is_seen ? TwoTo(Fma(s, factor, shift)) : 0;
+          r.l[i] = Add(r.l[i], s);
+        });
+      });
+      warp.QuadSum([&](int lane) -> float& { return registers_of(lane).l[i]; });
+      warp.Lanes([&](int lane) {
+        auto& r = registers_of(lane);
+        r.l[i] = Unshifted<Type>(r.l[i]);
+        r.m[i] = Mul(r.m[i], 0.693147182F);
+      });
+    }
+  };
+  if (all_seen) {
+    weigh.template operator()<true>();
+  } else {
+    weigh.template operator()<false>();
   }
 }
 

@@ -128,6 +128,7 @@ struct GroupRegisters {
   uint32_t low[kWeightTerms<Type> == 2 ? kPageRows / kTileDepth : 1][4];
   float shrink[2];
   float m[2];
+  float smallest[2];
   float l[2];
   float bad[2];
   KeyRange seen[2];
