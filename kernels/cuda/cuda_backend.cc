@@ -127,9 +127,10 @@ struct Workspace {
   std::vector<std::unique_ptr<StepMemory>> free;  // Guarded by mutex.
 };
 
-// The sink path goes through the device in three kernels, or two and one for each part of partials on tensor
-// cores: ScoreSinks, Attend, and, behind the all-reduce, Fold. The maximum path computes partials of the rows
-// that have selected heads, twice where they do not fit at once, and the host makes its plan in between.
+// The sink path goes through the device in three kernels: ScoreSinks, Attend, and, behind the all-reduce,
+// Fold; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes partials
+// of the rows that have selected heads, twice where they do not fit at once, and the host makes its plan in
+// between.
 class CudaStep final : public MergingStep, public QueuedStep {
  public:
   CudaStep(const StepArgs& args, Workspace& workspace)
@@ -156,6 +157,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
     EDUBA_RETURN_IF_ERROR(CheckCancelled());
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     started_ = true;
+    if (by_warpgroups_) {
+      const int64_t count = row_heads() * layout_.head_dim;
+      query_terms_ = element_ == Element::kBf16 ? cuda::QueryTerms<cuda::Bf16>(args_.queries, count)
+                                                : cuda::QueryTerms<cuda::F16>(args_.queries, count);
+    }
     EDUBA_RETURN_IF_ERROR(PartPages(args_.rows, TileFor(args_.rows, false)).status());
     return Send();
   }
@@ -173,7 +179,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     // For QueueFold, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
     EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
-    return on_tensor_cores_ ? SumPartials() : SumDirectly();
+    return SumsDirectly() ? SumDirectly() : SumPartials();
   }
 
   absl::Status SinkSums(absl::Span<int64_t> words) override {
@@ -337,10 +343,13 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   bool SeesKeys(int64_t row_head) const { return !visible_[row_head / args_.shape.query_heads].empty(); }
 
+  // Whether the kernel adds up what it makes, or leaves partials. Does not change a bit either.
+  bool SumsDirectly() const { return !on_tensor_cores_ || (by_warpgroups_ && TileFor(args_.rows, true) > 0); }
+
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
   int TileFor(int rows, bool is_summed) const {
     const int64_t vectors = int64_t{rows} * args_.shape.group();
-    if (by_warpgroups_) return cuda::WarpgroupTile(layout_, vectors);
+    if (by_warpgroups_) return cuda::ChooseWarpgroupTile(layout_, query_terms_, vectors, is_summed);
     if (on_tensor_cores_) {
       int tile = cuda::kTileRows;
       while (tile < vectors && tile < cuda::kTensorWarpsMax * cuda::kTileRows) tile *= 2;
@@ -468,6 +477,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.rows = rows.count;
     args.query_heads = args_.shape.query_heads;
     args.group = args_.shape.group();
+    args.query_terms = query_terms_;
     args.tile = TileFor(rows.count, is_summed);
     args.tiles = static_cast<int>(TilesFor(rows.count, args.tile));
     args.queries = rows.queries;
@@ -484,6 +494,16 @@ class CudaStep final : public MergingStep, public QueuedStep {
     const int64_t at_once =
         by_warpgroups_ ? device_.WarpgroupBlocksAtOnce() : device_.AttendBlocksAtOnce(element_, args);
     args.runs = std::clamp<int64_t>(at_once / tiles, 1, std::max<int64_t>(args.pages, 1));
+  }
+
+  absl::Status QueueAttend(AttendArgs& args) {
+    if (on_tensor_cores_ && !by_warpgroups_) {
+      args.runs = args.pages;
+      return device_.AttendTensor(workspace_.stream, element_, args);
+    }
+    ChooseRuns(args);
+    return by_warpgroups_ ? device_.AttendWarpgroups(workspace_.stream, element_, args)
+                          : device_.Attend(workspace_.stream, element_, args);
   }
 
   Rows AllRows() const {
@@ -505,11 +525,10 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.reference = reference();
     args.unit = SinkUnits();
     args.words = words_;
-    ChooseRuns(args);
-    return device_.Attend(workspace_.stream, element_, args);
+    return QueueAttend(args);
   }
 
-  // The sink path on tensor cores, whose kernel leaves partials.
+  // The sink path where the kernel leaves partials.
   absl::Status SumPartials() {
     const Rows rows = AllRows();
     SumArgs args = SumOf(rows, reference(), SinkUnits(), kSinkPathFractionBits, words_);
@@ -567,16 +586,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
         args.m = partials.m;
         args.l = partials.l;
         args.o = partials.o;
-        if (by_warpgroups_) {
-          ChooseRuns(args);
-          EDUBA_RETURN_IF_ERROR(device_.AttendWarpgroups(workspace_.stream, element_, args));
-        } else if (on_tensor_cores_) {
-          args.runs = args.pages;
-          EDUBA_RETURN_IF_ERROR(device_.AttendTensor(workspace_.stream, element_, args));
-        } else {
-          ChooseRuns(args);
-          EDUBA_RETURN_IF_ERROR(device_.Attend(workspace_.stream, element_, args));
-        }
+        EDUBA_RETURN_IF_ERROR(QueueAttend(args));
       }
       EDUBA_RETURN_IF_ERROR(use(partials));
     }
@@ -743,6 +753,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   std::unique_ptr<StepMemory> memory_;
   const std::vector<PageRef> pages_;  // Those that some row sees.
   bool started_ = false;
+  int query_terms_ = 2;  // As AttendArgs.
   bool is_folded_ = false;
   uint64_t* words_ = nullptr;       // Of the sink path, on the device.
   absl::Span<int64_t> host_words_;  // The same, the caller's, if they went there.

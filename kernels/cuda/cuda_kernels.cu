@@ -109,7 +109,7 @@ struct AttendLaunch {
 
 template <class Type, int kPassChannels>
 cudaError_t LaunchWarpgroupKernel(cudaStream_t stream, const AttendArgs& args) {
-  const int bytes = WarpgroupSharedBytes(args.layout, args.tile);
+  const int bytes = WarpgroupSpaceOf(args).bytes;
   const cudaError_t error = cudaFuncSetAttribute(WarpgroupKernel<Type, kPassChannels>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

@@ -79,7 +79,7 @@ class Device {
   virtual absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) = 0;
   // Blocks of AttendWarpgroups that the device runs at a time; 0: it has no products of warpgroups (sm_90a).
   virtual int64_t WarpgroupBlocksAtOnce() const = 0;
-  // REQUIRES: there are some; TakesWarpgroups(args.layout), a tile of WarpgroupTile.
+  // REQUIRES: there are some; TakesWarpgroups(args.layout), a tile of ChooseWarpgroupTile.
   virtual absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) = 0;
   virtual absl::Status Sum(Stream stream, const SumArgs& args) = 0;
   virtual absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) = 0;

@@ -27,6 +27,7 @@ class EmulatedWarp {
  public:
   explicit EmulatedWarp(int index) : index_(index) {}
   int index() const { return index_; }
+  void Sync() const {}
 
   template <class Body>
   void Lanes(const Body& body) const {

@@ -44,7 +44,7 @@ void RunBlocks(int64_t blocks, int threads, int64_t shared_bytes, const Kernel& 
 
 template <class Type>
 void RunWarpgroups(const AttendArgs& args) {
-  const int shared_bytes = WarpgroupSharedBytes(args.layout, args.tile);
+  const int shared_bytes = WarpgroupSpaceOf(args).bytes;
   RunBlocksOf(
       args.blocks(), shared_bytes,
       [&](int64_t index, void* shared) {

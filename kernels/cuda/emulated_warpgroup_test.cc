@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -199,20 +201,83 @@ TEST(EmulatedWarpgroupDeathTest, WhatAGpuWouldNotForgiveEndsTheProcess) {
 }
 
 // The fewest slots still let a group wait while the slice before has not been given back.
-TEST(WarpgroupLayout, HasRoomForASessionsQueriesOrLeavesItToTheOtherKernel) {
+TEST(WarpgroupSpace, HoldsEnoughSlotsOrLeavesItToAnotherWay) {
   for (int head_dim = 1; head_dim <= 1024; ++head_dim) {
-    const PageLayout layout = MakePageLayout(2, 1, head_dim, 64);
-    for (const int64_t vectors : {1, 64, 65, 1000}) {
-      if (!TakesWarpgroups(layout)) continue;
-      const int tile = WarpgroupTile(layout, vectors);
-      EXPECT_GE(GroupSlots(layout, tile), kGroupSlotsMin) << head_dim;
-      EXPECT_LE(WarpgroupSharedBytes(layout, tile), kWarpgroupSharedMax) << head_dim;
+    for (const int value_dim : {64, head_dim}) {
+      const PageLayout layout = MakePageLayout(2, 1, head_dim, value_dim);
+      for (const int64_t vectors : {1, 8, 9, 64, 65, 1000}) {
+        for (const int terms : {1, 2}) {
+          const int partial_tile = ChooseWarpgroupTile(layout, terms, vectors, false);
+          EXPECT_TRUE(partial_tile > 0 || !TakesWarpgroups(layout)) << head_dim;
+          for (const bool is_summed : {false, true}) {
+            const int tile = ChooseWarpgroupTile(layout, terms, vectors, is_summed);
+            EXPECT_LE(tile, partial_tile);
+            if (tile == 0) continue;
+            const WarpgroupSpace space = MakeWarpgroupSpace(layout, tile, terms, vectors, is_summed);
+            EXPECT_GE(space.slots, kGroupSlotsMin) << head_dim;
+            EXPECT_LE(space.bytes, kWarpgroupSharedMax) << head_dim;
+          }
+        }
+      }
     }
   }
-  EXPECT_EQ(WarpgroupTile(MakePageLayout(2, 1, 256, 256), 65), 128);
+  const PageLayout usual = MakePageLayout(2, 8, 128, 128);
+  EXPECT_EQ(ChooseWarpgroupTile(usual, 1, 65, true), 128);
+  EXPECT_EQ(ChooseWarpgroupTile(usual, 2, 65, true), 64);
+  EXPECT_EQ(ChooseWarpgroupTile(usual, 2, 65, false), 128);
+  EXPECT_EQ(ChooseWarpgroupTile(usual, 1, 64, true), 64);
+  const PageLayout wide = MakePageLayout(2, 8, 256, 256);
+  EXPECT_EQ(ChooseWarpgroupTile(wide, 2, 8, true), 64);
+  EXPECT_EQ(ChooseWarpgroupTile(wide, 1, 64, true), 0);
+  EXPECT_EQ(ChooseWarpgroupTile(wide, 2, 65, false), 128);
   EXPECT_TRUE(TakesWarpgroups(MakePageLayout(2, 1, 512, 64)));
   EXPECT_FALSE(TakesWarpgroups(MakePageLayout(2, 1, 1024, 64)));
   EXPECT_FALSE(TakesWarpgroups(MakePageLayout(4, 1, 64, 64)));
+}
+
+template <class Type>
+int TermsOf(const std::vector<float>& queries) {
+  return QueryTerms<Type>(queries.data(), static_cast<int64_t>(queries.size()));
+}
+
+// One term is said to be enough only where the kernel's own splitting leaves nothing.
+template <class Type>
+void TermsAreWhatSplittingLeaves() {
+  std::mt19937 random(1);
+  int ones = 0;
+  for (int i = 0; i < 20000; ++i) {
+    // Two numbers of 9 to 12 digits, up to 2^40 apart, anywhere in a float's range.
+    std::vector<float> query(2);
+    const int digits = 8 + static_cast<int>(random() % 5);
+    const int exponent = static_cast<int>(random() % 245) - 160;
+    for (float& x : query) {
+      const auto mantissa = static_cast<float>(random() % (1U << digits));
+      x = std::ldexp(mantissa, exponent + static_cast<int>(random() % 40) - digits);
+    }
+    const float largest = std::max(query[0], query[1]);
+    const float stretch = Type::kHasFloatRange ? 1 : FloatPowerOfTwo(StretchOf(largest));
+    uint32_t high;
+    uint32_t low;
+    Split<Type>(query[0] * stretch, query[1] * stretch, high, low);
+    if (TermsOf<Type>(query) == 2) continue;
+    ++ones;
+    EXPECT_EQ(low, 0U) << query[0] << " " << query[1];
+  }
+  EXPECT_GT(ones, 2000);
+  EXPECT_EQ(TermsOf<Type>({0, 0, -0.0F}), 1);
+  EXPECT_EQ(TermsOf<Type>({1, -1.5F, 0}), 1);
+  EXPECT_EQ(TermsOf<Type>({1, 1 + 0x1p-12F}), 2);
+  EXPECT_EQ(TermsOf<Type>({0x1p-140F, 0x1p-149F}), 2);
+}
+TEST(QueryTerms, AreOneForBf16WhereNothingIsLeft) {
+  TermsAreWhatSplittingLeaves<Bf16>();
+  EXPECT_EQ(TermsOf<Bf16>({0x1p100F, 0x1p-100F}), 1);
+}
+TEST(QueryTerms, AreOneForF16WhereNothingIsLeft) {
+  TermsAreWhatSplittingLeaves<F16>();
+  EXPECT_EQ(TermsOf<F16>({1, 0x1p-28F}), 1);
+  EXPECT_EQ(TermsOf<F16>({1, 0x1p-29F}), 2);
+  EXPECT_EQ(TermsOf<F16>({0x1p-100F, 0x1p-90F}), 2);  // Cannot be stretched so far.
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace eduba::cuda {
 class GpuWarp {
  public:
   EDUBA_DEVICE int index() const { return static_cast<int>(threadIdx.x) / kWarpThreads; }
+  EDUBA_DEVICE void Sync() const { __syncwarp(); }
 
   template <class Body>
   EDUBA_DEVICE void Lanes(const Body& body) const {

@@ -46,10 +46,11 @@ struct AttendArgs {
   int rows;
   int query_heads;
   int group;
-  int tile;   // Query vectors of a block: 1, 2, 4 or 8; of page_tensor.h, up to 8 times 16.
+  int tile;   // Query vectors of a block: 1, 2, 4 or 8; on tensor cores, up to 8 times 16.
   int tiles;  // ceil(rows * group / tile)
   int64_t pages;
   int64_t runs;          // Of pages, for each KV head and tile: one block takes one. Not of page_tensor.h.
+  int query_terms;       // Of page_warpgroup.h alone: QueryTerms.
   const float* queries;  // [rows, query_heads, head_dim]
   const PositionRange* visible;  // [rows]
   const PageEntry* page;         // [pages]
@@ -310,6 +311,35 @@ EDUBA_DEVICE void WeighPage(const AttendArgs& args, float m, float l, VectorStat
   if (v.l <= args.limit) v.bound = Add(Mul(1.001, scaled), 1.0);
 }
 
+// Notes that some arithmetic of a page was not finite, or a value beyond its channel's exponent.
+EDUBA_DEVICE void FailPage(const AttendArgs& args, int64_t page, VectorState& v) {
+  if (v.reference == -static_cast<double>(Infinity())) return;
+  AtomicMax(args.fault, FaultKey(page, v.row_head));
+  v.fault = 1;
+}
+
+// A page's m and l enter the sums of its query vector. `good`: both are finite.
+EDUBA_DEVICE void TakePage(const AttendArgs& args, int64_t page, bool sees_keys, bool good, float m, float l,
+                           VectorState& v) {
+  v.bound = -1;
+  if (!sees_keys || v.reference == -static_cast<double>(Infinity())) return;
+  if (!good) {
+    FailPage(args, page, v);
+  } else if (v.reference == static_cast<double>(Infinity())) {
+    v.fault = 1;
+  } else if (v.l <= args.limit) {
+    WeighPage(args, m, l, v);
+  }
+}
+
+// Adds what a channel's o adds to its word, and nothing where that is beyond `bound`, or no number: false.
+EDUBA_DEVICE bool AddWord(float o, double weight, double unit, double bound, uint64_t& word) {
+  const double x = Mul(Mul(static_cast<double>(o), weight), unit);
+  const bool is_good = x <= bound && x >= -bound;
+  if (is_good) word += static_cast<uint64_t>(RoundToInteger(x));
+  return is_good;
+}
+
 // Phases of a page, and what passes between them through shared memory: a phase's results are read in later
 // phases only, and a place is written again only in a phase behind the last that reads it. The places that
 // several threads write in one phase (finite, VectorState::fault) get the same value from all of them.
@@ -491,18 +521,8 @@ EDUBA_DEVICE void AttendPages(const Block& block, const AttendArgs& args) {
         const float total = Add(Add(tree[0], tree[2]), Add(tree[1], tree[3]));
         l[t] = total;
         if (is_summed) {
-          VectorState& v = vector[t];
-          v.bound = -1;
-          if (begin[t] < end[t] && v.reference != -static_cast<double>(Infinity())) {
-            if (finite[t] == 0 || !IsFinite(total)) {
-              AtomicMax(args.fault, FaultKey(page.index, v.row_head));
-              v.fault = 1;
-            } else if (v.reference == static_cast<double>(Infinity())) {
-              v.fault = 1;
-            } else if (v.l <= args.limit) {
-              WeighPage(args, m[t], total, v);
-            }
-          }
+          TakePage(args, page.index, begin[t] < end[t], finite[t] != 0 && IsFinite(total), m[t], total,
+                   vector[t]);
         }
       }
       const int pairs = layout.value_pitch / 2;
@@ -538,18 +558,12 @@ EDUBA_DEVICE void AttendPages(const Block& block, const AttendArgs& args) {
           continue;
         }
         VectorState& v = vector[q];
-        bool is_good = IsFinite(total);
         // The padding's values are zeros.
-        if (is_good && v.bound >= 0 && c < layout.value_dim) {
-          const double unit = args.unit[int64_t{kv_head} * layout.value_dim + c];
-          const double x = Mul(Mul(static_cast<double>(total), v.weight), unit);
-          is_good = x <= v.bound && x >= -v.bound;
-          if (is_good) sum[i] += static_cast<uint64_t>(RoundToInteger(x));
-        }
-        if (!is_good && v.reference != -static_cast<double>(Infinity())) {
-          AtomicMax(args.fault, FaultKey(page.index, v.row_head));
-          v.fault = 1;
-        }
+        const bool is_good =
+            IsFinite(total) &&
+            (v.bound < 0 || c >= layout.value_dim ||
+             AddWord(total, v.weight, args.unit[int64_t{kv_head} * layout.value_dim + c], v.bound, sum[i]));
+        if (!is_good) FailPage(args, page.index, v);
       }
     });
 

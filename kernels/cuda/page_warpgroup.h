@@ -15,17 +15,21 @@
 // weight (kWeightTerms), and what a product of 16 adds up in which order is the chip's.
 //
 // A block has three warpgroups. The first loads: keys by the engine for bulk copies, values by copies of 16
-// bytes, which can leave out rows that nobody sees. The others multiply: each takes 64 query vectors, or,
-// where there are no more than 64, every other page. What is loaded goes through a ring of slots, each with
-// two barriers: `full` when it may be read, `empty` when it may be written.
+// bytes, which can leave out rows that nobody sees. The others multiply: each takes 64 query vectors, or both
+// take the same 64 and every other page. What is loaded goes through a ring of slots, each with two barriers:
+// `full` when it may be read, `empty` when it may be written.
 //
 // A multiplying thread has the logits of two vectors with all keys of a page: 128 registers. So the maximum
 // is known before the first weight, nothing is rescaled, and the sequence of products is the page's: 16
 // dimensions at a time for all its keys, then 16 keys at a time for up to 128 channels.
 //
+// A page ends as in page_attention.h: as a partial, or as integers that a group adds up in shared memory over
+// all its pages, where they have room beside the slots (ChooseWarpgroupTile).
+//
 // Beyond what page_tensor.h asks of a Block, and all of it so that a host can play it (emulated_warpgroup.h):
 //   Uniform(x)                    x, which all threads of a warp have alike: the compiler cannot know
-//   Groups(f)                     f(group) for each warpgroup, all at the same time; a group has
+//   Groups(f)                     f(group) for each warpgroup, all at the same time; its warps have Sync(), a
+//                                 barrier of their lanes, and a group has
 //     Threads(f)                    f(t) for each of its threads, 0 to 127, without a barrier
 //     Warps(f)                      f(warp) for each of its warps, 0 to 3
 //     Sync()                        a barrier of its threads
@@ -54,24 +58,31 @@ inline constexpr int kLoadRegisters = 40;
 inline constexpr int kMultiplyRegisters = 232;
 static_assert(kGroupThreads * (kLoadRegisters + kMultiplyGroups * kMultiplyRegisters) <= 65536);
 
-// What a slot holds, a slice: 32 dimensions of all keys, or 64 rows of up to 128 channels.
-inline constexpr int kKeySliceUnits = 4;                           // Of 8 dimensions.
+// What a slot holds, a slice: 16 dimensions of all keys, or 32 rows of up to 128 channels.
+inline constexpr int kKeySliceUnits = kTileDepth / kUnitDims;
 inline constexpr int kKeyUnitBytes = kPageRows * kLoadBytes;       // 8 dimensions of all keys.
 inline constexpr int kKeyPieceBytes = kKeyBlockRows * kLoadBytes;  // Of 32 keys: what the page has in one.
 // 8 channels of a slice's rows. 16 bytes apart, so that a row's units meet in no bank when they are written.
-inline constexpr int kValueUnitBytes = kValueRows * kLoadBytes + kLoadBytes;
+inline constexpr int kGroupValueRows = 32;
+inline constexpr int kGroupValueSlices = kPageRows / kGroupValueRows;
+inline constexpr int kValueUnitBytes = kGroupValueRows * kLoadBytes + kLoadBytes;
 inline constexpr int kGroupChannelsMax = 128;
 inline constexpr int kSlotBytes = kGroupChannelsMax / kCoreRows * kValueUnitBytes;
 static_assert(kSlotBytes >= kKeySliceUnits * kKeyUnitBytes);
-inline constexpr int kGroupSlotsMin = 4;
-inline constexpr int kGroupSlotsMax = 8;
+// On their way, so that a multiprocessor's part of the memory's bandwidth waits for nobody: an H200's 36 GB/s
+// for a microsecond and a little.
+inline constexpr int kGroupSlotsMin = 6;
+inline constexpr int kGroupSlotsMax = 16;
 // Slices that a loading thread starts before it waits for the first. Two slots less than there are: while a
 // group waits for a slice, the slice before it may not have been given back.
 inline constexpr int kSlicesAhead = kGroupSlotsMin - 2;
-// 8 dimensions of 64 queries, and both terms of 64 queries for each dimension.
-inline constexpr int kQueryUnitBytes = kGroupTileRows * kLoadBytes;
-inline constexpr int kQueryDimBytes = 2 * kQueryUnitBytes / kUnitDims;
+inline constexpr int kQueryUnitBytes = kGroupTileRows * kLoadBytes;  // 8 dimensions of 64 queries.
 inline constexpr int kHulls = 8;  // Of a group's vectors, as many for each.
+// Of a group's sums: 8 vectors' words of 8 channels, two of them a lane's.
+inline constexpr int kBlockVectors = 8;
+struct alignas(16) WordPair {
+  uint64_t word[2];
+};
 
 // Terms of a weight. One in f16 is off by up to 2^-11 of it; one in bf16 would be by 2^-8.
 template <class Type>
@@ -80,7 +91,8 @@ inline constexpr int kWeightTerms = Type::kHasFloatRange ? 2 : 1;
 struct GroupShared {
   uint64_t full[kGroupSlotsMax];
   uint64_t empty[kGroupSlotsMax];
-  PositionRange visible[kWarpgroupTileMax];  // Of each vector.
+  // Each group's, 64 of them: where they take turns, the same 64 with sums of their own.
+  VectorState vector[kWarpgroupTileMax];
   // What 8 vectors see lies in here, and what 64 see; what each of them sees.
   PositionRange part_hull[kMultiplyGroups * kHulls];
   PositionRange hull[kMultiplyGroups];
@@ -88,32 +100,80 @@ struct GroupShared {
   PositionRange core[kMultiplyGroups];
   float stretch[kWarpgroupTileMax];  // As TensorRegisters.
   float shrink[kWarpgroupTileMax];
-  int has_low[kMultiplyGroups];  // Of 64 vectors: a query is not what its high term is.
-  bool seen[kPageRows];          // Rows of the page under way that some vector sees.
+  bool seen[kPageRows];  // Rows of the page under way that some vector sees.
 };
 inline constexpr int kGroupSharedBytes = (sizeof(GroupShared) + 127) / 128 * 128;
 // Of shared memory that a block may have on sm_90.
 inline constexpr int kWarpgroupSharedMax = 227 << 10;
 
-constexpr int GroupQueryBytes(const PageLayout& layout, int tile) {
-  return tile / kGroupTileRows * layout.head_pitch * kQueryDimBytes;
+// How a block divides its shared memory: GroupShared, words, queries, slots.
+struct WarpgroupSpace {
+  int blocks;  // Of 8 vectors, whose words each group has.
+  int word_bytes;
+  int query_bytes;  // Of each 64 vectors.
+  int slots;
+  int bytes;
+};
+constexpr WarpgroupSpace MakeWarpgroupSpace(const PageLayout& layout, int tile, int query_terms,
+                                            int64_t vectors, bool is_summed) {
+  WarpgroupSpace s = {};
+  if (is_summed) {
+    s.blocks = vectors < kGroupTileRows ? static_cast<int>((vectors + kBlockVectors - 1) / kBlockVectors)
+                                        : kGroupTileRows / kBlockVectors;
+  }
+  s.word_bytes =
+      kMultiplyGroups * s.blocks * kBlockVectors * layout.value_pitch * static_cast<int>(sizeof(uint64_t));
+  s.query_bytes = query_terms * layout.head_pitch / kUnitDims * kQueryUnitBytes;
+  s.bytes = kGroupSharedBytes + s.word_bytes + tile / kGroupTileRows * s.query_bytes;
+  const int slots = (kWarpgroupSharedMax - s.bytes) / kSlotBytes;
+  s.slots = slots < kGroupSlotsMax ? slots : kGroupSlotsMax;
+  s.bytes += s.slots * kSlotBytes;
+  return s;
 }
-constexpr int GroupSlots(const PageLayout& layout, int tile) {
-  const int slots = (kWarpgroupSharedMax - kGroupSharedBytes - GroupQueryBytes(layout, tile)) / kSlotBytes;
-  return slots < kGroupSlotsMax ? slots : kGroupSlotsMax;
+constexpr WarpgroupSpace WarpgroupSpaceOf(const AttendArgs& args) {
+  return MakeWarpgroupSpace(args.layout, args.tile, args.query_terms, int64_t{args.rows} * args.group,
+                            args.is_summed());
 }
-constexpr int WarpgroupSharedBytes(const PageLayout& layout, int tile) {
-  return kGroupSharedBytes + GroupQueryBytes(layout, tile) + GroupSlots(layout, tile) * kSlotBytes;
+
+// Query vectors of a block: as many as its shared memory holds beside enough slots; 0: it does not hold the
+// fewest.
+constexpr int ChooseWarpgroupTile(const PageLayout& layout, int query_terms, int64_t vectors,
+                                  bool is_summed) {
+  for (const int tile : {kWarpgroupTileMax, kGroupTileRows}) {
+    if (tile > kGroupTileRows && vectors <= kGroupTileRows) continue;
+    if (MakeWarpgroupSpace(layout, tile, query_terms, vectors, is_summed).slots >= kGroupSlotsMin) {
+      return tile;
+    }
+  }
+  return 0;
 }
-// Whether the kernel takes such sessions, and how many vectors at most. Longer keys leave no room for slots.
+// Whether the kernel takes such sessions, if need be as partials. Longer keys leave no room for slots.
 constexpr bool TakesWarpgroups(const PageLayout& layout) {
-  return layout.element == 2 && GroupSlots(layout, kGroupTileRows) >= kGroupSlotsMin;
+  return layout.element == 2 && ChooseWarpgroupTile(layout, 2, 1, false) > 0;
 }
-constexpr int WarpgroupTile(const PageLayout& layout, int64_t vectors) {
-  return vectors > kGroupTileRows && GroupSlots(layout, kWarpgroupTileMax) >= kGroupSlotsMin
-             ? kWarpgroupTileMax
-             : kGroupTileRows;
+
+// 1 where every query is a number of the keys' type, up to a power of two (StretchOf): its low term is zero,
+// and leaving it out changes no bit. Else 2.
+template <class Type>
+int QueryTerms(const float* queries, int64_t count) {
+  uint32_t all = 0;
+  uint32_t largest = 0;
+  uint32_t smallest = 0xffU << 23;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = std::bit_cast<uint32_t>(queries[i]);
+    const uint32_t size = bits & 0x7fffffffU;
+    all |= bits;
+    largest = size > largest ? size : largest;
+    smallest = size != 0 && size < smallest ? size : smallest;
+  }
+  if constexpr (Type::kHasFloatRange) return (all & 0xffffU) == 0 ? 1 : 2;
+  // 11 digits, and in [2^-14, 2^15) when the largest of the vector is in [2^14, 2^15).
+  constexpr uint32_t kExponentMin = 31;  // StretchOf brings no less than that so far.
+  const bool fits =
+      largest == 0 || ((largest >> 23) - (smallest >> 23) <= 28 && smallest >> 23 >= kExponentMin);
+  return (all & 0x1fffU) == 0 && fits ? 1 : 2;
 }
+
 // Channels of one pass over a page's values.
 constexpr int GroupChannels(const PageLayout& layout) {
   return layout.value_pitch <= kGroupChannelsMax / 2 ? kGroupChannelsMax / 2 : kGroupChannelsMax;
@@ -145,7 +205,13 @@ struct RingPlace {
   }
 };
 
-EDUBA_DEVICE KeyRange KeysSeen(const PositionRange& visible, int64_t page) {
+EDUBA_DEVICE PositionRange VisibleOf(const VectorState& v) {
+  PositionRange visible;
+  visible.begin = v.begin;
+  visible.end = v.end;
+  return visible;
+}
+EDUBA_DEVICE KeyRange KeysSeen(const VectorState& visible, int64_t page) {
   const int64_t from = visible.begin - page * kPageRows;
   const int64_t to = visible.end - page * kPageRows;
   const int64_t first = from < 0 ? 0 : from;
@@ -178,10 +244,13 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   static_assert(Type::kElement == 2);
   using Registers = GroupRegisters<Type, kPassChannels>;
   const PageLayout& layout = args.layout;
+  const bool is_summed = args.is_summed();
+  const WarpgroupSpace space = WarpgroupSpaceOf(args);
   auto& shared = *reinterpret_cast<GroupShared*>(block.shared());
-  char* const queries = reinterpret_cast<char*>(block.shared()) + kGroupSharedBytes;
-  char* const slots = queries + GroupQueryBytes(layout, args.tile);
-  const int slot_count = GroupSlots(layout, args.tile);
+  char* const words = reinterpret_cast<char*>(block.shared()) + kGroupSharedBytes;
+  char* const queries = words + space.word_bytes;
+  char* const slots = queries + args.tile / kGroupTileRows * space.query_bytes;
+  const int slot_count = space.slots;
   typename Block::template Registers<Registers> registers(block);
 
   const int tile = static_cast<int>(block.index() % args.tiles);
@@ -193,24 +262,29 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   const int first_vector = tile * args.tile;
   const int left = args.rows * args.group - first_vector;
   const int vectors = left < args.tile ? left : args.tile;
-  const auto row_head_of = [&](int v) {
-    return int64_t{(first_vector + v) / args.group} * args.query_heads + kv_head * args.group +
-           (first_vector + v) % args.group;
-  };
   // Both groups have all vectors and take turns at the pages, or each has its own.
   const bool take_turns = args.tile == kGroupTileRows;
   const int units = layout.head_pitch / kUnitDims;
-  const int key_slices = (units + kKeySliceUnits - 1) / kKeySliceUnits;
+  const int key_slices = units / kKeySliceUnits;
   const int passes = (layout.value_pitch + kPassChannels - 1) / kPassChannels;
 
   block.Threads([&](int t) {
     if (t < kWarpgroupTileMax) {
-      shared.visible[t] = {0, 0};
+      VectorState& v = shared.vector[t];
+      v.begin = v.end = 0;
+      v.row_head = -1;
+      v.reference = 0;
+      v.l = v.fault = 0;
       shared.stretch[t] = shared.shrink[t] = 1;
-      if (t < vectors) {
-        shared.visible[t] = args.visible[(first_vector + t) / args.group];
+      const int i = take_turns ? t % kGroupTileRows : t;  // Of the tile.
+      if (i < vectors) {
+        const int row = (first_vector + i) / args.group;
+        v.begin = args.visible[row].begin;
+        v.end = args.visible[row].end;
+        v.row_head = int64_t{row} * args.query_heads + kv_head * args.group + (first_vector + i) % args.group;
+        if (is_summed) v.reference = args.reference[v.row_head];
         if constexpr (!Type::kHasFloatRange) {
-          const float* const query = args.queries + row_head_of(t) * layout.head_dim;
+          const float* const query = args.queries + v.row_head * layout.head_dim;
           float largest = 0;
           for (int d = 0; d < layout.head_dim; ++d) {
             const float size = query[d] < 0 ? -query[d] : query[d];
@@ -222,21 +296,24 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         }
       }
     }
-    if (t < kMultiplyGroups) shared.has_low[t] = 0;
     if (t < slot_count) {
       block.InitBarrier(&shared.full[t], kGroupThreads);
       block.InitBarrier(&shared.empty[t], kMultiplyGroups * kGroupWarps);
     }
+    for (int i = t; i < space.word_bytes / static_cast<int>(sizeof(WordPair)); i += kWarpgroupThreads) {
+      reinterpret_cast<WordPair*>(words)[i] = {{0, 0}};
+    }
   });
-  // Queries in two terms, as core matrices: [64 vectors][term][8 dimensions][64][8].
+  // Queries in their terms, as core matrices: [64 vectors][term][8 dimensions][64][8].
   block.Threads([&](int t) {
     if (t < kMultiplyGroups * kHulls) {
       constexpr int kVectors = kGroupTileRows / kHulls;
       PositionRange hull = {0, 0};
-      PositionRange core = shared.visible[t * kVectors];
+      PositionRange core = VisibleOf(shared.vector[t * kVectors]);
       for (int i = 0; i < kVectors; ++i) {
-        hull = HullOf(hull, shared.visible[t * kVectors + i]);
-        core = CoreOf(core, shared.visible[t * kVectors + i]);
+        const PositionRange visible = VisibleOf(shared.vector[t * kVectors + i]);
+        hull = HullOf(hull, visible);
+        core = CoreOf(core, visible);
       }
       shared.part_hull[t] = hull;
       shared.part_core[t] = core;
@@ -244,7 +321,8 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     for (int i = t; i < args.tile * units; i += kWarpgroupThreads) {
       const int v = i / units;
       const int unit = i % units;
-      const float* const query = v < vectors ? args.queries + row_head_of(v) * layout.head_dim : nullptr;
+      const float* const query =
+          v < vectors ? args.queries + shared.vector[v].row_head * layout.head_dim : nullptr;
       Load16 high;
       Load16 low;
       EDUBA_UNROLL
@@ -257,12 +335,10 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         }
         Split<Type>(x, y, high.word[j], low.word[j]);
       }
-      const int group = v / kGroupTileRows;
-      char* const to = queries + group * GroupQueryBytes(layout, kGroupTileRows) + unit * kQueryUnitBytes +
+      char* const to = queries + v / kGroupTileRows * space.query_bytes + unit * kQueryUnitBytes +
                        v % kGroupTileRows * kLoadBytes;
-      block.Store(t, to, low);
-      block.Store(t, to + units * kQueryUnitBytes, high);
-      if ((low.word[0] | low.word[1] | low.word[2] | low.word[3]) != 0) shared.has_low[group] = 1;
+      block.Store(t, to, args.query_terms == 2 ? low : high);
+      if (args.query_terms == 2) block.Store(t, to + units * kQueryUnitBytes, high);
     }
     block.Publish(t);
   });
@@ -309,7 +385,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       const char* const data = static_cast<const char*>(page.data);
       // Mostly the first vector or the last sees the whole page, and all rows are seen.
       const auto sees_all = [&](int v) {
-        const KeyRange seen = KeysSeen(shared.visible[v], page.index);
+        const KeyRange seen = KeysSeen(shared.vector[v], page.index);
         return seen.begin == 0 && seen.end == kPageRows;
       };
       const bool all_seen = block.Uniform(sees_all(0) || sees_all(vectors - 1) ? 1 : 0) != 0;
@@ -320,7 +396,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
             const int64_t position = page.index * kPageRows + row;
             bool is_seen = false;
             for (int v = 0; v < vectors && !is_seen; ++v) {
-              is_seen = position >= shared.visible[v].begin && position < shared.visible[v].end;
+              is_seen = position >= shared.vector[v].begin && position < shared.vector[v].end;
             }
             shared.seen[row] = is_seen;
           }
@@ -329,29 +405,28 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       }
       // Keys that nobody sees may be anything: so are their logits, which nobody uses.
       for (int s = 0; s < key_slices; ++s) {
-        const int first = s * kKeySliceUnits;
-        const int count = units - first < kKeySliceUnits ? units - first : kKeySliceUnits;
         slice([&](int t, char* to, uint64_t* barrier) {
-          if (t == 0) block.Expect(barrier, count * kKeyUnitBytes);
+          if (t == 0) block.Expect(barrier, kKeySliceUnits * kKeyUnitBytes);
           constexpr int kPieces = kPageRows / kKeyBlockRows;
-          if (t >= count * kPieces) return;
+          if (t >= kKeySliceUnits * kPieces) return;
           const int unit = t / kPieces;
           const int piece = t % kPieces;
           block.CopyBulk(
               to + unit * kKeyUnitBytes + piece * kKeyPieceBytes,
-              data + layout.key(kv_head, piece * kKeyBlockRows, (first + unit) * kUnitDims) * Type::kElement,
+              data + layout.key(kv_head, piece * kKeyBlockRows, (s * kKeySliceUnits + unit) * kUnitDims) *
+                         Type::kElement,
               kKeyPieceBytes, barrier);
         });
       }
       // A row of values that nobody sees counts as zeros, which its weight is as well. Channels behind the
       // last may be anything: so are their sums, which nobody stores.
-      for (int s = 0; s < passes * kValueSlices; ++s) {
-        const int first_channel = s / kValueSlices * kPassChannels;
-        const int first_row = s % kValueSlices * kValueRows;
+      for (int s = 0; s < passes * kGroupValueSlices; ++s) {
+        const int first_channel = s / kGroupValueSlices * kPassChannels;
+        const int first_row = s % kGroupValueSlices * kGroupValueRows;
         slice([&](int t, char* to, uint64_t* /*barrier*/) {
           constexpr int kUnits = kPassChannels / kCoreRows;
           EDUBA_UNROLL
-          for (int i = 0; i < kValueRows * kUnits / kGroupThreads; ++i) {
+          for (int i = 0; i < kGroupValueRows * kUnits / kGroupThreads; ++i) {
             const int row = (t + i * kGroupThreads) / kUnits;
             const int unit = (t + i * kGroupThreads) % kUnits;
             const int channel = first_channel + unit * kCoreRows;
@@ -374,10 +449,19 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
 
   const auto multiply = [&](const auto& group) {
     const int mine = group.index() - 1;
-    const int first = take_turns ? 0 : mine * kGroupTileRows;  // Of the tile's vectors.
     const int first_thread = group.index() * kGroupThreads;
-    const auto vector_of = [&](int warp, int lane, int i) {
-      return first + warp * kTileRows + lane / 4 + 8 * i;
+    const auto registers_at = [&](const auto& warp, int lane) -> Registers& {
+      return registers[first_thread + warp.index() * kWarpThreads + lane];
+    };
+    const auto vector_of = [&](const auto& warp, int lane, int i) -> VectorState& {
+      return shared.vector[mine * kGroupTileRows + warp.index() * kTileRows + 8 * i + lane / 4];
+    };
+    // The group's words of a lane's vector i, 8 channels a tile.
+    const auto words_of = [&](const auto& warp, int lane, int i, int channel_tile) -> WordPair& {
+      const int block_of_vectors = mine * space.blocks + 2 * warp.index() + i;
+      return reinterpret_cast<WordPair*>(
+          words)[(block_of_vectors * (layout.value_pitch / kTileColumns) + channel_tile) * kWarpThreads +
+                 lane];
     };
     const auto s_of = [&](int t) -> float(&)[kKeyTiles][4] { return registers[first_thread + t].s; };
     const auto o_of = [&](int t) -> float(&)[kPassChannels / kTileColumns][4] {
@@ -385,14 +469,14 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     };
     group.Warps([&](const auto& warp) {
       warp.Lanes([&](int lane) {
-        Registers& r = registers[first_thread + warp.index() * kWarpThreads + lane];
         EDUBA_UNROLL
-        for (int i = 0; i < 2; ++i) r.shrink[i] = shared.shrink[vector_of(warp.index(), lane, i)];
+        for (int i = 0; i < 2; ++i) {
+          registers_at(warp, lane).shrink[i] =
+              shared.shrink[mine * kGroupTileRows + warp.index() * kTileRows + 8 * i + lane / 4];
+        }
       });
     });
-    // A tile whose queries are 16-bit numbers has no low terms: their products would add nothing.
-    const bool has_low = block.Uniform(shared.has_low[take_turns ? 0 : mine]) != 0;
-    const char* const query = queries + (take_turns ? 0 : mine) * GroupQueryBytes(layout, kGroupTileRows);
+    const char* const query = queries + (take_turns ? 0 : mine) * space.query_bytes;
     RingPlace place;
     int turn = 0;
     const auto wait = [&] { group.Wait(&shared.full[place.slot], place.parity); };
@@ -411,25 +495,25 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
       const PageEntry page = args.page[slot];
       const bool comes = is_loaded(page.index);
-      const bool is_seen =
-          block.Uniform(SeesPage(shared.hull[take_turns ? 0 : mine], page.index) ? 1 : 0) != 0;
-      const PositionRange core = shared.core[take_turns ? 0 : mine];
+      const bool is_seen = block.Uniform(SeesPage(shared.hull[mine], page.index) ? 1 : 0) != 0;
+      const PositionRange core = shared.core[mine];
       const bool all_seen =
           block.Uniform(
               core.begin <= page.index * kPageRows && core.end >= (page.index + 1) * kPageRows ? 1 : 0) != 0;
       const bool is_mine = !take_turns || turn % kMultiplyGroups == mine;
       if (comes) ++turn;
-      if (!is_seen && is_mine) {
+      if (!is_seen && is_mine && !is_summed) {
         group.Threads([&](int t) {
-          const int v = first + t;
-          if (t >= kGroupTileRows || v >= vectors) return;
-          args.m[slot * row_heads + row_head_of(v)] = -Infinity();
-          args.l[slot * row_heads + row_head_of(v)] = 0;
+          if (t >= kGroupTileRows) return;
+          const int64_t row_head = shared.vector[mine * kGroupTileRows + t].row_head;
+          if (row_head < 0) return;
+          args.m[slot * row_heads + row_head] = -Infinity();
+          args.l[slot * row_heads + row_head] = 0;
         });
       }
       if (!is_seen || !is_mine) {
         // Every group takes part in every phase of a barrier: a parity tells a phase from the next one only.
-        for (int s = 0; comes && s < key_slices + passes * kValueSlices; ++s) {
+        for (int s = 0; comes && s < key_slices + passes * kGroupValueSlices; ++s) {
           wait();
           give_back(place.slot);
           place.Next(slot_count);
@@ -439,30 +523,30 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
 
       // 16 dimensions. For each number of terms by itself: products have to stand in one line for the
       // compiler.
-      const auto multiply_keys = [&]<int kTerms, bool kIsSum>(int unit) {
-        const bool is_first = unit % kKeySliceUnits == 0;  // Of a slice.
-        if (is_first) wait();
+      const auto multiply_keys = [&]<int kTerms, bool kIsSum>(int s) {
+        wait();
         const uint32_t keys = block.AddressOf(slots + place.slot * kSlotBytes);
         group.FenceRegisters();
         EDUBA_UNROLL
-        for (int term = 2 - kTerms; term < 2; ++term) {
+        for (int term = 0; term < kTerms; ++term) {
           group.template MultiplyKeys<Type>(
               s_of,
-              MatrixDescriptor(block.AddressOf(query + (term * units + unit) * kQueryUnitBytes),
+              MatrixDescriptor(block.AddressOf(query + (term * units + s * kKeySliceUnits) * kQueryUnitBytes),
                                kQueryUnitBytes, kCoreBytes),
-              MatrixDescriptor(keys + unit % kKeySliceUnits * kKeyUnitBytes, kKeyUnitBytes, kCoreBytes),
-              kIsSum || term > 2 - kTerms);
+              MatrixDescriptor(keys, kKeyUnitBytes, kCoreBytes), kIsSum || term > 0);
         }
         group.CommitProducts();
-        group.template WaitForProducts<1>();
-        if (is_first && unit > 0) give_back(before());
-        if (!is_first || unit + 2 == units) place.Next(slot_count);
+        if constexpr (kIsSum) {
+          group.template WaitForProducts<1>();
+          give_back(before());
+        }
+        place.Next(slot_count);
       };
       const auto multiply_all_keys = [&]<int kTerms>() {
         multiply_keys.template operator()<kTerms, false>(0);
-        for (int unit = 2; unit < units; unit += 2) multiply_keys.template operator()<kTerms, true>(unit);
+        for (int s = 1; s < key_slices; ++s) multiply_keys.template operator()<kTerms, true>(s);
       };
-      if (has_low) {
+      if (args.query_terms == 2) {
         multiply_all_keys.template operator()<2>();
       } else {
         multiply_all_keys.template operator()<1>();
@@ -471,14 +555,11 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       group.KeepProducts(s_of);
 
       group.Warps([&](const auto& warp) {
-        const auto registers_of = [&](int lane) -> Registers& {
-          return registers[first_thread + warp.index() * kWarpThreads + lane];
-        };
+        const auto registers_of = [&](int lane) -> Registers& { return registers_at(warp, lane); };
         warp.Lanes([&](int lane) {
-          Registers& r = registers_of(lane);
           EDUBA_UNROLL
           for (int i = 0; i < 2; ++i) {
-            r.seen[i] = KeysSeen(shared.visible[vector_of(warp.index(), lane, i)], page.index);
+            registers_of(lane).seen[i] = KeysSeen(vector_of(warp, lane, i), page.index);
           }
         });
         WeighKeys<Type>(
@@ -500,17 +581,33 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
             }
           }
         });
+        // Lanes 0 and 1 of four look after the vectors that the four share.
+        if (is_summed) {
+          warp.Sync();
+          warp.Lanes([&](int lane) {
+            const int i = lane % 4;
+            if (i >= 2) return;
+            const Registers& r = registers_of(lane);
+            const bool is_first = i == 0;
+            const KeyRange seen = is_first ? r.seen[0] : r.seen[1];
+            const float l = is_first ? r.l[0] : r.l[1];
+            TakePage(args, page.index, seen.begin < seen.end,
+                     (is_first ? r.bad[0] : r.bad[1]) == 0 && IsFinite(l), is_first ? r.m[0] : r.m[1], l,
+                     vector_of(warp, lane, i));
+          });
+          warp.Sync();
+        }
       });
 
       for (int pass = 0; pass < passes; ++pass) {
         EDUBA_UNROLL
-        for (int part = 0; part < kValueSlices; ++part) {
+        for (int part = 0; part < kGroupValueSlices; ++part) {
           wait();
           group.FenceRegisters();
           const uint32_t values = block.AddressOf(slots + place.slot * kSlotBytes);
           EDUBA_UNROLL
-          for (int i = 0; i < kValueRows / kTileDepth; ++i) {
-            const int step = part * (kValueRows / kTileDepth) + i;
+          for (int i = 0; i < kGroupValueRows / kTileDepth; ++i) {
+            const int step = part * (kGroupValueRows / kTileDepth) + i;
             const uint64_t b =
                 MatrixDescriptor(values + i * kTileDepth * kLoadBytes, kCoreBytes, kValueUnitBytes);
             if constexpr (kWeightTerms<Type> == 2) {
@@ -539,45 +636,92 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         group.KeepProducts(o_of);
         group.Warps([&](const auto& warp) {
           warp.Lanes([&](int lane) {
-            Registers& r = registers[first_thread + warp.index() * kWarpThreads + lane];
+            Registers& r = registers_at(warp, lane);
             EDUBA_UNROLL
             for (int i = 0; i < 2; ++i) {
               if (r.seen[i].begin >= r.seen[i].end) continue;
-              const int channel = pass * kPassChannels + lane % 4 * 2;
-              float* const to =
-                  args.o +
-                  (slot * row_heads + row_head_of(vector_of(warp.index(), lane, i))) * layout.value_pitch +
-                  channel;
-              EDUBA_UNROLL
-              for (int n = 0; n < kPassChannels / kTileColumns; ++n) {
-                if (channel + n * kTileColumns >= layout.value_pitch) continue;
-                const float x = Unshifted<Type>(r.o[n][2 * i]);
-                const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
-                if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
-                StorePair(to + n * kTileColumns, x, y);
+              const VectorState& v = vector_of(warp, lane, i);
+              const int first_channel = pass * kPassChannels + lane % 4 * 2;
+              // each(tile, channel, x, y) for the two channels that the lane has of each tile of 8.
+              const auto for_channels = [&](const auto& each) {
+                EDUBA_UNROLL
+                for (int n = 0; n < kPassChannels / kTileColumns; ++n) {
+                  const int channel = first_channel + n * kTileColumns;
+                  if (channel >= layout.value_pitch) continue;
+                  const float x = Unshifted<Type>(r.o[n][2 * i]);
+                  const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
+                  if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
+                  each(pass * (kPassChannels / kTileColumns) + n, channel, x, y);
+                }
+              };
+              if (!is_summed) {
+                float* const to = args.o + (slot * row_heads + v.row_head) * layout.value_pitch;
+                for_channels(
+                    [&](int /*tile*/, int channel, float x, float y) { StorePair(to + channel, x, y); });
+                continue;
               }
+              const double weight = v.weight;
+              const double bound = v.bound;
+              const double* const units_of_head = args.unit + int64_t{kv_head} * layout.value_dim;
+              for_channels([&](int channel_tile, int channel, float x, float y) {
+                if (bound < 0) return;
+                WordPair pair = words_of(warp, lane, i, channel_tile);
+                // The padding's values are zeros.
+                if (channel < layout.value_dim &&
+                    !AddWord(x, weight, units_of_head[channel], bound, pair.word[0])) {
+                  r.bad[i] = 1;
+                }
+                if (channel + 1 < layout.value_dim &&
+                    !AddWord(y, weight, units_of_head[channel + 1], bound, pair.word[1])) {
+                  r.bad[i] = 1;
+                }
+                words_of(warp, lane, i, channel_tile) = pair;
+              });
             }
           });
         });
       }
 
       group.Warps([&](const auto& warp) {
-        const auto registers_of = [&](int lane) -> Registers& {
-          return registers[first_thread + warp.index() * kWarpThreads + lane];
-        };
         EDUBA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          warp.QuadMax([&](int lane) -> float& { return registers_of(lane).bad[i]; });
+          warp.QuadMax([&](int lane) -> float& { return registers_at(warp, lane).bad[i]; });
           warp.Lanes([&](int lane) {
-            const Registers& r = registers_of(lane);
-            const int v = vector_of(warp.index(), lane, i);
-            if (lane % 4 != 0 || v >= vectors) return;
-            KeepTotals(args, slot, page.index, row_head_of(v), r.seen[i].begin < r.seen[i].end,
-                       r.bad[i] == 0 && IsFinite(r.l[i]), r.m[i], r.l[i]);
+            const Registers& r = registers_at(warp, lane);
+            VectorState& v = vector_of(warp, lane, i);
+            const bool sees_keys = r.seen[i].begin < r.seen[i].end;
+            const bool is_good = r.bad[i] == 0 && IsFinite(r.l[i]);
+            if (lane % 4 != i || v.row_head < 0) return;
+            if (is_summed) {
+              if (sees_keys && !is_good) FailPage(args, page.index, v);
+            } else {
+              KeepTotals(args, slot, page.index, v.row_head, sees_keys, is_good, r.m[i], r.l[i]);
+            }
           });
         }
       });
     }
+
+    if (!is_summed) return;
+    group.Warps([&](const auto& warp) {
+      warp.Lanes([&](int lane) {
+        EDUBA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const VectorState& v = vector_of(warp, lane, i);
+          if (v.row_head < 0) continue;
+          uint64_t* const to = args.words + v.row_head * (layout.value_dim + 2);
+          for (int n = 0; n < layout.value_pitch / kTileColumns; ++n) {
+            const WordPair pair = words_of(warp, lane, i, n);
+            const int channel = n * kTileColumns + lane % 4 * 2;
+            if (channel < layout.value_dim && pair.word[0] != 0) AtomicAdd(&to[channel], pair.word[0]);
+            if (channel + 1 < layout.value_dim && pair.word[1] != 0) {
+              AtomicAdd(&to[channel + 1], pair.word[1]);
+            }
+          }
+          if (lane % 4 == i) AddToTotal(to + layout.value_dim, v.l, v.fault != 0, args.limit);
+        }
+      });
+    });
   };
 
   block.Groups([&](const auto& group) {

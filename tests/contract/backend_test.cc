@@ -15,6 +15,7 @@
 #include <ostream>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -614,6 +615,38 @@ TEST_P(BackendContract, ARowOf16BitQueriesHasTheSameBitsAloneAndAmongOthers) {
     EXPECT_EQ(std::memcmp(alone->outputs.data(), &among->outputs[outputs], outputs * sizeof(float)), 0);
     EXPECT_EQ(
         std::memcmp(alone->lse.data(), &among->lse[alone->lse.size()], alone->lse.size() * sizeof(float)), 0);
+  }
+}
+
+// Steps of more query vectors than a block takes, or than it has room to add up for, go other ways.
+TEST_P(BackendContract, RowsOfAStepOfAnySizeHaveTheBitsOfEachAlone) {
+  for (const DType dtype : {DType::kBf16, DType::kF16}) {
+    for (const auto& [dim, rows, is_16_bit] :
+         {std::tuple(128, 9, true), std::tuple(128, 9, false), std::tuple(256, 5, false)}) {
+      RankGroup group = Group(GetParam(), 1);
+      ProblemSpec spec;
+      spec.shape = {16, 2, dim, dim, dtype, 0.125F, 0};
+      spec.rows = rows;
+      spec.positions = 600;
+      spec.sink_logit = 1;
+      spec.visible = Visible::kCausal;
+      Problem problem = GetParam().MakeProblem(spec);
+      for (size_t i = 0; is_16_bit && i < problem.queries.size(); ++i) {
+        problem.queries[i] = F32FromBf16(Bf16FromF32(problem.queries[i]));
+      }
+      SCOPED_TRACE(spec.ToString());
+      group.Load(problem);
+      const auto all = group.Attend(problem, {0});
+      ASSERT_TRUE(all.ok()) << all.status();
+      EXPECT_EQ(all->paths.maximum, 0);
+      for (const int row : {0, rows / 2, rows - 1}) {
+        const auto alone = group.Attend(problem.WithRows({row}), {0});
+        ASSERT_TRUE(alone.ok()) << alone.status();
+        const size_t count = alone->outputs.size();
+        EXPECT_EQ(std::memcmp(alone->outputs.data(), &all->outputs[row * count], count * sizeof(float)), 0)
+            << row;
+      }
+    }
   }
 }
 
