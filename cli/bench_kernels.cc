@@ -87,7 +87,7 @@ absl::Status RunAttend(const AttendBenchFlags& flags) {
   Json list = Json::array();
   std::vector<std::vector<std::string>> table = {{"backend", "head_dim", "queries/kv", "rows", "keys",
                                                   "dtype", "ms", "GB/s", "stream GB/s", "share", "GFLOP/s",
-                                                  "of matmul"}};
+                                                  "of matmul", "kernel ms", "its share", "of matmul"}};
   for (const AttendResult& r : results) {
     Json entry = {{"backend", r.backend},
                   {"threads", r.threads},
@@ -96,6 +96,7 @@ absl::Status RunAttend(const AttendBenchFlags& flags) {
                   {"query_rows", r.query_rows},
                   {"keys", r.keys},
                   {"dtype", DTypeName(r.dtype)},
+                  {"query_dtype", DTypeName(r.has_16_bit_queries ? r.dtype : DType::kF32)},
                   {"bytes", r.bytes},
                   {"seconds", r.seconds},
                   {"spread", r.spread},
@@ -111,13 +112,23 @@ absl::Status RunAttend(const AttendBenchFlags& flags) {
       entry["matrix_bf16_gflops"] = r.matrix_bf16_gflops;
       entry["matrix_f32_gflops"] = r.matrix_f32_gflops;
     }
+    const bool on_gpu = r.kernel_seconds > 0;
+    if (on_gpu) {
+      entry["kernel_seconds"] = r.kernel_seconds;
+      entry["kernel_share"] = r.kernel_share;
+      if (batch) entry["kernel_matrix_share"] = r.kernel_matrix_share;
+    }
     list.push_back(std::move(entry));
     table.push_back({r.backend, absl::StrCat(r.head_dim), absl::StrCat(r.queries_per_kv_head),
-                     absl::StrCat(r.query_rows), absl::StrFormat("%.0f", r.keys), DTypeName(r.dtype),
+                     absl::StrCat(r.query_rows), absl::StrFormat("%.0f", r.keys),
+                     absl::StrCat(DTypeName(r.dtype), r.has_16_bit_queries ? ", queries too" : ""),
                      absl::StrFormat("%.3f", 1e3 * r.seconds), absl::StrFormat("%.2f", r.gb_per_s),
                      absl::StrFormat("%.2f", r.stream_gb_per_s), absl::StrFormat("%.2f", r.share),
                      batch ? absl::StrFormat("%.1f", r.gflops) : "",
-                     batch ? absl::StrFormat("%.2f %s", r.matrix_share, r.matrix_dtype) : ""});
+                     batch ? absl::StrFormat("%.2f %s", r.matrix_share, r.matrix_dtype) : "",
+                     on_gpu ? absl::StrFormat("%.3f", 1e3 * r.kernel_seconds) : "",
+                     on_gpu ? absl::StrFormat("%.2f", r.kernel_share) : "",
+                     on_gpu && batch ? absl::StrFormat("%.2f", r.kernel_matrix_share) : ""});
   }
   if (flags.json) {
     PrintJson(list);

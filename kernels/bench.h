@@ -51,6 +51,11 @@ struct AttendResult {
   double gb_per_s = 0;
   double stream_gb_per_s = 0;  // Measured between the rounds.
   double share = 0;            // gb_per_s / stream_gb_per_s
+  // On a GPU: how long it was busy with keys and values, without the copies, sinks and waits of the step.
+  double kernel_seconds = 0;
+  double kernel_share = 0;
+  double kernel_matrix_share = 0;
+  bool has_16_bit_queries = false;  // They are numbers of `dtype`.
   // Batches only (0 and empty otherwise): 2 (head_dim + value_dim) operations per query vector and key,
   // beside the rate of a large oneDNN matmul on this machine. The ceiling is the faster of bf16 and f32:
   // chips without bf16 do it slowly.

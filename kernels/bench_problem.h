@@ -57,11 +57,12 @@ inline absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vect
 }
 
 // Pages full of one random page's numbers, and queries against them, which see all keys. With `is_causal`
-// they are at the last positions, and see what is before them; with a window, the last `window` of it.
+// they are at the last positions, and see what is before them; with a window, the last `window` of it. With
+// `has_16_bit_queries` queries are rounded as keys are.
 class AttendProblem {
  public:
   AttendProblem(Backend& backend, const AttentionShape& shape, int rows, int64_t pages, char* memory,
-                ThreadPool& pool, bool is_causal = false, int64_t window = 0)
+                ThreadPool& pool, bool is_causal = false, int64_t window = 0, bool has_16_bit_queries = false)
       : visible_(rows, {0, pages * kPageRows}),
         // The sink weighs about as much as all keys, so that the sums take the sink path.
         sink_logits_(shape.query_heads, std::log(static_cast<float>(pages * kPageRows))) {
@@ -72,7 +73,10 @@ class AttendProblem {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     queries_.resize(static_cast<size_t>(rows) * shape.query_heads * shape.head_dim);
-    for (float& x : queries_) x = normal(random);
+    for (float& x : queries_) {
+      x = normal(random);
+      if (has_16_bit_queries) x = RoundedTo(shape.dtype, x);
+    }
     const auto stored = [&](int64_t count, int16_t* exponent) {
       std::vector<char> bytes(count * DTypeBytes(shape.dtype));
       for (int64_t i = 0; i < count; ++i) {
@@ -101,6 +105,10 @@ class AttendProblem {
     args_.positions = pages * kPageRows;
   }
   const StepArgs& args() const { return args_; }
+  // Pages that some row sees. REQUIRES: causal rows, or rows that see all.
+  int64_t seen_pages() const {
+    return static_cast<int64_t>(refs_.size()) - visible_.front().begin / kPageRows;
+  }
   // Pairs of a row and a key that it sees.
   double pairs() const {
     double count = 0;
@@ -109,6 +117,11 @@ class AttendProblem {
   }
 
  private:
+  static float RoundedTo(DType dtype, float x) {
+    if (dtype == DType::kF32) return x;
+    return dtype == DType::kBf16 ? F32FromBf16(Bf16FromF32(x)) : F32FromF16(F16FromF32(x));
+  }
+
   std::vector<float> queries_;
   std::vector<PositionRange> visible_;
   std::vector<float> sink_logits_;

@@ -33,12 +33,29 @@ struct Case {
   int rows;
   bool is_causal = false;
   int64_t window = 0;  // 0: all keys.
+  DType dtype = DType::kBf16;
+  bool has_16_bit_queries = false;  // Of tensor cores alone: nobody else cares.
 };
-constexpr Case kCases[] = {
-    {8 << 10, 1, 1},   {8 << 10, 4, 1},   {8 << 10, 8, 1},           {64 << 10, 1, 1},
-    {64 << 10, 4, 1},  {64 << 10, 8, 1},  {1 << 20, 1, 1},           {1 << 20, 4, 1},
-    {1 << 20, 8, 1},   {4 << 20, 1, 1},   {4 << 20, 4, 1},           {4 << 20, 8, 1},
-    {64 << 10, 1, 64}, {64 << 10, 4, 64}, {32 << 10, 4, 2048, true}, {32 << 10, 4, 2048, true, 4096}};
+constexpr Case kCases[] = {{8 << 10, 1, 1},
+                           {8 << 10, 4, 1},
+                           {8 << 10, 8, 1},
+                           {64 << 10, 1, 1},
+                           {64 << 10, 4, 1},
+                           {64 << 10, 8, 1},
+                           {1 << 20, 1, 1},
+                           {1 << 20, 4, 1},
+                           {1 << 20, 8, 1},
+                           {4 << 20, 1, 1},
+                           {4 << 20, 4, 1},
+                           {4 << 20, 8, 1},
+                           {64 << 10, 1, 64},
+                           {64 << 10, 4, 64},
+                           {32 << 10, 4, 2048, true},
+                           {32 << 10, 4, 2048, true, 4096},
+                           {32 << 10, 4, 2048, true, 0, DType::kBf16, true},
+                           {32 << 10, 4, 2048, true, 4096, DType::kBf16, true},
+                           {32 << 10, 4, 2048, true, 0, DType::kF16, true},
+                           {32 << 10, 4, 2048, true, 4096, DType::kF16, true}};
 
 // Page memory that goes back to its backend.
 class Slab {
@@ -60,7 +77,7 @@ AttentionShape ShapeOf(const Case& c) {
   shape.kv_heads = kKvHeads;
   shape.query_heads = kKvHeads * c.group;
   shape.head_dim = shape.value_dim = kHeadDim;
-  shape.dtype = DType::kBf16;
+  shape.dtype = c.dtype;
   shape.scale = 1 / std::sqrt(static_cast<float>(kHeadDim));
   return shape;
 }
@@ -132,16 +149,19 @@ class Copier {
   int64_t half_ = 0;
 };
 
-absl::StatusOr<AttendResult> RunCase(Backend& backend, Copier& copier, cuda::MatrixRate& matrix,
-                                     const Case& c, int rounds, double most, ThreadPool& pool) {
+absl::StatusOr<AttendResult> RunCase(Backend& backend, cuda::Device& device, Copier& copier,
+                                     cuda::MatrixRate& matrix, const Case& c, int rounds, double most,
+                                     ThreadPool& pool) {
   const AttentionShape shape = ShapeOf(c);
   EDUBA_RETURN_IF_ERROR(CheckAgainstReference(backend, shape, std::min(c.rows, kCheckRows), most));
   const int64_t pages = c.keys / kPageRows;
   const int64_t bytes = pages * backend.PageBytes(shape);
   EDUBA_ASSIGN_OR_RETURN(void* const memory, backend.AllocateSlab(bytes));
   const Slab slab(backend, bytes, memory);
-  const AttendProblem problem(backend, shape, c.rows, pages, slab.data(), pool, c.is_causal, c.window);
+  const AttendProblem problem(backend, shape, c.rows, pages, slab.data(), pool, c.is_causal, c.window,
+                              c.has_16_bit_queries);
   std::vector<double> attend;
+  std::vector<double> kernels;
   std::vector<double> copies;
   std::vector<double> products;
   std::vector<float> outputs;
@@ -149,6 +169,7 @@ absl::StatusOr<AttendResult> RunCase(Backend& backend, Copier& copier, cuda::Mat
     absl::Status status;
     const double taken = Seconds([&] { status = AttendOnce(backend, problem.args(), outputs); });
     EDUBA_RETURN_IF_ERROR(status);
+    EDUBA_ASSIGN_OR_RETURN(const double busy, device.AttentionSeconds());
     EDUBA_ASSIGN_OR_RETURN(const double copied, copier.Measure());
     double rate = 0;
     if (c.rows > 1) {
@@ -156,6 +177,7 @@ absl::StatusOr<AttendResult> RunCase(Backend& backend, Copier& copier, cuda::Mat
     }
     if (round == 0) continue;
     attend.push_back(taken);
+    kernels.push_back(busy);
     copies.push_back(copied);
     products.push_back(rate);
   }
@@ -167,18 +189,23 @@ absl::StatusOr<AttendResult> RunCase(Backend& backend, Copier& copier, cuda::Mat
   r.queries_per_kv_head = c.group;
   r.query_rows = c.rows;
   r.keys = problem.pairs() / c.rows;
-  r.bytes = bytes;
+  r.dtype = c.dtype;
+  r.has_16_bit_queries = c.has_16_bit_queries;
+  r.bytes = problem.seen_pages() * backend.PageBytes(shape);
   r.seconds = Median(attend);
   const auto [fastest, slowest] = std::minmax_element(attend.begin(), attend.end());
   r.spread = (*slowest - *fastest) / r.seconds;
-  r.gb_per_s = 1e-9 * static_cast<double>(bytes) / r.seconds;
+  r.gb_per_s = 1e-9 * static_cast<double>(r.bytes) / r.seconds;
   r.stream_gb_per_s = Median(copies);
   r.share = r.gb_per_s / r.stream_gb_per_s;
+  r.kernel_seconds = Median(kernels);
+  r.kernel_share = r.share * r.seconds / r.kernel_seconds;
   r.gflops = 4e-9 * shape.query_heads * problem.pairs() * kHeadDim / r.seconds;
   if (c.rows > 1) {
     r.matrix_gflops = r.matrix_bf16_gflops = Median(products);
     r.matrix_dtype = absl::StrCat("bf16 ", matrix.name());
     r.matrix_share = r.gflops / r.matrix_gflops;
+    r.kernel_matrix_share = r.matrix_share * r.seconds / r.kernel_seconds;
   }
   return r;
 }
@@ -200,7 +227,9 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
   cuda.precision = precision;
   cuda.page_bytes = options.bytes;
   cuda.threads = std::max(1, options.threads);
-  EDUBA_ASSIGN_OR_RETURN(const auto backend, MakeCudaBackendOn(std::move(device), cuda));
+  const std::shared_ptr<cuda::Device> timed = std::move(device);
+  timed->TimeAttention();
+  EDUBA_ASSIGN_OR_RETURN(const auto backend, MakeCudaBackendOn(timed, cuda));
   Copier copier(*copies);
   EDUBA_RETURN_IF_ERROR(copier.Init(std::min(kCopyBytesMin, std::max<int64_t>(options.bytes, 256))));
   EDUBA_ASSIGN_OR_RETURN(const auto matrix, cuda::MatrixRate::Make(*copies));
@@ -215,10 +244,11 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
                                        c.group, c.rows, c.is_causal ? " causal" : "", c.window),
                        done++, static_cast<int>(std::size(kCases)));
     }
+    if (c.has_16_bit_queries && precision != CudaPrecision::kTensor) continue;
     // A host that plays a GPU would take an hour for a prefill.
     if (c.keys * kKeyBytes > options.bytes || (played && c.rows > kCheckRows)) continue;
     EDUBA_ASSIGN_OR_RETURN(const AttendResult result,
-                           RunCase(*backend, copier, *matrix, c, options.rounds, most, pool));
+                           RunCase(*backend, *timed, copier, *matrix, c, options.rounds, most, pool));
     results.push_back(result);
   }
   if (results.empty()) {

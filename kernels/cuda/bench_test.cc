@@ -26,6 +26,9 @@ TEST(CudaAttendBench, MeasuresWhatFitsBesideCopies) {
     EXPECT_GT(r.seconds, 0);
     EXPECT_GT(r.stream_gb_per_s, 0);
     EXPECT_GT(r.share, 0);
+    EXPECT_GT(r.kernel_seconds, 0);
+    EXPECT_LE(r.kernel_seconds, r.seconds);
+    EXPECT_GE(r.kernel_share, r.share);
   }
 }
 

@@ -157,11 +157,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     EDUBA_RETURN_IF_ERROR(CheckCancelled());
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     started_ = true;
-    if (by_warpgroups_) {
-      const int64_t count = row_heads() * layout_.head_dim;
-      query_terms_ = element_ == Element::kBf16 ? cuda::QueryTerms<cuda::Bf16>(args_.queries, count)
-                                                : cuda::QueryTerms<cuda::F16>(args_.queries, count);
-    }
+    if (by_warpgroups_) ChooseQueryTerms();
     EDUBA_RETURN_IF_ERROR(PartPages(args_.rows, TileFor(args_.rows, false)).status());
     return Send();
   }
@@ -385,6 +381,23 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return std::clamp<int64_t>(static_cast<int64_t>(pages_.size()), 1, fit);
   }
 
+  void ChooseQueryTerms() {
+    std::atomic<bool> is_one = true;
+    ForWords(row_heads(), [&](int64_t i) {
+      const float* const query = args_.queries + i * layout_.head_dim;
+      const int terms = element_ == Element::kBf16 ? cuda::QueryTerms<cuda::Bf16>(query, layout_.head_dim)
+                                                   : cuda::QueryTerms<cuda::F16>(query, layout_.head_dim);
+      if (terms > 1) is_one = false;
+    });
+    query_terms_ = is_one ? 1 : 2;
+  }
+
+  void CopyQueries(const float* from, float* to) const {
+    ForWords(row_heads(), [&](int64_t i) {
+      std::copy_n(from + i * layout_.head_dim, layout_.head_dim, to + i * layout_.head_dim);
+    });
+  }
+
   absl::Status Send() {
     const AttentionShape& shape = args_.shape;
     const bool has_sinks = args_.has_sinks();
@@ -409,9 +422,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
     for (const PageRef& page : pages_) *entries++ = {page.data, page.index};
     if (has_sinks) {
       *At<StepState>(staging.host, in_.state) = {};
-      std::memcpy(At<char>(staging.host, in_.queries), args_.queries, query_bytes);
+      CopyQueries(args_.queries, At<float>(staging.host, in_.queries));
       if (args_.sink_queries != nullptr) {
-        std::memcpy(At<char>(staging.host, in_.sink_queries), args_.sink_queries, query_bytes);
+        CopyQueries(args_.sink_queries, At<float>(staging.host, in_.sink_queries));
       }
       std::copy(visible_.begin(), visible_.end(), At<PositionRange>(staging.host, in_.visible));
       std::copy(args_.visible_sinks.begin(), args_.visible_sinks.end(),

@@ -2,10 +2,12 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
@@ -163,19 +165,23 @@ class CudaDevice final : public Device {
     return known->second;
   }
   absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
-    return Check(LaunchAttend(static_cast<cudaStream_t>(stream), element, args), "starting attention");
+    return Timed(stream, [&](cudaStream_t to) {
+      return Check(LaunchAttend(to, element, args), "starting attention");
+    });
   }
   absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) override {
-    return Check(LaunchAttendTensor(static_cast<cudaStream_t>(stream), element, args),
-                 "starting attention on tensor cores");
+    return Timed(stream, [&](cudaStream_t to) {
+      return Check(LaunchAttendTensor(to, element, args), "starting attention on tensor cores");
+    });
   }
   int64_t WarpgroupBlocksAtOnce() const override { return has_warpgroups_ ? multiprocessors_ : 0; }
   absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) override {
-    return Check(LaunchAttendWarpgroups(static_cast<cudaStream_t>(stream), element, args),
-                 "starting attention of warpgroups");
+    return Timed(stream, [&](cudaStream_t to) {
+      return Check(LaunchAttendWarpgroups(to, element, args), "starting attention of warpgroups");
+    });
   }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
-    return Check(LaunchSum(static_cast<cudaStream_t>(stream), args), "starting the sum");
+    return Timed(stream, [&](cudaStream_t to) { return Check(LaunchSum(to, args), "starting the sum"); });
   }
   absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) override {
     return Check(LaunchMultiplyLoop(static_cast<cudaStream_t>(stream), args), "starting products");
@@ -199,7 +205,47 @@ class CudaDevice final : public Device {
     return Check(std::visit(launch, operation), "starting a layer's work");
   }
 
+  void TimeAttention() override { is_timed_ = true; }
+  absl::StatusOr<double> AttentionSeconds() override {
+    std::vector<std::pair<cudaEvent_t, cudaEvent_t>> timed;
+    {
+      const std::scoped_lock lock(mutex_);
+      timed.swap(timed_);
+    }
+    double seconds = 0;
+    absl::Status status;
+    for (const auto& [begin, end] : timed) {
+      float milliseconds = 0;
+      cudaError_t error = cudaEventSynchronize(end);
+      if (error == cudaSuccess) error = cudaEventElapsedTime(&milliseconds, begin, end);
+      status.Update(Check(error, "reading its clock"));
+      seconds += 1e-3 * static_cast<double>(milliseconds);
+      cudaEventDestroy(begin);
+      cudaEventDestroy(end);
+    }
+    if (!status.ok()) return status;
+    return seconds;
+  }
+
  private:
+  // launch(stream) between two events, if somebody wants to know how long it takes.
+  template <class Launch>
+  absl::Status Timed(Stream stream, const Launch& launch) {
+    auto* const to = static_cast<cudaStream_t>(stream);
+    if (!is_timed_) return launch(to);
+    cudaEvent_t begin = nullptr;
+    cudaEvent_t end = nullptr;
+    cudaError_t error = cudaEventCreate(&begin);
+    if (error == cudaSuccess) error = cudaEventCreate(&end);
+    if (error == cudaSuccess) error = cudaEventRecord(begin, to);
+    EDUBA_RETURN_IF_ERROR(Check(error, "starting its clock"));
+    EDUBA_RETURN_IF_ERROR(launch(to));
+    EDUBA_RETURN_IF_ERROR(Check(cudaEventRecord(end, to), "stopping its clock"));
+    const std::scoped_lock lock(mutex_);
+    timed_.emplace_back(begin, end);
+    return absl::OkStatus();
+  }
+
   absl::Status Copy(Stream stream, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind) {
     if (bytes == 0) return absl::OkStatus();
     return Check(cudaMemcpyAsync(to, from, bytes, kind, static_cast<cudaStream_t>(stream)), "copying");
@@ -233,10 +279,12 @@ class CudaDevice final : public Device {
   int64_t shared_bytes_max_ = 0;
   int64_t multiprocessors_ = 1;
   bool has_warpgroups_ = false;
+  std::atomic<bool> is_timed_ = false;
   mutable std::mutex mutex_;
   absl::Status health_;  // Guarded by mutex_.
   // What Attend's occupancy depends on (element, tile, bytes of shared memory), to AttendBlocksAtOnce.
   std::map<std::tuple<Element, int, int64_t>, int64_t> blocks_at_once_;  // Guarded by mutex_.
+  std::vector<std::pair<cudaEvent_t, cudaEvent_t>> timed_;               // Guarded by mutex_.
 };
 
 }  // namespace

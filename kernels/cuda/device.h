@@ -88,6 +88,12 @@ class Device {
   virtual absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) = 0;
   virtual absl::Status Fold(Stream stream, Element element, const FoldArgs& args) = 0;
   virtual absl::Status Layer(Stream stream, const LayerOperation& operation) = 0;
+
+  // For benchmarks: measures, from here on, how long the device is busy with keys and values (Attend,
+  // AttendTensor, AttendWarpgroups, Sum).
+  virtual void TimeAttention() = 0;
+  // The seconds since the last call; waits for what is queued.
+  virtual absl::StatusOr<double> AttentionSeconds() = 0;
 };
 
 }  // namespace eduba::cuda

@@ -1,6 +1,7 @@
 #include "kernels/cuda/emulated_device.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -157,10 +158,10 @@ class EmulatedDevice final : public Device {
   int64_t AttendBlocksAtOnce(Element /*element*/, const AttendArgs& /*args*/) override { return 7; }
   absl::Status Attend(Stream stream, Element element, const AttendArgs& args) override {
     EDUBA_CHECK(AttendSharedBytes(args) <= shared_bytes_max());
-    return Queue(stream, [=] { ForAttend(element, args.tile, AttendLaunch{args}); });
+    return QueueAttention(stream, [=] { ForAttend(element, args.tile, AttendLaunch{args}); });
   }
   absl::Status AttendTensor(Stream stream, Element element, const AttendArgs& args) override {
-    return Queue(stream, [=] {
+    return QueueAttention(stream, [=] {
       RunBlocks(args.blocks(), TensorThreads(args.tile), sizeof(TensorShared),
                 [&](const EmulatedBlock& block) {
                   element == Element::kBf16 ? AttendPageTensor<Bf16>(block, args)
@@ -172,11 +173,11 @@ class EmulatedDevice final : public Device {
   int64_t WarpgroupBlocksAtOnce() const override { return has_warpgroups_ ? 7 : 0; }
   absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) override {
     EDUBA_CHECK(has_warpgroups_);
-    return Queue(stream,
-                 [=] { element == Element::kBf16 ? RunWarpgroups<Bf16>(args) : RunWarpgroups<F16>(args); });
+    return QueueAttention(
+        stream, [=] { element == Element::kBf16 ? RunWarpgroups<Bf16>(args) : RunWarpgroups<F16>(args); });
   }
   absl::Status Sum(Stream stream, const SumArgs& args) override {
-    return Queue(stream, [=] {
+    return QueueAttention(stream, [=] {
       RunBlocks(args.blocks(), kSumThreads, sizeof(SumShared),
                 [&](const EmulatedBlock& block) { SumPages(block, args); });
     });
@@ -228,6 +229,13 @@ class EmulatedDevice final : public Device {
     });
   }
 
+  void TimeAttention() override {}
+  absl::StatusOr<double> AttentionSeconds() override {
+    WaitForAll();
+    const std::scoped_lock lock(mutex_);
+    return std::exchange(attention_seconds_, 0);
+  }
+
   void Break(int calls) { calls_left_ = calls; }
 
  private:
@@ -243,6 +251,16 @@ class EmulatedDevice final : public Device {
       return true;
     });
     return absl::OkStatus();
+  }
+  template <class Body>
+  absl::Status QueueAttention(Stream stream, Body body) {
+    return Queue(stream, [this, body = std::move(body)] {
+      const auto begin = std::chrono::steady_clock::now();
+      body();
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+      const std::scoped_lock lock(mutex_);
+      attention_seconds_ += taken.count();
+    });
   }
   absl::Status Copy(Stream stream, void* to, const void* from, int64_t bytes) {
     return Queue(stream, [=] { std::memcpy(to, from, bytes); });
@@ -266,6 +284,7 @@ class EmulatedDevice final : public Device {
   std::atomic<int> calls_left_{kForEver};
   std::mutex mutex_;
   int64_t free_bytes_;  // Guarded by mutex_, as all below.
+  double attention_seconds_ = 0;
   std::map<void*, int64_t> allocated_;
   std::vector<std::unique_ptr<PlayedQueue>> streams_;
 };
