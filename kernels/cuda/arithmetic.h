@@ -125,6 +125,13 @@ EDUBA_DEVICE double Sqrt(double x) {
   return std::sqrt(x);
 #endif
 }
+EDUBA_DEVICE double Abs(double x) {
+#ifdef __CUDA_ARCH__
+  return fabs(x);
+#else
+  return std::abs(x);
+#endif
+}
 // To the nearest integer, ties to even. REQUIRES: |x| < 2^63.
 EDUBA_DEVICE int64_t RoundToInteger(double x) {
 #ifdef __CUDA_ARCH__

@@ -335,8 +335,8 @@ EDUBA_DEVICE void TakePage(const AttendArgs& args, int64_t page, bool sees_keys,
 // Adds what a channel's o adds to its word, and nothing where that is beyond `bound`, or no number: false.
 EDUBA_DEVICE bool AddWord(float o, double weight, double unit, double bound, uint64_t& word) {
   const double x = Mul(Mul(static_cast<double>(o), weight), unit);
-  const bool is_good = x <= bound && x >= -bound;
-  if (is_good) word += static_cast<uint64_t>(RoundToInteger(x));
+  const bool is_good = Abs(x) <= bound;
+  word += static_cast<uint64_t>(RoundToInteger(is_good ? x : 0.0));  // Without a branch.
   return is_good;
 }
 

@@ -83,6 +83,9 @@ inline constexpr int kBlockVectors = 8;
 struct alignas(16) WordPair {
   uint64_t word[2];
 };
+struct alignas(16) UnitPair {
+  double unit[2];
+};
 
 // Terms of a weight. One in f16 is off by up to 2^-11 of it; one in bf16 would be by 2^-8.
 template <class Type>
@@ -106,9 +109,10 @@ inline constexpr int kGroupSharedBytes = (sizeof(GroupShared) + 127) / 128 * 128
 // Of shared memory that a block may have on sm_90.
 inline constexpr int kWarpgroupSharedMax = 227 << 10;
 
-// How a block divides its shared memory: GroupShared, words, queries, slots.
+// How a block divides its shared memory: GroupShared, units of channels, words, queries, slots.
 struct WarpgroupSpace {
   int blocks;  // Of 8 vectors, whose words each group has.
+  int unit_bytes;
   int word_bytes;
   int query_bytes;  // Of each 64 vectors.
   int slots;
@@ -120,11 +124,12 @@ constexpr WarpgroupSpace MakeWarpgroupSpace(const PageLayout& layout, int tile, 
   if (is_summed) {
     s.blocks = vectors < kGroupTileRows ? static_cast<int>((vectors + kBlockVectors - 1) / kBlockVectors)
                                         : kGroupTileRows / kBlockVectors;
+    s.unit_bytes = layout.value_pitch * static_cast<int>(sizeof(double));
   }
   s.word_bytes =
       kMultiplyGroups * s.blocks * kBlockVectors * layout.value_pitch * static_cast<int>(sizeof(uint64_t));
   s.query_bytes = query_terms * layout.head_pitch / kUnitDims * kQueryUnitBytes;
-  s.bytes = kGroupSharedBytes + s.word_bytes + tile / kGroupTileRows * s.query_bytes;
+  s.bytes = kGroupSharedBytes + s.unit_bytes + s.word_bytes + tile / kGroupTileRows * s.query_bytes;
   const int slots = (kWarpgroupSharedMax - s.bytes) / kSlotBytes;
   s.slots = slots < kGroupSlotsMax ? slots : kGroupSlotsMax;
   s.bytes += s.slots * kSlotBytes;
@@ -247,7 +252,9 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   const bool is_summed = args.is_summed();
   const WarpgroupSpace space = WarpgroupSpaceOf(args);
   auto& shared = *reinterpret_cast<GroupShared*>(block.shared());
-  char* const words = reinterpret_cast<char*>(block.shared()) + kGroupSharedBytes;
+  auto* const unit_pairs =
+      reinterpret_cast<UnitPair*>(reinterpret_cast<char*>(block.shared()) + kGroupSharedBytes);
+  char* const words = reinterpret_cast<char*>(unit_pairs) + space.unit_bytes;
   char* const queries = words + space.word_bytes;
   char* const slots = queries + args.tile / kGroupTileRows * space.query_bytes;
   const int slot_count = space.slots;
@@ -266,7 +273,11 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
   const bool take_turns = args.tile == kGroupTileRows;
   const int units = layout.head_pitch / kUnitDims;
   const int key_slices = units / kKeySliceUnits;
+  constexpr int kPassTiles = kPassChannels / kTileColumns;
   const int passes = (layout.value_pitch + kPassChannels - 1) / kPassChannels;
+
+  // Tiles of 8 channels that are left for a pass, or more.
+  const auto tiles_of = [&](int pass) { return layout.value_pitch / kTileColumns - pass * kPassTiles; };
 
   block.Threads([&](int t) {
     if (t < kWarpgroupTileMax) {
@@ -302,6 +313,11 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     }
     for (int i = t; i < space.word_bytes / static_cast<int>(sizeof(WordPair)); i += kWarpgroupThreads) {
       reinterpret_cast<WordPair*>(words)[i] = {{0, 0}};
+    }
+    // The padding's sums are zeros.
+    for (int c = t; is_summed && c < layout.value_pitch; c += kWarpgroupThreads) {
+      unit_pairs[c / 2].unit[c % 2] =
+          c < layout.value_dim ? args.unit[int64_t{kv_head} * layout.value_dim + c] : 1;
     }
   });
   // Queries in their terms, as core matrices: [64 vectors][term][8 dimensions][64][8].
@@ -466,6 +482,43 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     const auto s_of = [&](int t) -> float(&)[kKeyTiles][4] { return registers[first_thread + t].s; };
     const auto o_of = [&](int t) -> float(&)[kPassChannels / kTileColumns][4] {
       return registers[first_thread + t].o;
+    };
+    // What a pass over a page adds to the words of a lane's vector i. A few tiles are read before the first
+    // of them is written, so that their arithmetic can overlap: a group has but one warp for each scheduler.
+    const auto add_words = [&](const auto& warp, int lane, int i, int pass, double weight, double bound) {
+      Registers& r = registers_at(warp, lane);
+      const auto add_tiles = [&]<int kTiles>(int first) {
+        UnitPair unit[kTiles];
+        WordPair sum[kTiles];
+        EDUBA_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+          const int tile_of_head = pass * kPassTiles + first + n;
+          unit[n] = unit_pairs[tile_of_head * (kTileColumns / 2) + lane % 4];
+          sum[n] = words_of(warp, lane, i, tile_of_head);
+        }
+        EDUBA_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+          EDUBA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const float x = Unshifted<Type>(r.o[first + n][2 * i + e]);
+            if (!AddWord(x, weight, unit[n].unit[e], bound, sum[n].word[e])) r.bad[i] = 1;
+          }
+        }
+        EDUBA_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+          words_of(warp, lane, i, pass * kPassTiles + first + n) = sum[n];
+        }
+      };
+      if (tiles_of(pass) >= kPassTiles) {
+        constexpr int kTiles = 4;
+        EDUBA_UNROLL
+        for (int first = 0; first < kPassTiles; first += kTiles) add_tiles.template operator()<kTiles>(first);
+      } else {
+        EDUBA_UNROLL
+        for (int first = 0; first < kPassTiles; ++first) {
+          if (first < tiles_of(pass)) add_tiles.template operator()<1>(first);
+        }
+      }
     };
     group.Warps([&](const auto& warp) {
       warp.Lanes([&](int lane) {
@@ -641,42 +694,20 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
             for (int i = 0; i < 2; ++i) {
               if (r.seen[i].begin >= r.seen[i].end) continue;
               const VectorState& v = vector_of(warp, lane, i);
-              const int first_channel = pass * kPassChannels + lane % 4 * 2;
-              // each(tile, channel, x, y) for the two channels that the lane has of each tile of 8.
-              const auto for_channels = [&](const auto& each) {
-                EDUBA_UNROLL
-                for (int n = 0; n < kPassChannels / kTileColumns; ++n) {
-                  const int channel = first_channel + n * kTileColumns;
-                  if (channel >= layout.value_pitch) continue;
-                  const float x = Unshifted<Type>(r.o[n][2 * i]);
-                  const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
-                  if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
-                  each(pass * (kPassChannels / kTileColumns) + n, channel, x, y);
-                }
-              };
-              if (!is_summed) {
-                float* const to = args.o + (slot * row_heads + v.row_head) * layout.value_pitch;
-                for_channels(
-                    [&](int /*tile*/, int channel, float x, float y) { StorePair(to + channel, x, y); });
+              if (is_summed && v.bound >= 0) {
+                add_words(warp, lane, i, pass, v.weight, v.bound);
                 continue;
               }
-              const double weight = v.weight;
-              const double bound = v.bound;
-              const double* const units_of_head = args.unit + int64_t{kv_head} * layout.value_dim;
-              for_channels([&](int channel_tile, int channel, float x, float y) {
-                if (bound < 0) return;
-                WordPair pair = words_of(warp, lane, i, channel_tile);
-                // The padding's values are zeros.
-                if (channel < layout.value_dim &&
-                    !AddWord(x, weight, units_of_head[channel], bound, pair.word[0])) {
-                  r.bad[i] = 1;
-                }
-                if (channel + 1 < layout.value_dim &&
-                    !AddWord(y, weight, units_of_head[channel + 1], bound, pair.word[1])) {
-                  r.bad[i] = 1;
-                }
-                words_of(warp, lane, i, channel_tile) = pair;
-              });
+              float* const to = args.o + (slot * row_heads + v.row_head) * layout.value_pitch +
+                                pass * kPassChannels + lane % 4 * 2;
+              EDUBA_UNROLL
+              for (int n = 0; n < kPassTiles; ++n) {
+                if (n >= tiles_of(pass)) continue;
+                const float x = Unshifted<Type>(r.o[n][2 * i]);
+                const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
+                if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
+                if (!is_summed) StorePair(to + n * kTileColumns, x, y);
+              }
             }
           });
         });
