@@ -650,6 +650,60 @@ TEST_P(BackendContract, RowsOfAStepOfAnySizeHaveTheBitsOfEachAlone) {
   }
 }
 
+// Wherever it happens in a page, and whichever path the row takes: an error that names the row, on the rank
+// that has the page, and no answer on any.
+TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
+  constexpr float kHuge = 3e38F;
+  enum class What { kLargeLogit, kSmallLogit, kNoLogit, kValueSum };
+  for (const DType dtype : {DType::kF32, DType::kBf16}) {
+    for (const What what : {What::kLargeLogit, What::kSmallLogit, What::kNoLogit, What::kValueSum}) {
+      // In double nothing of that size is too large.
+      if (what == What::kValueSum && GetParam().name == "reference") continue;
+      for (const bool has_sink : {false, true}) {
+        ProblemSpec spec;
+        spec.shape = {2, 1, 32, 40, dtype, 1, 0};
+        spec.rows = 2;
+        spec.positions = 600;
+        if (has_sink) spec.sink_logit = 1;
+        Problem problem(spec);
+        const int head_dim = spec.shape.head_dim;
+        // Row 0 sees another page, and so does head 0 of row 1 see nothing amiss.
+        problem.visible[0] = {0, 200};
+        float* const query = &problem.queries[3 * head_dim];
+        float* const key = &problem.keys[300 * head_dim];
+        for (size_t i = 0; i < problem.queries.size(); i += head_dim) {
+          problem.queries[i] = problem.queries[i + 16] = 0;
+        }
+        std::fill_n(query, head_dim, 0.0F);
+        std::fill_n(key, head_dim, 0.0F);
+        if (what == What::kLargeLogit || what == What::kNoLogit) query[0] = key[0] = kHuge;
+        // In another product of 16 dimensions, so that infinities meet.
+        if (what == What::kSmallLogit || what == What::kNoLogit) query[16] = -(key[16] = kHuge);
+        if (what == What::kValueSum) {
+          // Of the last channel alone, and more of it than the head that weighs its keys can add up.
+          for (int position = 300; position < 310; ++position) {
+            problem.values[position * spec.shape.value_dim + spec.shape.value_dim - 1] = kHuge;
+          }
+          std::fill(problem.exponents.begin(), problem.exponents.end(), int16_t{128});
+          // Head 0 hardly weighs them.
+          for (int position = 0; position < 600; ++position) problem.keys[position * head_dim + 1] = 0;
+          for (int position = 300; position < 310; ++position) problem.keys[position * head_dim + 1] = -80;
+          problem.queries[2 * head_dim + 1] = 1;
+        }
+        SCOPED_TRACE(absl::StrCat("what=", static_cast<int>(what), " sink=", has_sink, " ", spec.ToString()));
+        for (const auto& owners : {std::vector<int>{0}, std::vector<int>{1, 0}}) {
+          RankGroup group = Group(GetParam(), static_cast<int>(owners.size()));
+          group.Load(problem);
+          const auto answer = group.Attend(problem, owners);
+          EXPECT_EQ(answer.status().code(), absl::StatusCode::kInvalidArgument) << answer.status();
+          EXPECT_NE(answer.status().message().find("query row 1, head 1"), std::string::npos)
+              << answer.status();
+        }
+      }
+    }
+  }
+}
+
 // A channel may hold nothing but values of keys that weigh little beside the others of their page.
 TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
   for (const DType dtype : {DType::kBf16, DType::kF16}) {
