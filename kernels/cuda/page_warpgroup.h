@@ -69,13 +69,10 @@ inline constexpr int kValueUnitBytes = kGroupValueRows * kLoadBytes + kLoadBytes
 inline constexpr int kGroupChannelsMax = 128;
 inline constexpr int kSlotBytes = kGroupChannelsMax / kCoreRows * kValueUnitBytes;
 static_assert(kSlotBytes >= kKeySliceUnits * kKeyUnitBytes);
-// On their way, so that a multiprocessor's part of the memory's bandwidth waits for nobody: an H200's 36 GB/s
-// for a microsecond and a little.
-inline constexpr int kGroupSlotsMin = 6;
+// One in use, one that may not have been given back yet, and one on its way for each loading warp: 32 KiB, of
+// an H200's 36 GB/s for a multiprocessor a microsecond's.
+inline constexpr int kGroupSlotsMin = 2 + kGroupWarps;
 inline constexpr int kGroupSlotsMax = 16;
-// Slices that a loading thread starts before it waits for the first. Two slots less than there are: while a
-// group waits for a slice, the slice before it may not have been given back.
-inline constexpr int kSlicesAhead = kGroupSlotsMin - 2;
 inline constexpr int kQueryUnitBytes = kGroupTileRows * kLoadBytes;  // 8 dimensions of 64 queries.
 inline constexpr int kHulls = 8;  // Of a group's vectors, as many for each.
 // Of a group's sums: 8 vectors' words of 8 channels, two of them a lane's.
@@ -308,7 +305,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       }
     }
     if (t < slot_count) {
-      block.InitBarrier(&shared.full[t], kGroupThreads);
+      block.InitBarrier(&shared.full[t], kWarpThreads);
       block.InitBarrier(&shared.empty[t], kMultiplyGroups * kGroupWarps);
     }
     for (int i = t; i < space.word_bytes / static_cast<int>(sizeof(WordPair)); i += kWarpgroupThreads) {
@@ -376,24 +373,24 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
 
   const auto load = [&](const auto& group) {
     RingPlace place;
-    RingPlace started;  // The first slice that has not been handed over.
-    int ahead = 0;      // Slices from there to `place`.
-    // Starts a slice: start(t, slot, barrier) for each thread. Hands over the slice before, or before that.
+    int turn = 0;
+    // Loads a slice: start(t, lane, slot, barrier) for each lane of one warp; the next slice is the next
+    // warp's. So what is there is handed over whether or not there is room for more.
     const auto slice = [&](const auto& start) {
-      group.Wait(&shared.empty[place.slot], place.parity ^ 1);
-      group.Threads([&](int t) {
-        start(t, slots + place.slot * kSlotBytes, &shared.full[place.slot]);
-        block.CommitCopies(t);
+      group.Warps([&](const auto& warp) {
+        if (warp.index() != turn) return;
+        group.Wait(&shared.empty[place.slot], place.parity ^ 1);
+        warp.Lanes([&](int lane) {
+          const int t = warp.index() * kWarpThreads + lane;
+          start(t, lane, slots + place.slot * kSlotBytes, &shared.full[place.slot]);
+          block.CommitCopies(t);
+          block.template WaitForCopies<0>(t);
+          block.Publish(t);
+          block.Arrive(&shared.full[place.slot]);
+        });
       });
       place.Next(slot_count);
-      if (++ahead <= kSlicesAhead) return;
-      group.Threads([&](int t) {
-        block.template WaitForCopies<kSlicesAhead>(t);
-        block.Publish(t);
-        block.Arrive(&shared.full[started.slot]);
-      });
-      started.Next(slot_count);
-      --ahead;
+      turn = (turn + 1) % kGroupWarps;
     };
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
       const PageEntry page = args.page[slot];
@@ -421,12 +418,13 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       }
       // Keys that nobody sees may be anything: so are their logits, which nobody uses.
       for (int s = 0; s < key_slices; ++s) {
-        slice([&](int t, char* to, uint64_t* barrier) {
-          if (t == 0) block.Expect(barrier, kKeySliceUnits * kKeyUnitBytes);
+        slice([&](int /*t*/, int lane, char* to, uint64_t* barrier) {
+          if (lane == 0) block.Expect(barrier, kKeySliceUnits * kKeyUnitBytes);
           constexpr int kPieces = kPageRows / kKeyBlockRows;
-          if (t >= kKeySliceUnits * kPieces) return;
-          const int unit = t / kPieces;
-          const int piece = t % kPieces;
+          static_assert(kKeySliceUnits * kPieces <= kWarpThreads);
+          if (lane >= kKeySliceUnits * kPieces) return;
+          const int unit = lane / kPieces;
+          const int piece = lane % kPieces;
           block.CopyBulk(
               to + unit * kKeyUnitBytes + piece * kKeyPieceBytes,
               data + layout.key(kv_head, piece * kKeyBlockRows, (s * kKeySliceUnits + unit) * kUnitDims) *
@@ -439,27 +437,21 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       for (int s = 0; s < passes * kGroupValueSlices; ++s) {
         const int first_channel = s / kGroupValueSlices * kPassChannels;
         const int first_row = s % kGroupValueSlices * kGroupValueRows;
-        slice([&](int t, char* to, uint64_t* /*barrier*/) {
+        slice([&](int t, int lane, char* to, uint64_t* /*barrier*/) {
           constexpr int kUnits = kPassChannels / kCoreRows;
-          EDUBA_UNROLL
-          for (int i = 0; i < kGroupValueRows * kUnits / kGroupThreads; ++i) {
-            const int row = (t + i * kGroupThreads) / kUnits;
-            const int unit = (t + i * kGroupThreads) % kUnits;
-            const int channel = first_channel + unit * kCoreRows;
-            if (channel >= layout.value_pitch) continue;
-            block.CopyAsync(t, to + unit * kValueUnitBytes + row * kLoadBytes,
-                            data + layout.value(kv_head, first_row + row, channel) * Type::kElement,
+          constexpr int kRows = kWarpThreads / kUnits;  // At a time.
+          const int unit = lane % kUnits;
+          const int channel = first_channel + unit * kCoreRows;
+          if (channel >= layout.value_pitch) return;
+          int row = lane / kUnits;
+          const char* from = data + layout.value(kv_head, first_row + row, channel) * Type::kElement;
+          for (; row < kGroupValueRows; row += kRows) {
+            block.CopyAsync(t, to + unit * kValueUnitBytes + row * kLoadBytes, from,
                             all_seen || shared.seen[first_row + row]);
+            from += int64_t{kRows} * layout.value_pitch * Type::kElement;
           }
         });
       }
-    }
-    group.Threads([&](int t) {
-      block.template WaitForCopies<0>(t);
-      block.Publish(t);
-    });
-    for (; ahead > 0; --ahead, started.Next(slot_count)) {
-      group.Threads([&](int /*t*/) { block.Arrive(&shared.full[started.slot]); });
     }
   };
 
