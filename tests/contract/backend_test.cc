@@ -704,6 +704,31 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
   }
 }
 
+// A total of 2^64 and a little, in units of the sink path: a sum that went on behind 2^56 would come round to
+// a harmless number. A GPU's blocks take all pages of a head here, or every other: the rest weighs nothing.
+TEST_P(BackendContract, ATotalThatWouldComeRoundLeavesTheSinkPath) {
+  ProblemSpec spec;
+  spec.shape = {7, 7, 1, 1, DType::kBf16, 1, 0};
+  spec.positions = 2 * 257 * kPageRows;
+  // A page's 256 keys weigh a little less than 2^10.
+  spec.sink_logit = 0;
+  Problem problem(spec);
+  std::fill(problem.sink_logits.begin(), problem.sink_logits.end(), std::nextafter(-std::log(4.0F), 0.0F));
+  std::fill(problem.queries.begin(), problem.queries.end(), 1.0F);
+  for (size_t i = 0; i < problem.keys.size(); ++i) {
+    const size_t page = i / spec.shape.kv_heads / kPageRows;
+    problem.keys[i] = page % 2 == 0 ? 0 : -100;
+  }
+  std::fill(problem.values.begin(), problem.values.end(), 1.0F);
+  std::fill(problem.exponents.begin(), problem.exponents.end(), int16_t{0});
+  RankGroup group = Group(GetParam(), 1);
+  group.Load(problem);
+  const auto answer = group.Attend(problem, {0});
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(answer->paths.maximum, 7);
+  for (const float out : answer->outputs) EXPECT_FLOAT_EQ(out, 65792 / 65792.25F);
+}
+
 // A channel may hold nothing but values of keys that weigh little beside the others of their page.
 TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
   for (const DType dtype : {DType::kBf16, DType::kF16}) {
