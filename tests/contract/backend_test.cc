@@ -159,7 +159,7 @@ ProblemSpec RandomSpec(uint64_t seed) {
   spec.shape.head_dim = pick(1, 3, 16, 55, 64, 80, 96, 128, 256);
   spec.shape.value_dim = pick(1, 10, 16, 64, 130, spec.shape.head_dim);
   spec.shape.dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
-  spec.shape.scale = pick(1.0F, 0.125F, 0.0883883F);
+  spec.shape.scale = pick(1.0F, 0.125F, 0.0883883F, -0.5F);
   spec.shape.softcap = pick(0.0F, 0.0F, 0.0F, 30.0F);
   spec.rows = pick(1, 1, 2, 3, 7, 20, 70);
   spec.positions = pick(1, 2, 255, 256, 257, 300, 700, 1300);
