@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "base/played_queue.h"
 #include "collective/map_rendezvous.h"
@@ -178,6 +179,149 @@ TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
         for (int64_t i = begin; i < end; ++i) ASSERT_EQ((*words)[i], word(i, 0) + word(i, 1)) << i;
       });
     }
+  }
+}
+
+// The stream is the caller's, with a kernel that runs until `ends`, and the sums of device memory behind it.
+// Rank 1 leaves meanwhile.
+class SlowKernel {
+ public:
+  explicit SlowKernel(absl::Duration abort_limit)
+      : group_(Form(2, [&] {
+          NcclParts parts = FakeNcclParts();
+          parts.abort_limit = abort_limit;
+          parts.on_stuck_abort = [this] {
+            ++stuck;
+            ends = true;  // Where the process would end.
+          };
+          return parts;
+        })) {}
+
+  absl::Status Sum(absl::Time deadline) {
+    queue_.Push([this] { return ends.load(); });
+    DeviceSums* const sums = group_[0]->device_sums();
+    EXPECT_TRUE(sums->Words(100).ok());
+    EXPECT_EQ(sums->Start(&queue_, {}, deadline), absl::OkStatus());
+    group_[1].reset();
+    return sums->Finish(deadline);
+  }
+  // Returns when the abort is over.
+  void Leave() { group_.clear(); }
+
+  std::atomic<int> stuck{0};
+  std::atomic<bool> ends{false};
+
+ private:
+  PlayedQueue queue_;
+  Group group_;
+};
+
+TEST_F(NcclCommunicatorTest, AnAbortBehindASlowKernelIsNotStuck) {
+  constexpr absl::Duration kLimit = absl::Milliseconds(500);
+  SlowKernel kernel(kLimit);
+  EXPECT_EQ(kernel.Sum(Soon()).code(), absl::StatusCode::kUnavailable);
+  absl::SleepFor(3 * kLimit);
+  kernel.ends = true;
+  kernel.Leave();
+  EXPECT_EQ(kernel.stuck, 0);
+}
+
+TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatNeverEndsIsStuckSoonAfterTheDeadline) {
+  SlowKernel kernel(absl::Milliseconds(30));
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(300);
+  kernel.Sum(deadline).IgnoreError();
+  kernel.Leave();
+  EXPECT_GE(absl::Now(), deadline);
+  EXPECT_EQ(kernel.stuck, 1);
+}
+
+// An abort that is stuck itself, with nothing ahead of it that runs.
+TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatHasEndedIsStuckAfterItsLimit) {
+  SlowKernel kernel(absl::Milliseconds(30));
+  kernel.ends = true;
+  TheFakeNccl().peers_are_told = false;
+  std::thread aborter([&] {
+    while (kernel.stuck == 0) std::this_thread::yield();
+    TheFakeNccl().abort_is_stuck = false;
+  });
+  TheFakeNccl().abort_is_stuck = true;
+  EXPECT_FALSE(kernel.Sum(absl::Now() + absl::Milliseconds(100)).ok());
+  kernel.Leave();
+  aborter.join();
+  EXPECT_GE(kernel.stuck, 1);
+}
+
+// The thread of the call is inside CUDA, which waits for the all-reduce, which waits for a rank.
+TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInCuda) {
+  TheFakeNccl().peers_are_told = false;
+  TheFakeNccl().looks_wait = true;
+  absl::Notification is_over;
+  Group group(2);
+  MapRendezvous board;
+  OnThreads(2, [&](int r) {
+    auto joined = ConnectNcclForTest(r, 2, board, FakeNcclParts(), Soon());
+    ASSERT_TRUE(joined.ok()) << joined.status();
+    group[r] = *std::move(joined);
+  });
+  std::thread guard([&] {
+    if (is_over.WaitForNotificationWithTimeout(absl::Seconds(20))) return;
+    group[0]->Abort(absl::CancelledError("no deadline was kept"));
+  });
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(100);
+  const absl::Status status = group[0]->Barrier(deadline);
+  is_over.Notify();
+  guard.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  EXPECT_GE(absl::Now(), deadline);
+}
+
+TEST_F(NcclCommunicatorTest, AGroupThatNcclRefusesIsAFailedPreconditionWithItsReason) {
+  const auto join = [](int result, const char* last_error) {
+    TheFakeNccl().async_error = result;
+    TheFakeNccl().last_error = last_error;
+    MapRendezvous board;
+    std::vector<absl::Status> statuses(2);
+    OnThreads(
+        2, [&](int r) { statuses[r] = ConnectNcclForTest(r, 2, board, FakeNcclParts(), Soon()).status(); });
+    EXPECT_EQ(statuses[0].code(), statuses[1].code()) << statuses[0] << statuses[1];
+    EXPECT_EQ(statuses[0].message().find('\n'), absl::string_view::npos) << statuses[0];
+    return statuses[0];
+  };
+  const char* const duplicate = "\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000";
+  for (const int result : {kNcclInvalidUsage, kNcclInvalidArgument}) {
+    const absl::Status status = join(result, duplicate);
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("both on CUDA device 1000"));
+    EXPECT_THAT(std::string(status.message()), HasSubstr("--transport gloo"));
+  }
+  EXPECT_EQ(join(kNcclCudaError, "Cuda failure 2 'out of memory'").code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(join(kNcclSystemError, "").code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(join(kNcclRemoteError, "").code(), absl::StatusCode::kUnavailable);
+}
+
+// NCCL says the same of a call of a group that has formed: then it is no matter of who may join.
+TEST_F(NcclCommunicatorTest, ARefusalAfterTheGroupHasFormedIsUnavailable) {
+  Group group = Form(2);
+  TheFakeNccl().async_error = kNcclInvalidUsage;
+  EXPECT_EQ(group[0]->Barrier(Soon()).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(LoadNccl, WithoutTheLibraryOrWithAnotherSaysHowToInstallIt) {
+  struct Case {
+    const char* library;
+    const char* says;
+  };
+  for (const Case& one :
+       {Case{"libnccl_that_is_absent.so.2", "cannot be loaded"},
+        Case{"libdl.so.2", "does not say its version"}, Case{EDUBA_OLD_NCCL, "has version 2.13.4"}}) {
+    const absl::Status status = LoadNcclForTest(one.library).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    const std::string message(status.message());
+    EXPECT_THAT(message, HasSubstr(one.library));
+    EXPECT_THAT(message, HasSubstr(one.says));
+    EXPECT_THAT(message, HasSubstr("install NCCL 2.14 or newer"));
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
   }
 }
 
