@@ -18,6 +18,7 @@ struct FakeNccl {
   // Faults, for all groups of the process. Set back by a new Reset().
   std::atomic<bool> peers_are_told{true};   // As sockets do; false: as memory does.
   std::atomic<bool> abort_is_stuck{false};  // Aborts return only when this is false again.
+  std::atomic<bool> call_is_stuck{false};   // So do all-reduces.
   std::atomic<int> async_error{0};          // What NCCL finds out by itself.
   std::atomic<int> all_reduce_result{0};    // What the call returns.
   std::atomic<const char*> last_error{""};  // What NCCL says of it.

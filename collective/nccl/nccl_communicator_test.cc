@@ -43,11 +43,12 @@ void OnThreads(int count, const std::function<void(int)>& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-Group Form(int size, const std::function<NcclParts()>& parts = FakeNcclParts) {
+Group Form(
+    int size, const std::function<NcclParts(int rank)>& parts = [](int) { return FakeNcclParts(); }) {
   Group group(size);
   MapRendezvous board;
   OnThreads(size, [&](int r) {
-    auto joined = ConnectNcclForTest(r, size, board, parts(), Soon());
+    auto joined = ConnectNcclForTest(r, size, board, parts(r), Soon());
     EXPECT_TRUE(joined.ok()) << joined.status();
     if (joined.ok()) group[r] = *std::move(joined);
   });
@@ -128,8 +129,9 @@ TEST_F(NcclCommunicatorTest, AnAbortedMaximumIsNoResult) {
 
 TEST_F(NcclCommunicatorTest, AnAbortThatDoesNotReturnIsReported) {
   std::atomic<int> stuck{0};
-  Group group = Form(2, [&] {
+  Group group = Form(2, [&](int rank) {
     NcclParts parts = FakeNcclParts();
+    if (rank == 1) return parts;
     parts.abort_limit = absl::Milliseconds(30);
     // What the worker does is to end the process; here NCCL is freed so that the test can end.
     parts.on_stuck_abort = [&] {
@@ -182,31 +184,33 @@ TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
   }
 }
 
-// The stream is the caller's, with a kernel that runs until `ends`, and the sums of device memory behind it.
-// Rank 1 leaves meanwhile.
+// The sums of device memory on a caller's stream, behind a kernel that runs until `ends`.
 class SlowKernel {
  public:
   explicit SlowKernel(absl::Duration abort_limit)
-      : group_(Form(2, [&] {
+      : group_(Form(2, [&](int rank) {
           NcclParts parts = FakeNcclParts();
+          if (rank == 1) return parts;
           parts.abort_limit = abort_limit;
           parts.on_stuck_abort = [this] {
+            // Where the process would end.
             ++stuck;
-            ends = true;  // Where the process would end.
+            ends = true;
+            TheFakeNccl().abort_is_stuck = false;
           };
           return parts;
         })) {}
 
-  absl::Status Sum(absl::Time deadline) {
+  void Start(absl::Time deadline) {
     queue_.Push([this] { return ends.load(); });
-    DeviceSums* const sums = group_[0]->device_sums();
-    EXPECT_TRUE(sums->Words(100).ok());
-    EXPECT_EQ(sums->Start(&queue_, {}, deadline), absl::OkStatus());
-    group_[1].reset();
-    return sums->Finish(deadline);
+    EXPECT_TRUE(group_[0]->device_sums()->Words(100).ok());
+    EXPECT_EQ(group_[0]->device_sums()->Start(&queue_, {}, deadline), absl::OkStatus());
   }
+  void Abort() { group_[0]->Abort(absl::CancelledError("enough")); }
+  void OtherRankLeaves() { group_[1].reset(); }
+  absl::Status Finish(absl::Time deadline) { return group_[0]->device_sums()->Finish(deadline); }
   // Returns when the abort is over.
-  void Leave() { group_.clear(); }
+  void Leave() { group_[0].reset(); }
 
   std::atomic<int> stuck{0};
   std::atomic<bool> ends{false};
@@ -219,36 +223,37 @@ class SlowKernel {
 TEST_F(NcclCommunicatorTest, AnAbortBehindASlowKernelIsNotStuck) {
   constexpr absl::Duration kLimit = absl::Milliseconds(500);
   SlowKernel kernel(kLimit);
-  EXPECT_EQ(kernel.Sum(Soon()).code(), absl::StatusCode::kUnavailable);
+  kernel.Start(Soon());
+  kernel.OtherRankLeaves();
+  EXPECT_EQ(kernel.Finish(Soon()).code(), absl::StatusCode::kUnavailable);
   absl::SleepFor(3 * kLimit);
   kernel.ends = true;
   kernel.Leave();
   EXPECT_EQ(kernel.stuck, 0);
 }
 
-TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatNeverEndsIsStuckSoonAfterTheDeadline) {
+TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatNeverEndsIsStuckAfterTheDeadline) {
   SlowKernel kernel(absl::Milliseconds(30));
   const absl::Time deadline = absl::Now() + absl::Milliseconds(300);
-  kernel.Sum(deadline).IgnoreError();
+  kernel.Start(deadline);
+  kernel.OtherRankLeaves();
+  EXPECT_FALSE(kernel.Finish(deadline).ok());
   kernel.Leave();
   EXPECT_GE(absl::Now(), deadline);
   EXPECT_EQ(kernel.stuck, 1);
 }
 
-// An abort that is stuck itself, with nothing ahead of it that runs.
 TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatHasEndedIsStuckAfterItsLimit) {
   SlowKernel kernel(absl::Milliseconds(30));
   kernel.ends = true;
-  TheFakeNccl().peers_are_told = false;
-  std::thread aborter([&] {
-    while (kernel.stuck == 0) std::this_thread::yield();
-    TheFakeNccl().abort_is_stuck = false;
-  });
+  const absl::Time deadline = Soon();
+  kernel.Start(deadline);
   TheFakeNccl().abort_is_stuck = true;
-  EXPECT_FALSE(kernel.Sum(absl::Now() + absl::Milliseconds(100)).ok());
+  kernel.Abort();
+  EXPECT_EQ(kernel.Finish(deadline).code(), absl::StatusCode::kAborted);
   kernel.Leave();
-  aborter.join();
-  EXPECT_GE(kernel.stuck, 1);
+  EXPECT_LT(absl::Now(), deadline);
+  EXPECT_EQ(kernel.stuck, 1);
 }
 
 // The thread of the call is inside CUDA, which waits for the all-reduce, which waits for a rank.
@@ -273,6 +278,32 @@ TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInCuda) {
   guard.join();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
   EXPECT_GE(absl::Now(), deadline);
+}
+
+// No abort can begin then, so the process has to end.
+TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInNccl) {
+  std::atomic<int> stuck{0};
+  Group group = Form(2, [&](int rank) {
+    NcclParts parts = FakeNcclParts();
+    if (rank == 1) return parts;
+    parts.abort_limit = absl::Milliseconds(30);
+    parts.on_stuck_abort = [&] {
+      ++stuck;
+      TheFakeNccl().call_is_stuck = false;
+    };
+    return parts;
+  });
+  absl::Notification is_over;
+  std::thread guard([&] {
+    if (!is_over.WaitForNotificationWithTimeout(absl::Seconds(20))) TheFakeNccl().call_is_stuck = false;
+  });
+  TheFakeNccl().call_is_stuck = true;
+  const absl::Status status = group[0]->Barrier(absl::Now() + absl::Milliseconds(100));
+  is_over.Notify();
+  guard.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  group.clear();
+  EXPECT_EQ(stuck, 1);
 }
 
 TEST_F(NcclCommunicatorTest, AGroupThatNcclRefusesIsAFailedPreconditionWithItsReason) {

@@ -218,15 +218,17 @@ void NcclLink::Watch() {
       break;
     }
     lock.unlock();
-    int state = kNcclSuccess;
-    bool joined = false;
-    const int result = Ask([&](NcclComm comm) {
-      joined = true;
-      return api_.comm_get_async_error(comm, &state);
-    });
-    const int error = result == kNcclSuccess ? state : result;
+    int error = kNcclSuccess;
+    {
+      // A call may be stuck inside NCCL, and still has its deadline.
+      const std::unique_lock nccl(nccl_mutex_, std::try_to_lock);
+      if (nccl.owns_lock() && comm_ != nullptr) {
+        const int result = api_.comm_get_async_error(comm_, &error);
+        if (result != kNcclSuccess) error = result;
+      }
+    }
     lock.lock();
-    if (!joined || error == kNcclSuccess || error == kNcclInProgress || !failure_.ok()) continue;
+    if (error == kNcclSuccess || error == kNcclInProgress || !failure_.ok()) continue;
     changed_.wait_for(lock, kGrace, [this] { return !busy_ || stopping_ || !failure_.ok(); });
     if (failure_.ok()) failure_ = ErrorOf(error);
   }
