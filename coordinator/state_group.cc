@@ -120,7 +120,8 @@ void ClusterState::Greet(WorkerEntry* worker, v1::WorkerHello hello, int64_t now
   if (hello.transport() != options_.transport) {
     return Refuse(id, absl::FailedPreconditionError(
                           absl::StrCat("worker ", hello.address(), " joins groups over '", hello.transport(),
-                                       "', this coordinator's workers over '", options_.transport, "'")));
+                                       "', this coordinator's workers over '", options_.transport,
+                                       "': start both with the same --transport")));
   }
   // A worker that has come again before its old stream was seen to break.
   WorkerId old = 0;

@@ -43,15 +43,37 @@ struct Group {
   std::map<Message, Bytes> messages;  // Sent, not yet received.
 };
 
+// What a communicator has put on a stream.
+struct Kernel {
+  PlayedQueue* stream = nullptr;
+  std::shared_ptr<std::atomic<bool>> is_done = std::make_shared<std::atomic<bool>>(false);
+};
+
 // A communicator as NCCL has it; outlives the pointer in what is queued on streams.
 struct Member {
   std::shared_ptr<Group> group;
   std::mutex mutex;
   std::function<void()> to_queue;  // A call that is "in progress".
+  std::vector<Kernel> kernels;     // Some of them are done.
   int64_t next_round = 0;
   int rank = 0;
   std::map<int, int64_t> sent, received;  // Messages, by peer.
   std::atomic<bool> aborted{false};
+
+  // Under mutex. `work` goes to the stream when the call is asked about.
+  void Queue(PlayedQueue* stream, std::function<bool()> work) {
+    EDUBA_CHECK(to_queue == nullptr);
+    to_queue = [this, stream, work = std::move(work)] {
+      std::erase_if(kernels, [](const Kernel& kernel) { return kernel.is_done->load(); });
+      const Kernel kernel{stream};
+      kernels.push_back(kernel);
+      stream->Push([work, kernel] {
+        if (!work()) return false;
+        *kernel.is_done = true;
+        return true;
+      });
+    };
+  }
 };
 
 std::mutex groups_mutex;
@@ -100,7 +122,7 @@ class FakeStream final : public GpuStream {
   absl::StatusOr<bool> Reached() override {
     if (TheFakeNccl().device_fails) return absl::UnavailableError("CUDA: waiting: the device is lost");
     if (TheFakeNccl().look_takes_ms > 0) absl::SleepFor(absl::Milliseconds(int{TheFakeNccl().look_takes_ms}));
-    queue_.Run();
+    while (!queue_.Run() && TheFakeNccl().looks_wait) std::this_thread::yield();
     return mark_->load();
   }
 
@@ -165,6 +187,8 @@ int GetUniqueId(NcclUniqueId* id) {
   return kNcclSuccess;
 }
 
+const char* GetLastError(NcclComm /*comm*/) { return TheFakeNccl().last_error; }
+
 int InitRank(NcclComm* comm, int ranks, NcclUniqueId id, int rank, NcclConfig* config) {
   EDUBA_CHECK(config->magic == 0xcafebeef && config->blocking == 0);
   const std::scoped_lock lock(groups_mutex);
@@ -196,6 +220,7 @@ int GetAsyncError(NcclComm comm, int* error) {
 int AllReduce(const void* send, void* receive, size_t count, int type, int operation, NcclComm comm,
               void* stream) {
   EDUBA_CHECK(send == receive);
+  while (TheFakeNccl().call_is_stuck) std::this_thread::yield();
   if (TheFakeNccl().all_reduce_result != 0) return TheFakeNccl().all_reduce_result;
   const std::shared_ptr<Member> member = comm->member;
   const size_t bytes = count * (type == kNcclInt64 ? 8 : 4);
@@ -213,8 +238,7 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
     return true;
   };
   const std::scoped_lock lock(member->mutex);
-  EDUBA_CHECK(member->to_queue == nullptr);
-  member->to_queue = [=] { static_cast<PlayedQueue*>(stream)->Push(work); };
+  member->Queue(static_cast<PlayedQueue*>(stream), work);
   return kNcclInProgress;
 }
 
@@ -301,8 +325,7 @@ int GroupEnd() {
     return parts.empty();
   };
   const std::scoped_lock lock(member->mutex);
-  EDUBA_CHECK(member->to_queue == nullptr);
-  member->to_queue = [work, stream = group->stream] { stream->Push(work); };
+  member->Queue(group->stream, work);
   return kNcclInProgress;
 }
 
@@ -312,10 +335,19 @@ int Abort(NcclComm comm) {
   ++TheFakeNccl().aborts;
   while (TheFakeNccl().abort_is_stuck) std::this_thread::yield();
   comm->member->aborted = true;
+  std::vector<Kernel> kernels;
   {
     // What was not queued yet never will be; it holds its member, so it has to go for the member to go.
     const std::scoped_lock lock(comm->member->mutex);
     comm->member->to_queue = nullptr;
+    kernels = comm->member->kernels;
+  }
+  // As NCCL's teardown waits for its streams.
+  for (const Kernel& kernel : kernels) {
+    while (!*kernel.is_done) {
+      kernel.stream->Run();
+      std::this_thread::yield();
+    }
   }
   {
     const std::scoped_lock lock(comm->member->group->mutex);
@@ -330,10 +362,13 @@ int Abort(NcclComm comm) {
 void FakeNccl::Reset() {
   peers_are_told = true;
   abort_is_stuck = false;
+  call_is_stuck = false;
   async_error = 0;
   all_reduce_result = 0;
+  last_error = "";
   device_fails = false;
   look_takes_ms = 0;
+  looks_wait = false;
   aborts = 0;
 }
 
@@ -343,9 +378,9 @@ FakeNccl& TheFakeNccl() {
 }
 
 const NcclApi& FakeNcclApi() {
-  static const NcclApi api = {GetVersion, GetErrorString, GetUniqueId, InitRank, GetAsyncError,
-                              Finalize,   Abort,          AllReduce,   Reduce,   GroupStart,
-                              GroupEnd,   Send,           Receive};
+  static const NcclApi api = {GetVersion, GetErrorString, GetUniqueId, InitRank,    GetAsyncError,
+                              Finalize,   Abort,          AllReduce,   Reduce,      GroupStart,
+                              GroupEnd,   Send,           Receive,     GetLastError};
   return api;
 }
 

@@ -10,7 +10,7 @@
 namespace eduba {
 
 // One queue of work on a GPU, and the memory that it works on: as much of the CUDA runtime as the
-// communicator needs, so that tests can stand in for it. Not thread-safe, but for Attach.
+// communicator needs, so that tests can stand in for it. One thread at a time, but for Attach.
 class GpuStream {
  public:
   virtual ~GpuStream() = default;

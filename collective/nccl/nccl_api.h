@@ -23,6 +23,10 @@ struct NcclUniqueId {
 
 enum NcclResult : int {
   kNcclSuccess = 0,
+  kNcclCudaError = 1,
+  kNcclSystemError = 2,
+  kNcclInvalidArgument = 4,
+  kNcclInvalidUsage = 5,
   kNcclRemoteError = 6,
   kNcclInProgress = 7,
 };
@@ -55,14 +59,21 @@ struct NcclApi {
   int (*group_end)() = nullptr;
   int (*send)(const void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;
   int (*receive)(void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;
+  // Of this process, whatever communicator is passed. Null in a library that has none.
+  const char* (*get_last_error)(NcclComm comm) = nullptr;
 };
 
 // libnccl.so.2 of this machine, opened at the first call and never closed. FAILED_PRECONDITION where it is
 // missing, or older than 2.14, with how to install it.
 absl::StatusOr<const NcclApi*> LoadNccl();
+// The same from another library, opened at every call.
+absl::StatusOr<NcclApi> LoadNcclForTest(const char* library);
 
 // "2.28.9"
 std::string NcclVersionText(const NcclApi& api);
+
+// What a result means, and what NCCL last warned of, in one line.
+std::string NcclErrorText(const NcclApi& api, int result);
 
 }  // namespace eduba
 

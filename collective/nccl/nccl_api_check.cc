@@ -10,7 +10,9 @@ namespace {
 
 static_assert(sizeof(NcclUniqueId) == sizeof(ncclUniqueId) && alignof(NcclUniqueId) == alignof(ncclUniqueId));
 static_assert(std::is_same_v<NcclComm, ncclComm_t>);
-static_assert(kNcclSuccess == int{ncclSuccess} && kNcclRemoteError == int{ncclRemoteError} &&
+static_assert(kNcclSuccess == int{ncclSuccess} && kNcclCudaError == int{ncclUnhandledCudaError} &&
+              kNcclSystemError == int{ncclSystemError} && kNcclInvalidArgument == int{ncclInvalidArgument} &&
+              kNcclInvalidUsage == int{ncclInvalidUsage} && kNcclRemoteError == int{ncclRemoteError} &&
               kNcclInProgress == int{ncclInProgress});
 static_assert(kNcclInt8 == int{ncclInt8} && kNcclInt32 == int{ncclInt32} && kNcclInt64 == int{ncclInt64});
 static_assert(kNcclSum == int{ncclSum} && kNcclMax == int{ncclMax});
@@ -41,6 +43,7 @@ static_assert(std::is_same_v<decltype(ncclCommFinalize), ncclResult_t(ncclComm_t
 static_assert(std::is_same_v<decltype(ncclCommAbort), ncclResult_t(ncclComm_t)>);
 static_assert(std::is_same_v<decltype(ncclGetVersion), ncclResult_t(int*)>);
 static_assert(std::is_same_v<decltype(ncclGetErrorString), const char*(ncclResult_t)>);
+static_assert(std::is_same_v<decltype(ncclGetLastError), const char*(ncclComm_t)>);
 
 }  // namespace
 }  // namespace eduba

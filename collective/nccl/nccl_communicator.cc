@@ -135,7 +135,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   absl::Status Join(const NcclUniqueId& id, absl::Time deadline) {
     EDUBA_RETURN_IF_ERROR(stream_->Attach());
     EDUBA_RETURN_IF_ERROR(frame_.Allocate(kFrameWords * static_cast<int64_t>(sizeof(int64_t))));
-    return size_ == 1 ? absl::OkStatus() : link_.Join(rank_, size_, id, deadline);
+    return Once([&] { return link_.Join(rank_, size_, id, deadline); }, deadline);
   }
 
   int rank() const override { return rank_; }
@@ -143,23 +143,23 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   const char* transport() const override { return "nccl"; }
 
   absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
-    return Once([&] { return Reduce<Sum>(Operation::kSumI64, data, deadline); });
+    return Once([&] { return Reduce<Sum>(Operation::kSumI64, data, deadline); }, deadline);
   }
   absl::Status ReduceScatterI64(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
                                 absl::Time deadline) override {
     const std::vector<int64_t> begins = PartBegins(counts, size_, data.size());
-    return Once([&] { return ReduceScatter(data, counts, begins, deadline); });
+    return Once([&] { return ReduceScatter(data, counts, begins, deadline); }, deadline);
   }
   absl::Status MaxF32(absl::Span<float> data, absl::Time deadline) override {
-    return Once([&] { return Reduce<Max>(Operation::kMaxF32, data, deadline); });
+    return Once([&] { return Reduce<Max>(Operation::kMaxF32, data, deadline); }, deadline);
   }
   absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
                            absl::Time deadline) override {
     const Transfer own = MakeTransfer(rank_, size_, send, to, receive, from);
-    return Once([&] { return Deliver(own, send, receive, deadline); });
+    return Once([&] { return Deliver(own, send, receive, deadline); }, deadline);
   }
   absl::Status Barrier(absl::Time deadline) override {
-    return Once([&] { return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline); });
+    return Once([&] { return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline); }, deadline);
   }
 
   DeviceSums* device_sums() override { return this; }
@@ -177,17 +177,22 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
           EDUBA_RETURN_IF_ERROR(stream_->Attach());
           if (queue_ == nullptr || queue_->handle() != stream) {
             EDUBA_ASSIGN_OR_RETURN(queue_, stream_->Over(stream));
+            EDUBA_ASSIGN_OR_RETURN(ahead_, stream_->Over(stream));
           }
+          EDUBA_RETURN_IF_ERROR(ahead_->Mark());
+          link_.SetAhead(ahead_);
           return counts.empty() ? StartSums(deadline) : StartScatter(counts, deadline);
         },
-        /*goes_on=*/true);
+        deadline, /*goes_on=*/true);
   }
   absl::Status Finish(absl::Time deadline) override {
-    return Once([&] {
-      EDUBA_RETURN_IF_ERROR(stream_->Attach());
-      EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, started_what_, deadline));
-      return CheckHeader<Sum>(started_, started_what_);
-    });
+    return Once(
+        [&] {
+          EDUBA_RETURN_IF_ERROR(stream_->Attach());
+          EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, started_what_, deadline));
+          return CheckHeader<Sum>(started_, started_what_);
+        },
+        deadline);
   }
 
   void Abort(const absl::Status& reason) override {
@@ -198,15 +203,15 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   // After the first error every call returns ABORTED with its text. `goes_on`: the next call is a part of
   // this one.
   template <typename Call>
-  absl::Status Once(const Call& call, bool goes_on = false) {
+  absl::Status Once(const Call& call, absl::Time deadline, bool goes_on = false) {
     if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
     first_error_ = link_.failure();
     if (!first_error_.ok()) return first_error_;
     if (size_ == 1) return absl::OkStatus();
-    link_.SetBusy(true);
+    link_.BeginCall(deadline);
     first_error_ = call();
-    if (!goes_on) link_.SetBusy(false);
     if (!first_error_.ok()) link_.Fail(first_error_);
+    if (!goes_on) link_.EndCall();
     return first_error_;
   }
 
@@ -452,6 +457,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   uint64_t started_ = 0;              // The number of the last frame that Start has queued, ...
   std::string started_what_;          // and what its call is.
   std::unique_ptr<GpuStream> queue_;  // Where it was queued.
+  std::shared_ptr<GpuStream> ahead_;  // The same queue; its mark is behind what was there before Start.
   // Behind the buffers: it goes first, and nothing is queued on them any more then.
   NcclLink link_;
   uint64_t call_ = 0;
@@ -464,8 +470,8 @@ absl::StatusOr<NcclUniqueId> ShareUniqueId(int rank, const NcclApi& api, Rendezv
   if (rank == 0) {
     if (const int result = api.get_unique_id(&id); result != kNcclSuccess) {
       return absl::FailedPreconditionError(
-          absl::StrCat("NCCL makes no unique id: ", api.get_error_string(result),
-                       "; NCCL_DEBUG=WARN in the environment says why"));
+          absl::StrCat("NCCL makes no unique id: ", NcclErrorText(api, result),
+                       "; NCCL_DEBUG=WARN in the environment says more"));
     }
     EDUBA_RETURN_IF_ERROR(rendezvous.Set(
         kIdKey, absl::BytesToHexString(absl::string_view(id.internal, sizeof(id.internal))), deadline));

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "base/played_queue.h"
 #include "collective/map_rendezvous.h"
@@ -42,11 +43,12 @@ void OnThreads(int count, const std::function<void(int)>& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-Group Form(int size, const std::function<NcclParts()>& parts = FakeNcclParts) {
+Group Form(
+    int size, const std::function<NcclParts(int rank)>& parts = [](int) { return FakeNcclParts(); }) {
   Group group(size);
   MapRendezvous board;
   OnThreads(size, [&](int r) {
-    auto joined = ConnectNcclForTest(r, size, board, parts(), Soon());
+    auto joined = ConnectNcclForTest(r, size, board, parts(r), Soon());
     EXPECT_TRUE(joined.ok()) << joined.status();
     if (joined.ok()) group[r] = *std::move(joined);
   });
@@ -127,8 +129,9 @@ TEST_F(NcclCommunicatorTest, AnAbortedMaximumIsNoResult) {
 
 TEST_F(NcclCommunicatorTest, AnAbortThatDoesNotReturnIsReported) {
   std::atomic<int> stuck{0};
-  Group group = Form(2, [&] {
+  Group group = Form(2, [&](int rank) {
     NcclParts parts = FakeNcclParts();
+    if (rank == 1) return parts;
     parts.abort_limit = absl::Milliseconds(30);
     // What the worker does is to end the process; here NCCL is freed so that the test can end.
     parts.on_stuck_abort = [&] {
@@ -178,6 +181,178 @@ TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
         for (int64_t i = begin; i < end; ++i) ASSERT_EQ((*words)[i], word(i, 0) + word(i, 1)) << i;
       });
     }
+  }
+}
+
+// The sums of device memory on a caller's stream, behind a kernel that runs until `ends`.
+class SlowKernel {
+ public:
+  explicit SlowKernel(absl::Duration abort_limit)
+      : group_(Form(2, [&](int rank) {
+          NcclParts parts = FakeNcclParts();
+          if (rank == 1) return parts;
+          parts.abort_limit = abort_limit;
+          parts.on_stuck_abort = [this] {
+            // Where the process would end.
+            ++stuck;
+            ends = true;
+            TheFakeNccl().abort_is_stuck = false;
+          };
+          return parts;
+        })) {}
+
+  void Start(absl::Time deadline) {
+    queue_.Push([this] { return ends.load(); });
+    EXPECT_TRUE(group_[0]->device_sums()->Words(100).ok());
+    EXPECT_EQ(group_[0]->device_sums()->Start(&queue_, {}, deadline), absl::OkStatus());
+  }
+  void Abort() { group_[0]->Abort(absl::CancelledError("enough")); }
+  void OtherRankLeaves() { group_[1].reset(); }
+  absl::Status Finish(absl::Time deadline) { return group_[0]->device_sums()->Finish(deadline); }
+  // Returns when the abort is over.
+  void Leave() { group_[0].reset(); }
+
+  std::atomic<int> stuck{0};
+  std::atomic<bool> ends{false};
+
+ private:
+  PlayedQueue queue_;
+  Group group_;
+};
+
+TEST_F(NcclCommunicatorTest, AnAbortBehindASlowKernelIsNotStuck) {
+  constexpr absl::Duration kLimit = absl::Milliseconds(500);
+  SlowKernel kernel(kLimit);
+  kernel.Start(Soon());
+  kernel.OtherRankLeaves();
+  EXPECT_EQ(kernel.Finish(Soon()).code(), absl::StatusCode::kUnavailable);
+  absl::SleepFor(3 * kLimit);
+  kernel.ends = true;
+  kernel.Leave();
+  EXPECT_EQ(kernel.stuck, 0);
+}
+
+TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatNeverEndsIsStuckAfterTheDeadline) {
+  SlowKernel kernel(absl::Milliseconds(30));
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(300);
+  kernel.Start(deadline);
+  kernel.OtherRankLeaves();
+  EXPECT_FALSE(kernel.Finish(deadline).ok());
+  kernel.Leave();
+  EXPECT_GE(absl::Now(), deadline);
+  EXPECT_EQ(kernel.stuck, 1);
+}
+
+TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatHasEndedIsStuckAfterItsLimit) {
+  SlowKernel kernel(absl::Milliseconds(30));
+  kernel.ends = true;
+  const absl::Time deadline = Soon();
+  kernel.Start(deadline);
+  TheFakeNccl().abort_is_stuck = true;
+  kernel.Abort();
+  EXPECT_EQ(kernel.Finish(deadline).code(), absl::StatusCode::kAborted);
+  kernel.Leave();
+  EXPECT_LT(absl::Now(), deadline);
+  EXPECT_EQ(kernel.stuck, 1);
+}
+
+// The thread of the call is inside CUDA, which waits for the all-reduce, which waits for a rank.
+TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInCuda) {
+  TheFakeNccl().peers_are_told = false;
+  TheFakeNccl().looks_wait = true;
+  absl::Notification is_over;
+  Group group(2);
+  MapRendezvous board;
+  OnThreads(2, [&](int r) {
+    auto joined = ConnectNcclForTest(r, 2, board, FakeNcclParts(), Soon());
+    ASSERT_TRUE(joined.ok()) << joined.status();
+    group[r] = *std::move(joined);
+  });
+  std::thread guard([&] {
+    if (is_over.WaitForNotificationWithTimeout(absl::Seconds(20))) return;
+    group[0]->Abort(absl::CancelledError("no deadline was kept"));
+  });
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(100);
+  const absl::Status status = group[0]->Barrier(deadline);
+  is_over.Notify();
+  guard.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  EXPECT_GE(absl::Now(), deadline);
+}
+
+// No abort can begin then, so the process has to end.
+TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInNccl) {
+  std::atomic<int> stuck{0};
+  Group group = Form(2, [&](int rank) {
+    NcclParts parts = FakeNcclParts();
+    if (rank == 1) return parts;
+    parts.abort_limit = absl::Milliseconds(30);
+    parts.on_stuck_abort = [&] {
+      ++stuck;
+      TheFakeNccl().call_is_stuck = false;
+    };
+    return parts;
+  });
+  absl::Notification is_over;
+  std::thread guard([&] {
+    if (!is_over.WaitForNotificationWithTimeout(absl::Seconds(20))) TheFakeNccl().call_is_stuck = false;
+  });
+  TheFakeNccl().call_is_stuck = true;
+  const absl::Status status = group[0]->Barrier(absl::Now() + absl::Milliseconds(100));
+  is_over.Notify();
+  guard.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  group.clear();
+  EXPECT_EQ(stuck, 1);
+}
+
+TEST_F(NcclCommunicatorTest, AGroupThatNcclRefusesIsAFailedPreconditionWithItsReason) {
+  const auto join = [](int result, const char* last_error) {
+    TheFakeNccl().async_error = result;
+    TheFakeNccl().last_error = last_error;
+    MapRendezvous board;
+    std::vector<absl::Status> statuses(2);
+    OnThreads(
+        2, [&](int r) { statuses[r] = ConnectNcclForTest(r, 2, board, FakeNcclParts(), Soon()).status(); });
+    EXPECT_EQ(statuses[0].code(), statuses[1].code()) << statuses[0] << statuses[1];
+    EXPECT_EQ(statuses[0].message().find('\n'), absl::string_view::npos) << statuses[0];
+    return statuses[0];
+  };
+  const char* const duplicate = "\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000";
+  for (const int result : {kNcclInvalidUsage, kNcclInvalidArgument}) {
+    const absl::Status status = join(result, duplicate);
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("both on CUDA device 1000"));
+    EXPECT_THAT(std::string(status.message()), HasSubstr("--transport gloo"));
+  }
+  EXPECT_EQ(join(kNcclCudaError, "Cuda failure 2 'out of memory'").code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(join(kNcclSystemError, "").code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(join(kNcclRemoteError, "").code(), absl::StatusCode::kUnavailable);
+}
+
+// NCCL says the same of a call of a group that has formed: then it is no matter of who may join.
+TEST_F(NcclCommunicatorTest, ARefusalAfterTheGroupHasFormedIsUnavailable) {
+  Group group = Form(2);
+  TheFakeNccl().async_error = kNcclInvalidUsage;
+  EXPECT_EQ(group[0]->Barrier(Soon()).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(LoadNccl, WithoutTheLibraryOrWithAnotherSaysHowToInstallIt) {
+  struct Case {
+    const char* library;
+    const char* says;
+  };
+  for (const Case& one :
+       {Case{"libnccl_that_is_absent.so.2", "cannot be loaded"},
+        Case{"libdl.so.2", "does not say its version"}, Case{EDUBA_OLD_NCCL, "has version 2.13.4"}}) {
+    const absl::Status status = LoadNcclForTest(one.library).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    const std::string message(status.message());
+    EXPECT_THAT(message, HasSubstr(one.library));
+    EXPECT_THAT(message, HasSubstr(one.says));
+    EXPECT_THAT(message, HasSubstr("install NCCL 2.14 or newer"));
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
   }
 }
 

@@ -19,11 +19,12 @@
 
 namespace eduba {
 
-// One non-blocking NCCL communicator, and the thread that watches over it: it asks NCCL for errors, and is
-// the only one that aborts. The order is: first everyone is told (failure()), then nobody is inside NCCL with
-// this communicator any more, then it is aborted; so no call can meet freed memory. An abort that does not
-// return within `abort_limit` is stuck for good (NCCL's issues 863, 1013 and 1777 have the ways), and
-// `on_stuck_abort` is called.
+// One non-blocking NCCL communicator, and the thread that watches over it: it asks NCCL for errors, keeps the
+// deadlines of calls whose own thread may be stuck in CUDA, and is the only one that aborts. The order is:
+// first everyone is told (failure()), then nobody is inside NCCL with this communicator any more, then it is
+// aborted; so no call can meet freed memory. An abort waits for what the device had to do before the
+// collective that it ends, in good health. One that has not returned `abort_limit` after that is stuck for
+// good (NCCL's issues 863, 1013 and 1777 have the ways), and `on_stuck_abort` is called.
 class NcclLink {
  public:
   NcclLink(const NcclApi& api, GpuStream& stream, absl::Duration abort_limit,
@@ -33,7 +34,7 @@ class NcclLink {
   NcclLink(const NcclLink&) = delete;
   NcclLink& operator=(const NcclLink&) = delete;
 
-  // Once, before all else. Returns when the group has formed.
+  // Once, before all else. Returns when the group has formed. FAILED_PRECONDITION when NCCL refuses it.
   absl::Status Join(int rank, int size, const NcclUniqueId& id, absl::Time deadline);
 
   // Queues an all-reduce in place on `stream`; returns when NCCL has queued it. The calling thread is
@@ -51,9 +52,12 @@ class NcclLink {
   absl::Status SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
                            int64_t receive_bytes, int64_t from, absl::Time deadline);
 
-  // A call is under way: errors are asked for more often, and one that NCCL reports waits a moment for the
-  // call, which may have all it needs already.
-  void SetBusy(bool busy);
+  // A call is under way until EndCall: an error that NCCL reports waits a moment for the call, which may have
+  // all it needs already, and the link fails a moment after `deadline`, wherever the call's thread is then.
+  void BeginCall(absl::Time deadline);
+  // The call's work for NCCL comes behind the last mark of `stream`, which nobody else asks about.
+  void SetAhead(std::shared_ptr<GpuStream> stream);
+  void EndCall();
 
   // The first error; OK while there is none. Any thread.
   absl::Status failure() const;
@@ -69,7 +73,8 @@ class NcclLink {
   int Ask(const std::function<int(NcclComm)>& call);
   // Until NCCL has done what it was asked to.
   absl::Status WaitWhileInProgress(int result, const char* what, absl::Time deadline);
-  std::string ErrorText(int result) const;
+  // What NCCL's error means. Under mutex_.
+  absl::Status ErrorOf(int result) const;
   void Watch();
   void AbortNow();
 
@@ -84,7 +89,11 @@ class NcclLink {
   mutable std::mutex mutex_;  // Guards all below but the thread.
   std::condition_variable changed_;
   absl::Status failure_;
+  bool formed_ = false;
+  // Of the call under way. What they are when the link fails, they stay.
   bool busy_ = false;
+  absl::Time deadline_ = absl::InfiniteFuture();
+  std::shared_ptr<GpuStream> ahead_;  // Null: nothing of this rank's is ahead.
   bool stopping_ = false;
   std::thread watchdog_;
 };

@@ -11,8 +11,11 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <iostream>
 #include <limits>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <string>
@@ -27,6 +30,8 @@
 #include "collective/map_rendezvous.h"
 #include "collective/nccl/fake_nccl.h"
 #include "collective/nccl/nccl_communicator.h"
+#include "tests/contract/communicator_cases.h"
+#include "tests/contract/communicator_checks.h"
 
 namespace eduba {
 namespace {
@@ -40,9 +45,6 @@ constexpr auto kAborted = absl::StatusCode::kAborted;
 constexpr auto kDeadlineExceeded = absl::StatusCode::kDeadlineExceeded;
 constexpr auto kInternal = absl::StatusCode::kInternal;
 constexpr auto kUnavailable = absl::StatusCode::kUnavailable;
-
-// So far away that a test which meets it has failed; so near that it fails by itself.
-absl::Time Far() { return absl::Now() + absl::Seconds(60); }
 
 using Join =
     std::function<absl::StatusOr<std::unique_ptr<Communicator>>(int rank, int size, absl::Time deadline)>;
@@ -76,8 +78,8 @@ Join NewFakeNcclGroup() {
   };
 }
 
-// One device for each rank, because two ranks of a process cannot share one; tests/gpu/run.sh has ranks that
-// are processes.
+// One device for each rank, because two ranks of a process cannot share one; tests/faults/ has ranks that are
+// processes, and share one.
 Join NewNcclGroup() {
   return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
     return ConnectNccl(rank, size, *board, {.device = rank}, deadline);
@@ -103,122 +105,48 @@ Group Form(const Join& join, int size) {
   return group;
 }
 
-// Any word, the same in every run: half of the sums wrap around.
-int64_t Word(int rank, int64_t call, int64_t i) {
-  uint64_t x =
-      (static_cast<uint64_t>(rank) << 56) ^ (static_cast<uint64_t>(call) << 40) ^ static_cast<uint64_t>(i);
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<int64_t>(x ^ (x >> 31));
-}
-
-float Real(int rank, int64_t call, int64_t i) { return static_cast<float>(Word(rank, call, i)); }
-
-absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
-  std::vector<int64_t> data(count);
-  for (int64_t i = 0; i < count; ++i) data[i] = Word(c.rank(), call, i);
-  absl::Status status = c.SumI64(absl::MakeSpan(data), deadline);
-  if (!status.ok()) return status;
-  for (int64_t i = 0; i < count; ++i) {
-    uint64_t want = 0;
-    for (int r = 0; r < c.size(); ++r) want += static_cast<uint64_t>(Word(r, call, i));
-    if (static_cast<uint64_t>(data[i]) == want) continue;
-    return absl::DataLossError(
-        absl::StrCat("sum ", call, " of ", count, ", word ", i, ": ", data[i], ", want ", want));
-  }
-  return status;
-}
-
-// `words` shared out in parts that all differ, the first of them empty where there are some ranks.
-std::vector<int64_t> UnevenParts(int ranks, int64_t words) {
-  const auto until = [&](int64_t rank) { return words * rank * rank / (int64_t{ranks} * ranks); };
-  std::vector<int64_t> counts(ranks);
-  for (int rank = 0; rank < ranks; ++rank) counts[rank] = until(rank + 1) - until(rank);
-  if (ranks > 1) {
-    counts[1] += counts[0];
-    counts[0] = 0;
-  }
-  return counts;
-}
-
-absl::Status ScatterAndCheck(Communicator& c, const std::vector<int64_t>& counts, int64_t call,
-                             absl::Time deadline) {
-  std::vector<int64_t> data(std::accumulate(counts.begin(), counts.end(), int64_t{0}));
-  const auto words = static_cast<int64_t>(data.size());
-  for (int64_t i = 0; i < words; ++i) data[i] = Word(c.rank(), call, i);
-  absl::Status status = c.ReduceScatterI64(absl::MakeSpan(data), counts, deadline);
-  if (!status.ok()) return status;
-  const int64_t begin = std::accumulate(counts.begin(), counts.begin() + c.rank(), int64_t{0});
-  for (int64_t i = begin; i < begin + counts[c.rank()]; ++i) {
-    uint64_t want = 0;
-    for (int r = 0; r < c.size(); ++r) want += static_cast<uint64_t>(Word(r, call, i));
-    if (static_cast<uint64_t>(data[i]) == want) continue;
-    return absl::DataLossError(absl::StrCat("reduce-scatter ", call, " of ", words, ", word ", i, " of rank ",
-                                            c.rank(), ": ", data[i], ", want ", want));
-  }
-  return status;
-}
-
-absl::Status MaxAndCheck(Communicator& c, int64_t count, int64_t call, absl::Time deadline) {
-  std::vector<float> data(count);
-  for (int64_t i = 0; i < count; ++i) data[i] = Real(c.rank(), call, i);
-  absl::Status status = c.MaxF32(absl::MakeSpan(data), deadline);
-  if (!status.ok()) return status;
-  for (int64_t i = 0; i < count; ++i) {
-    float want = Real(0, call, i);
-    for (int r = 1; r < c.size(); ++r) want = std::max(want, Real(r, call, i));
-    if (data[i] == want) continue;
-    return absl::DataLossError(
-        absl::StrCat("max ", call, " of ", count, ", float ", i, ": ", data[i], ", want ", want));
-  }
-  return status;
-}
-
-// Who a rank sends to (-1: nobody) in a call, and how many bytes. Everybody knows it of everybody.
-using Route = std::function<std::pair<int, int64_t>(int rank)>;
-
-absl::Status SendAndCheck(Communicator& c, const Route& route, int64_t call, absl::Time deadline) {
-  const auto byte = [call](int sender, int64_t i) { return static_cast<char>(Word(sender, call, i)); };
-  const auto [to, count] = route(c.rank());
-  std::vector<char> send(count);
-  for (int64_t i = 0; i < count; ++i) send[i] = byte(c.rank(), i);
-  int from = -1;
-  for (int rank = 0; rank < c.size(); ++rank) from = route(rank).first == c.rank() ? rank : from;
-  std::vector<char> receive(from < 0 ? 0 : route(from).second);
-  absl::Status status = c.SendReceive(send, to, absl::MakeSpan(receive), from, deadline);
-  if (!status.ok()) return status;
-  for (size_t i = 0; i < receive.size(); ++i) {
-    if (receive[i] == byte(from, static_cast<int64_t>(i))) continue;
-    return absl::DataLossError(absl::StrCat("call ", call, ", byte ", i, " of ", receive.size(),
-                                            " from rank ", from, " to rank ", c.rank(), " is wrong"));
-  }
-  return status;
-}
-
-// To the rank `shift` further on.
-Route Ring(int ranks, int shift, int64_t count) {
-  return [=](int rank) { return std::pair((rank + shift) % ranks, count); };
-}
-
-constexpr int kMostRanks = 8;  // Of a group below.
-
 class CommunicatorContract : public testing::TestWithParam<Transport> {
  protected:
-  void SetUp() override {
-    if (GetParam().new_group != NewNcclGroup) return;
-    const absl::Status missing = NcclMissing();
-    if (!missing.ok()) GTEST_SKIP() << "SKIPPED, NOT TESTED: nccl: " << missing;
-  }
-  // Why this machine cannot run groups of kMostRanks threads over NCCL.
-  static absl::Status NcclMissing() {
+  // Why this machine cannot have groups of so many ranks over the transport. Form is for no more.
+  absl::Status Need(int ranks) {
+    most_ranks_ = std::max(most_ranks_, ranks);
+    if (GetParam().new_group != NewNcclGroup) return absl::OkStatus();
     absl::Status status = LoadNccl().status();
-    if (status.ok()) status = OpenCudaStream(kMostRanks - 1).status();
+    if (status.ok()) status = OpenCudaStream(ranks - 1).status();
     return status;
   }
-  Group Form(int size) { return eduba::Form(GetParam().new_group(), size); }
+  // Those of `sizes` that it can have; says which it cannot.
+  std::vector<int> Possible(const std::vector<int>& sizes) {
+    std::vector<int> possible;
+    for (const int ranks : sizes) {
+      const absl::Status missing = Need(ranks);
+      if (missing.ok()) {
+        possible.push_back(ranks);
+      } else {
+        std::cout << "SKIPPED, NOT TESTED: nccl with " << ranks << " ranks: " << missing << "\n";
+      }
+    }
+    return possible;
+  }
+  Group Form(int size) {
+    EXPECT_LE(size, most_ranks_) << "the test does not say that it needs so many ranks";
+    return eduba::Form(GetParam().new_group(), size);
+  }
+
+ private:
+  int most_ranks_ = 0;
 };
 
+#define EDUBA_NEEDS_RANKS(count)                                                             \
+  do {                                                                                       \
+    const absl::Status missing = Need(count);                                                \
+    if (!missing.ok()) {                                                                     \
+      GTEST_SKIP() << "SKIPPED, NOT TESTED: nccl with " << (count) << " ranks: " << missing; \
+    }                                                                                        \
+  } while (false)
+
 TEST_P(CommunicatorContract, KnowsWhoItIs) {
+  EDUBA_NEEDS_RANKS(3);
   const Group group = Form(3);
   for (int r = 0; r < 3; ++r) {
     EXPECT_EQ(group[r]->rank(), r);
@@ -229,7 +157,8 @@ TEST_P(CommunicatorContract, KnowsWhoItIs) {
 
 // 64Ki + 1 words take the ways for large payloads, and divide by no group size but 1 and 5.
 TEST_P(CommunicatorContract, SumsAndMaximaAreExactForEverySizeAndGroup) {
-  for (const int ranks : {1, 2, 3, 5, 8}) {
+  EDUBA_NEEDS_RANKS(1);
+  for (const int ranks : Possible({1, 2, 3, 5, 8})) {
     const Group group = Form(ranks);
     OnThreads(ranks, [&](int rank) {
       int64_t call = 0;
@@ -246,7 +175,8 @@ TEST_P(CommunicatorContract, SumsAndMaximaAreExactForEverySizeAndGroup) {
 }
 
 TEST_P(CommunicatorContract, SumsPayloadsOfManyMebibytes) {
-  for (const int ranks : {2, 3}) {
+  EDUBA_NEEDS_RANKS(2);
+  for (const int ranks : Possible({2, 3})) {
     const Group group = Form(ranks);
     OnThreads(ranks, [&](int rank) {
       EXPECT_EQ(SumAndCheck(*group[rank], 600'001, 1, Far()), absl::OkStatus()) << ranks << " ranks";
@@ -257,6 +187,7 @@ TEST_P(CommunicatorContract, SumsPayloadsOfManyMebibytes) {
 }
 
 TEST_P(CommunicatorContract, SumsWrapAround) {
+  EDUBA_NEEDS_RANKS(2);
   const int64_t largest = std::numeric_limits<int64_t>::max();
   const int64_t smallest = std::numeric_limits<int64_t>::min();
   const Group group = Form(2);
@@ -277,6 +208,7 @@ TEST_P(CommunicatorContract, SumsWrapAround) {
 }
 
 TEST_P(CommunicatorContract, MaximaOfNegativesInfinitiesAndZerosAreExactToTheBit) {
+  EDUBA_NEEDS_RANKS(3);
   const float infinity = std::numeric_limits<float>::infinity();
   const float tiny = std::numeric_limits<float>::denorm_min();
   const Group group = Form(3);
@@ -296,6 +228,7 @@ TEST_P(CommunicatorContract, MaximaOfNegativesInfinitiesAndZerosAreExactToTheBit
 }
 
 TEST_P(CommunicatorContract, ABarrierHoldsEveryRankUntilTheLast) {
+  EDUBA_NEEDS_RANKS(5);
   const int ranks = 5;
   const Group group = Form(ranks);
   std::atomic<int> arrived = 0;
@@ -311,7 +244,8 @@ TEST_P(CommunicatorContract, ABarrierHoldsEveryRankUntilTheLast) {
 
 // Every rank to every other one, each message of another size; the largest are cut by every transport.
 TEST_P(CommunicatorContract, MessagesGoRoundTheRanksInEveryDistance) {
-  for (const int ranks : {1, 2, 3, 4, 5}) {
+  EDUBA_NEEDS_RANKS(1);
+  for (const int ranks : Possible({1, 2, 3, 4, 5})) {
     const Group group = Form(ranks);
     OnThreads(ranks, [&](int rank) {
       int64_t call = 0;
@@ -329,6 +263,7 @@ TEST_P(CommunicatorContract, MessagesGoRoundTheRanksInEveryDistance) {
 }
 
 TEST_P(CommunicatorContract, AMessageNeedsNoneTheOtherWay) {
+  EDUBA_NEEDS_RANKS(4);
   const Group group = Form(4);
   OnThreads(4, [&](int rank) {
     int64_t call = 0;
@@ -347,7 +282,8 @@ TEST_P(CommunicatorContract, AMessageNeedsNoneTheOtherWay) {
 }
 
 TEST_P(CommunicatorContract, ABroadcastReachesAllFromAny) {
-  for (const int ranks : {1, 2, 3, 4, 5, 7}) {
+  EDUBA_NEEDS_RANKS(1);
+  for (const int ranks : Possible({1, 2, 3, 4, 5, 7})) {
     const Group group = Form(ranks);
     OnThreads(ranks, [&](int rank) {
       for (int from = 0; from < ranks; ++from) {
@@ -363,6 +299,7 @@ TEST_P(CommunicatorContract, ABroadcastReachesAllFromAny) {
 }
 
 TEST_P(CommunicatorContract, ABroadcastThatARankHasLeftIsAnError) {
+  EDUBA_NEEDS_RANKS(4);
   Group group = Form(4);
   group[0].reset();
   OnThreads(3, [&](int i) {
@@ -372,6 +309,7 @@ TEST_P(CommunicatorContract, ABroadcastThatARankHasLeftIsAnError) {
 }
 
 TEST_P(CommunicatorContract, AMessageWhoseRankLeavesOrDoesNotComeIsAnError) {
+  EDUBA_NEEDS_RANKS(3);
   Group group = Form(3);
   OnThreads(3, [&](int rank) {
     EXPECT_EQ(SendAndCheck(*group[rank], Ring(3, 1, 5'000), 1, Far()), absl::OkStatus());
@@ -389,6 +327,7 @@ TEST_P(CommunicatorContract, AMessageWhoseRankLeavesOrDoesNotComeIsAnError) {
 }
 
 TEST_P(CommunicatorContract, KeepsManyMixedCallsInOrder) {
+  EDUBA_NEEDS_RANKS(3);
   const uint32_t seed = 20240607;
   const int ranks = 3;
   const Group group = Form(ranks);
@@ -410,6 +349,7 @@ TEST_P(CommunicatorContract, KeepsManyMixedCallsInOrder) {
 }
 
 TEST_P(CommunicatorContract, WaitsForEverWhenAskedTo) {
+  EDUBA_NEEDS_RANKS(2);
   const Group group = Form(2);
   OnThreads(2, [&](int rank) {
     EXPECT_EQ(SumAndCheck(*group[rank], 10, 1, absl::InfiniteFuture()), absl::OkStatus());
@@ -418,6 +358,7 @@ TEST_P(CommunicatorContract, WaitsForEverWhenAskedTo) {
 }
 
 TEST_P(CommunicatorContract, JoiningGivesUpWhenARankDoesNotCome) {
+  EDUBA_NEEDS_RANKS(2);
   const Join join = GetParam().new_group();
   const absl::Time deadline = absl::Now() + absl::Milliseconds(100);
   OnThreads(2, [&](int rank) {
@@ -427,6 +368,7 @@ TEST_P(CommunicatorContract, JoiningGivesUpWhenARankDoesNotCome) {
 }
 
 TEST_P(CommunicatorContract, ACallGivesUpAtItsDeadlineWhenARankDoesNotCome) {
+  EDUBA_NEEDS_RANKS(3);
   const Group group = Form(3);
   const absl::Time deadline = absl::Now() + absl::Milliseconds(150);
   OnThreads(2, [&](int rank) {
@@ -441,6 +383,7 @@ TEST_P(CommunicatorContract, ACallGivesUpAtItsDeadlineWhenARankDoesNotCome) {
 }
 
 TEST_P(CommunicatorContract, AReduceScatterGivesUpAtItsDeadlineOrWhenARankLeaves) {
+  EDUBA_NEEDS_RANKS(3);
   const std::vector<int64_t> parts = {30'000, 10'000, 50'000};
   {
     const Group group = Form(3);
@@ -466,6 +409,7 @@ TEST_P(CommunicatorContract, AReduceScatterGivesUpAtItsDeadlineOrWhenARankLeaves
 }
 
 TEST_P(CommunicatorContract, AbortEndsTheCallUnderWay) {
+  EDUBA_NEEDS_RANKS(3);
   const Group group = Form(3);  // Ranks 1 and 2 never call.
   std::atomic<bool> calling = false;
   std::thread aborter([&] {
@@ -481,6 +425,7 @@ TEST_P(CommunicatorContract, AbortEndsTheCallUnderWay) {
 }
 
 TEST_P(CommunicatorContract, AbortBetweenCallsEndsTheNextOnEveryRank) {
+  EDUBA_NEEDS_RANKS(3);
   const Group group = Form(3);
   OnThreads(3, [&](int rank) { EXPECT_EQ(group[rank]->Barrier(Far()), absl::OkStatus()); });
   group[0]->Abort(absl::CancelledError("draining"));
@@ -494,6 +439,7 @@ TEST_P(CommunicatorContract, AbortBetweenCallsEndsTheNextOnEveryRank) {
 }
 
 TEST_P(CommunicatorContract, ARankThatLeavesEndsTheCallOfTheOthers) {
+  EDUBA_NEEDS_RANKS(3);
   Group group = Form(3);
   std::atomic<int> calling = 0;
   OnThreads(3, [&](int rank) {
@@ -509,6 +455,7 @@ TEST_P(CommunicatorContract, ARankThatLeavesEndsTheCallOfTheOthers) {
 }
 
 TEST_P(CommunicatorContract, LeavingRightAfterTheLastCallSpoilsItForNobody) {
+  EDUBA_NEEDS_RANKS(4);
   for (const int64_t count : {0, 100, 5'000, 70'000}) {
     for (int round = 0; round < 5; ++round) {
       Group group = Form(4);
@@ -527,9 +474,8 @@ TEST_P(CommunicatorContract, LeavingRightAfterTheLastCallSpoilsItForNobody) {
   }
 }
 
-absl::Status SendNothing(Communicator& c) { return c.SendReceive({}, -1, {}, -1, Far()); }
-
 TEST_P(CommunicatorContract, EveryCallAfterAnErrorReturnsItsTextAsAborted) {
+  EDUBA_NEEDS_RANKS(2);
   const Group group = Form(2);
   const absl::Status first = group[0]->Barrier(absl::Now() + absl::Milliseconds(20));
   ASSERT_EQ(first.code(), kDeadlineExceeded);
@@ -545,61 +491,8 @@ TEST_P(CommunicatorContract, EveryCallAfterAnErrorReturnsItsTextAsAborted) {
   }
 }
 
-struct Mismatch {
-  const char* what;
-  std::function<absl::Status(Communicator&)> most;
-  std::function<absl::Status(Communicator&)> odd;
-};
-
-std::function<absl::Status(Communicator&)> Sum(int64_t count) {
-  return [count](Communicator& c) { return SumAndCheck(c, count, 1, Far()); };
-}
-std::function<absl::Status(Communicator&)> Max(int64_t count) {
-  return [count](Communicator& c) { return MaxAndCheck(c, count, 1, Far()); };
-}
-
-// `each` words for every rank but the last, which gets what is left of `words`.
-std::function<absl::Status(Communicator&)> Scatter(int64_t each, int64_t words) {
-  return [=](Communicator& c) {
-    std::vector<int64_t> counts(c.size(), each);
-    counts.back() = words - each * (c.size() - 1);
-    return ScatterAndCheck(c, counts, 1, Far());
-  };
-}
-
-// With the next rank, in a group of any size: what it sends, and what it wants from the one before.
-std::function<absl::Status(Communicator&)> Send(int64_t count, int64_t wanted) {
-  return [=](Communicator& c) {
-    const std::vector<char> send(count);
-    std::vector<char> receive(wanted);
-    return c.SendReceive(send, (c.rank() + 1) % c.size(), absl::MakeSpan(receive),
-                         (c.rank() + c.size() - 1) % c.size(), Far());
-  };
-}
-
-std::vector<Mismatch> Mismatches() {
-  return {{"another operation, as many bytes", Sum(4), Max(8)},
-          {"one word more", Sum(4), Sum(5)},
-          {"nothing and something", Sum(0), Sum(1)},
-          {"barrier and sum of nothing", [](Communicator& c) { return c.Barrier(Far()); }, Sum(0)},
-          {"small and large", Sum(10), Sum(200'000)},
-          {"large and larger", Max(200'000), Max(200'001)},
-          {"a sum and a reduce-scatter", Sum(400), Scatter(100, 400)},
-          {"a sum and a reduce-scatter, large", Sum(1'200'000), Scatter(100'000, 1'200'000)},
-          {"a reduce-scatter and a maximum", Scatter(100, 400), Max(800)},
-          {"one word more to scatter", Scatter(100, 400), Scatter(100, 401)},
-          {"other parts", Scatter(100, 400), Scatter(99, 400)},
-          {"other parts, large", Scatter(100'000, 1'200'000), Scatter(200'000, 1'200'000)},
-          {"a reduce-scatter of nothing and a barrier", Scatter(0, 0),
-           [](Communicator& c) { return c.Barrier(Far()); }},
-          {"a message and a sum", Send(0, 0), Sum(0)},
-          {"a message and none", Send(5, 5), SendNothing},
-          {"a message too long", Send(5, 5), Send(6, 5)},
-          {"a message too short", Send(2'000'000, 2'000'000), Send(1'000'000, 2'000'000)},
-          {"a receiver who wants more", Send(5, 5), Send(5, 6)}};
-}
-
 TEST_P(CommunicatorContract, TwoRanksThatCallDifferentlyAreBothToldSo) {
+  EDUBA_NEEDS_RANKS(2);
   for (const Mismatch& mismatch : Mismatches()) {
     SCOPED_TRACE(mismatch.what);
     const Group group = Form(2);
@@ -613,6 +506,7 @@ TEST_P(CommunicatorContract, TwoRanksThatCallDifferentlyAreBothToldSo) {
 
 // The first to find the difference ends the group, so others may only learn that it is gone.
 TEST_P(CommunicatorContract, AmongManyRanksNobodyGetsAnAnswerFromDifferentCalls) {
+  EDUBA_NEEDS_RANKS(4);
   for (const Mismatch& mismatch : Mismatches()) {
     const Group group = Form(4);
     std::atomic<int> told = 0;
@@ -626,6 +520,7 @@ TEST_P(CommunicatorContract, AmongManyRanksNobodyGetsAnAnswerFromDifferentCalls)
 }
 
 TEST_P(CommunicatorContract, AnAbortAtAnyMomentOfAStreamEndsEveryRankWithAnErrorAndNoWrongSum) {
+  EDUBA_NEEDS_RANKS(3);
   const uint32_t seed = 77;
   std::mt19937 random(seed);
   for (int round = 0; round < 10; ++round) {
@@ -653,6 +548,7 @@ TEST_P(CommunicatorContract, AnAbortAtAnyMomentOfAStreamEndsEveryRankWithAnError
 }
 
 TEST_P(CommunicatorContract, ANewGroupWorksAfterAnAbort) {
+  EDUBA_NEEDS_RANKS(3);
   {
     const Group group = Form(3);
     group[1]->Abort(absl::CancelledError("over"));
@@ -668,6 +564,7 @@ int64_t Entries(const char* directory) {
 }
 
 TEST_P(CommunicatorContract, TwentyRebuildsLeakNoDescriptorAndNoThread) {
+  EDUBA_NEEDS_RANKS(3);
   const auto rebuild = [&](int round) {
     const Group group = Form(3);
     OnThreads(3,
@@ -683,6 +580,32 @@ TEST_P(CommunicatorContract, TwentyRebuildsLeakNoDescriptorAndNoThread) {
   const absl::Time limit = Far();
   while (Entries("/proc/self/task") > threads && absl::Now() < limit) std::this_thread::yield();
   EXPECT_LE(Entries("/proc/self/task"), threads);
+}
+
+// What ranks that are processes are asked (tests/faults/communicator_kill_test.cc), here of threads.
+TEST_P(CommunicatorContract, TheCasesForProcessesHoldForThreads) {
+  EDUBA_NEEDS_RANKS(3);
+  std::mutex mutex;
+  std::map<std::string, Join> groups;
+  const auto join = [&](int rank, const std::string& name, absl::Time deadline) {
+    Join* group = nullptr;
+    {
+      const std::scoped_lock lock(mutex);
+      group = &groups[name];
+      if (*group == nullptr) *group = GetParam().new_group();
+    }
+    return (*group)(rank, 3, deadline);
+  };
+  OnThreads(3, [&](int rank) {
+    CaseOptions options;
+    options.rank = rank;
+    options.size = 3;
+    options.patience = absl::Milliseconds(200);
+    options.join = [&, rank](const std::string& name, absl::Time deadline) {
+      return join(rank, name, deadline);
+    };
+    EXPECT_THAT(BrokenPromises(options), testing::IsEmpty()) << "rank " << rank;
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CommunicatorContract,

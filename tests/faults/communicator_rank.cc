@@ -1,12 +1,18 @@
-// One rank of a Gloo group, as a process for communicator_kill_test.cc to hurt; or of an NCCL group, for
-// tests/gpu/run.sh. Sums words in a stream until a call fails; every second time each rank gets a part.
-//   communicator_rank DIRECTORY RANK SIZE WORDS CALL_SECONDS [kill|stop|nccl]
-// DIRECTORY is the rendezvous, new for each group. With `kill` or `stop` it does that to itself while the
-// group forms, when it has published its address and the others may be connecting to it. With `nccl` the
-// ranks share cuda:0, for which each needs an NCCL_HOSTID of its own. Prints "round N"
-// after every call that succeeded, and at the end one line, "end CODE LATE_MS TEXT": what the first failed
-// call returned, and how long after its deadline (negative: before). Exits with 0 then; with 3 for a wrong
-// sum.
+// One rank of a group, as a process for communicator_kill_test.cc to hurt.
+//   communicator_rank DIRECTORY RANK SIZE WORDS CALL_SECONDS [nccl] [FAULT]
+//   communicator_rank DIRECTORY RANK SIZE cases PATIENCE_SECONDS [nccl]
+// DIRECTORY is the rendezvous, new for each group. Over Gloo; or over NCCL, whose ranks share cuda:0, for
+// which each needs an NCCL_HOSTID of its own.
+//
+// WORDS are summed in a stream until a call fails; every second time each rank gets a part. FAULT is what it
+// does to itself: `kill` or `stop` while the group forms, when it has met the rendezvous and the others may
+// be connecting to it; `kill-call` or `stop-call` when the others make a call that it has not made. Prints
+// "round N" after every call that succeeded, and at the end one line, "end CODE LATE_MS TEXT": what the first
+// failed call returned, and how long after its deadline (negative: before). Exits with 0 then; with 3 for a
+// wrong sum.
+//
+// With `cases` it goes through tests/contract/communicator_cases.h. Prints "case NAME" before each, "broken
+// TEXT" for each promise that was not kept, and "done". Exits with 0.
 #include <signal.h>
 #include <sys/prctl.h>
 
@@ -14,38 +20,44 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
 #include "collective/gloo/gloo_communicator.h"
 #include "collective/nccl/nccl_communicator.h"
+#include "tests/contract/communicator_cases.h"
 
 namespace eduba {
 namespace {
 
 class FileRendezvous final : public Rendezvous {
  public:
+  // Raises `signal_to_self` at the end of the first call; 0: not.
   FileRendezvous(const std::string& directory, int signal_to_self)
       : directory_(directory), signal_to_self_(signal_to_self) {}
 
   absl::Status Set(const std::string& key, const std::string& value, absl::Time /*deadline*/) override {
     std::ofstream(Path(key) + ".new", std::ios::binary) << value;
     std::filesystem::rename(Path(key) + ".new", Path(key));
+    if (signal_to_self_ != 0) raise(signal_to_self_);
     return absl::OkStatus();
   }
 
   absl::StatusOr<std::string> Get(const std::string& key, absl::Time deadline) override {
-    if (signal_to_self_ != 0) raise(signal_to_self_);
     while (!std::filesystem::exists(Path(key))) {
       if (absl::Now() >= deadline) return absl::DeadlineExceededError(absl::StrCat("no file ", Path(key)));
       absl::SleepFor(absl::Milliseconds(1));
     }
     std::stringstream value;
     value << std::ifstream(Path(key), std::ios::binary).rdbuf();
+    if (signal_to_self_ != 0) raise(signal_to_self_);
     return value.str();
   }
 
@@ -65,17 +77,39 @@ int End(const absl::Status& status, absl::Time deadline) {
   return 0;
 }
 
-int Run(const std::string& directory, int rank, int size, int64_t words, absl::Duration limit,
-        int signal_to_self, bool nccl) {
-  FileRendezvous rendezvous(directory, signal_to_self);
+struct Rank {
+  std::string directory;
+  int rank;
+  int size;
+  bool nccl;
+
+  absl::StatusOr<std::unique_ptr<Communicator>> Join(FileRendezvous& rendezvous, absl::Time deadline) const {
+    if (nccl) return ConnectNccl(rank, size, rendezvous, NcclOptions(), deadline);
+    return ConnectGloo(rank, size, rendezvous, GlooOptions(), deadline);
+  }
+};
+
+constexpr int64_t kFaultyRound = 20;
+
+int Sums(const Rank& own, int64_t words, absl::Duration limit, const std::string& fault) {
+  const int signal = absl::StartsWith(fault, "kill")   ? SIGKILL
+                     : absl::StartsWith(fault, "stop") ? SIGSTOP
+                                                       : 0;
+  const bool in_call = absl::EndsWith(fault, "-call");
+  const auto [rank, size] = std::pair(own.rank, own.size);
+  FileRendezvous rendezvous(own.directory, in_call ? 0 : signal);
   absl::Time deadline = absl::Now() + limit;
-  auto group = nccl ? ConnectNccl(rank, size, rendezvous, NcclOptions(), deadline)
-                    : ConnectGloo(rank, size, rendezvous, GlooOptions(), deadline);
+  auto group = own.Join(rendezvous, deadline);
   if (!group.ok()) return End(group.status(), deadline);
   const int64_t begin = words * rank / size;
   std::vector<int64_t> counts;
+  counts.reserve(size);
   for (int r = 0; r < size; ++r) counts.push_back(words * (r + 1) / size - words * r / size);
   for (int64_t round = 0;; ++round) {
+    if (in_call && round == kFaultyRound) {
+      absl::SleepFor(absl::Milliseconds(100));  // So that the others are in the call.
+      raise(signal);
+    }
     std::vector<int64_t> data(words, rank + round);
     deadline = absl::Now() + limit;
     const bool scatters = round % 2 == 1;
@@ -91,17 +125,37 @@ int Run(const std::string& directory, int rank, int size, int64_t words, absl::D
   }
 }
 
+int Cases(const Rank& own, absl::Duration patience) {
+  CaseOptions options;
+  options.rank = own.rank;
+  options.size = own.size;
+  options.patience = patience;
+  options.join = [&own](const std::string& name, absl::Time deadline) {
+    const std::string directory = absl::StrCat(own.directory, "/", name);
+    std::filesystem::create_directory(directory);  // By whoever comes first.
+    FileRendezvous rendezvous(directory, /*signal_to_self=*/0);
+    return own.Join(rendezvous, deadline);
+  };
+  options.begins = [](const std::string& name) {
+    std::printf("case %s\n", name.c_str());
+    std::fflush(stdout);
+  };
+  for (const std::string& text : BrokenPromises(options)) std::printf("broken %s\n", text.c_str());
+  std::printf("done\n");
+  return 0;
+}
+
 }  // namespace
 }  // namespace eduba
 
 int main(int argc, char** argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // A stopped rank must not outlive a test that failed.
-  if (argc < 6) return 2;
-  const std::string fault = argc > 6 ? argv[6] : "";
-  return eduba::Run(argv[1], std::atoi(argv[2]), std::atoi(argv[3]), std::atoll(argv[4]),
-                    absl::Seconds(std::atof(argv[5])),
-                    fault == "kill"   ? SIGKILL
-                    : fault == "stop" ? SIGSTOP
-                                      : 0,
-                    fault == "nccl");
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  if (words.size() < 5) return 2;
+  const bool nccl = words.size() > 5 && words[5] == "nccl";
+  const size_t fault = nccl ? 6 : 5;
+  const eduba::Rank own = {words[0], std::stoi(words[1]), std::stoi(words[2]), nccl};
+  const absl::Duration seconds = absl::Seconds(std::stod(words[4]));
+  if (words[3] == "cases") return eduba::Cases(own, seconds);
+  return eduba::Sums(own, std::stoll(words[3]), seconds, words.size() > fault ? words[fault] : "");
 }
