@@ -64,8 +64,9 @@ class CudaDevice final : public Device {
     EDUBA_RETURN_IF_ERROR(CheckThereIs(index_));
     cudaDeviceProp properties;
     cudaError_t error = cudaGetDeviceProperties(&properties, index_);
-    if (error != cudaSuccess)
+    if (error != cudaSuccess) {
       return OpenFailed({name_, "asking what it is", error, cudaGetErrorString(error)});
+    }
     EDUBA_RETURN_IF_ERROR(CheckCapability(name_, properties.name, properties.major, properties.minor));
     error = cudaSetDevice(index_);
     if (error == cudaSuccess) error = cudaFree(nullptr);
