@@ -42,7 +42,68 @@ constexpr char kFailed[] = "failed: ";
   _exit(127);
 }
 
+// Until the other end is closed.
+std::string ReadAll(int fd) {
+  std::string all;
+  char buffer[256];
+  while (true) {
+    const ssize_t bytes = read(fd, buffer, sizeof(buffer));
+    if (bytes > 0) all.append(buffer, bytes);
+    if (bytes == 0 || (bytes < 0 && errno != EINTR)) return all;
+  }
+}
+
+// In the copy: the answer as its status code, a character, and its text.
+[[noreturn]] void Answer(int fd, const absl::StatusOr<std::string>& answer) {
+  const std::string text = answer.ok() ? *answer : std::string(answer.status().message());
+  const std::string all = static_cast<char>(answer.status().code()) + text;
+  size_t written = 0;
+  while (written < all.size()) {
+    const ssize_t bytes = write(fd, all.data() + written, all.size() - written);
+    if (bytes < 0 && errno != EINTR) break;
+    if (bytes > 0) written += bytes;
+  }
+  _exit(0);  // Nothing of this process's own end: that is the original's.
+}
+
+// "exit code 1", "signal 9 (Killed)"
+std::string EndText(int wait_status) {
+  return WIFEXITED(wait_status)
+             ? absl::StrCat("exit code ", WEXITSTATUS(wait_status))
+             : absl::StrCat("signal ", WTERMSIG(wait_status), " (", strsignal(WTERMSIG(wait_status)), ")");
+}
+
 }  // namespace
+
+absl::StatusOr<std::string> AskInACopy(const std::function<absl::StatusOr<std::string>()>& ask) {
+  int fds[2];
+  if (pipe2(fds, O_CLOEXEC) != 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("no pipe for a process: ", std::strerror(errno)));
+  }
+  const pid_t pid = fork();
+  if (pid == 0) {
+    close(fds[0]);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    Answer(fds[1], ask());
+  }
+  close(fds[1]);
+  const std::string all = pid > 0 ? ReadAll(fds[0]) : "";
+  const int error = errno;
+  close(fds[0]);
+  if (pid < 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("cannot start a process: ", std::strerror(error)));
+  }
+  int status = 0;
+  while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
+  }
+  if (all.empty()) {
+    return absl::InternalError(
+        absl::StrCat("the process that looks for devices ended without an answer: ", EndText(status)));
+  }
+  const auto code = static_cast<absl::StatusCode>(all.front());
+  if (code != absl::StatusCode::kOk) return absl::Status(code, all.substr(1));
+  return all.substr(1);
+}
 
 absl::StatusOr<std::unique_ptr<ChildProcess>> ChildProcess::Start(const std::string& name,
                                                                   const std::vector<std::string>& arguments) {
@@ -128,9 +189,7 @@ void ChildProcess::Join(absl::Time deadline) {
 
 void ChildProcess::Ended(int wait_status) {
   running_ = false;
-  how_ = WIFEXITED(wait_status)
-             ? absl::StrCat("exit code ", WEXITSTATUS(wait_status))
-             : absl::StrCat("signal ", WTERMSIG(wait_status), " (", strsignal(WTERMSIG(wait_status)), ")");
+  how_ = EndText(wait_status);
   while (ReadSome()) {
   }
   const size_t at = absl::StartsWith(said_, kFailed) ? 0 : said_.find(absl::StrCat("\n", kFailed));

@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -58,6 +59,11 @@ class ChildProcess {
   std::string how_;
   std::string message_;  // Behind "failed: ".
 };
+
+// What `ask` answers in a copy of this process, which ends then: what it did to that process, a GPU's context
+// or a library's threads, is gone with it. INTERNAL when the copy ends without an answer. REQUIRES: this
+// process has one thread.
+absl::StatusOr<std::string> AskInACopy(const std::function<absl::StatusOr<std::string>()>& ask);
 
 }  // namespace eduba
 

@@ -13,8 +13,12 @@
 
 #include "CLI/Option.hpp"
 #include "CLI/Validators.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
+#include "base/check.h"
 #include "base/log.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
@@ -85,6 +89,7 @@ struct UpOptions {
   int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
   std::string device = "cpu";
   std::string precision = "exact";
+  std::string transport;  // Of processes. Empty: what TransportOf says.
   std::string data_dir;
   std::string model;
   std::string activations = "f32";
@@ -122,10 +127,14 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
   command.add_option("--workers", options.workers, "Workers")
       ->check(CLI::Range(1, kMaxGroupSize))
       ->capture_default_str();
-  command.add_flag(
-      "--processes", options.processes,
-      "Every worker a process of its own, joined by Gloo, or NCCL where each has a GPU of its own "
-      "(otherwise: all in this process)");
+  CLI::Option* const processes = command.add_flag(
+      "--processes", options.processes, "Every worker a process of its own (otherwise: all in this process)");
+  command
+      .add_option("--transport", options.transport,
+                  "How processes reduce together: gloo, or nccl between GPUs [nccl where each of several "
+                  "workers has a GPU of its own, else gloo]")
+      ->check(CLI::IsMember({"gloo", "nccl"}))
+      ->needs(processes);
   command.add_option("--listen", options.listen, "Address to serve on, HOST:PORT")->capture_default_str();
   AddBytesOption(
       command, "--memory-bytes", options.memory_bytes,
@@ -161,6 +170,12 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   return absl::OkStatus();
 }
 
+// Of workers that are processes. One alone has nobody to reduce with, and needs no NCCL.
+std::string TransportOf(const UpOptions& options, const std::vector<std::string>& devices) {
+  if (!options.transport.empty()) return options.transport;
+  return devices.size() > 1 && EachHasItsGpu(devices) ? "nccl" : "gloo";
+}
+
 // The coordinator first, then its workers.
 using Children = std::vector<std::unique_ptr<ChildProcess>>;
 
@@ -168,7 +183,7 @@ using Children = std::vector<std::unique_ptr<ChildProcess>>;
 absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::vector<std::string>& devices,
                                           Children& children) {
   EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(options.listen));
-  const std::string transport = EachHasItsGpu(devices) ? "nccl" : "gloo";
+  const std::string transport = TransportOf(options, devices);
   std::vector<std::string> arguments = {"coordinator",  "--child",      "--listen",
                                         options.listen, "--group-size", absl::StrCat(options.workers),
                                         "--transport",  transport};
@@ -253,18 +268,55 @@ absl::Status UpInProcesses(const UpOptions& options, const std::vector<std::stri
   return served;
 }
 
-absl::Status RunUp(const UpOptions& given) {
-  HoldSignals();  // Before CUDA starts threads.
-  UpOptions options = given;
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<std::string> devices,
-                         DevicesOfWorkers(options.device, options.workers));
-  if (options.memory_bytes == 0) {
-    EDUBA_ASSIGN_OR_RETURN(options.memory_bytes, DefaultMemoryBytes(devices, options.model));
+// What the workers run on, and the memory for all of them.
+struct Resources {
+  std::vector<std::string> devices;
+  int64_t memory_bytes = 0;
+};
+
+absl::StatusOr<Resources> FindResources(const UpOptions& options) {
+  Resources resources;
+  EDUBA_ASSIGN_OR_RETURN(resources.devices, DevicesOfWorkers(options.device, options.workers));
+  resources.memory_bytes = options.memory_bytes;
+  if (resources.memory_bytes == 0) {
+    EDUBA_ASSIGN_OR_RETURN(resources.memory_bytes, DefaultMemoryBytes(resources.devices, options.model));
   }
+  return resources;
+}
+
+// The same for workers that are processes. Whoever asks a GPU how much memory is free has a context on it,
+// which takes some itself, and keeps all others away where a GPU is one process's: so it is not this process,
+// which stays, that asks.
+absl::StatusOr<Resources> FindResourcesOfProcesses(const UpOptions& options) {
+  EDUBA_ASSIGN_OR_RETURN(const std::string found, AskInACopy([&]() -> absl::StatusOr<std::string> {
+                           EDUBA_ASSIGN_OR_RETURN(const Resources resources, FindResources(options));
+                           return absl::StrCat(resources.memory_bytes, " ",
+                                               absl::StrJoin(resources.devices, " "));
+                         }));
+  Resources resources;
+  resources.devices = absl::StrSplit(found, ' ');
+  EDUBA_CHECK(absl::SimpleAtoi(resources.devices.front(), &resources.memory_bytes));
+  resources.devices.erase(resources.devices.begin());
+  return resources;
+}
+
+absl::Status RunUp(const UpOptions& given) {
+  Resources resources;
+  if (given.processes) {
+    // Before signals are held: the end of the process that is asked is no news.
+    EDUBA_ASSIGN_OR_RETURN(resources, FindResourcesOfProcesses(given));
+    HoldSignals();
+  } else {
+    HoldSignals();  // Before CUDA starts threads.
+    EDUBA_ASSIGN_OR_RETURN(resources, FindResources(given));
+  }
+  UpOptions options = given;
+  options.memory_bytes = resources.memory_bytes;
   if (options.memory_bytes / options.workers < 1) {
     return absl::InvalidArgumentError("--memory-bytes leaves nothing for each worker; give more");
   }
-  return options.processes ? UpInProcesses(options, devices) : UpInThisProcess(options, devices);
+  return options.processes ? UpInProcesses(options, resources.devices)
+                           : UpInThisProcess(options, resources.devices);
 }
 
 // --- coordinator ---
@@ -393,7 +445,8 @@ absl::Status Work(const WorkerOptions& options) {
   // The coordinator of a child has ended before it: what uploads still bring can never be committed.
   worker->Shutdown(options.child ? absl::ZeroDuration() : kDrainGrace);
   waiter.join();
-  return ended;
+  // A device that failed has been logged; a parent is told besides.
+  return absl::IsUnavailable(ended) && !options.child ? AlreadyTold(ended) : ended;
 }
 
 absl::Status RunWorker(const WorkerOptions& options) {

@@ -54,9 +54,9 @@ class LayerMemory {
 // never become numbers: a result that would have been one of them is one of them, if not the same.
 //
 // Operations take pointers into memory of Allocate. They are queued, and run in order; what they work on must
-// stay until Wait. A device that fails says so in Wait, and computes nothing from then on. Where the memory
-// is the host's (the default here), operands may lie anywhere, and an operation is done when its call
-// returns.
+// stay until Wait. What fails is said by Wait, and what was queued behind it is not computed; a device that
+// fails computes nothing from then on. Where the memory is the host's (the default here), operands may lie
+// anywhere, and an operation is done when its call returns.
 class LayerKernels {
  public:
   virtual ~LayerKernels() = default;
@@ -74,7 +74,8 @@ class LayerKernels {
   // it.
   virtual void Send(const LayerMemory& /*memory*/, int64_t /*offset*/, int64_t /*bytes*/) {}
   virtual void Fetch(const LayerMemory& /*memory*/, int64_t /*offset*/, int64_t /*bytes*/) {}
-  // Until all is done that was queued. UNAVAILABLE: the device failed, and stays so.
+  // Until all is done that was queued. UNAVAILABLE: the device failed, and stays so. RESOURCE_EXHAUSTED: it
+  // had no memory to start something.
   virtual absl::Status Wait() { return absl::OkStatus(); }
 
   // Copies `parts`, which the host has and whose inputs and types are equal, into one matrix: their outputs

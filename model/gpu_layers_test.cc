@@ -206,6 +206,27 @@ TEST_F(BrokenGpuLayers, ADeviceThatFailsEndsTheStep) {
   }
 }
 
+// A launch may find no memory: that step ends, and the next is computed.
+TEST_F(BrokenGpuLayers, ACallWithoutMemoryEndsItsStepAlone) {
+  std::shared_ptr<cuda::Device> device = cuda::MakeEmulatedDevice(kDeviceBytes);
+  Fixture f(RandomModel(2), DType::kF32, 1, kStoreBytes, nullptr, 1, Played(device));
+  const std::vector<int32_t> ids = f.Text(5);
+  Context whole = f.Open();
+  ASSERT_TRUE(f.engine->Step({Turn{&whole, ids, true}}).ok());
+  for (const int calls : {0, 1, 5, 20, 40}) {
+    SCOPED_TRACE(calls);
+    Context context = f.Open();
+    cuda::ExhaustEmulatedDevice(*device, calls);
+    const absl::Status status = f.engine->Step({Turn{&context, ids, true}});
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+    EXPECT_EQ(device->health(), absl::OkStatus());
+    EXPECT_EQ(context.length(), 0);
+    const absl::Status again = f.engine->Step({Turn{&context, ids, true}});
+    ASSERT_EQ(again, absl::OkStatus());
+    EXPECT_TRUE(SameBits(context.last(), whole.last()));
+  }
+}
+
 TEST_F(BrokenGpuLayers, WhatDoesNotFitIsSaidAtTheStart) {
   const RandomModel random(3);
   int64_t refused = 0;

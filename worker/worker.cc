@@ -328,7 +328,7 @@ bool Worker::CheckDevice() {
   if (health.ok()) return true;
   const std::scoped_lock lock(mutex_);
   if (!stopping_) {
-    result_ = Annotate(health, "this worker has left its group, and ends, to be started again");
+    result_ = Annotate(health, "this worker has left its group, and ends");
     LogError(std::string(result_.message()));
     stopping_ = true;
     changed_.notify_all();

@@ -45,8 +45,11 @@ static_assert(static_cast<int>(Element::kF32) == static_cast<int>(DType::kF32) &
 
 // Uploads that may be under way at a time.
 constexpr int kUploadSlots = 4;
-// Bytes of an upload that are staged at a time.
+// Bytes of rows, or of a page, that one of them stages at a time: more than the largest row, and than the
+// largest KV head of a page, by rpc/limits.h.
 constexpr int64_t kUploadBytes = int64_t{8} << 20;
+// With what aligns values behind their keys.
+constexpr int64_t kStagedBytes = kUploadBytes + 64;
 // Of shared memory for one block: two blocks, or more, share what a multiprocessor has.
 constexpr int64_t kSharedBytesMax = int64_t{80} << 10;
 // Blocks of one launch.
@@ -810,9 +813,13 @@ class CudaBackend final : public Backend {
     EDUBA_RETURN_IF_ERROR(pool_memory_.ReserveExactly(pool_bytes));
     EDUBA_RETURN_IF_ERROR(workspace_.partials.ReserveExactly(options.partial_bytes));
     EDUBA_ASSIGN_OR_RETURN(workspace_.stream, device_->CreateStream());
+    // All that uploads will ever need: later there may be none, and taking it would wait for what is running,
+    // a sum with others among it.
     for (Slot& slot : slots_) {
       slot.staging = std::make_unique<Staging>(*device_);
-      EDUBA_ASSIGN_OR_RETURN(slot.stream, device_->CreateStream());
+      EDUBA_RETURN_IF_ERROR(slot.staging->host.ReserveExactly(kStagedBytes));
+      EDUBA_RETURN_IF_ERROR(slot.staging->device.ReserveExactly(kStagedBytes));
+      EDUBA_ASSIGN_OR_RETURN(slot.stream, device_->CreateUrgentStream());
     }
     return absl::OkStatus();
   }
@@ -849,7 +856,8 @@ class CudaBackend final : public Backend {
 
   int64_t PageBytes(const AttentionShape& shape) const override { return LayoutOf(shape).page_bytes(); }
 
-  // Through page-locked memory, on a stream of its own: uploads from several threads, and a step, overlap.
+  // Through page-locked memory, on a stream of its own, which goes before a step's blocks: uploads from
+  // several threads, and a step, overlap.
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
     EDUBA_RETURN_IF_ERROR(device_->Attach());
@@ -863,7 +871,7 @@ class CudaBackend final : public Backend {
         Packing packing;
         const int64_t key_at = packing.Add(count * key_row);
         const int64_t value_at = packing.Add(count * value_row);
-        EDUBA_RETURN_IF_ERROR(slot.staging->Reserve(packing.bytes()));
+        EDUBA_CHECK(packing.bytes() <= kStagedBytes);
         std::memcpy(At<char>(slot.staging->host, key_at), static_cast<const char*>(keys) + begin * key_row,
                     count * key_row);
         std::memcpy(At<char>(slot.staging->host, value_at),
@@ -880,28 +888,34 @@ class CudaBackend final : public Backend {
     });
   }
 
-  // The whole page comes, and the host picks its rows: this happens at the end of a generation, not in a
-  // step.
+  // The whole page comes, as many heads at a time as are staged, and the host picks its rows: this happens at
+  // the end of a generation, not in a step.
   absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
                         void* values) override {
     EDUBA_RETURN_IF_ERROR(device_->Attach());
     const PageLayout layout = LayoutOf(shape);
+    const int64_t head_bytes = layout.head_elements() * layout.element;
+    const auto most = static_cast<int>(std::min<int64_t>(kStagedBytes / head_bytes, layout.kv_heads));
+    EDUBA_CHECK(most > 0);
     return WithSlot([&](Slot& slot) {
-      EDUBA_RETURN_IF_ERROR(slot.staging->host.Reserve(layout.page_bytes()));
-      EDUBA_RETURN_IF_ERROR(
-          device_->CopyOut(slot.stream, slot.staging->host.data(), page, layout.page_bytes()));
-      EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
       const char* const elements = slot.staging->host.data();
-      for (int i = 0; i < rows; ++i) {
-        for (int head = 0; head < layout.kv_heads; ++head) {
-          const int64_t to = int64_t{i} * layout.kv_heads + head;
-          for (int d = 0; d < layout.head_dim; ++d) {
-            std::memcpy(static_cast<char*>(keys) + (to * layout.head_dim + d) * layout.element,
-                        elements + layout.key(head, row + i, d) * layout.element, layout.element);
+      for (int first = 0; first < layout.kv_heads; first += most) {
+        const int heads = std::min(most, layout.kv_heads - first);
+        EDUBA_RETURN_IF_ERROR(device_->CopyOut(slot.stream, slot.staging->host.data(),
+                                               static_cast<const char*>(page) + first * head_bytes,
+                                               heads * head_bytes));
+        EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
+        for (int i = 0; i < rows; ++i) {
+          for (int head = 0; head < heads; ++head) {
+            const int64_t to = int64_t{i} * layout.kv_heads + first + head;
+            for (int d = 0; d < layout.head_dim; ++d) {
+              std::memcpy(static_cast<char*>(keys) + (to * layout.head_dim + d) * layout.element,
+                          elements + layout.key(head, row + i, d) * layout.element, layout.element);
+            }
+            std::memcpy(static_cast<char*>(values) + to * layout.value_dim * layout.element,
+                        elements + layout.value(head, row + i, 0) * layout.element,
+                        int64_t{layout.value_dim} * layout.element);
           }
-          std::memcpy(static_cast<char*>(values) + to * layout.value_dim * layout.element,
-                      elements + layout.value(head, row + i, 0) * layout.element,
-                      int64_t{layout.value_dim} * layout.element);
         }
       }
       return absl::OkStatus();

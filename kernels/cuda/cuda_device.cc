@@ -5,56 +5,55 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/cuda_errors.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/launch.h"
 
 namespace eduba::cuda {
 namespace {
 
-constexpr int kOldestMajor = 8;
+// What cuda_errors.h knows by number.
+static_assert(kCudaSuccess == cudaSuccess && kCudaMemoryAllocation == cudaErrorMemoryAllocation &&
+              kCudaInsufficientDriver == cudaErrorInsufficientDriver &&
+              kCudaDevicesUnavailable == cudaErrorDevicesUnavailable && kCudaNoDevice == cudaErrorNoDevice &&
+              kCudaLaunchOutOfResources == cudaErrorLaunchOutOfResources);
 
-std::string VersionText(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
-
-// The first question to CUDA, with an answer for every way in which a machine has none.
-absl::StatusOr<int> CountDevices() {
-  int driver = 0;
-  int runtime = 0;
-  cudaDriverGetVersion(&driver);
-  cudaRuntimeGetVersion(&runtime);
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (driver == 0) {
-    return absl::FailedPreconditionError(
-        "no CUDA driver on this machine (libcuda.so.1 was not found); install NVIDIA's, or use --device cpu");
-  }
-  if (error == cudaErrorInsufficientDriver) {
-    return absl::FailedPreconditionError(absl::StrCat("the CUDA driver serves CUDA ", VersionText(driver),
-                                                      ", this program was built with ", VersionText(runtime),
-                                                      "; update the driver, or use --device cpu"));
-  }
-  if (error != cudaSuccess && error != cudaErrorNoDevice) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("CUDA does not start: ", cudaGetErrorString(error), "; use --device cpu"));
-  }
-  if (count == 0) {
-    return absl::FailedPreconditionError(
-        "the CUDA driver shows no device (CUDA_VISIBLE_DEVICES may hide them); use --device cpu");
-  }
-  return count;
+// The first question to CUDA, which makes no context on any device.
+CudaStart Start() {
+  CudaStart start;
+  cudaDriverGetVersion(&start.driver);
+  cudaRuntimeGetVersion(&start.runtime);
+  start.error = cudaGetDeviceCount(&start.count);
+  start.text = cudaGetErrorString(static_cast<cudaError_t>(start.error));
+  return start;
 }
 
-absl::Status CheckIndex(int index) {
-  EDUBA_ASSIGN_OR_RETURN(const int count, CountDevices());
-  if (index >= 0 && index < count) return absl::OkStatus();
-  return absl::FailedPreconditionError(absl::StrCat("there is no cuda:", index, "; this machine has cuda:0",
-                                                    count > 1 ? absl::StrCat(" to cuda:", count - 1) : "",
-                                                    ", see 'eduba doctor'"));
+absl::Status CheckThereIs(int index) {
+  EDUBA_ASSIGN_OR_RETURN(const int count, CountDevices(Start()));
+  return CheckIndex(index, count);
+}
+
+// A call that failed on the current device, with what there is to say about it. The next call of this thread
+// must not find the error.
+CudaFailure Failure(const std::string& device, const std::string& what, cudaError_t error) {
+  cudaGetLastError();
+  CudaFailure failure = {device, what, error, cudaGetErrorString(error)};
+  size_t free = 0;
+  size_t total = 0;
+  if (IsOutOfMemory(error) && cudaMemGetInfo(&free, &total) == cudaSuccess) {
+    failure.free_bytes = static_cast<int64_t>(free);
+    failure.total_bytes = static_cast<int64_t>(total);
+  }
+  cudaGetLastError();
+  return failure;
 }
 
 class CudaDevice final : public Device {
@@ -62,23 +61,21 @@ class CudaDevice final : public Device {
   explicit CudaDevice(int index) : index_(index), name_(absl::StrCat("cuda:", index)) {}
 
   absl::Status Open() {
-    EDUBA_RETURN_IF_ERROR(CheckIndex(index_));
+    EDUBA_RETURN_IF_ERROR(CheckThereIs(index_));
     cudaDeviceProp properties;
     cudaError_t error = cudaGetDeviceProperties(&properties, index_);
-    if (error == cudaSuccess && properties.major < kOldestMajor) {
-      return absl::FailedPreconditionError(
-          absl::StrCat(name_, " (", properties.name, ") has compute capability ", properties.major, ".",
-                       properties.minor, ", wanted ", kOldestMajor, ".0 (A100) or newer; use --device cpu"));
-    }
-    if (error == cudaSuccess) error = cudaSetDevice(index_);
-    if (error == cudaSuccess) error = cudaFree(nullptr);  // Makes the context.
-    if (error == cudaErrorMemoryAllocation) return OutOfMemory(0);
-    if (error == cudaSuccess) error = CheckKernelImage();
-    if (error == cudaSuccess) error = HasWarpgroups(&has_warpgroups_);
     if (error != cudaSuccess) {
-      return absl::FailedPreconditionError(
-          absl::StrCat(name_, " cannot be used: ", cudaGetErrorString(error), "; use --device cpu"));
+      return OpenFailed({name_, "asking what it is", error, cudaGetErrorString(error)});
     }
+    EDUBA_RETURN_IF_ERROR(CheckCapability(name_, properties.name, properties.major, properties.minor));
+    error = cudaSetDevice(index_);
+    if (error == cudaSuccess) error = cudaFree(nullptr);
+    if (error != cudaSuccess) return OpenFailed(Failure(name_, "making its context", error));
+    // Now, where nobody has taken the memory yet: CUDA would load each kernel when it is first started, which
+    // takes memory and may wait for what is running.
+    error = LoadKernels();
+    if (error == cudaSuccess) error = HasWarpgroups(&has_warpgroups_);
+    if (error != cudaSuccess) return OpenFailed(Failure(name_, "loading kernels", error));
     kind_ = absl::StrCat("cuda/sm_", properties.major, properties.minor);
     model_ = properties.name;
     shared_bytes_max_ = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
@@ -100,15 +97,13 @@ class CudaDevice final : public Device {
   }
   absl::Status Fail(const std::string& what) override {
     const std::scoped_lock lock(mutex_);
-    if (health_.ok()) health_ = absl::UnavailableError(absl::StrCat(name_, " failed: ", what));
+    if (health_.ok()) health_ = DeviceFailed(name_, "calling a library", what);
     return health_;
   }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
     void* data = nullptr;
-    const cudaError_t error = cudaMalloc(&data, bytes);
-    if (error == cudaErrorMemoryAllocation) return OutOfMemory(bytes);
-    EDUBA_RETURN_IF_ERROR(Check(error, "allocating"));
+    EDUBA_RETURN_IF_ERROR(Check(cudaMalloc(&data, bytes), absl::StrCat("allocating ", bytes, " bytes")));
     return data;
   }
   void FreeDevice(void* data) override { Check(cudaFree(data), "freeing").IgnoreError(); }
@@ -117,26 +112,27 @@ class CudaDevice final : public Device {
     const cudaError_t error = cudaMallocHost(&data, bytes);
     if (error == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the machine has no page-locked memory for ", bytes, " bytes"));
+      return absl::ResourceExhaustedError(absl::StrCat("the machine has no page-locked memory for ", bytes,
+                                                       " bytes; free some of its memory"));
     }
     EDUBA_RETURN_IF_ERROR(Check(error, "allocating page-locked memory"));
     return data;
   }
   void FreeHost(void* data) override { Check(cudaFreeHost(data), "freeing").IgnoreError(); }
 
-  absl::StatusOr<Stream> CreateStream() override {
-    cudaStream_t stream = nullptr;
-    // Not ordered behind the default stream, which nobody here uses.
+  absl::StatusOr<Stream> CreateStream() override { return CreateStream(0); }
+  absl::StatusOr<Stream> CreateUrgentStream() override {
+    int least = 0;
+    int greatest = 0;
     EDUBA_RETURN_IF_ERROR(
-        Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"));
-    return stream;
+        Check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "asking for priorities"));
+    return CreateStream(greatest);
   }
   void DestroyStream(Stream stream) override {
     Check(cudaStreamDestroy(static_cast<cudaStream_t>(stream)), "destroying a stream").IgnoreError();
   }
   absl::Status Synchronize(Stream stream) override {
-    return Check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "running kernels");
+    return CheckQueued(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "running kernels");
   }
 
   absl::Status CopyIn(Stream stream, void* device, const void* host, int64_t bytes) override {
@@ -158,8 +154,11 @@ class CudaDevice final : public Device {
     const std::scoped_lock lock(mutex_);
     const auto [known, is_new] =
         blocks_at_once_.try_emplace({element, args.tile, AttendSharedBytes(args)}, multiprocessors_);
+    if (!is_new) return known->second;
     int blocks = 0;
-    if (is_new && CountAttendBlocks(element, args, &blocks) == cudaSuccess && blocks > 0) {
+    if (CountAttendBlocks(element, args, &blocks) != cudaSuccess) {
+      cudaGetLastError();  // The launch, which wants the same, has its own error.
+    } else if (blocks > 0) {
       known->second *= blocks;
     }
     return known->second;
@@ -218,7 +217,7 @@ class CudaDevice final : public Device {
       float milliseconds = 0;
       cudaError_t error = cudaEventSynchronize(end);
       if (error == cudaSuccess) error = cudaEventElapsedTime(&milliseconds, begin, end);
-      status.Update(Check(error, "reading its clock"));
+      status.Update(CheckQueued(error, "reading its clock"));
       seconds += 1e-3 * static_cast<double>(milliseconds);
       cudaEventDestroy(begin);
       cudaEventDestroy(end);
@@ -251,24 +250,26 @@ class CudaDevice final : public Device {
     return Check(cudaMemcpyAsync(to, from, bytes, kind, static_cast<cudaStream_t>(stream)), "copying");
   }
 
-  absl::Status OutOfMemory(int64_t bytes) const {
-    cudaGetLastError();  // The next call must not find it.
-    size_t free = 0;
-    size_t total = 0;
-    cudaMemGetInfo(&free, &total);
-    return absl::ResourceExhaustedError(
-        absl::StrCat(name_, ": no memory for ", bytes, " bytes: ", free, " of ", total,
-                     " are free; give less with --memory-bytes, or end what else uses the device"));
+  // `priority` as CUDA has it: lower numbers first.
+  absl::StatusOr<Stream> CreateStream(int priority) {
+    cudaStream_t stream = nullptr;
+    // Not ordered behind the default stream, which nobody here uses.
+    EDUBA_RETURN_IF_ERROR(
+        Check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority), "creating a stream"));
+    return stream;
   }
 
-  // A device that has failed once does not come back in this process.
-  absl::Status Check(cudaError_t error, const char* what) {
+  // Of a call that does, or queues, one thing. Where memory is missing it has done nothing.
+  absl::Status Check(cudaError_t error, absl::string_view what) {
+    return IsOutOfMemory(error) ? OutOfMemory(Failure(name_, std::string(what), error))
+                                : CheckQueued(error, what);
+  }
+  // Of a call that waits for what is queued, by whomever: whatever it says, some of that may not have been
+  // done. A device that has failed once does not come back in this process.
+  absl::Status CheckQueued(cudaError_t error, absl::string_view what) {
     if (error == cudaSuccess) return absl::OkStatus();
     const std::scoped_lock lock(mutex_);
-    if (health_.ok()) {
-      health_ = absl::UnavailableError(
-          absl::StrCat(name_, " failed while ", what, ": ", cudaGetErrorString(error)));
-    }
+    if (health_.ok()) health_ = DeviceFailed(name_, std::string(what), cudaGetErrorString(error));
     return health_;
   }
 
@@ -290,18 +291,15 @@ class CudaDevice final : public Device {
 }  // namespace
 
 absl::StatusOr<CudaMachine> DescribeCuda() {
-  EDUBA_ASSIGN_OR_RETURN(const int count, CountDevices());
+  const CudaStart start = Start();
+  EDUBA_ASSIGN_OR_RETURN(const int count, CountDevices(start));
   CudaMachine machine;
-  int version = 0;
-  cudaDriverGetVersion(&version);
-  machine.driver = VersionText(version);
-  cudaRuntimeGetVersion(&version);
-  machine.runtime = VersionText(version);
+  machine.driver = CudaVersionText(start.driver);
+  machine.runtime = CudaVersionText(start.runtime);
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties;
     if (const cudaError_t error = cudaGetDeviceProperties(&properties, i); error != cudaSuccess) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("cuda:", i, " does not answer: ", cudaGetErrorString(error)));
+      return OpenFailed({absl::StrCat("cuda:", i), "asking what it is", error, cudaGetErrorString(error)});
     }
     machine.gpus.push_back({properties.name, properties.major, properties.minor,
                             static_cast<int64_t>(properties.totalGlobalMem)});
@@ -316,14 +314,13 @@ absl::StatusOr<std::unique_ptr<Device>> OpenCudaDevice(int index) {
 }
 
 absl::StatusOr<int64_t> FreeCudaBytes(int index) {
-  EDUBA_RETURN_IF_ERROR(CheckIndex(index));
+  EDUBA_RETURN_IF_ERROR(CheckThereIs(index));
   size_t free = 0;
   size_t total = 0;
   cudaError_t error = cudaSetDevice(index);
   if (error == cudaSuccess) error = cudaMemGetInfo(&free, &total);
   if (error != cudaSuccess) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("cuda:", index, " cannot be used: ", cudaGetErrorString(error), "; use --device cpu"));
+    return OpenFailed(Failure(absl::StrCat("cuda:", index), "asking for its memory", error));
   }
   return static_cast<int64_t>(free);
 }

@@ -167,7 +167,8 @@ cudaError_t HasWarpgroups(bool* has) {
   cudaError_t error = cudaMalloc(&on_device, sizeof(answer));
   if (error != cudaSuccess) return error;
   HasWarpgroupsKernel<<<1, 1>>>(on_device);
-  error = cudaMemcpy(&answer, on_device, sizeof(answer), cudaMemcpyDeviceToHost);
+  error = cudaGetLastError();
+  if (error == cudaSuccess) error = cudaMemcpy(&answer, on_device, sizeof(answer), cudaMemcpyDeviceToHost);
   cudaFree(on_device);
   *has = answer != 0;
   return error;
@@ -235,9 +236,30 @@ template cudaError_t LaunchLayer(cudaStream_t stream, const SplitArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const JoinArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const CompareArgs& args);
 
-cudaError_t CheckKernelImage() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, SumKernel);
+cudaError_t LoadKernels() {
+  cudaError_t error = cudaSuccess;
+  const auto load = [&error](auto*... kernels) {
+    cudaFuncAttributes attributes;
+    ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
+  };
+  const auto load_for = [&load]<class Type>() {
+    load(AttendKernel<Type, 1>, AttendKernel<Type, 2>, AttendKernel<Type, 4>, AttendKernel<Type, 8>,
+         SinkKernel<Type>, FoldKernel<Type>);
+  };
+  const auto load_for_layers = [&load]<class... Args>(const std::variant<Args...>*) {
+    load(LayerKernel<Args>...);
+  };
+  static_assert(kMaxTile == 8);
+  load_for.template operator()<F32>();
+  load_for.template operator()<Bf16>();
+  load_for.template operator()<F16>();
+  load(TensorKernel<Bf16>, TensorKernel<F16>, WarpgroupKernel<Bf16, kGroupChannelsMax / 2>,
+       WarpgroupKernel<Bf16, kGroupChannelsMax>, WarpgroupKernel<F16, kGroupChannelsMax / 2>,
+       WarpgroupKernel<F16, kGroupChannelsMax>);
+  load(SumKernel, LoopKernel, MagnitudeKernel, WriteKernel<uint16_t>, WriteKernel<uint32_t>,
+       HasWarpgroupsKernel);
+  load_for_layers(static_cast<const LayerOperation*>(nullptr));
+  return error;
 }
 
 }  // namespace eduba::cuda

@@ -36,8 +36,10 @@ cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& arg
 template <class Args>
 cudaError_t LaunchLayer(cudaStream_t stream, const Args& args);
 
-// Whether the program has code for the current device: cudaErrorNoKernelImageForDevice where it has not.
-cudaError_t CheckKernelImage();
+// Brings all kernels of this file to the current device, which CUDA would do when each is first started
+// (CUDA_MODULE_LOADING=LAZY, its default): cudaErrorMemoryAllocation where there is no room for them,
+// cudaErrorNoKernelImageForDevice where the program has no code for the device.
+cudaError_t LoadKernels();
 
 }  // namespace eduba::cuda
 

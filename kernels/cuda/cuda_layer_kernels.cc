@@ -202,7 +202,11 @@ class CudaLayerKernels final : public LayerKernels {
   }
   absl::Status Wait() override {
     Queue([&] { return device_->Synchronize(stream_); });
-    return status_;
+    if (status_.ok() || !device_->health().ok()) return status_;
+    // No memory for one of the operations, so that those behind it were left out; the next may find some.
+    absl::Status status = device_->Synchronize(stream_);
+    status_.Update(status);
+    return std::exchange(status_, status);
   }
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(absl::Span<const MatrixView> parts) override {
@@ -265,7 +269,7 @@ class CudaLayerKernels final : public LayerKernels {
  private:
   static float* Floats(const Memory& memory) { return reinterpret_cast<float*>(memory.data()); }
 
-  // What fails is said by Wait, and ends all work.
+  // What fails is said by Wait, and ends all work until then.
   template <class Work>
   void Queue(const Work& work) {
     if (status_.ok()) status_ = device_->Attach();

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <string>
-#include <variant>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -22,15 +21,11 @@ namespace eduba::cuda {
 // A queue of work that runs in order. Work on different streams runs in any order.
 using Stream = void*;
 
-// One of the kernels of layer_rows.h.
-using LayerOperation = std::variant<NormArgs, RopeArgs, ActivationArgs, SoftcapArgs, AddArgs, FindArgs,
-                                    ScaleArgs, SplitArgs, JoinArgs, CompareArgs>;
-
 // What the backend needs of a GPU: its memory, streams and kernels. One implementation calls CUDA
 // (cuda_device.h), one runs the same kernels on the host, for tests (emulated_device.h).
 //
 // All functions are thread-safe. A thread calls Attach before any of the others. Errors:
-//   RESOURCE_EXHAUSTED  no memory left, with what is left
+//   RESOURCE_EXHAUSTED  no memory left for this call, which has done nothing, with what is left
 //   UNAVAILABLE         the device failed: it stays so for the rest of the process
 class Device {
  public:
@@ -60,6 +55,9 @@ class Device {
   virtual void FreeHost(void* data) = 0;
 
   virtual absl::StatusOr<Stream> CreateStream() = 0;
+  // One whose blocks go first whenever a block of another stream has ended: a kernel that fills the device
+  // would keep them waiting to its end. For short work.
+  virtual absl::StatusOr<Stream> CreateUrgentStream() = 0;
   virtual void DestroyStream(Stream stream) = 0;
   // Waits until all that is queued is done.
   virtual absl::Status Synchronize(Stream stream) = 0;
@@ -84,6 +82,7 @@ class Device {
   virtual absl::Status Sum(Stream stream, const SumArgs& args) = 0;
   virtual absl::Status MultiplyLoop(Stream stream, const LoopArgs& args) = 0;
   virtual absl::Status Magnitudes(Stream stream, const MagnitudeArgs& args) = 0;
+  // REQUIRES: an urgent stream.
   virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;
   virtual absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) = 0;
   virtual absl::Status Fold(Stream stream, Element element, const FoldArgs& args) = 0;

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/played_queue.h"
+#include "kernels/cuda/cuda_errors.h"
 #include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/emulated_warpgroup.h"
 #include "kernels/cuda/launch.h"
@@ -87,7 +89,7 @@ class EmulatedDevice final : public Device {
   const std::string& model() const override { return name_; }
   absl::Status health() const override {
     return calls_left_ > 0 ? absl::OkStatus()
-                           : absl::UnavailableError("cuda:emulated: unspecified launch failure");
+                           : DeviceFailed(name_, "running kernels", "unspecified launch failure");
   }
   bool is_played() const override { return true; }
   absl::Status Attach() override { return health(); }
@@ -129,9 +131,16 @@ class EmulatedDevice final : public Device {
     const std::scoped_lock lock(mutex_);
     return streams_.emplace_back(std::make_unique<PlayedQueue>()).get();
   }
+  absl::StatusOr<Stream> CreateUrgentStream() override {
+    const std::scoped_lock lock(mutex_);
+    Stream const stream = streams_.emplace_back(std::make_unique<PlayedQueue>()).get();
+    urgent_.insert(stream);
+    return stream;
+  }
   void DestroyStream(Stream stream) override {
     WaitFor(*static_cast<PlayedQueue*>(stream));
     const std::scoped_lock lock(mutex_);
+    urgent_.erase(stream);
     std::erase_if(streams_, [&](const auto& one) { return one.get() == stream; });
   }
   absl::Status Synchronize(Stream stream) override {
@@ -195,6 +204,10 @@ class EmulatedDevice final : public Device {
     });
   }
   absl::Status Write(Stream stream, const WriteArgs& args) override {
+    {
+      const std::scoped_lock lock(mutex_);
+      EDUBA_CHECK(urgent_.contains(stream));
+    }
     return Queue(stream, [=] {
       RunBlocks(args.blocks(), kRowThreads, 0, [&](const EmulatedBlock& block) {
         args.layout.element == 4 ? WriteRows<uint32_t>(block, args) : WriteRows<uint16_t>(block, args);
@@ -237,6 +250,7 @@ class EmulatedDevice final : public Device {
   }
 
   void Break(int calls) { calls_left_ = calls; }
+  void Exhaust(int calls) { calls_to_exhaustion_ = calls; }
 
  private:
   absl::Status Work() {
@@ -246,6 +260,10 @@ class EmulatedDevice final : public Device {
   template <class Body>
   absl::Status Queue(Stream stream, Body body) {
     if (absl::Status status = Work(); !status.ok()) return status;
+    if (calls_to_exhaustion_ < kForEver && calls_to_exhaustion_-- == 0) {
+      calls_to_exhaustion_ = kForEver;
+      return OutOfMemory({name_, "starting a kernel", kCudaMemoryAllocation, "out of memory"});
+    }
     static_cast<PlayedQueue*>(stream)->Push([body = std::move(body)] {
       body();
       return true;
@@ -283,11 +301,13 @@ class EmulatedDevice final : public Device {
   const std::string name_ = "cuda:emulated";
   const bool has_warpgroups_;
   std::atomic<int> calls_left_{kForEver};
+  std::atomic<int> calls_to_exhaustion_{kForEver};
   std::mutex mutex_;
   int64_t free_bytes_;  // Guarded by mutex_, as all below.
   double attention_seconds_ = 0;
   std::map<void*, int64_t> allocated_;
   std::vector<std::unique_ptr<PlayedQueue>> streams_;
+  std::set<Stream> urgent_;
 };
 
 }  // namespace
@@ -297,6 +317,8 @@ std::unique_ptr<Device> MakeEmulatedDevice(int64_t memory_bytes, bool has_warpgr
 }
 
 void BreakEmulatedDevice(Device& device, int calls) { static_cast<EmulatedDevice&>(device).Break(calls); }
+
+void ExhaustEmulatedDevice(Device& device, int calls) { static_cast<EmulatedDevice&>(device).Exhaust(calls); }
 
 bool EmulatedDeviceRuns() {
 #if defined(__x86_64__)

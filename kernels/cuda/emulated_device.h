@@ -19,6 +19,9 @@ inline constexpr int kEmulatedDeviceIndex = 1 << 20;
 // From the `calls`-th call that queues work on, every call fails as a broken GPU's does.
 void BreakEmulatedDevice(Device& device, int calls);
 
+// The call that queues work after `calls` others finds no memory for that, as a launch may; later ones do.
+void ExhaustEmulatedDevice(Device& device, int calls);
+
 // Whether this machine can run it: it is built with fused multiply-add.
 bool EmulatedDeviceRuns();
 

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <variant>
 
 #include "kernels/activation.h"
 #include "kernels/cuda/arithmetic.h"
@@ -389,6 +390,10 @@ EDUBA_DEVICE void RunLayer(const Block& block, const CompareArgs& args) {
     if (std::bit_cast<uint32_t>(one) != std::bit_cast<uint32_t>(other)) *args.differ = 1;
   });
 }
+
+// One of the kernels above.
+using LayerOperation = std::variant<NormArgs, RopeArgs, ActivationArgs, SoftcapArgs, AddArgs, FindArgs,
+                                    ScaleArgs, SplitArgs, JoinArgs, CompareArgs>;
 
 }  // namespace eduba::cuda
 

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/parallel.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -857,6 +858,148 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
       }
     }
   }
+}
+
+// A launch may find no memory. That call ends, and nothing else: what comes later is as ever.
+TEST(CudaBackend, ACallWithoutMemoryIsRefusedAndTheNextIsAnswered) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  ProblemSpec spec;
+  spec.shape.query_heads = 2;
+  spec.shape.head_dim = 16;
+  spec.shape.value_dim = 16;
+  spec.shape.dtype = DType::kBf16;
+  spec.sink_tokens = 4;
+  spec.sink_logit = -30.0F;  // Some heads take the maximum path.
+  const Problem problem(spec);
+  for (const auto& [precision, has_warpgroups] : kCudaKernels) {
+    auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups);
+    cuda::Device& full = *device;
+    RankGroup group = GroupOf(*MakeCudaBackendOn(std::move(device), SmallCuda(1, precision)));
+    group.Load(problem);
+    const auto wanted = group.Attend(problem, {0});
+    ASSERT_TRUE(wanted.ok()) << wanted.status();
+    int refused = 0;
+    while (true) {
+      ASSERT_LT(refused, 200);
+      cuda::ExhaustEmulatedDevice(full, refused);
+      const auto answer = group.Attend(problem, {0});
+      ASSERT_EQ(group.backend(0).health(), absl::OkStatus());
+      if (answer.ok()) break;
+      ++refused;
+      EXPECT_EQ(answer.status().code(), absl::StatusCode::kResourceExhausted) << answer.status();
+      const auto again = group.Attend(problem, {0});
+      ASSERT_TRUE(again.ok()) << again.status();
+      EXPECT_TRUE(*again == *wanted) << "after call " << refused;
+    }
+    EXPECT_GT(refused, 5);
+  }
+}
+
+// Takes all that a device has left, in pieces of 256 bytes and more.
+class AllMemory {
+ public:
+  explicit AllMemory(cuda::Device& device) : device_(device) {
+    for (int64_t bytes = int64_t{1} << 30; bytes >= 256; bytes /= 2) {
+      while (true) {
+        const auto taken = device.AllocateDevice(bytes);
+        if (!taken.ok()) break;
+        taken_.push_back(*taken);
+      }
+    }
+  }
+  ~AllMemory() {
+    for (void* const data : taken_) device_.FreeDevice(data);
+  }
+  AllMemory(const AllMemory&) = delete;
+  AllMemory& operator=(const AllMemory&) = delete;
+
+ private:
+  cuda::Device& device_;
+  std::vector<void*> taken_;
+};
+
+// Slabs, rows in and out, pages copied: whatever their sizes are, all memory for them was there at the start.
+TEST(CudaBackend, PagesNeedNoMoreMemoryOfTheDevice) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  const std::shared_ptr<cuda::Device> device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+  const std::unique_ptr<Backend> backend = *MakeCudaBackendOn(device, SmallCuda(1));
+  const AllMemory nothing_left(*device);
+  AttentionShape wide;  // A page of 24 MiB: neither its rows nor its heads are staged at once.
+  wide.query_heads = wide.kv_heads = 12;
+  wide.head_dim = wide.value_dim = 1024;
+  wide.dtype = DType::kF32;
+  for (const AttentionShape& shape : {AttentionShape(), wide}) {
+    const int64_t row_bytes = int64_t{shape.kv_heads} * shape.head_dim * DTypeBytes(shape.dtype);
+    std::vector<char> keys(kPageRows * row_bytes);
+    std::vector<char> values(keys.size());
+    std::minstd_rand random(1);
+    for (char& byte : keys) byte = static_cast<char>(random());
+    for (char& byte : values) byte = static_cast<char>(random());
+    const int64_t bytes = backend->PageBytes(shape);
+    const auto page = backend->AllocateSlab(bytes);
+    const auto copy = backend->AllocateSlab(bytes);
+    ASSERT_TRUE(page.ok() && copy.ok()) << page.status() << copy.status();
+    // From several threads, so that every slot has some.
+    ThreadPool(8).ParallelFor(8, [&](int64_t i, int) {
+      const auto row = static_cast<int>(i * kPageRows / 8);
+      EXPECT_EQ(backend->WriteRows(shape, *page, row, kPageRows / 8, &keys[row * row_bytes],
+                                   &values[row * row_bytes]),
+                absl::OkStatus());
+    });
+    ASSERT_EQ(backend->CopyPage(shape, *page, *copy), absl::OkStatus());
+    std::vector<char> read_keys(keys.size());
+    std::vector<char> read_values(keys.size());
+    ASSERT_EQ(backend->ReadRows(shape, *copy, 0, kPageRows, read_keys.data(), read_values.data()),
+              absl::OkStatus());
+    EXPECT_TRUE(read_keys == keys && read_values == values);
+    backend->FreeSlab(*page, bytes);
+    backend->FreeSlab(*copy, bytes);
+  }
+}
+
+// Rows of another page come in while a step is queued, and before it has begun.
+TEST(CudaBackend, UploadsDoNotWaitForSteps) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  const std::shared_ptr<cuda::Device> device = cuda::MakeEmulatedDevice(int64_t{1} << 30);
+  const std::unique_ptr<Backend> backend = *MakeCudaBackendOn(device, SmallCuda(1));
+  StepArgs args;
+  const int64_t bytes = backend->PageBytes(args.shape);
+  void* const page = *backend->AllocateSlab(bytes);
+  void* const other = *backend->AllocateSlab(bytes);
+  const float one = 1;
+  ASSERT_EQ(backend->WriteRows(args.shape, page, 0, 1, &one, &one), absl::OkStatus());
+  const PageRef pages[] = {{page, 0}};
+  const PositionRange visible[] = {{0, 1}};
+  const int16_t exponents[] = {0};
+  const float sink_logits[] = {0};
+  const int32_t visible_sinks[] = {0};
+  args.rows = 1;
+  args.queries = &one;
+  args.pages = pages;
+  args.visible = visible;
+  args.visible_sinks = visible_sinks;
+  args.sink_logits = sink_logits;
+  args.exponents = exponents;
+  args.positions = 1;
+  const auto step = backend->StartStep(args);
+  ASSERT_TRUE(step.ok()) << step.status();
+  ASSERT_EQ((*step)->Attend(), absl::OkStatus());
+  // A played device's memory is the host's.
+  constexpr int64_t kUntouched = -7;
+  std::vector<int64_t> words(args.words_per_row_head(), kUntouched);
+  ASSERT_EQ((*step)->queued()->QueueSums(words.data()), absl::OkStatus());
+
+  ASSERT_EQ(backend->WriteRows(args.shape, other, 0, 1, &one, &one), absl::OkStatus());
+  float key = 0;
+  float value = 0;
+  ASSERT_EQ(backend->ReadRows(args.shape, other, 0, 1, &key, &value), absl::OkStatus());
+  EXPECT_EQ(key, 1);
+  EXPECT_EQ(value, 1);
+  EXPECT_EQ(words, std::vector<int64_t>(words.size(), kUntouched));
+
+  ASSERT_EQ(device->Synchronize(backend->stream()), absl::OkStatus());
+  EXPECT_GT(words[0], 0);
+  EXPECT_GT(words[1], 0);
 }
 
 // A page that is nowhere is an illegal address to the kernel: CUDA's error, not a test's. Runs in a process

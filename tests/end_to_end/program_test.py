@@ -74,7 +74,7 @@ class Usage(unittest.TestCase):
                              ("session create x --head-dim many", "many"), (f"{create} y", "y"), ("session append x --keys", "--keys"),
                              ("session attend x --queries q --out o --policy some", "some"), ("up --workers 0", "--workers"),
                              ("up --workers 65", "--workers"), ("up --memory-bytes lots", "lots"),
-                             ("up --memory-bytes -5", "-5"), ("coordinator --listen 127.0.0.1:0", "--group-size"),
+                             ("up --memory-bytes -5", "-5"), ("up --transport gloo", "--processes"), ("coordinator --listen 127.0.0.1:0", "--group-size"),
                              ("worker --listen 127.0.0.1:0", "--coordinator"), ("session list --timeout 0", "--timeout")):
             with self.subTest(line):
                 result = program.eduba(*line.split())

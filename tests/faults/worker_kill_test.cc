@@ -1,13 +1,8 @@
 // Real processes of the real program, really killed: a query gets the right bytes or an error in time, never
 // a wrong answer, and nobody else goes down.
-#include <fcntl.h>
 #include <signal.h>
-#include <spawn.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
-#include <cstdio>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -21,6 +16,7 @@
 #include "client/client.h"
 #include "gtest/gtest.h"
 #include "tests/cluster/session_problem.h"
+#include "tests/faults/process.h"
 
 namespace eduba {
 namespace {
@@ -30,69 +26,12 @@ constexpr int kWorkers = 3;
 // silence.
 constexpr absl::Duration kCallTimeout = absl::Seconds(30);
 
-// One run of the program that serves.
-class Process {
- public:
-  explicit Process(std::vector<std::string> words) {
-    int ends[2];
-    EXPECT_EQ(pipe2(ends, O_CLOEXEC), 0);
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
-    words.insert(words.begin(), EDUBA_PROGRAM);
-    std::vector<char*> arguments;
-    arguments.reserve(words.size() + 1);
-    for (std::string& word : words) arguments.push_back(word.data());
-    arguments.push_back(nullptr);
-    EXPECT_EQ(posix_spawn(&pid_, arguments[0], &actions, nullptr, arguments.data(), environ), 0);
-    posix_spawn_file_actions_destroy(&actions);
-    close(ends[1]);
-    output_ = fdopen(ends[0], "r");
-  }
-  ~Process() {
-    if (running_) {
-      kill(pid_, SIGKILL);
-      waitpid(pid_, nullptr, 0);
-    }
-    fclose(output_);
-  }
-  Process(const Process&) = delete;
-  Process& operator=(const Process&) = delete;
-
-  // The address of its line "ready: ADDRESS".
-  std::string AwaitReady() {
-    char address[300] = "";
-    EXPECT_EQ(std::fscanf(output_, "ready: %299s", address), 1);
-    return address;
-  }
-
-  void Send(int signal) const { EXPECT_EQ(kill(pid_, signal), 0); }
-
-  bool Runs() {
-    int status = 0;
-    if (running_ && waitpid(pid_, &status, WNOHANG) == pid_) running_ = false;
-    return running_;
-  }
-
-  // Its exit code, or 128 + the signal that ended it.
-  int AwaitEnd() {
-    int status = 0;
-    EXPECT_EQ(waitpid(pid_, &status, 0), pid_);
-    running_ = false;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  }
-
- private:
-  pid_t pid_ = -1;
-  FILE* output_ = nullptr;
-  bool running_ = true;
-};
-
 class WorkerKill : public ::testing::Test {
  protected:
   void SetUp() override {
-    coordinator_ = std::make_unique<Process>(std::vector<std::string>{
-        "coordinator", "--listen", "127.0.0.1:0", "--group-size", absl::StrCat(kWorkers)});
+    coordinator_ = std::make_unique<Process>(
+        EDUBA_PROGRAM, std::vector<std::string>{"coordinator", "--listen", "127.0.0.1:0", "--group-size",
+                                                absl::StrCat(kWorkers)});
     ClientOptions options;
     options.server = coordinator_->AwaitReady();
     options.timeout = kCallTimeout;
@@ -112,8 +51,8 @@ class WorkerKill : public ::testing::Test {
 
   static std::unique_ptr<Process> StartWorker(const std::string& coordinator) {
     auto worker = std::make_unique<Process>(
-        std::vector<std::string>{"worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0",
-                                 "--memory-bytes", "64MiB", "--threads", "1"});
+        EDUBA_PROGRAM, std::vector<std::string>{"worker", "--coordinator", coordinator, "--listen",
+                                                "127.0.0.1:0", "--memory-bytes", "64MiB", "--threads", "1"});
     worker->AwaitReady();
     return worker;
   }

@@ -1,0 +1,146 @@
+// What the program `eduba_faulty` has beside all of `eduba`: GPUs that a test can do without, and make fail.
+// The linker puts these functions in front of those of kernels/cuda/cuda_device.h (--wrap), so that the
+// program itself has nothing for tests in it.
+//
+// EDUBA_PLAYED_GPUS=FOLDER  The machine's GPUs are as many as the folder has files cuda:0, cuda:1, ...,
+// played
+//                           by the host (emulated_device.h), each for one process at a time, as a GPU in
+//                           exclusive mode is. Without it they are the machine's own.
+// SIGUSR1                   The GPU of a worker fails: a played one after as many more calls as the signal's
+//                           value says (sigqueue), a real one at once, by a write to an illegal address.
+#include <fcntl.h>
+#include <semaphore.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/cuda_errors.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/emulated_device.h"
+
+namespace eduba::cuda {
+
+absl::StatusOr<CudaMachine> DescribeReal() asm("__real__ZN5eduba4cuda12DescribeCudaEv");
+absl::StatusOr<std::unique_ptr<Device>> OpenReal(int index) asm("__real__ZN5eduba4cuda14OpenCudaDeviceEi");
+absl::StatusOr<int64_t> FreeRealBytes(int index) asm("__real__ZN5eduba4cuda13FreeCudaBytesEi");
+absl::StatusOr<CudaMachine> Describe() asm("__wrap__ZN5eduba4cuda12DescribeCudaEv");
+absl::StatusOr<std::unique_ptr<Device>> Open(int index) asm("__wrap__ZN5eduba4cuda14OpenCudaDeviceEi");
+absl::StatusOr<int64_t> FreeBytes(int index) asm("__wrap__ZN5eduba4cuda13FreeCudaBytesEi");
+
+namespace {
+
+constexpr int64_t kPlayedBytes = int64_t{1} << 30;
+// What a played GPU says that it has free: who takes all of its share still leaves room for partials.
+constexpr int64_t kPlayedBytesFree = int64_t{64} << 20;
+
+// Null: GPUs are real.
+const char* PlayedFolder() { return std::getenv("EDUBA_PLAYED_GPUS"); }
+
+absl::StatusOr<int> CountPlayed() {
+  int count = 0;
+  while (std::filesystem::exists(absl::StrCat(PlayedFolder(), "/cuda:", count))) ++count;
+  return CountDevices({13000, 13000, kCudaSuccess, "no error", count});
+}
+
+// From here to its end this process has a context on the GPU, and no other can.
+absl::Status TakePlayed(int index) {
+  EDUBA_ASSIGN_OR_RETURN(const int count, CountPlayed());
+  EDUBA_RETURN_IF_ERROR(CheckIndex(index, count));
+  static std::mutex mutex;
+  static std::map<int, int> files;  // Guarded by mutex.
+  const std::scoped_lock lock(mutex);
+  if (files.contains(index)) return absl::OkStatus();
+  const int file = open(absl::StrCat(PlayedFolder(), "/cuda:", index).c_str(), O_RDWR | O_CLOEXEC);
+  EDUBA_CHECK(file >= 0);
+  if (flock(file, LOCK_EX | LOCK_NB) != 0) {
+    close(file);
+    return OpenFailed({absl::StrCat("cuda:", index), "making its context", kCudaDevicesUnavailable,
+                       "CUDA-capable device(s) is/are busy or unavailable"});
+  }
+  files[index] = file;
+  return absl::OkStatus();
+}
+
+sem_t asked_to_fail;
+std::atomic<int> calls_to_failure;
+
+void OnSignal(int /*signal*/, siginfo_t* info, void* /*context*/) {
+  calls_to_failure = info->si_value.sival_int;
+  sem_post(&asked_to_fail);
+}
+
+// A write of rows to a page that is nowhere: an error of CUDA, and the end of the process's context.
+void LoseReal(Device& device) {
+  if (!device.Attach().ok()) return;
+  const auto stream = device.CreateUrgentStream();
+  const auto rows = device.AllocateDevice(4096);
+  if (!stream.ok() || !rows.ok()) return;
+  const WriteArgs args = {
+      MakePageLayout(4, 1, 16, 16), std::bit_cast<void*>(uintptr_t{1} << 40), 0, 1, *rows, *rows};
+  device.Write(*stream, args).IgnoreError();
+  device.Synchronize(*stream).IgnoreError();
+}
+
+// The process's first device is its worker's, which has it until the end.
+void FailWhenAsked(Device* device) {
+  static std::atomic<bool> is_taken = false;
+  if (is_taken.exchange(true)) return;
+  EDUBA_CHECK_EQ(sem_init(&asked_to_fail, 0, 0), 0);
+  struct sigaction action = {};
+  action.sa_sigaction = OnSignal;
+  action.sa_flags = SA_SIGINFO | SA_RESTART;
+  EDUBA_CHECK_EQ(sigaction(SIGUSR1, &action, nullptr), 0);
+  std::thread([device] {
+    while (sem_wait(&asked_to_fail) != 0) EDUBA_CHECK_EQ(errno, EINTR);
+    device->is_played() ? BreakEmulatedDevice(*device, calls_to_failure) : LoseReal(*device);
+  }).detach();
+}
+
+}  // namespace
+
+absl::StatusOr<CudaMachine> Describe() {
+  if (PlayedFolder() == nullptr) return DescribeReal();
+  EDUBA_ASSIGN_OR_RETURN(const int count, CountPlayed());
+  CudaMachine machine;
+  machine.driver = machine.runtime = "13.0";
+  for (int i = 0; i < count; ++i) machine.gpus.push_back({"a played GPU", 8, 0, kPlayedBytes});
+  return machine;
+}
+
+absl::StatusOr<std::unique_ptr<Device>> Open(int index) {
+  std::unique_ptr<Device> device;
+  if (PlayedFolder() == nullptr) {
+    EDUBA_ASSIGN_OR_RETURN(device, OpenReal(index));
+  } else {
+    EDUBA_RETURN_IF_ERROR(TakePlayed(index));
+    device = MakeEmulatedDevice(kPlayedBytes);
+  }
+  FailWhenAsked(device.get());
+  return device;
+}
+
+absl::StatusOr<int64_t> FreeBytes(int index) {
+  if (PlayedFolder() == nullptr) return FreeRealBytes(index);
+  EDUBA_RETURN_IF_ERROR(TakePlayed(index));
+  return kPlayedBytesFree;
+}
+
+}  // namespace eduba::cuda
