@@ -237,9 +237,14 @@ class CudaDevice final : public Device {
     cudaError_t error = cudaEventCreate(&begin);
     if (error == cudaSuccess) error = cudaEventCreate(&end);
     if (error == cudaSuccess) error = cudaEventRecord(begin, to);
-    EDUBA_RETURN_IF_ERROR(Check(error, "starting its clock"));
-    EDUBA_RETURN_IF_ERROR(launch(to));
-    EDUBA_RETURN_IF_ERROR(Check(cudaEventRecord(end, to), "stopping its clock"));
+    absl::Status status = Check(error, "starting its clock");
+    if (status.ok()) status = launch(to);
+    if (status.ok()) status = Check(cudaEventRecord(end, to), "stopping its clock");
+    if (!status.ok()) {
+      if (begin != nullptr) cudaEventDestroy(begin);
+      if (end != nullptr) cudaEventDestroy(end);
+      return status;
+    }
     const std::scoped_lock lock(mutex_);
     timed_.emplace_back(begin, end);
     return absl::OkStatus();
