@@ -82,8 +82,8 @@ export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$scratch/libraries
 
 # Whether a process of the group is left, other than dead ones that nobody has waited for.
 runs() {
-  cat /proc/[0-9]*/stat 2>/dev/null |
-    awk -v group="$1" '{ sub(/.*\) /, "") } $3 == group && $1 !~ /[ZX]/ { found = 1 } END { exit !found }'
+  # No pipe: a process that ends while its entry is read is no failure.
+  awk -v group="$1" '{ sub(/.*\) /, "") } $3 == group && $1 !~ /[ZX]/ { found = 1 } END { exit !found }' < <(cat /proc/[0-9]*/stat 2>/dev/null)
 }
 
 # end_group GROUP: all that a step has started ends, and with it what it holds of the GPU's memory.
