@@ -36,8 +36,8 @@ while (($# > 0)); do
 done
 [[ $budget =~ ^[0-9]*$ ]] || usage
 
-gpu=yes
-command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || gpu=no
+gpu=no
+command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L) == *GPU* ]] && gpu=yes
 programs_in=build/release/bin
 eduba=build/release/eduba
 if [[ -n $built ]]; then

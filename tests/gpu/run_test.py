@@ -86,6 +86,10 @@ class Run(unittest.TestCase):
         self.assertRegex(self.report(), r"commit cafe\n(.*\n)*\n## doctor: passed \(\d+ s, 0 lines say SKIPPED, NOT TESTED\)\n```\nwell\n```\n")
         self.assertRegex(self.report(), r"1 steps passed, 0 failed \(0 of them timed out\), \d were skipped, \d\d left out by --only")
 
+    def test_many_gpus_are_a_gpu(self):
+        self.stub(self.tools / "nvidia-smi", "for ((i = 0; i < 5000; ++i)); do echo GPU $i: Stub || exit; done")
+        self.assertEqual(self.run_it("--only", "^doctor$"), 0, self.stderr)
+
     def test_a_step_that_fails_is_reported_with_its_whole_log(self):
         self.stub(self.programs / "eduba", "for ((i = 0; i < 500; ++i)); do echo line $i; done; exit 5")
         self.assertEqual(self.run_it("--only", "^doctor$"), 1)
