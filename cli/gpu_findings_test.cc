@@ -19,6 +19,7 @@ absl::StatusOr<std::unique_ptr<cuda::Device>> None(int /*index*/) { return kTooO
 
 std::vector<std::string> Names(const std::vector<Finding>& findings) {
   std::vector<std::string> names;
+  names.reserve(findings.size());
   for (const Finding& finding : findings) names.push_back(finding.name);
   return names;
 }

@@ -218,7 +218,7 @@ ready() {
 # nccl_group SIZE: a group sums for a while; then the last rank is killed, and every other must end with an error, within its deadline
 # and one second. Then a new group, the next epoch, must work.
 nccl_group() {
-  local size=$1 seconds=30 epoch
+  local size=$1 seconds=15 epoch
   for epoch in 1 2; do
     local directory=$scratch/group-$size-$epoch pids=()
     mkdir "$directory"
@@ -429,13 +429,13 @@ done
 step "PyTorch's attention beside it" 40 python3 benchmarks/sdpa_gpu.py
 step "contract of a model's layers" 20 on_gpu layer_kernels_test '*/cuda:*/cuda_bf16:CudaLayerKernels.*:CublasLt.*'
 step "a model's layers" 10 on_gpu gpu_layers_test '*/cuda'
-step "contract of the transports" 20 share_gpu "$programs_in/communicator_contract_test"
+step "contract of the transports" 20 share_gpu "$programs_in/communicator_contract_test" --gtest_filter='*/nccl'
 step "nccl's own tests" 10 share_gpu "$programs_in/nccl_communicator_test"
 for activations in f32 bf16; do
   step "a model on the GPU, activations $activations" 20 model_on_gpu "$activations"
 done
 for size in 2 4; do
-  step "$size ranks over NCCL, one killed" 20 share_gpu nccl_group "$size"
+  step "$size ranks over NCCL, one killed" 30 share_gpu nccl_group "$size"
 done
 for transport in gloo nccl; do
   for count in 2 4; do
