@@ -41,5 +41,5 @@ cp -rL model/nano/weights "$packed/share/eduba/models/nano"
 } | paste -sd ' ' >"$packed/commit"
 
 # The programs side by side: the kernels that several of them hold are packed once.
-tar -C "$packed" --owner=0 --group=0 --sort=name -cf - bin commit lib share | xz -9e -T1 >"$out"
+tar -C "$packed" --owner=0 --group=0 --sort=name -cf - bin commit lib share | xz -9 -T1 >"$out"
 echo "pack: ${#programs[@]} programs, $(find "$packed/lib" -type f | wc -l) libraries: $(du -m "$out" | cut -f1) MiB in $1"
