@@ -267,12 +267,18 @@ workers_of() {
     pids+=($!)
   }
   active() {
-    for ((wait = 0; wait < 600; ++wait)); do
+    local why="no answer in time" pid
+    for ((wait = 0; wait < 200; ++wait)); do
+      for pid in "${pids[@]}"; do
+        kill -0 "$pid" 2>/dev/null && continue
+        why="a worker ended"
+        break 2
+      done
       "$eduba" workers --server "$address" --json 2>/dev/null |
         python3 -c 'import json, sys; sys.exit(json.load(sys.stdin)["state"] != "active")' 2>/dev/null && return 0
       sleep 0.1
     done
-    echo "the group did not form"
+    echo "the group did not form: $why"
     tail -n 3 "$directory"/*
     return 1
   }
@@ -285,6 +291,7 @@ workers_of() {
   active && answer before || return 1
   cmp "$directory/before.npy" "$scratch/cpu.npy" || return 1
   kill -KILL "${pids[count - 1]}"
+  unset "pids[count - 1]"
   "$eduba" session attend before --server "$address" --queries "$scratch/q.npy" --out "$directory/none.npy" --timeout 30 && {
     echo "an answer came from a group that had lost a worker"
     return 1
