@@ -344,7 +344,7 @@ cpu_answer() {
 # on_gpu PROGRAM FILTER: not a test may be skipped here for want of a GPU.
 on_gpu() {
   "$programs_in/$1" --gtest_filter="$2" | tee "$scratch/on_gpu" || return 1
-  ! grep -q 'SKIPPED, NOT TESTED: cuda' "$scratch/on_gpu"
+  ! grep -qE 'SKIPPED, NOT TESTED: (cuda|nccl)' "$scratch/on_gpu"
 }
 
 # model_on_gpu ACTIVATIONS: nano on cuda:0, on one worker and on two: the same text and log-probs.
@@ -438,6 +438,8 @@ step "contract of a model's layers" 20 on_gpu layer_kernels_test '*/cuda:*/cuda_
 step "a model's layers" 10 on_gpu gpu_layers_test '*/cuda'
 step "contract of the transports" 20 share_gpu "$programs_in/communicator_contract_test" --gtest_filter='*/nccl'
 step "nccl's own tests" 10 share_gpu "$programs_in/nccl_communicator_test"
+# Ranks that share the GPU.
+step "contract of the transports over processes" 60 on_gpu communicator_kill_test '*/nccl'
 for activations in f32 bf16; do
   step "a model on the GPU, activations $activations" 20 model_on_gpu "$activations"
 done
