@@ -11,12 +11,11 @@
 #include "base/status_macros.h"
 #include "cli/command.h"
 #include "cli/flags.h"
+#include "cli/gpu_findings.h"
 #include "cli/output.h"
 #include "cli/system.h"
-#include "collective/nccl/nccl_api.h"
 #include "grpcpp/grpcpp.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/cuda/cublaslt_api.h"
 #include "kernels/cuda/cuda_device.h"
 #include "rpc/server.h"
 
@@ -110,13 +109,6 @@ void AddDoctorOptions(CLI::App& command, DoctorOptions& options) {
   AddJsonFlag(command, options.json);
 }
 
-// One line of the examination. `state` is "ok", or "note" for what the reader should mind.
-struct Finding {
-  std::string name;
-  std::string state;
-  std::string text;
-};
-
 std::vector<Finding> ExamineServer(const ServerFlags& flags) {
   const auto group = Connect(flags)->ListWorkers();
   if (group.ok()) {
@@ -129,38 +121,6 @@ std::vector<Finding> ExamineServer(const ServerFlags& flags) {
           {"port", port.ok() ? "ok" : "note",
            port.ok() ? absl::StrCat(flags.server, " is free: 'eduba up' can serve there")
                      : std::string(port.message())}};
-}
-
-// A machine without GPUs is well: everything runs on its processor.
-std::vector<Finding> ExamineGpus() {
-  std::vector<Finding> findings;
-  const auto machine = cuda::DescribeCuda();
-  if (!machine.ok()) {
-    return {{"cuda", "ok", absl::StrCat("not used: ", std::string(machine.status().message()))}};
-  }
-  findings.push_back({"cuda", "ok",
-                      absl::StrCat("the driver serves CUDA ", machine->driver,
-                                   ", this program was built with ", machine->runtime)});
-  for (size_t i = 0; i < machine->gpus.size(); ++i) {
-    const cuda::CudaMachine::Gpu& gpu = machine->gpus[i];
-    const std::string device = absl::StrCat("cuda:", i);
-    const absl::Status opened = cuda::OpenCudaDevice(static_cast<int>(i)).status();
-    findings.push_back(
-        {device, opened.ok() ? "ok" : "note",
-         absl::StrCat(gpu.name, ", sm_", gpu.major, gpu.minor, ", ", BytesText(gpu.memory_bytes),
-                      opened.ok() ? absl::StrCat("; would run on it with --device ", device)
-                                  : absl::StrCat("; ", std::string(opened.message())))});
-  }
-  const auto nccl = LoadNccl();
-  findings.push_back({"nccl", nccl.ok() ? "ok" : "note",
-                      nccl.ok() ? absl::StrCat("version ", NcclVersionText(**nccl), ", for --transport nccl")
-                                : std::string(nccl.status().message())});
-  const auto cublaslt = cuda::LoadCublasLt();
-  findings.push_back({"cublaslt", cublaslt.ok() ? "ok" : "note",
-                      cublaslt.ok()
-                          ? absl::StrCat("version ", (*cublaslt)->get_version(), ", for --model on GPUs")
-                          : std::string(cublaslt.status().message())});
-  return findings;
 }
 
 absl::Status RunDoctor(const DoctorOptions& options) {
@@ -178,7 +138,9 @@ absl::Status RunDoctor(const DoctorOptions& options) {
        absl::StrCat(BytesText(memory), "; 'eduba up' would keep ", BytesText(DefaultStoreBytes()),
                     " for pages (--memory-bytes)")},
   };
-  for (Finding& finding : ExamineGpus()) findings.push_back(std::move(finding));
+  for (Finding& finding : FindingsOfGpus(NvidiaDriverRelease(), cuda::DescribeCuda(), cuda::OpenCudaDevice)) {
+    findings.push_back(std::move(finding));
+  }
   for (Finding& finding : ExamineServer(options.server)) findings.push_back(std::move(finding));
   const Json libraries = LibraryVersions();
   for (const auto& [library, version] : libraries.items()) {

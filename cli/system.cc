@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <sstream>
 #include <string>
 
 namespace eduba {
@@ -33,6 +34,24 @@ std::string ProcessorName() {
     if (colon != std::string::npos) return line.substr(colon + 2);
   }
   return "unknown";
+}
+
+std::string NvidiaDriverRelease(const std::string& version) {
+  std::istringstream words(version);
+  for (std::string word; words >> word;) {
+    if (std::count(word.begin(), word.end(), '.') > 0 &&
+        word.find_first_not_of("0123456789.") == std::string::npos) {
+      return word;
+    }
+  }
+  return version.empty() ? "" : "of unknown release";
+}
+
+std::string NvidiaDriverRelease() {
+  std::ifstream file("/proc/driver/nvidia/version");
+  std::stringstream version;
+  version << file.rdbuf();
+  return NvidiaDriverRelease(version.str());
 }
 
 int64_t DefaultStoreBytes() { return UsableMemoryBytes() / 5 * 3; }

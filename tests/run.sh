@@ -21,6 +21,11 @@ esac
 jobs=$(nproc)
 began=$SECONDS
 say() { printf '\n== [%d:%02d] %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$*"; }
+# The end, with what this machine could not test.
+passed() {
+  say "Passed$1"
+  [[ -z $without_cuda ]] || echo "SKIPPED, NOT TESTED: CUDA code was not compiled: $without_cuda"
+}
 # The tests of one preset; a preset that runs no test has failed.
 run_tests() {
   ctest --preset "$1" --no-tests=error "${@:2}"
@@ -34,6 +39,7 @@ cmake --preset release >build.log.tmp 2>&1 || {
   cat build.log.tmp >&2
   exit 1
 }
+without_cuda=$(sed -n 's/^-- CUDA: \(not .*\)/\1/p' build.log.tmp)
 rm -f build.log.tmp
 cmake --build --preset release -j "$jobs"
 
@@ -44,7 +50,7 @@ say "Release tests"
 run_tests release -LE slow
 
 if [[ $quick == yes ]]; then
-  say "Passed (quick)"
+  passed " (quick)"
   exit 0
 fi
 
@@ -75,4 +81,4 @@ else
   tests/clang_tidy.sh
 fi
 
-say "Passed"
+passed ""

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -226,7 +227,8 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
   CudaOptions cuda;
   cuda.precision = precision;
   cuda.page_bytes = options.bytes;
-  cuda.threads = std::max(1, options.threads);
+  cuda.threads = options.threads > 0 ? options.threads
+                                     : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   const std::shared_ptr<cuda::Device> timed = std::move(device);
   timed->TimeAttention();
   EDUBA_ASSIGN_OR_RETURN(const auto backend, MakeCudaBackendOn(timed, cuda));

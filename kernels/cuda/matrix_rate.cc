@@ -2,9 +2,12 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <random>
 #include <utility>
 
+#include "base/dtype.h"
 #include "base/status_macros.h"
 #include "kernels/bench_problem.h"
 #include "kernels/cuda/device_memory.h"
@@ -60,8 +63,7 @@ class OnStream : public MatrixRate {
   absl::Status Init(int64_t bytes) {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     EDUBA_ASSIGN_OR_RETURN(stream_, device_.CreateStream());
-    EDUBA_RETURN_IF_ERROR(memory_.ReserveExactly(bytes));
-    return device_.Zero(stream_, memory_.data(), bytes);
+    return memory_.ReserveExactly(bytes);
   }
   absl::StatusOr<double> Measure() override {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
@@ -95,6 +97,7 @@ class Cublas final : public OnStream {
   }
   absl::Status Init() {
     EDUBA_RETURN_IF_ERROR(OnStream::Init(3 * kMatrixBytes));
+    EDUBA_RETURN_IF_ERROR(FillNormalBf16(device_, stream_, memory_.data(), 2 * kMatrixBytes));
     if (api_.create(&handle_) == kCublasSuccess && api_.set_stream(handle_, stream_) == kCublasSuccess) {
       return absl::OkStatus();
     }
@@ -138,6 +141,22 @@ class Loop final : public OnStream {
 };
 
 }  // namespace
+
+absl::Status FillNormalBf16(Device& device, Stream stream, char* data, int64_t bytes) {
+  // Drawing all of them would take seconds. No multiple of a row, so that no two rows are equal.
+  constexpr int64_t kDrawn = (int64_t{1} << 20) + 7;
+  constexpr int64_t kDrawnBytes = kDrawn * 2;
+  Memory host(device, Memory::Kind::kHost);
+  EDUBA_RETURN_IF_ERROR(host.ReserveExactly(kDrawnBytes));
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < kDrawn; ++i) StoreElement(host.data(), DType::kBf16, i, normal(random));
+  for (int64_t begin = 0; begin < bytes; begin += kDrawnBytes) {
+    EDUBA_RETURN_IF_ERROR(
+        device.CopyIn(stream, data + begin, host.data(), std::min(kDrawnBytes, bytes - begin)));
+  }
+  return device.Synchronize(stream);
+}
 
 absl::StatusOr<std::unique_ptr<MatrixRate>> MatrixRate::Make(Device& device) {
   // Enough for some milliseconds on any GPU; a host that plays one must not take minutes.

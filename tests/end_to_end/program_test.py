@@ -102,6 +102,8 @@ class Usage(unittest.TestCase):
             findings = server.report("doctor")
             self.assertEqual(findings["server"]["state"], "ok")
             self.assertIn("CUDA", findings["cuda"]["text"])  # Built or not, here or not: it says which.
+            for library in ("nccl", "cublaslt"):
+                self.assertRegex(findings[library]["text"], "^(version |not used: )|; install ")
 
     def test_what_keeps_it_from_starting_is_one_line_with_processes_too(self):
         with tempfile.TemporaryDirectory() as folder:

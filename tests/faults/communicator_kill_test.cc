@@ -74,14 +74,16 @@ class RankProcess {
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
     if (transport.name == std::string("nccl")) task.insert(task.begin() + 2, "nccl");
-    std::vector<std::string> command = {EDUBA_COMMUNICATOR_RANK, directory, std::to_string(rank),
-                                        std::to_string(size)};
+    // Beside this program, where it was built or packed to.
+    const std::string program =
+        std::filesystem::read_symlink("/proc/self/exe").replace_filename("communicator_rank");
+    std::vector<std::string> command = {program, directory, std::to_string(rank), std::to_string(size)};
     command.insert(command.end(), task.begin(), task.end());
     std::vector<std::string> environment;
     for (char** word = environ; *word != nullptr; ++word) environment.emplace_back(*word);
     environment.push_back(absl::StrCat("NCCL_HOSTID=eduba-rank-", rank));
     for (const auto& [name, value] : kSharedGpu) environment.push_back(absl::StrCat(name, "=", value));
-    EXPECT_EQ(posix_spawn(&pid_, EDUBA_COMMUNICATOR_RANK, &actions, nullptr, Pointers(command).data(),
+    EXPECT_EQ(posix_spawn(&pid_, program.c_str(), &actions, nullptr, Pointers(command).data(),
                           Pointers(environment).data()),
               0);
     posix_spawn_file_actions_destroy(&actions);
