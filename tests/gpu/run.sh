@@ -253,16 +253,22 @@ nccl_group() {
   done
 }
 
-# workers_of TRANSPORT COUNT: coordinator and workers on cuda:0; an answer, a worker's SIGKILL, a new worker, the same answer.
+# Half of the heads take the sink path, the others the maximum path; every worker has pages.
+sinks=(--sink-logit 4,4,4,4,0,0,0,0 --stripe-pages 3)
+
+# workers_of TRANSPORT COUNT FAULT: coordinator and workers on cuda:0; an answer, the end of a worker, a new worker, the same answer. The fault is
+# `kill`, or `gpu`: a write to an illegal address, by which the worker's GPU fails it (eduba_faulty, tests/faults/played_gpus.cc).
 workers_of() {
-  local transport=$1 count=$2 directory=$scratch/workers-$1-$2 pids=()
+  local transport=$1 count=$2 fault=$3 directory=$scratch/workers-$1-$2-$3 pids=() last=$eduba
+  [[ $fault == kill ]] || last=$programs_in/eduba_faulty
   mkdir "$directory"
   numbers && cpu_answer || return 1
   "$eduba" coordinator --listen 127.0.0.1:0 --group-size "$count" --transport "$transport" >"$directory/coordinator" 2>&1 &
   local address
   address=$(ready "$directory/coordinator" $!) || return 1
+  # start_worker NUMBER PROGRAM
   start_worker() {
-    NCCL_HOSTID=eduba-worker-$1 "$eduba" worker --coordinator "$address" --listen 127.0.0.1:0 --device cuda:0 --transport "$transport" \
+    NCCL_HOSTID=eduba-worker-$1 "$2" worker --coordinator "$address" --listen 127.0.0.1:0 --device cuda:0 --transport "$transport" \
       --memory-bytes 1GiB >"$directory/worker-$1" 2>&1 &
     pids+=($!)
   }
@@ -283,24 +289,36 @@ workers_of() {
     return 1
   }
   answer() {
-    "$eduba" session create "$1" --server "$address" --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bf16 --sink-tokens 4 &&
+    "$eduba" session create "$1" --server "$address" --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bf16 --sink-tokens 4 "${sinks[@]}" &&
       "$eduba" session append "$1" --server "$address" --keys "$scratch/k.npy" --values "$scratch/v.npy" &&
       "$eduba" session attend "$1" --server "$address" --queries "$scratch/q.npy" --out "$directory/$1.npy"
   }
-  for ((w = 0; w < count; ++w)); do start_worker "$w"; done
+  for ((w = 0; w < count - 1; ++w)); do start_worker "$w" "$eduba"; done
+  start_worker "$w" "$last"
   active && answer before || return 1
   cmp "$directory/before.npy" "$scratch/cpu.npy" || return 1
-  kill -KILL "${pids[count - 1]}"
+  if [[ $fault == kill ]]; then
+    kill -KILL "${pids[count - 1]}"
+  else
+    kill -USR1 "${pids[count - 1]}"
+    wait "${pids[count - 1]}"
+    local code=$?
+    tail -n 1 "$directory/worker-$((count - 1))"
+    ((code == 1)) && grep -q 'this worker has left its group' "$directory/worker-$((count - 1))" || {
+      echo "the worker whose GPU failed ended with $code, wanted 1 and that it has left its group"
+      return 1
+    }
+  fi
   unset "pids[count - 1]"
   "$eduba" session attend before --server "$address" --queries "$scratch/q.npy" --out "$directory/none.npy" --timeout 30 && {
     echo "an answer came from a group that had lost a worker"
     return 1
   }
-  start_worker "$count"
+  start_worker "$count" "$eduba"
   sleep 2
   active && answer after || return 1
   cmp "$directory/after.npy" "$scratch/cpu.npy" || return 1
-  echo "$count workers over $transport: the CPU's bytes before and after a SIGKILL"
+  echo "$count workers over $transport: the CPU's bytes before and after the fault"
 }
 
 # The keys, values, queries and token ids of the steps with workers.
@@ -332,7 +350,7 @@ cpu_answer() {
   "$eduba" up --workers 1 --listen 127.0.0.1:0 --memory-bytes 1GiB >"$scratch/up" 2>&1 &
   local pid=$! address
   address=$(ready "$scratch/up" "$pid") &&
-    "$eduba" session create cpu --server "$address" --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bf16 --sink-tokens 4 &&
+    "$eduba" session create cpu --server "$address" --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bf16 --sink-tokens 4 "${sinks[@]}" &&
     "$eduba" session append cpu --server "$address" --keys "$scratch/k.npy" --values "$scratch/v.npy" &&
     "$eduba" session attend cpu --server "$address" --queries "$scratch/q.npy" --out "$scratch/cpu.npy"
   local code=$?
@@ -449,8 +467,9 @@ for size in 2 4; do
 done
 for transport in gloo nccl; do
   for count in 2 4; do
-    step "$count workers over $transport on one GPU, one killed" 20 share_gpu workers_of "$transport" "$count"
+    step "$count workers over $transport on one GPU, one killed" 20 share_gpu workers_of "$transport" "$count" kill
   done
+  step "2 workers over $transport, the GPU of one fails" 20 share_gpu workers_of "$transport" 2 gpu
 done
 if [[ $quick == no ]]; then
   for path in cuda cuda_tensor; do
