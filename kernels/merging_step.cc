@@ -334,15 +334,15 @@ absl::Status MergingStep::MaximumSums(absl::Span<int64_t> words) {
   EDUBA_CHECK_EQ(static_cast<int64_t>(words.size()),
                  static_cast<int64_t>(selected_.size()) * words_per_target());
   maximum_plan_.fraction_bits = MaximumPathFractionBits(args_.positions);
-  // A page's rounding in fp32 can lift the total a little above `positions`; int64 has room for twice as
-  // much.
-  maximum_plan_.limit = int64_t{1} << 62;
+  // Weights of up to exp(2^-7) can lift the total a little above `positions`; int64 has room for twice
+  // as much.
+  maximum_plan_.limit = (int64_t{1} << 62) + (int64_t{1} << 56);
   maximum_plan_.value_limit = 1.001 * PowerOfTwo(ValueFractionBits()) + 1;
   maximum_plan_.targets.clear();
   for (size_t i = 0; i < selected_.size(); ++i) {
     maximum_plan_.targets.push_back({selected_[i], maxima_[i * (1 + value_dim)], static_cast<int64_t>(i)});
   }
-  // A page's l is 256 at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
+  // A page's l is 256 and a little at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
   std::vector<double> most;
   for (int64_t i = 0; i < args_.shape.kv_heads * value_dim; ++i) {
     most.push_back(Exponent(i / value_dim, static_cast<int>(i % value_dim)) + 9);

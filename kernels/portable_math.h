@@ -6,6 +6,10 @@
 
 namespace eduba {
 
+// The largest size of a page's largest logit up to which weights come from differences that are rounded once
+// (docs/numerics.md section 2). Rounding the largest itself then makes no weight of it beyond exp(2^-7).
+inline constexpr float kFusedLogitMax = 65536;
+
 // exp, log and tanh in double from additions, multiplications and divisions alone (build with
 // -ffp-contract=off and -fmad=false), so that ranks with different C libraries, and their GPUs, get the same
 // bits. No fused multiply-add: where the chip has none, it is a slow call.

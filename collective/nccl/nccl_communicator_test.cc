@@ -329,6 +329,8 @@ TEST_F(NcclCommunicatorTest, AGroupThatNcclRefusesIsAFailedPreconditionWithItsRe
             absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(join(kNcclSystemError, "").code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(join(kNcclRemoteError, "").code(), absl::StatusCode::kUnavailable);
+  // The warning is of an earlier group.
+  EXPECT_EQ(join(kNcclRemoteError, "Cuda failure 2 'out of memory'").code(), absl::StatusCode::kUnavailable);
 }
 
 // NCCL says the same of a call of a group that has formed: then it is no matter of who may join.

@@ -167,7 +167,8 @@ absl::Status NcclLink::ErrorOf(int result) const {
                      "); it wants a GPU for each worker: where some share one, start the coordinator and its "
                      "workers with --transport gloo"));
   }
-  if (absl::StrContains(text, "out of memory")) {
+  // Only of this machine's own trouble: NCCL's last warning may be of a group before.
+  if ((result == kNcclCudaError || result == kNcclSystemError) && absl::StrContains(text, "out of memory")) {
     return absl::ResourceExhaustedError(
         absl::StrCat("NCCL finds no memory (", text, "); give the workers a smaller --memory-bytes"));
   }

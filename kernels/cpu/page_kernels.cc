@@ -17,6 +17,7 @@
 #include "kernels/cpu/for_target.h"
 #include "kernels/cpu/page_layout.h"
 #include "kernels/cpu/simd_math-inl.h"
+#include "kernels/portable_math.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
@@ -480,6 +481,7 @@ void Softmax(const PageQueries& page, const Tile& tile, float* HWY_RESTRICT scor
     fetch.Lines(fetch_lines / 2);
     if (!finite[q]) continue;
     const VF minus_largest = hn::Set(d, -largest[i]);
+    const bool is_fused = std::abs(largest[i]) <= kFusedLogitMax;
     VF sum[kVectors];
     for (auto& vector : sum) vector = hn::Zero(d);
     const int first = round_down(page.begin[q]);
@@ -492,8 +494,15 @@ void Softmax(const PageQueries& page, const Tile& tile, float* HWY_RESTRICT scor
         const int at = group + v * kLanes;
         const VF x = hn::LoadU(d, row + at);
         // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-        VF y = kCapped ? hn::Add(x, minus_largest) : hn::MulAdd(x, scale, minus_largest);
-        if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, row + kLowOffset + at), scale, y);
+        VF y;
+        if (kCapped) {
+          y = hn::Add(x, minus_largest);
+        } else if (is_fused) {
+          y = hn::MulAdd(x, scale, minus_largest);
+          if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, row + kLowOffset + at), scale, y);
+        } else {
+          y = hn::Add(hn::Mul(x, scale), minus_largest);
+        }
         VF p = Exp(d, y);
         if (!whole) p = hn::IfThenElseZero(visible(q, at), p);
         sum[v] = hn::Add(sum[v], p);

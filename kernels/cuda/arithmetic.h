@@ -68,6 +68,16 @@ EDUBA_DEVICE float Min(float a, float b) {
   return a < b ? a : b;
 #endif
 }
+// The smaller one; NaN where a is. REQUIRES: b is not.
+EDUBA_DEVICE float MinOrNan(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return a > b ? b : a;
+#endif
+}
 // a / b within 2 ulp on a GPU, for b of [1, 2].
 EDUBA_DEVICE float DivNearly(float a, float b) {
 #ifdef __CUDA_ARCH__

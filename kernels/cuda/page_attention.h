@@ -495,8 +495,10 @@ EDUBA_DEVICE void AttendPages(const Block& block, const AttendArgs& args) {
         if (row >= begin[q] && row < end[q]) {
           const float score = high[q * kScorePitch + row];
           // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-          p = Exp(capped ? Sub(score, m[q])
-                         : Fma(low[q * kScorePitch + row], args.scale, Fma(score, args.scale, -m[q])));
+          const bool is_fused = m[q] <= kFusedLogitMax && m[q] >= -kFusedLogitMax;
+          p = Exp(capped     ? Sub(score, m[q])
+                  : is_fused ? Fma(low[q * kScorePitch + row], args.scale, Fma(score, args.scale, -m[q]))
+                             : Sub(Mul(score, args.scale), m[q]));
         }
         weight[row * kTile + q] = p;
       }

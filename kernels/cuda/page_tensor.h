@@ -206,16 +206,23 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       warp.QuadMax([&](int lane) -> float& { return registers_of(lane).smallest[i]; });
       warp.Lanes([&](int lane) {
         auto& r = registers_of(lane);
-        const float factor = args.softcap > 0 ? 1 : factor_of(r, i);
+        float factor = args.softcap > 0 ? 1 : factor_of(r, i);
         const float x = Mul(r.m[i], factor);
         const float y = Mul(-r.smallest[i], factor);
         r.bad[i] = IsFinite(x) && IsFinite(y) ? 0 : 1;
         r.m[i] = Max(x, y);
+        if (!(r.m[i] <= kFusedLogitMax && r.m[i] >= -kFusedLogitMax)) {
+          for_logits(lane, i, [&](float& s, bool /*is_seen*/) { s = Mul(s, factor); });
+          factor = 1;
+        }
         // Fused, so that a logit is rounded once, and after the largest was taken away.
         const float shift = Sub(static_cast<float>(kWeightShift<Type>), r.m[i]);
         r.l[i] = 0;
         for_logits(lane, i, [&](float& s, bool is_seen) {
-          s = is_seen ? TwoTo(Fma(s, factor, shift)) : 0;
+          float x = Fma(s, factor, shift);
+          // Of large logits the shift is rounded too.
+          if constexpr (kWeightShift < Type >> 0) x = MinOrNan(x, kWeightShift<Type> + 0x1p-7F);
+          s = is_seen ? TwoTo(x) : 0;
           r.l[i] = Add(r.l[i], s);
         });
       });

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/merging_step.h"
+#include "kernels/portable_math.h"
 
 namespace eduba {
 namespace {
@@ -164,7 +165,10 @@ class ReferenceStep final : public MergingStep {
     partial.m = static_cast<float>(partial.m);
     for (int row = static_cast<int>(rows.begin); row < rows.end && finite; ++row) {
       ReadRow(page.data, row, kv_head, key.data(), value.data());
-      const double weight = std::exp(logits[row] - partial.m);
+      // Beyond it fp32 is too coarse: the largest has to weigh 1.
+      const double logit =
+          std::abs(partial.m) <= kFusedLogitMax ? logits[row] : static_cast<float>(logits[row]);
+      const double weight = std::exp(logit - partial.m);
       partial.l += weight;
       for (int c = 0; c < shape.value_dim; ++c) partial.o[c] += weight * value[c];
     }

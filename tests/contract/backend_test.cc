@@ -735,6 +735,37 @@ TEST_P(BackendContract, ATotalThatWouldComeRoundLeavesTheSinkPath) {
   for (const float out : answer->outputs) EXPECT_FLOAT_EQ(out, 65792 / 65792.25F);
 }
 
+// Where fp32 numbers are so far apart that rounding a logit makes or breaks a weight: equal keys weigh the
+// same, none more than 1, and the sums of many ranks stay in range.
+TEST_P(BackendContract, EqualKeysOfHugeLogitsWeighTheSame) {
+  RankGroup group = Group(GetParam(), 8);
+  for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+    for (const float size : {1e5F, 3e7F, 1e8F, 1e10F, 1e15F, 1e30F}) {
+      for (int seed = 0; seed < 6; ++seed) {
+        ProblemSpec spec;
+        spec.seed = seed + 1;
+        spec.shape = {2, 1, 3, 2, dtype, 0.37F, 0};
+        spec.positions = 8 * kPageRows - 1;
+        if (seed % 3 == 2) spec.sink_logit = 1;
+        Problem problem(spec);
+        for (float& q : problem.queries) q *= size * (seed % 2 == 0 ? 1 : -1);
+        for (size_t i = 3; i < problem.keys.size(); ++i) problem.keys[i] = problem.keys[i - 3];
+        for (size_t i = 0; i < problem.values.size(); ++i) problem.values[i] = i % 2 == 0 ? 1 : -2;
+        SCOPED_TRACE(absl::StrCat("size=", size, " ", spec.ToString()));
+        group.Load(problem);
+        const auto alone = group.Attend(problem, {0});
+        const auto shared = group.Attend(problem, {0, 1, 2, 3, 4, 5, 6, 7});
+        ASSERT_TRUE(alone.ok() && shared.ok()) << alone.status() << shared.status();
+        EXPECT_TRUE(*alone == *shared);
+        if (alone->sink_mass[0] > 0 || alone->sink_mass[1] > 0) continue;  // The keys weigh nothing.
+        for (size_t i = 0; i < alone->outputs.size(); ++i) {
+          EXPECT_NEAR(alone->outputs[i], i % 2 == 0 ? 1 : -2, 1e-3);
+        }
+      }
+    }
+  }
+}
+
 // A channel may hold nothing but values of keys that weigh little beside the others of their page.
 TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
   for (const DType dtype : {DType::kBf16, DType::kF16}) {
