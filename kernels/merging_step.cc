@@ -342,7 +342,8 @@ absl::Status MergingStep::MaximumSums(absl::Span<int64_t> words) {
   for (size_t i = 0; i < selected_.size(); ++i) {
     maximum_plan_.targets.push_back({selected_[i], maxima_[i * (1 + value_dim)], static_cast<int64_t>(i)});
   }
-  // A page's l is 256 and a little at most, so its |o| is within 2^8 of the channel's bound, but for rounding.
+  // A page's l is 256 and a little at most, so its |o| is within 2^8 of the channel's bound, but for
+  // rounding.
   std::vector<double> most;
   for (int64_t i = 0; i < args_.shape.kv_heads * value_dim; ++i) {
     most.push_back(Exponent(i / value_dim, static_cast<int>(i % value_dim)) + 9);
