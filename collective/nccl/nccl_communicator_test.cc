@@ -127,19 +127,24 @@ TEST_F(NcclCommunicatorTest, AnAbortedMaximumIsNoResult) {
   aborter.join();
 }
 
-TEST_F(NcclCommunicatorTest, AnAbortThatDoesNotReturnIsReported) {
-  std::atomic<int> stuck{0};
-  Group group = Form(2, [&](int rank) {
+// Parts of ranks of which rank 0 has little patience with an abort. What the worker does then is to end the
+// process; here it is counted, and NCCL is freed so that the test can end.
+std::function<NcclParts(int rank)> FreedWhenStuck(std::atomic<int>& stuck, std::atomic<bool>& in_nccl) {
+  return [&stuck, &in_nccl](int rank) {
     NcclParts parts = FakeNcclParts();
     if (rank == 1) return parts;
     parts.abort_limit = absl::Milliseconds(30);
-    // What the worker does is to end the process; here NCCL is freed so that the test can end.
-    parts.on_stuck_abort = [&] {
+    parts.on_stuck_abort = [&stuck, &in_nccl] {
       ++stuck;
-      TheFakeNccl().abort_is_stuck = false;
+      in_nccl = false;
     };
     return parts;
-  });
+  };
+}
+
+TEST_F(NcclCommunicatorTest, AnAbortThatDoesNotReturnIsReported) {
+  std::atomic<int> stuck{0};
+  Group group = Form(2, FreedWhenStuck(stuck, TheFakeNccl().abort_is_stuck));
   TheFakeNccl().abort_is_stuck = true;
   group[0]->Abort(absl::CancelledError("over"));
   group[0].reset();
@@ -283,16 +288,7 @@ TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInCuda) {
 // No abort can begin then, so the process has to end.
 TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInNccl) {
   std::atomic<int> stuck{0};
-  Group group = Form(2, [&](int rank) {
-    NcclParts parts = FakeNcclParts();
-    if (rank == 1) return parts;
-    parts.abort_limit = absl::Milliseconds(30);
-    parts.on_stuck_abort = [&] {
-      ++stuck;
-      TheFakeNccl().call_is_stuck = false;
-    };
-    return parts;
-  });
+  Group group = Form(2, FreedWhenStuck(stuck, TheFakeNccl().call_is_stuck));
   absl::Notification is_over;
   std::thread guard([&] {
     if (!is_over.WaitForNotificationWithTimeout(absl::Seconds(20))) TheFakeNccl().call_is_stuck = false;

@@ -857,9 +857,7 @@ TEST(CudaBackend, AStepThatTheDeviceHasNoRoomForIsRefused) {
             absl::StatusCode::kResourceExhausted);
 }
 
-// Whatever call a device fails in, there is an error that says so, and never an answer.
-TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
-  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+ProblemSpec SmallSpecOfBothPaths() {
   ProblemSpec spec;
   spec.shape.query_heads = 2;
   spec.shape.head_dim = 16;
@@ -867,7 +865,13 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
   spec.shape.dtype = DType::kBf16;
   spec.sink_tokens = 4;
   spec.sink_logit = -30.0F;  // Some heads take the maximum path.
-  const Problem problem(spec);
+  return spec;
+}
+
+// Whatever call a device fails in, there is an error that says so, and never an answer.
+TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
+  if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
+  const Problem problem(SmallSpecOfBothPaths());
   for (const auto& [precision, has_warpgroups] : kCudaKernels) {
     bool survived = false;
     for (int calls = 0; !survived; ++calls) {
@@ -894,14 +898,7 @@ TEST(CudaBackend, ADeviceThatFailsIsUnavailableFromThenOn) {
 // A launch may find no memory. That call ends, and nothing else: what comes later is as ever.
 TEST(CudaBackend, ACallWithoutMemoryIsRefusedAndTheNextIsAnswered) {
   if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
-  ProblemSpec spec;
-  spec.shape.query_heads = 2;
-  spec.shape.head_dim = 16;
-  spec.shape.value_dim = 16;
-  spec.shape.dtype = DType::kBf16;
-  spec.sink_tokens = 4;
-  spec.sink_logit = -30.0F;  // Some heads take the maximum path.
-  const Problem problem(spec);
+  const Problem problem(SmallSpecOfBothPaths());
   for (const auto& [precision, has_warpgroups] : kCudaKernels) {
     auto device = cuda::MakeEmulatedDevice(int64_t{1} << 30, has_warpgroups);
     cuda::Device& full = *device;

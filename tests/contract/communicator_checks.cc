@@ -20,6 +20,12 @@ int64_t Word(int rank, int64_t call, int64_t i) {
 
 namespace {
 
+// What all ranks' words add up to.
+int64_t WordsSum(int ranks, int64_t call, int64_t i) {
+  uint64_t sum = 0;
+  for (int r = 0; r < ranks; ++r) sum += static_cast<uint64_t>(Word(r, call, i));
+  return static_cast<int64_t>(sum);
+}
 float Real(int rank, int64_t call, int64_t i) { return static_cast<float>(Word(rank, call, i)); }
 
 }  // namespace
@@ -30,9 +36,8 @@ absl::Status SumAndCheck(Communicator& c, int64_t count, int64_t call, absl::Tim
   absl::Status status = c.SumI64(absl::MakeSpan(data), deadline);
   if (!status.ok()) return status;
   for (int64_t i = 0; i < count; ++i) {
-    uint64_t want = 0;
-    for (int r = 0; r < c.size(); ++r) want += static_cast<uint64_t>(Word(r, call, i));
-    if (static_cast<uint64_t>(data[i]) == want) continue;
+    const int64_t want = WordsSum(c.size(), call, i);
+    if (data[i] == want) continue;
     return absl::DataLossError(
         absl::StrCat("sum ", call, " of ", count, ", word ", i, ": ", data[i], ", want ", want));
   }
@@ -59,9 +64,8 @@ absl::Status ScatterAndCheck(Communicator& c, const std::vector<int64_t>& counts
   if (!status.ok()) return status;
   const int64_t begin = std::accumulate(counts.begin(), counts.begin() + c.rank(), int64_t{0});
   for (int64_t i = begin; i < begin + counts[c.rank()]; ++i) {
-    uint64_t want = 0;
-    for (int r = 0; r < c.size(); ++r) want += static_cast<uint64_t>(Word(r, call, i));
-    if (static_cast<uint64_t>(data[i]) == want) continue;
+    const int64_t want = WordsSum(c.size(), call, i);
+    if (data[i] == want) continue;
     return absl::DataLossError(absl::StrCat("reduce-scatter ", call, " of ", words, ", word ", i, " of rank ",
                                             c.rank(), ": ", data[i], ", want ", want));
   }

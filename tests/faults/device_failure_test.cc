@@ -20,6 +20,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cuda/emulated_device.h"
 #include "tests/cluster/session_problem.h"
+#include "tests/faults/await_epoch.h"
 #include "tests/faults/process.h"
 
 namespace eduba {
@@ -85,18 +86,7 @@ class DeviceFailure : public ::testing::Test {
   void StartGpuWorker() {
     on_gpu_ = std::make_unique<Process>(EDUBA_FAULTY_PROGRAM, WorkerOn("cuda:0"), errors_file());
     on_gpu_->AwaitReady();
-    epoch_ = AwaitEpochAfter(epoch_);
-  }
-
-  int64_t AwaitEpochAfter(int64_t epoch) {
-    while (true) {
-      const auto workers = client_->ListWorkers();
-      EXPECT_TRUE(workers.ok()) << workers.status();
-      if (!workers.ok() || (workers->state() == "active" && workers->epoch() > epoch)) {
-        return workers->epoch();
-      }
-      absl::SleepFor(absl::Milliseconds(20));
-    }
+    epoch_ = AwaitEpochAfter(*client_, epoch_);
   }
 
   // The worker on the GPU must have ended, with one line that says why, and nobody else.

@@ -16,6 +16,7 @@
 #include "client/client.h"
 #include "gtest/gtest.h"
 #include "tests/cluster/session_problem.h"
+#include "tests/faults/await_epoch.h"
 #include "tests/faults/process.h"
 
 namespace eduba {
@@ -38,7 +39,7 @@ class WorkerKill : public ::testing::Test {
     for (int i = 0; i < kWorkers; ++i) workers_.push_back(StartWorker(options.server));
     address_ = options.server;
     client_ = std::make_unique<Client>(options);
-    AwaitEpochAfter(0);
+    AwaitEpochAfter(*client_, 0);
   }
 
   // Whatever was killed, the rest must end as asked.
@@ -55,18 +56,6 @@ class WorkerKill : public ::testing::Test {
                                                 "127.0.0.1:0", "--memory-bytes", "64MiB", "--threads", "1"});
     worker->AwaitReady();
     return worker;
-  }
-
-  // Waits until a group later than `epoch` is active; returns its epoch.
-  int64_t AwaitEpochAfter(int64_t epoch) {
-    while (true) {
-      const auto workers = client_->ListWorkers();
-      EXPECT_TRUE(workers.ok()) << workers.status();
-      if (!workers.ok() || (workers->state() == "active" && workers->epoch() > epoch)) {
-        return workers->epoch();
-      }
-      absl::SleepFor(absl::Milliseconds(20));
-    }
   }
 
   // Asks from several threads until one has been refused; meanwhile, when `count` answers are in, `hurt` is
@@ -109,7 +98,7 @@ TEST_F(WorkerKill, ASigkillDuringQueriesGivesErrorsInTimeAndANewWorkerServesAgai
   const Problem problem = MakeProblem(seed);
   const Call& call = problem.calls[0];
   Random random(seed);
-  int64_t epoch = AwaitEpochAfter(0);
+  int64_t epoch = AwaitEpochAfter(*client_, 0);
   std::optional<Answers> wanted;
   for (int round = 0; round < 5; ++round) {
     const int victim = static_cast<int>(Below(random, kWorkers));
@@ -135,7 +124,7 @@ TEST_F(WorkerKill, ASigkillDuringQueriesGivesErrorsInTimeAndANewWorkerServesAgai
     EXPECT_TRUE(coordinator_->Runs());
 
     workers_[victim] = StartWorker(address_);
-    epoch = AwaitEpochAfter(epoch);
+    epoch = AwaitEpochAfter(*client_, epoch);
     EXPECT_EQ(Ask(*client_, *session, call).status().code(), absl::StatusCode::kDataLoss);
     EXPECT_EQ(client_->DeleteSession(name), absl::OkStatus());
   }
@@ -148,12 +137,12 @@ TEST_F(WorkerKill, AWorkerThatStandsStillIsLeftOutAndComesBackEmpty) {
   ASSERT_TRUE(session.ok()) << session.status();
   const auto wanted = Ask(*client_, *session, call);
   ASSERT_TRUE(wanted.ok()) << wanted.status();
-  const int64_t epoch = AwaitEpochAfter(0);
+  const int64_t epoch = AwaitEpochAfter(*client_, 0);
 
   AskWhileHurt(*session, call, *wanted, 5, [&] { workers_[1]->Send(SIGSTOP); });
   EXPECT_FALSE(Ask(*client_, *session, call).ok());
   workers_[1]->Send(SIGCONT);
-  AwaitEpochAfter(epoch);
+  AwaitEpochAfter(*client_, epoch);
   EXPECT_EQ(Ask(*client_, *session, call).status().code(), absl::StatusCode::kDataLoss);
   const auto fresh = StoreSession(*client_, "fresh", problem.content);
   ASSERT_TRUE(fresh.ok()) << fresh.status();
@@ -165,7 +154,7 @@ TEST_F(WorkerKill, AWorkerThatStandsStillIsLeftOutAndComesBackEmpty) {
 
 TEST_F(WorkerKill, ASigkillDuringAppendsStoresAllOrNothing) {
   const Problem problem = MakeProblem(33);
-  int64_t epoch = AwaitEpochAfter(0);
+  int64_t epoch = AwaitEpochAfter(*client_, 0);
   for (int round = 0; round < 3; ++round) {
     const std::string name = absl::StrCat("s", round);
     const auto session = client_->CreateSession(name, problem.content.spec);
@@ -186,7 +175,7 @@ TEST_F(WorkerKill, ASigkillDuringAppendsStoresAllOrNothing) {
     ASSERT_TRUE(absl::IsUnavailable(status) || absl::IsDataLoss(status)) << status;
     EXPECT_EQ(workers_[round]->AwaitEnd(), 128 + SIGKILL);
     workers_[round] = StartWorker(address_);
-    epoch = AwaitEpochAfter(epoch);
+    epoch = AwaitEpochAfter(*client_, epoch);
     const auto after = client_->GetSession(name);
     ASSERT_TRUE(after.ok()) << after.status();
     EXPECT_TRUE(after->lost());
