@@ -214,7 +214,7 @@ void ClusterState::Generate(RequestId request, const v1::GenerateRequest& args, 
   job.sink_mass = args.sink_mass();
   if (IsWindowed(*session->spec, *CurrentModel())) {
     job.home = IdlestHome();
-    command.mutable_model_generate()->set_home(*job.home);
+    command.mutable_model_generate()->set_owner_rank(*job.home);
   }
   if (args.time_limit_ms() > 0) {
     job.deadline_ms = now_ms + std::min(args.time_limit_ms(), std::numeric_limits<int64_t>::max() - now_ms);

@@ -171,13 +171,13 @@ absl::Status ModelSessions::StartGenerate(const v1::ModelGenerate& request, Job&
   job.session_id = request.session_id();
   job.context = &session->context;
   job.generate = request.request();
-  if (request.has_home()) {
-    if (request.home() < 0 || request.home() >= options_.group->size() || !session->context.windowed()) {
+  if (request.has_owner_rank()) {
+    if (request.owner_rank() < 0 || request.owner_rank() >= options_.group->size() || !session->context.windowed()) {
       return absl::InvalidArgumentError(absl::StrCat(
-          "rank ", request.home(), " cannot generate alone: the group has ", options_.group->size(), " ranks",
+          "rank ", request.owner_rank(), " cannot generate alone: the group has ", options_.group->size(), " ranks",
           session->context.windowed() ? "" : ", and some layers see keys of all of them"));
     }
-    job.home = request.home();
+    job.home = request.owner_rank();
   }
   WantSinkMass(request.request().sink_mass(), job);
   job.sampling.temperature = job.generate.temperature();

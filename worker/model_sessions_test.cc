@@ -185,7 +185,7 @@ class Rank {
     v1::Command command = NewCommand();
     command.mutable_model_generate()->set_session_id(session);
     *command.mutable_model_generate()->mutable_request() = request;
-    if (home) command.mutable_model_generate()->set_home(*home % group_->size());
+    if (home) command.mutable_model_generate()->set_owner_rank(*home % group_->size());
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
@@ -958,11 +958,11 @@ TEST(ModelSessionsWithHomes, AHomeMustBeARankAndTheSessionOneOfWindows) {
     command.mutable_model_generate()->mutable_request()->set_max_tokens(1);
     command.mutable_model_generate()->set_session_id(3);
     for (const int no_rank : {2, -1}) {
-      command.mutable_model_generate()->set_home(no_rank);
+      command.mutable_model_generate()->set_owner_rank(no_rank);
       EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
     }
     command.mutable_model_generate()->set_session_id(1);
-    command.mutable_model_generate()->set_home(0);
+    command.mutable_model_generate()->set_owner_rank(0);
     EXPECT_EQ(rank.sessions_->Start(command).code(), absl::StatusCode::kInvalidArgument);
     EXPECT_FALSE(rank.sessions_->busy());
   });

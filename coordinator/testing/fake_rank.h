@@ -113,8 +113,8 @@ class FakeRank {
         RunJob(hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
                result.mutable_model());
         result.mutable_model()->set_finish_reason(v1::FINISH_REASON_LENGTH);
-        if (command.model_generate().has_home()) {
-          homes[command.ordinal()] = command.model_generate().home();
+        if (command.model_generate().has_owner_rank()) {
+          homes[command.ordinal()] = command.model_generate().owner_rank();
           if (!Tells(command)) result.mutable_model()->clear_digest();
         }
         AddSinkMass(command, command.model_generate().request().sink_mass(),
@@ -174,7 +174,7 @@ class FakeRank {
 
   // Whether what comes of the job is this rank's to say.
   bool Tells(const v1::Command& command) const {
-    return rank_ == (command.model_generate().has_home() ? command.model_generate().home() : 0);
+    return rank_ == (command.model_generate().has_owner_rank() ? command.model_generate().owner_rank() : 0);
   }
 
   void AddSinkMass(const v1::Command& command, bool wanted, uint64_t session_id,
