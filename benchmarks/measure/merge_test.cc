@@ -1,4 +1,4 @@
-#include "collective/bench.h"
+#include "benchmarks/measure/merge.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
-#ifndef EDUBA_COLLECTIVE_BENCH_H_
-#define EDUBA_COLLECTIVE_BENCH_H_
+#ifndef EDUBA_BENCHMARKS_MEASURE_MERGE_H_
+#define EDUBA_BENCHMARKS_MEASURE_MERGE_H_
 
 #include <cstdint>
 #include <string>
@@ -31,4 +31,4 @@ absl::StatusOr<MergeBenchResult> BenchMerge(const MergeBenchOptions& options);
 
 }  // namespace eduba
 
-#endif  // EDUBA_COLLECTIVE_BENCH_H_
+#endif  // EDUBA_BENCHMARKS_MEASURE_MERGE_H_

@@ -1,8 +1,7 @@
-#ifndef EDUBA_KERNELS_BENCH_PROBLEM_H_
-#define EDUBA_KERNELS_BENCH_PROBLEM_H_
+#ifndef EDUBA_BENCHMARKS_MEASURE_ATTEND_PROBLEM_H_
+#define EDUBA_BENCHMARKS_MEASURE_ATTEND_PROBLEM_H_
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -15,20 +14,8 @@
 #include "base/status_macros.h"
 #include "kernels/backend.h"
 
-// What the benchmarks of all backends measure, and how they time it.
+// What the benchmarks of all backends measure.
 namespace eduba {
-
-template <class Body>
-double Seconds(const Body& body) {
-  const auto begin = std::chrono::steady_clock::now();
-  body();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
-
-inline double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
 
 // A step on one rank, from StartStep to the answer, with nobody to sum with.
 inline absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vector<float>& outputs) {
@@ -132,4 +119,4 @@ class AttendProblem {
 
 }  // namespace eduba
 
-#endif  // EDUBA_KERNELS_BENCH_PROBLEM_H_
+#endif  // EDUBA_BENCHMARKS_MEASURE_ATTEND_PROBLEM_H_

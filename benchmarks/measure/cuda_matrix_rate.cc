@@ -1,4 +1,4 @@
-#include "kernels/cuda/matrix_rate.h"
+#include "benchmarks/measure/cuda_matrix_rate.h"
 
 #include <dlfcn.h>
 
@@ -9,7 +9,7 @@
 
 #include "base/dtype.h"
 #include "base/status_macros.h"
-#include "kernels/bench_problem.h"
+#include "benchmarks/measure/timing.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/multiply_loop.h"
 

@@ -1,4 +1,4 @@
-#include "kernels/cuda/bench.h"
+#include "benchmarks/measure/cuda_attend.h"
 
 #include <gtest/gtest.h>
 
@@ -7,9 +7,9 @@
 #include <thread>
 
 #include "base/dtype.h"
+#include "benchmarks/measure/cuda_matrix_rate.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/emulated_device.h"
-#include "kernels/cuda/matrix_rate.h"
 
 namespace eduba {
 namespace {

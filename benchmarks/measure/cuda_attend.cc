@@ -1,4 +1,4 @@
-#include "kernels/cuda/bench.h"
+#include "benchmarks/measure/cuda_attend.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,11 +11,12 @@
 #include "absl/strings/str_format.h"
 #include "base/parallel.h"
 #include "base/status_macros.h"
-#include "kernels/bench_problem.h"
+#include "benchmarks/measure/attend_problem.h"
+#include "benchmarks/measure/cuda_matrix_rate.h"
+#include "benchmarks/measure/timing.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/device_memory.h"
-#include "kernels/cuda/matrix_rate.h"
 #include "kernels/reference/reference_backend.h"
 
 namespace eduba {

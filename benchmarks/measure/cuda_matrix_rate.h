@@ -1,5 +1,5 @@
-#ifndef EDUBA_KERNELS_CUDA_MATRIX_RATE_H_
-#define EDUBA_KERNELS_CUDA_MATRIX_RATE_H_
+#ifndef EDUBA_BENCHMARKS_MEASURE_CUDA_MATRIX_RATE_H_
+#define EDUBA_BENCHMARKS_MEASURE_CUDA_MATRIX_RATE_H_
 
 #include <cstdint>
 #include <memory>
@@ -33,4 +33,4 @@ absl::Status FillNormalBf16(Device& device, Stream stream, char* data, int64_t b
 
 }  // namespace eduba::cuda
 
-#endif  // EDUBA_KERNELS_CUDA_MATRIX_RATE_H_
+#endif  // EDUBA_BENCHMARKS_MEASURE_CUDA_MATRIX_RATE_H_

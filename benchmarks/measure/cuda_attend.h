@@ -1,11 +1,11 @@
-#ifndef EDUBA_KERNELS_CUDA_BENCH_H_
-#define EDUBA_KERNELS_CUDA_BENCH_H_
+#ifndef EDUBA_BENCHMARKS_MEASURE_CUDA_ATTEND_H_
+#define EDUBA_BENCHMARKS_MEASURE_CUDA_ATTEND_H_
 
 #include <memory>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "kernels/bench.h"
+#include "benchmarks/measure/attend.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device.h"
 
@@ -29,4 +29,4 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
 
 }  // namespace eduba
 
-#endif  // EDUBA_KERNELS_CUDA_BENCH_H_
+#endif  // EDUBA_BENCHMARKS_MEASURE_CUDA_ATTEND_H_
