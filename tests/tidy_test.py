@@ -21,9 +21,10 @@ MAY_INCLUDE = {
     "coordinator": {"rpc"},
     "worker": {"rpc", "model", "attention", "kernels", "collective"},
     "ingest": set(),
+    "atlas": set(),
     "client": {"rpc"},
     # The program's main: the one place that sees servers and clients together.
-    "cli": {"rpc", "client", "ingest", "coordinator", "worker", "kernels", "collective", "attention", "model", "benchmarks"},
+    "cli": {"rpc", "client", "ingest", "atlas", "coordinator", "worker", "kernels", "collective", "attention", "model", "benchmarks"},
     "tests": {"kernels", "collective", "attention", "model", "rpc", "coordinator", "worker", "ingest", "client", "cli"},
     "benchmarks": {"kernels", "collective", "attention", "model", "rpc", "client"},
 }

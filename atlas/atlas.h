@@ -1,5 +1,5 @@
-#ifndef EDUBA_INGEST_ATLAS_H_
-#define EDUBA_INGEST_ATLAS_H_
+#ifndef EDUBA_ATLAS_ATLAS_H_
+#define EDUBA_ATLAS_ATLAS_H_
 
 #include <cstdint>
 #include <string>
@@ -9,7 +9,6 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "base/dtype.h"
-#include "ingest/h5ad.h"
 
 // A cell atlas as attention: a Gaussian kernel regression over every reference cell, exactly.
 //
@@ -56,12 +55,20 @@ struct Atlas {
   float sink_logit() const;
 };
 
+// The labels of an atlas, and one code per reference cell: an index into `names`.
+struct AtlasLabels {
+  std::vector<std::string> names;
+  std::vector<int32_t> codes;
+};
+
 // The labels of the chosen reference cells, and nothing else: categories that no chosen cell has are left
-// out, so the number of labels is what the values need. kInvalidArgument with more than kAtlasLabelsMax
+// out, so the number of labels is what the values need. Cells without a label carry kUnlabelled. kInvalidArgument with more than kAtlasLabelsMax
 // labels.
-//   rows   indices into labels.codes
-// Result: names, and one code per entry of `rows`, never kMissing (such cells carry kUnlabelled).
-absl::StatusOr<CellLabels> ReferenceLabels(const CellLabels& labels, absl::Span<const int64_t> rows);
+//   names  of all labels
+//   codes  of all cells: an index into `names`, or -1 where a cell has no label
+//   rows   of the chosen cells: indices into `codes`
+absl::StatusOr<AtlasLabels> ReferenceLabels(absl::Span<const std::string> names,
+                                            absl::Span<const int32_t> codes, absl::Span<const int64_t> rows);
 
 // At most kAtlasSampleMax of `count` indices, evenly spaced: the cells FitAtlas should see.
 std::vector<int64_t> SampleIndices(int64_t count);
@@ -69,14 +76,12 @@ std::vector<int64_t> SampleIndices(int64_t count);
 // Chooses what the data decides, from a sample of the reference: always the same for the same sample.
 //   centre         the sample's mean.
 //   sigma          Of m * 2^(j/4), j = -16 ... 4, with m the median distance from a cell to its nearest
-//   other: the one under which
-//                  the sample's labels are likeliest when each cell is called from the others (leave one out;
-//                  one per cent of the probability is spread evenly, so that one odd cell does not decide).
-//                  Where several are equally likely, as with one label, the nearest to 0.42 m. Never below
-//                  the largest norm / 1024, where f32 runs out of digits.
+//                  other: the one under which the sample's labels are likeliest when each cell is called from
+//                  the others (leave one out; one per cent of the probability is spread evenly, so that one
+//                  odd cell does not decide). Where several are equally likely, as with one label, the
+//                  nearest to 0.42 m. Never below the largest norm / 1024, where f32 runs out of digits.
 //   sink_distance  The 95th percentile of the distances from a cell to its nearest other: about one reference
-//   cell in twenty
-//                  would get a novelty above 1/2 if only its nearest neighbour counted.
+//                  cell in twenty would get a novelty above 1/2 if only its nearest neighbour counted.
 // `cells` is [codes.size(), dims]; `atlas` brings key, label_column, labels and dtype. kInvalidArgument when
 // there are fewer than two different cells, or too many dims. A sample of a large atlas is sparser than the
 // atlas, so both come out on the wide side.
@@ -118,4 +123,4 @@ std::string CallsLine(const Atlas& atlas, const std::string& cell, const CellCal
 
 }  // namespace eduba
 
-#endif  // EDUBA_INGEST_ATLAS_H_
+#endif  // EDUBA_ATLAS_ATLAS_H_

@@ -1,4 +1,4 @@
-#include "ingest/atlas.h"
+#include "atlas/atlas.h"
 
 #include <cmath>
 #include <random>
@@ -183,41 +183,41 @@ TEST(SampleIndices, AreEvenlySpaced) {
 }
 
 TEST(ReferenceLabels, KeepsWhatTheRowsUse) {
-  CellLabels labels;
+  AtlasLabels labels;
   labels.names = {"B", "unused", "T"};
-  labels.codes = {2, 0, CellLabels::kMissing, 1, 2};
-  const auto all = ReferenceLabels(labels, {4, 2, 1});
+  labels.codes = {2, 0, -1, 1, 2};
+  const auto all = ReferenceLabels(labels.names, labels.codes, {4, 2, 1});
   ASSERT_TRUE(all.ok());
   EXPECT_THAT(all->names, ElementsAre("B", "T", kUnlabelled));
   EXPECT_THAT(all->codes, ElementsAre(1, 2, 0));
   // A file that has the label of the unlabelled already.
   labels.names[1] = kUnlabelled;
-  const auto merged = ReferenceLabels(labels, {2, 3, 0});
+  const auto merged = ReferenceLabels(labels.names, labels.codes, {2, 3, 0});
   EXPECT_THAT(merged->names, ElementsAre(kUnlabelled, "T"));
   EXPECT_THAT(merged->codes, ElementsAre(0, 0, 1));
 }
 
 TEST(ReferenceLabels, CellsThatAllLackLabelsAreRefused) {
-  CellLabels labels;
+  AtlasLabels labels;
   labels.names = {"B"};
-  labels.codes = {CellLabels::kMissing, 0, CellLabels::kMissing};
-  EXPECT_THAT(std::string(ReferenceLabels(labels, {0, 2}).status().message()),
+  labels.codes = {-1, 0, -1};
+  EXPECT_THAT(std::string(ReferenceLabels(labels.names, labels.codes, {0, 2}).status().message()),
               HasSubstr("found no label on any of the 2 cells"));
-  EXPECT_TRUE(ReferenceLabels(labels, {0, 1}).ok());
+  EXPECT_TRUE(ReferenceLabels(labels.names, labels.codes, {0, 1}).ok());
 }
 
 TEST(ReferenceLabels, TooManyAreRefused) {
-  CellLabels labels;
+  AtlasLabels labels;
   std::vector<int64_t> rows;
   for (int i = 0; i < 1025; ++i) {
     labels.names.push_back(absl::StrCat(i));
     labels.codes.push_back(i);
     rows.push_back(i);
   }
-  EXPECT_THAT(std::string(ReferenceLabels(labels, rows).status().message()),
+  EXPECT_THAT(std::string(ReferenceLabels(labels.names, labels.codes, rows).status().message()),
               HasSubstr("found 1025 different labels, wanted at most 1024"));
   rows.pop_back();
-  EXPECT_TRUE(ReferenceLabels(labels, rows).ok());
+  EXPECT_TRUE(ReferenceLabels(labels.names, labels.codes, rows).ok());
 }
 
 TEST(CallCell, TheLikeliestLabelAndTheNext) {

@@ -1,4 +1,4 @@
-#include "ingest/atlas.h"
+#include "atlas/atlas.h"
 
 #include <algorithm>
 #include <cmath>
@@ -100,18 +100,17 @@ float Atlas::sink_logit() const {
   return static_cast<float>(-sink_distance * sink_distance / (2 * sigma * sigma));
 }
 
-absl::StatusOr<CellLabels> ReferenceLabels(const CellLabels& labels, absl::Span<const int64_t> rows) {
+absl::StatusOr<AtlasLabels> ReferenceLabels(absl::Span<const std::string> given,
+                                            absl::Span<const int32_t> codes, absl::Span<const int64_t> rows) {
   // The missing label, if it occurs, comes after all others, unless the file has a label of its name.
-  std::vector<std::string> names = labels.names;
+  std::vector<std::string> names(given.begin(), given.end());
   const auto found = std::find(names.begin(), names.end(), kUnlabelled);
   const auto unlabelled = static_cast<int32_t>(found - names.begin());
   if (found == names.end()) names.emplace_back(kUnlabelled);
 
   std::vector<int32_t> chosen;
   chosen.reserve(rows.size());
-  const auto is_missing = [&](int64_t row) {
-    return labels.codes[static_cast<size_t>(row)] == CellLabels::kMissing;
-  };
+  const auto is_missing = [&](int64_t row) { return codes[static_cast<size_t>(row)] < 0; };
   if (!rows.empty() && std::all_of(rows.begin(), rows.end(), is_missing)) {
     return absl::InvalidArgumentError(
         absl::StrCat("found no label on any of the ", rows.size(),
@@ -119,11 +118,11 @@ absl::StatusOr<CellLabels> ReferenceLabels(const CellLabels& labels, absl::Span<
   }
   std::vector<bool> used(names.size(), false);
   for (const int64_t row : rows) {
-    const int32_t code = labels.codes[static_cast<size_t>(row)];
-    chosen.push_back(code == CellLabels::kMissing ? unlabelled : code);
+    const int32_t code = codes[static_cast<size_t>(row)];
+    chosen.push_back(code < 0 ? unlabelled : code);
     used[static_cast<size_t>(chosen.back())] = true;
   }
-  CellLabels out;
+  AtlasLabels out;
   std::vector<int32_t> compact(names.size(), 0);
   for (size_t i = 0; i < names.size(); ++i) {
     if (!used[i]) continue;
