@@ -230,7 +230,7 @@ absl::StatusOr<Dataset> Dataset::Adopt(Id dataset, const std::string& name) {
   }
   const Id plist(H5Dget_create_plist(out.id_.get()));
   if (H5Pget_layout(plist.get()) == H5D_CHUNKED) {
-    EDUBA_ASSIGN_OR_RETURN(out.chunks_, ChunkCheck::Of(out.id_.get(), out.type_.get(), out.shape_, name));
+    EDUBA_ASSIGN_OR_RETURN(out.chunks_, Chunks::Of(out.id_.get(), out.type_.get(), out.shape_, name));
   }
   return out;
 }
@@ -246,6 +246,7 @@ absl::Status Dataset::Read(hid_t type, const std::vector<int64_t>& begin, const 
     start[i] = static_cast<hsize_t>(begin[i]);
     size[i] = static_cast<hsize_t>(count[i]);
   }
+  if (chunks_ != nullptr && chunks_->serves()) return chunks_->Read(type, begin, count, out);
   if (chunks_ != nullptr) EDUBA_RETURN_IF_ERROR(chunks_->CheckBlock(begin, count));
   herr_t done = -1;
   if (scalar_) {
