@@ -19,9 +19,9 @@ constexpr size_t kFixedTextBytesMax = size_t{1} << 20;
 // Bytes of text asked of HDF5 at a time.
 constexpr size_t kTextBlockBytes = size_t{1} << 22;
 
-// Recursive, because closing an object takes its turn, too. Never destroyed: files may be closed at the very
+// Recursive, because closing an object takes it, too. Never destroyed: files may be closed at the very
 // end.
-std::recursive_mutex& TurnMutex() {
+std::recursive_mutex& LibraryMutex() {
   static auto* const mutex = new std::recursive_mutex;
   return *mutex;
 }
@@ -104,15 +104,15 @@ const char* ClassText(H5T_class_t type_class) {
 
 }  // namespace
 
-Turn::Turn() {
-  TurnMutex().lock();
+LibraryLock::LibraryLock() {
+  LibraryMutex().lock();
   H5Eget_auto2(H5E_DEFAULT, &handler_, &data_);
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }
 
-Turn::~Turn() {
+LibraryLock::~LibraryLock() {
   H5Eset_auto2(H5E_DEFAULT, handler_, data_);
-  TurnMutex().unlock();
+  LibraryMutex().unlock();
 }
 
 absl::Status Error(const std::string& message) {

@@ -18,12 +18,12 @@ namespace eduba::hdf5 {
 
 // Everything that calls HDF5 holds one: HDF5 works for one thread at a time, and prints nothing (its errors
 // become Status). One thread may hold several.
-class Turn {
+class LibraryLock {
  public:
-  Turn();
-  ~Turn();
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  LibraryLock();
+  ~LibraryLock();
+  LibraryLock(const LibraryLock&) = delete;
+  LibraryLock& operator=(const LibraryLock&) = delete;
 
  private:
   H5E_auto2_t handler_ = nullptr;
@@ -42,7 +42,7 @@ class Id {
   }
   ~Id() {
     if (id_ < 0) return;
-    const Turn turn;
+    const LibraryLock lock;
     H5Idec_ref(id_);
   }
 
