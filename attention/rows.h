@@ -4,16 +4,11 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "base/elements.h"
 
 namespace eduba {
 
 // Loops over arrays of keys and values on their way in. Arrays are aligned to their elements.
-
-// Rounds `count` elements at `source` to nearest even.
-void ConvertElements(const void* source, DType from, void* target, DType to, int64_t count);
-
-// The first of `count` elements that is NaN or Inf, or -1.
-int64_t FirstNonFinite(const void* data, DType dtype, int64_t count);
 
 // A magnitude is an element's bits without its sign; for finite elements of one type it grows with |element|.
 // magnitudes[c] = max(magnitudes[c], those of data[r][c]) over `rows` rows of `columns` elements.

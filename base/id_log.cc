@@ -4,10 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,7 +15,10 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/log.h"
+#include "base/mutex.h"
+#include "base/read_at.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 
 namespace eduba {
 namespace {
@@ -27,7 +30,7 @@ class BlockFile {
  public:
   // None where the file does not take it.
   std::optional<int64_t> Write(absl::Span<const int32_t> ids) {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (descriptor_ < 0 && !Open()) return std::nullopt;
     int64_t slot = slots_;
     if (!free_.empty()) slot = free_.back();
@@ -50,24 +53,17 @@ class BlockFile {
   }
 
   absl::Status Read(int64_t slot, int64_t first, absl::Span<int32_t> to) const {
-    auto* const bytes = reinterpret_cast<char*>(to.data());
-    const auto count = static_cast<int64_t>(to.size() * sizeof(int32_t));
+    const absl::Span<char> bytes = AsBytes(to);
     const int64_t offset = slot * kBlockBytes + first * static_cast<int64_t>(sizeof(int32_t));
-    for (int64_t done = 0; done < count;) {
-      const ssize_t read = pread(descriptor_, bytes + done, count - done, offset + done);
-      if (read < 0 && errno == EINTR) continue;
-      if (read <= 0) {
-        return absl::UnavailableError(
-            absl::StrCat("cannot read token ids back from the disk under ", Folder(), ": ",
-                         read < 0 ? std::strerror(errno) : "the file was cut off", "; try again"));
-      }
-      done += read;
-    }
-    return absl::OkStatus();
+    const absl::StatusOr<int64_t> got = ReadAt(descriptor_.load(), offset, bytes);
+    if (got.ok() && *got == std::ssize(bytes)) return absl::OkStatus();
+    return absl::UnavailableError(
+        absl::StrCat("cannot read token ids back from the disk under ", Folder(), ": ",
+                     got.ok() ? "the file was cut off" : got.status().message(), "; try again"));
   }
 
   void Free(int64_t slot) {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     free_.push_back(slot);
   }
 
@@ -79,7 +75,7 @@ class BlockFile {
     return access("/var/tmp", W_OK) == 0 ? "/var/tmp" : "/tmp";
   }
 
-  bool Open() {
+  bool Open() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     std::string name = absl::StrCat(Folder(), "/eduba-ids-XXXXXX");
     descriptor_ = mkostemp(name.data(), O_CLOEXEC);
     if (descriptor_ < 0) {
@@ -90,17 +86,18 @@ class BlockFile {
     return true;
   }
 
-  void Warn(const char* what) {
+  void Warn(const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (std::exchange(warned_, true)) return;
     LogWarning(absl::StrCat("cannot ", what, " under ", Folder(), ": ", std::strerror(errno),
                             "; token ids stay in memory; set TMPDIR to a folder on a disk with room"));
   }
 
-  std::mutex mutex_;
-  int descriptor_ = -1;        // Set once, before there are slots.
-  int64_t slots_ = 0;          // Guarded by mutex_, as all below.
-  std::vector<int64_t> free_;  // Below slots_.
-  bool warned_ = false;
+  Mutex mutex_;
+  // Set once, before the first slot is handed out, so whoever has a slot may read it without the lock.
+  std::atomic<int> descriptor_ = -1;
+  int64_t slots_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::vector<int64_t> free_ ABSL_GUARDED_BY(mutex_);  // Slots below slots_ that hold nothing.
+  bool warned_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 BlockFile& TheFile() {

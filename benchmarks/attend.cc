@@ -1,11 +1,13 @@
-// Prints what `eduba bench stream` and `eduba bench attend` measure (kernels/bench.h), as a table: for work
-// on the kernels.
+// Prints what `eduba bench stream` and `eduba bench attend` measure (measure/attend.h) as a table, with batches
+// beside oneDNN's matrix products and not our own: for work on the kernels.
 //   build/release/bin/attend_bench [GiB of keys and values, default 1] [rounds, default 9]
+
+#include "benchmarks/measure/attend.h"
 
 #include <cstdio>
 #include <cstdlib>
 
-#include "kernels/bench.h"
+#include "benchmarks/onednn_rates.h"
 
 int main(int argc, char** argv) {
   eduba::BenchOptions options;
@@ -18,7 +20,7 @@ int main(int argc, char** argv) {
   }
   std::printf("stream %.2f GB/s (%s, %d threads)\n", stream->gb_per_s, stream->pattern.c_str(),
               stream->threads);
-  const auto results = eduba::RunAttendBench(options);
+  const auto results = eduba::RunAttendBench(options, eduba::OneDnnMatrixRates());
   if (!results.ok()) {
     std::fprintf(stderr, "%s\n", results.status().ToString().c_str());
     return 1;

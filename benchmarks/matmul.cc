@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "base/dtype.h"
-#include "kernels/bench.h"
+#include "benchmarks/measure/stream.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/reference/reference_layer_kernels.h"
 

@@ -3,9 +3,10 @@
 //   default f32]
 // Weights are random bf16, so this says nothing about text, and everything about time. Checked first: a
 // token's hidden state has the same bits in a step of 64 tokens and in steps of one.
-//   prefill  tokens/s of chunks of 256; GFLOP/s count products only, beside oneDNN's f32 and bf16 rates
-//   decode   tokens/s of one context; bytes of weights and of keys and values per token over the time, as a
-//   share of stream batch    the same with 8 contexts in a step
+// What it prints:
+//   - prefill: tokens/s of chunks of 256; GFLOP/s count products only (attend_bench has oneDNN's rates).
+//   - decode 1: tokens/s of one context, and bytes of weights, keys and values over the time, as a share of stream.
+//   - decode 8: the same with 8 contexts in a step.
 
 #include <algorithm>
 #include <chrono>
@@ -18,7 +19,7 @@
 #include <vector>
 
 #include "base/heap.h"
-#include "kernels/bench.h"
+#include "benchmarks/measure/stream.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "model/engine.h"

@@ -1,5 +1,5 @@
 // eduba atlas load|annotate: a reference of labelled cells as a session, and calls for other cells.
-// ingest/atlas.h has the arithmetic.
+// atlas/atlas.h has the arithmetic.
 
 #include <cmath>
 #include <iostream>
@@ -56,7 +56,7 @@ void AddLoadOptions(CLI::App& command, LoadOptions& options) {
 }
 
 // sigma, the sink's distance and the rest, from an even sample of the cells.
-absl::StatusOr<Atlas> Fit(const LoadOptions& options, const AtlasCells& cells, const CellLabels& labels) {
+absl::StatusOr<Atlas> Fit(const LoadOptions& options, const AtlasCells& cells, const AtlasLabels& labels) {
   Atlas atlas;
   atlas.key = options.key;
   atlas.label_column = options.label;
@@ -96,7 +96,7 @@ v1::SessionSpec SpecOf(const Atlas& atlas, int64_t window) {
 absl::Status RunLoad(const LoadOptions& options) {
   EDUBA_ASSIGN_OR_RETURN(const AtlasCells cells, AtlasCells::Open(options.file, options.key, options.rows));
   EDUBA_ASSIGN_OR_RETURN(const CellLabels all_labels, cells.file().ReadLabels(options.label));
-  const auto labels = ReferenceLabels(all_labels, cells.rows());
+  const auto labels = ReferenceLabels(all_labels.names, all_labels.codes, cells.rows());
   if (!labels.ok()) return Annotate(labels.status(), absl::StrCat(options.file, ": ", options.label));
   EDUBA_ASSIGN_OR_RETURN(const Atlas atlas, Fit(options, cells, *labels));
 

@@ -8,8 +8,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "atlas/atlas.h"
 #include "client/client.h"
-#include "ingest/atlas.h"
 #include "ingest/h5ad.h"
 
 namespace eduba {

@@ -9,12 +9,12 @@
 #include "absl/strings/str_format.h"
 #include "base/dtype.h"
 #include "base/status_macros.h"
+#include "benchmarks/measure/attend.h"
+#include "benchmarks/measure/cuda_attend.h"
 #include "cli/bench.h"
 #include "cli/device.h"
 #include "cli/flags.h"
 #include "cli/output.h"
-#include "kernels/bench.h"
-#include "kernels/cuda/bench.h"
 #include "kernels/cuda/cuda_backend.h"
 
 namespace eduba {
@@ -76,7 +76,10 @@ void AddAttendBenchOptions(CLI::App& command, AttendBenchFlags& flags) {
 
 absl::StatusOr<std::vector<AttendResult>> AttendResults(const AttendBenchFlags& flags) {
   ProgressReport report("bench attend");
-  if (flags.device == "cpu") return RunAttendBench(OptionsOf(flags, report));
+  if (flags.device == "cpu") {
+    const BenchOptions options = OptionsOf(flags, report);
+    return RunAttendBench(options, OwnMatrixRates(BenchThreads(options)));
+  }
   EDUBA_ASSIGN_OR_RETURN(const int device, CudaDeviceIndex(flags.device));
   EDUBA_ASSIGN_OR_RETURN(const CudaPrecision precision, ParseCudaPrecision(flags.precision));
   return RunCudaAttendBench(device, precision, OptionsOf(flags, report));

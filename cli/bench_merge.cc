@@ -8,10 +8,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "benchmarks/measure/merge.h"
 #include "cli/bench.h"
 #include "cli/flags.h"
 #include "cli/output.h"
-#include "collective/bench.h"
 #include "collective/nccl/nccl_api.h"
 #include "kernels/cuda/cuda_device.h"
 

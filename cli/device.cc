@@ -9,6 +9,7 @@
 #include "CLI/Validators.hpp"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "cli/gpus.h"
 #include "cli/system.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/cuda_device.h"
@@ -47,7 +48,7 @@ void AddPrecisionOption(CLI::App& command, std::string& precision) {
 absl::StatusOr<std::vector<std::string>> DevicesOfWorkers(const std::string& device, int workers) {
   if (device == "cpu") return std::vector<std::string>(workers, device);
   EDUBA_RETURN_IF_ERROR(CudaDeviceIndex(device).status());
-  EDUBA_ASSIGN_OR_RETURN(const cuda::CudaMachine machine, cuda::DescribeCuda());
+  EDUBA_ASSIGN_OR_RETURN(const cuda::CudaMachine machine, WorkerGpus().describe());
   if (device != "cuda") return std::vector<std::string>(workers, device);
   std::vector<std::string> devices;
   devices.reserve(workers);
@@ -68,7 +69,7 @@ absl::StatusOr<int64_t> DefaultMemoryBytes(const std::vector<std::string>& devic
   for (const std::string& device : std::set<std::string>(devices.begin(), devices.end())) {
     if (device == "cpu") return DefaultStoreBytes();
     EDUBA_ASSIGN_OR_RETURN(const int index, CudaDeviceIndex(device));
-    EDUBA_ASSIGN_OR_RETURN(const int64_t free, cuda::FreeCudaBytes(index));
+    EDUBA_ASSIGN_OR_RETURN(const int64_t free, WorkerGpus().free_bytes(index));
     const int64_t weights = std::count(devices.begin(), devices.end(), device) * WeightBytes(model);
     if (weights >= free) {
       return absl::ResourceExhaustedError(absl::StrCat(

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "cli/gpus.h"
 #include "cli/system.h"
 #include "rpc/server.h"
 
@@ -32,6 +33,7 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Start(const Op
     worker.model = options.model;
     worker.activations = options.activations;
     worker.hub = &cluster->hub_;
+    EDUBA_RETURN_IF_ERROR(EquipWorker(worker));
     EDUBA_ASSIGN_OR_RETURN(auto started, Worker::Start(worker));
     cluster->workers_.push_back(std::move(started));
   }

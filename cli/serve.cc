@@ -27,6 +27,7 @@
 #include "cli/device.h"
 #include "cli/embedded_cluster.h"
 #include "cli/flags.h"
+#include "cli/gpus.h"
 #include "cli/model_folder.h"
 #include "cli/output.h"
 #include "cli/signals.h"
@@ -428,6 +429,7 @@ absl::Status Work(const WorkerOptions& options) {
   worker_options.version = EDUBA_VERSION;
   worker_options.model = options.model;
   worker_options.activations = ParseActivations(options.activations);
+  EDUBA_RETURN_IF_ERROR(EquipWorker(worker_options));
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
   PrintReady(worker->address(), options.json);
   // A worker that is refused for good ends by itself; the signal, which asks for nothing, brings that to

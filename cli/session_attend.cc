@@ -1,5 +1,3 @@
-#include "cli/session_attend.h"
-
 #include <filesystem>
 #include <iostream>
 #include <map>
@@ -16,6 +14,7 @@
 #include "base/status_macros.h"
 #include "cli/flags.h"
 #include "cli/output.h"
+#include "cli/session_commands.h"
 #include "ingest/npy.h"
 
 namespace eduba {

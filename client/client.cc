@@ -1,7 +1,6 @@
 #include "client/client.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "client/pieces.h"
 #include "client/upload.h"
 #include "eduba/v1/eduba.grpc.pb.h"
@@ -30,14 +30,6 @@ constexpr absl::Duration kAbortTimeout = absl::Seconds(5);
 // For the last step of a generation that is over time, and its summary.
 constexpr absl::Duration kSummaryGrace = absl::Seconds(10);
 
-// Floats of a bytes field. False when their number is not `count`.
-bool CopyFloats(const std::string& bytes, int64_t count, std::vector<float>* out) {
-  if (static_cast<int64_t>(bytes.size()) != count * static_cast<int64_t>(sizeof(float))) return false;
-  out->resize(count);
-  if (!bytes.empty()) std::memcpy(out->data(), bytes.data(), bytes.size());
-  return true;
-}
-
 // Memory for one answer, used for all of a call.
 class AnswerReader {
  public:
@@ -47,9 +39,9 @@ class AnswerReader {
   absl::StatusOr<AnsweredRows> Next(const v1::AttendResponse::Rows& message) {
     const int64_t row_heads = int64_t{message.count()} * spec_.query_heads();
     if (message.first_row() != rows_ || message.count() < 1 ||
-        !CopyFloats(message.outputs(), row_heads * spec_.value_dim(), &outputs_) ||
-        !CopyFloats(message.lse(), row_heads, &lse_) ||
-        !CopyFloats(message.sink_mass(), row_heads, &sink_mass_)) {
+        !ReadExactNumbers(message.outputs(), "outputs", row_heads * spec_.value_dim(), outputs_).ok() ||
+        !ReadExactNumbers(message.lse(), "lse", row_heads, lse_).ok() ||
+        !ReadExactNumbers(message.sink_mass(), "sink mass", row_heads, sink_mass_).ok()) {
       return absl::InternalError(absl::StrCat("the server's answer is malformed after row ", rows_));
     }
     const AnsweredRows rows = {rows_, message.count(), outputs_, lse_, sink_mass_};
@@ -93,8 +85,7 @@ absl::Status SendQueries(grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendR
     positions.resize(options.positions ? count : 0);
     EDUBA_RETURN_IF_ERROR(source(first, absl::MakeSpan(queries), absl::MakeSpan(positions)));
     v1::AttendRequest::Rows* message = request.mutable_rows();
-    message->mutable_queries()->assign(reinterpret_cast<const char*>(queries.data()),
-                                       queries.size() * sizeof(float));
+    message->set_queries(queries.data(), queries.size() * sizeof(float));
     message->mutable_positions()->Assign(positions.begin(), positions.end());
     if (!stream.Write(request)) return absl::OkStatus();
   }
@@ -234,8 +225,7 @@ absl::StatusOr<v1::AppendReceipt> Client::AppendThin(const v1::Session& session,
     at = current.length();
   }
   const auto pieces = CutIntoPieces({{at, at + count}}, spec.layers(), PieceRows(spec, wire));
-  const int64_t row_bytes =
-      static_cast<int64_t>(DTypeBytes(wire)) * spec.kv_heads() * (spec.head_dim() + spec.value_dim());
+  const int64_t row_bytes = WireRowBytes(spec, wire).total();
 
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options_.timeout));
@@ -373,14 +363,12 @@ absl::StatusOr<std::vector<float>> Client::Score(const std::string& session, abs
   EDUBA_ASSIGN_OR_RETURN(const v1::ScoreResponse response,
                          stub_->Call(&v1::Eduba::Stub::Score, request, absl::Now() + options_.timeout));
   std::vector<float> log_probs;
-  if (!CopyFloats(response.log_probs(), static_cast<int64_t>(ids.size()), &log_probs)) {
+  if (!ReadExactNumbers(response.log_probs(), "log-probabilities", std::ssize(ids), log_probs).ok()) {
     return absl::InternalError(absl::StrCat("the server answered ", ids.size(), " tokens with ",
                                             response.log_probs().size(), " bytes"));
   }
   if (sink_mass != nullptr &&
-      (response.sink_mass().empty() ||
-       !CopyFloats(response.sink_mass(), static_cast<int64_t>(response.sink_mass().size() / sizeof(float)),
-                   sink_mass))) {
+      !ReadNumbers(response.sink_mass(), "sink mass", *sink_mass, /*count_min=*/1).ok()) {
     return absl::InternalError(
         absl::StrCat("the server answered with ", response.sink_mass().size(), " bytes of sink mass"));
   }
@@ -402,9 +390,7 @@ absl::StatusOr<std::vector<float>> Client::Embed(const std::string& session, abs
   bool sound = true;
   v1::EmbedResponse response;
   while (stream->Read(&response)) {
-    sound = sound && response.first_range() == rows &&
-            CopyFloats(response.vectors(), static_cast<int64_t>(response.vectors().size() / sizeof(float)),
-                       &piece);
+    sound = sound && response.first_range() == rows && ReadNumbers(response.vectors(), "vectors", piece).ok();
     all.insert(all.end(), piece.begin(), piece.end());
     rows += response.count();
   }

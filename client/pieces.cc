@@ -9,19 +9,6 @@
 #include "rpc/spec.h"
 
 namespace eduba {
-namespace {
-
-// REQUIRES: `to` is a two-byte type.
-void RoundInto(const std::vector<float>& from, int64_t count, DType to, std::string* out) {
-  auto* bits = reinterpret_cast<uint16_t*>(out->data());
-  if (to == DType::kBf16) {
-    for (int64_t i = 0; i < count; ++i) bits[i] = Bf16FromF32(from[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) bits[i] = F16FromF32(from[i]);
-  }
-}
-
-}  // namespace
 
 DType WireType(DType source, const v1::SessionSpec& spec) {
   if (source != DType::kF32) return source;
@@ -35,10 +22,12 @@ DType WireType(DType source, const v1::SessionSpec& spec) {
   }
 }
 
+RowBytes WireRowBytes(const v1::SessionSpec& spec, DType wire) {
+  return RowBytesOf(wire, spec.kv_heads(), spec.head_dim(), spec.value_dim());
+}
+
 int64_t PieceRows(const v1::SessionSpec& spec, DType wire) {
-  const int64_t row_bytes =
-      static_cast<int64_t>(DTypeBytes(wire)) * spec.kv_heads() * (spec.head_dim() + spec.value_dim());
-  return std::max<int64_t>(1, kPayloadBytesMax / row_bytes);
+  return std::max<int64_t>(1, kPayloadBytesMax / WireRowBytes(spec, wire).total());
 }
 
 std::vector<Piece> CutIntoPieces(const std::vector<PositionRange>& ranges, int layers, int64_t piece_rows) {
@@ -85,20 +74,21 @@ absl::Status PieceReader::Read(const Piece& piece, v1::UploadRequest* request) {
   request->set_first_position(piece.first);
   request->set_count(static_cast<int32_t>(piece.count));
   request->set_dtype(DTypeToProto(wire_));
-  const int64_t keys = piece.count * spec_.kv_heads() * spec_.head_dim();
-  const int64_t values = piece.count * spec_.kv_heads() * spec_.value_dim();
-  request->mutable_keys()->resize(keys * DTypeBytes(wire_));
-  request->mutable_values()->resize(values * DTypeBytes(wire_));
+  const RowBytes row_bytes = WireRowBytes(spec_, wire_);
+  request->mutable_keys()->resize(piece.count * row_bytes.keys);
+  request->mutable_values()->resize(piece.count * row_bytes.values);
   if (source_.dtype() == wire_) {
     return source_.Read(piece.layer, piece.first - at_, piece.count, request->mutable_keys()->data(),
                         request->mutable_values()->data());
   }
+  const int64_t keys = piece.count * spec_.kv_heads() * spec_.head_dim();
+  const int64_t values = piece.count * spec_.kv_heads() * spec_.value_dim();
   keys_.resize(keys);
   values_.resize(values);
   EDUBA_RETURN_IF_ERROR(
       source_.Read(piece.layer, piece.first - at_, piece.count, keys_.data(), values_.data()));
-  RoundInto(keys_, keys, wire_, request->mutable_keys());
-  RoundInto(values_, values, wire_, request->mutable_values());
+  ConvertElements(keys_.data(), DType::kF32, request->mutable_keys()->data(), wire_, keys);
+  ConvertElements(values_.data(), DType::kF32, request->mutable_values()->data(), wire_, values);
   return absl::OkStatus();
 }
 

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "base/dtype.h"
+#include "base/elements.h"
 #include "base/pages.h"
 #include "client/client.h"
 #include "eduba/v1/eduba.pb.h"
@@ -25,6 +26,9 @@ struct Piece {
 // Element type in which rows of `source` are sent: the smaller of the source's and the session's, so that
 // what the server would round anyway is rounded before it travels. The rounding is the same on both sides.
 DType WireType(DType source, const v1::SessionSpec& spec);
+
+// Bytes of one position of one layer as it is sent.
+RowBytes WireRowBytes(const v1::SessionSpec& spec, DType wire);
 
 // Positions that fit into one message.
 int64_t PieceRows(const v1::SessionSpec& spec, DType wire);

@@ -2,13 +2,13 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/mutex.h"
 #include "base/status_macros.h"
 #include "client/pieces.h"
 #include "eduba/v1/eduba.grpc.pb.h"
@@ -30,37 +30,37 @@ class Upload {
 
   // False when the upload has failed already. The context must outlive the upload.
   bool Register(grpc::ClientContext* context) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     contexts_.push_back(context);
     return status_.ok();
   }
 
   // Keeps the first error and ends every stream: the others' CANCELLED comes after it and is not kept.
   void Fail(const absl::Status& status) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (!status_.ok()) return;
     status_ = status;
     for (grpc::ClientContext* context : contexts_) context->TryCancel();
   }
 
   void Sent(int64_t bytes) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     sent_bytes_ += bytes;
     if (progress_) progress_(sent_bytes_, total_bytes_);
   }
 
   absl::Status status() {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     return status_;
   }
 
  private:
   const int64_t total_bytes_;
   const Progress& progress_;
-  std::mutex mutex_;
-  absl::Status status_;  // Guarded by mutex_, as all below.
-  std::vector<grpc::ClientContext*> contexts_;
-  int64_t sent_bytes_ = 0;
+  Mutex mutex_;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::vector<grpc::ClientContext*> contexts_ ABSL_GUARDED_BY(mutex_);
+  int64_t sent_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 // What one worker is sent; its streams take pieces in turn.
@@ -113,8 +113,7 @@ absl::Status UploadToWorkers(const v1::SessionSpec& spec, const v1::AppendPlan& 
                              const Progress& progress, absl::Time deadline) {
   EDUBA_ASSIGN_OR_RETURN(const auto ranges, RangesByWorker(plan));
   const DType wire = WireType(source.dtype(), spec);
-  const int64_t row_bytes =
-      static_cast<int64_t>(DTypeBytes(wire)) * spec.kv_heads() * (spec.head_dim() + spec.value_dim());
+  const int64_t row_bytes = WireRowBytes(spec, wire).total();
 
   std::vector<std::unique_ptr<WorkerQueue>> queues;
   int64_t total_bytes = 0;

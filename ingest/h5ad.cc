@@ -320,7 +320,7 @@ class OpenFile final : public H5adFile {
   int64_t cells() const override { return names_->size(); }
 
   absl::StatusOr<std::unique_ptr<CellMatrix>> OpenMatrix(const std::string& key) const override {
-    const hdf5::Turn turn;
+    const hdf5::LibraryLock lock;
     EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<CellMatrix> matrix, FindMatrix(key));
     if (matrix->rows() != cells()) {
       return Invalid(absl::StrCat(Named(key), ": found ", matrix->rows(), " rows, wanted one for each of ",
@@ -334,7 +334,7 @@ class OpenFile final : public H5adFile {
   }
 
   absl::StatusOr<CellLabels> ReadLabels(const std::string& column) const override {
-    const hdf5::Turn turn;
+    const hdf5::LibraryLock lock;
     const std::string name(absl::StripPrefix(column, "obs/"));
     if (!absl::StartsWith(column, "obs/") || name.empty()) {
       return Invalid(absl::StrCat(path_, ": found label column '", column, "', wanted obs/NAME"));
@@ -348,7 +348,7 @@ class OpenFile final : public H5adFile {
   }
 
   absl::StatusOr<std::vector<std::string>> ReadCellNames(absl::Span<const int64_t> rows) const override {
-    const hdf5::Turn turn;
+    const hdf5::LibraryLock lock;
     std::vector<std::string> out(rows.size());
     EDUBA_RETURN_IF_ERROR(
         ForEachPiece(rows, kBlock, [&](int64_t begin, int64_t end, absl::Span<const size_t> wanted) {
@@ -361,7 +361,7 @@ class OpenFile final : public H5adFile {
   }
 
   absl::StatusOr<std::vector<std::string>> ReadGeneIndex() const override {
-    const hdf5::Turn turn;
+    const hdf5::LibraryLock lock;
     EDUBA_ASSIGN_OR_RETURN(const Table var, OpenTable("var", "var (the table of genes)"));
     EDUBA_ASSIGN_OR_RETURN(const Column names, OpenColumn(var, var.index));
     if (names.size() > kColumnsMax) {
@@ -372,7 +372,7 @@ class OpenFile final : public H5adFile {
   }
 
   absl::StatusOr<std::vector<std::string>> ReadGeneColumn(const std::string& column) const override {
-    const hdf5::Turn turn;
+    const hdf5::LibraryLock lock;
     const std::string name(absl::StripPrefix(column, "var/"));
     if (!absl::StartsWith(column, "var/") || name.empty()) {
       return Invalid(absl::StrCat(path_, ": found gene column '", column, "', wanted var/NAME"));
@@ -385,7 +385,7 @@ class OpenFile final : public H5adFile {
   }
 
   bool HasGeneColumn(const std::string& column) const override {
-    const hdf5::Turn turn;
+    const hdf5::LibraryLock lock;
     const auto var = OpenTable("var", "var");
     if (!var.ok()) return false;
     const std::vector<std::string> there = hdf5::ChildNames(var->object());
@@ -595,7 +595,7 @@ absl::Status CellMatrix::CheckFinite(int64_t row, const T* values) const {
 }
 
 absl::Status CellMatrix::ReadRows(int64_t begin, int64_t count, float* out) const {
-  const hdf5::Turn turn;
+  const hdf5::LibraryLock lock;
   EDUBA_CHECK(begin >= 0 && count >= 0 && count <= rows() && begin <= rows() - count);
   EDUBA_RETURN_IF_ERROR(Read(begin, count, out));
   for (int64_t i = 0; i < count; ++i) EDUBA_RETURN_IF_ERROR(CheckFinite(begin + i, out + i * cols()));
@@ -612,7 +612,7 @@ absl::Status CellMatrix::ReadRowList(absl::Span<const int64_t> rows, double* out
 
 template <typename T>
 absl::Status CellMatrix::ReadList(absl::Span<const int64_t> rows, T* out) const {
-  const hdf5::Turn turn;
+  const hdf5::LibraryLock lock;
   std::vector<T> scratch;
   return ForEachPiece(rows, std::max<int64_t>(1, kScratchNumbers / cols()),
                       [&](int64_t begin, int64_t end, absl::Span<const size_t> wanted) {
@@ -629,7 +629,7 @@ absl::Status CellMatrix::ReadList(absl::Span<const int64_t> rows, T* out) const 
 }
 
 absl::StatusOr<std::unique_ptr<H5adFile>> H5adFile::Open(const std::string& path) {
-  const hdf5::Turn turn;
+  const hdf5::LibraryLock lock;
   RegisterLzfFilter();
   struct stat info {};
   if (stat(path.c_str(), &info) != 0) {

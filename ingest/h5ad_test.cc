@@ -230,6 +230,38 @@ TEST(H5ad, ReadsEveryNumberTypeAndGzip) {
   }
 }
 
+TEST(H5ad, ReadsBlocksAcrossCompressedChunks) {
+  // Chunks that end beyond both edges, and elements wider in memory than in the file, and narrower.
+  constexpr int kRows = 7;
+  constexpr int kColumns = 8;
+  std::vector<float> values(kRows * kColumns);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 3) - 50;
+  const hid_t plist = H5Pcreate(H5P_DATASET_CREATE);
+  const hsize_t chunk[2] = {2, 3};
+  H5Pset_chunk(plist, 2, chunk);
+  H5Pset_shuffle(plist);
+  H5Pset_deflate(plist, 4);
+  H5adBuilder build("blocks");
+  build.Cells({"a", "b", "c", "d", "e", "f", "g"});
+  build.Group("layers");
+  build.Numbers<float>("X", {kRows, kColumns}, H5T_IEEE_F32LE, values, plist);
+  build.Numbers<float>("layers/i16", {kRows, kColumns}, H5T_STD_I16BE, values, plist);
+  build.Numbers<float>("layers/f64", {kRows, kColumns}, H5T_IEEE_F64LE, values, plist);
+  H5Pclose(plist);
+  const auto file = OpenOrDie(build.Done());
+  for (const char* name : {"X", "layers/i16", "layers/f64"}) {
+    const auto matrix = file->OpenMatrix(name).value();
+    for (int first = 0; first < kRows; ++first) {
+      for (int count = 1; first + count <= kRows; ++count) {
+        std::vector<float> rows(static_cast<size_t>(count) * kColumns, -1.0f);
+        ASSERT_TRUE(matrix->ReadRows(first, count, rows.data()).ok());
+        const auto begin = values.begin() + first * kColumns;
+        EXPECT_EQ(rows, std::vector<float>(begin, begin + count * kColumns)) << name << " " << first;
+      }
+    }
+  }
+}
+
 TEST(H5ad, ReadsLzf) {
   H5Zunregister(32000);  // Ours cannot write; without any the array is created all the same, and its chunk
                          // given as it is.

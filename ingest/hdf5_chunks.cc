@@ -1,40 +1,21 @@
 #include "ingest/hdf5_chunks.h"
 
-#include <zlib.h>
-
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/types/span.h"
+#include "base/check.h"
 #include "base/status_macros.h"
 #include "ingest/hdf5_file.h"
-#include "ingest/lzf.h"
 
 namespace eduba::hdf5 {
 namespace {
 
-constexpr char kWriteAgain[] = "; write the file again with compression='gzip'";
-// Filters below this number are HDF5's own.
-constexpr H5Z_filter_t kPluginFilterMin = 256;
-constexpr size_t kChecksumBytes = 4;
-
-// The filters that hdf5plugin adds to h5py, for the message.
-const char* FilterName(H5Z_filter_t filter) {
-  switch (filter) {
-    case 32001:
-      return " (Blosc)";
-    case 32004:
-      return " (LZ4)";
-    case 32008:
-      return " (Bitshuffle)";
-    case 32015:
-      return " (Zstandard)";
-    case 32026:
-      return " (Blosc2)";
-    default:
-      return "";
-  }
-}
+// Of unpacked chunks kept for the next block, which often begins in the last chunk of this one. Where one
+// chunk is larger, one is kept.
+constexpr size_t kKeptBytesMax = size_t{4} << 20;
+constexpr size_t kKeptChunkOverhead = 128;  // Of a small chunk, about.
 
 // Bytes of one element in the file. H5Tget_size gives those in memory, where a reference to a value of
 // variable length is a pointer; in the file it is a length, an address and an index.
@@ -73,122 +54,84 @@ size_t AddressBytes(hid_t dataset) {
   return address_bytes;
 }
 
-// Whether `packed` is a zlib stream of exactly `bytes` bytes. Needs memory for neither.
-bool InflatesTo(absl::Span<const uint8_t> packed, size_t bytes) {
-  z_stream stream = {};
-  if (inflateInit(&stream) != Z_OK) return false;
-  stream.next_in = const_cast<Bytef*>(packed.data());  // zlib only reads there.
-  stream.avail_in = static_cast<uInt>(packed.size());
-  std::vector<uint8_t> scratch(size_t{1} << 16);
-  int status = Z_OK;
-  while (status == Z_OK && stream.total_out <= bytes) {
-    stream.next_out = scratch.data();
-    stream.avail_out = static_cast<uInt>(scratch.size());
-    status = inflate(&stream, Z_NO_FLUSH);
+// Types whose elements have in the file the bytes that they have in memory, and that H5Tconvert can convert
+// one by one.
+bool IsPlain(hid_t type) {
+  switch (H5Tget_class(type)) {
+    case H5T_INTEGER:
+    case H5T_FLOAT:
+    case H5T_ENUM:
+      return true;
+    case H5T_STRING:
+      return H5Tis_variable_str(type) == 0;
+    default:
+      return false;
   }
-  const size_t total = stream.total_out;
-  inflateEnd(&stream);
-  return status == Z_STREAM_END && total == bytes;
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ChunkCheck>> ChunkCheck::Of(hid_t dataset, hid_t type,
-                                                           const std::vector<int64_t>& shape,
-                                                           const std::string& name) {
-  std::unique_ptr<ChunkCheck> check(new ChunkCheck());
-  check->dataset_ = dataset;
-  check->name_ = name;
-  check->chunk_.resize(shape.size());
+absl::StatusOr<std::unique_ptr<Chunks>> Chunks::Of(hid_t dataset, hid_t type,
+                                                   const std::vector<int64_t>& shape,
+                                                   const std::string& name) {
+  hsize_t sizes[2] = {1, 1};
+  const int axes = static_cast<int>(shape.size());
   const Id plist(H5Dget_create_plist(dataset));
   unsigned options = 0;
-  if (!plist.ok() || H5Pget_chunk(plist.get(), static_cast<int>(shape.size()), check->chunk_.data()) < 0 ||
+  if (!plist.ok() || H5Pget_chunk(plist.get(), axes, sizes) < 0 ||
       H5Pget_chunk_opts(plist.get(), &options) < 0) {
     return Error(absl::StrCat(name, ": cannot read how it is stored"));
   }
   if (options != 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat(name, ": found chunks at its edge stored apart from the others", kWriteAgain));
+        absl::StrCat(name, ": found chunks at its edge stored apart from the others; write the file again"));
   }
-  unsigned __int128 bytes = StoredBytes(type, AddressBytes(dataset));
+  EDUBA_ASSIGN_OR_RETURN(const FilterPipeline filters, FilterPipeline::Of(plist.get(), name));
+  std::unique_ptr<Chunks> out(new Chunks(filters));
+  out->dataset_ = dataset;
+  out->type_ = type;
+  out->name_ = name;
+  out->axes_ = axes;
+  out->element_bytes_ = StoredBytes(type, AddressBytes(dataset));
+  unsigned __int128 bytes = out->element_bytes_;
   unsigned __int128 chunks = 1;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    bytes *= check->chunk_[i];  // Chunks have 32-bit sizes: no overflow with two of them.
-    const hsize_t along = (static_cast<hsize_t>(shape[i]) + check->chunk_[i] - 1) / check->chunk_[i];
+  for (int i = 0; i < axes; ++i) {
+    const int axis = 2 - axes + i;
+    bytes *= sizes[i];  // Chunks have 32-bit sizes: no overflow with two of them.
+    out->chunk_[axis] = static_cast<int64_t>(sizes[i]);
+    const hsize_t along = (static_cast<hsize_t>(shape[i]) + sizes[i] - 1) / sizes[i];
     chunks *= along;
-    if (i == 1) check->chunks_wide_ = along;
+    if (axis == 1) out->chunks_wide_ = static_cast<int64_t>(along);
   }
   if (bytes == 0 || bytes > kChunkBytesMax) {
     return absl::InvalidArgumentError(absl::StrCat(
         name, ": found chunks of ", bytes > UINT64_MAX ? UINT64_MAX : static_cast<uint64_t>(bytes),
         " bytes, wanted 1 to ", kChunkBytesMax, "; write the file again with smaller chunks"));
   }
-  check->bytes_ = static_cast<size_t>(bytes);
-  EDUBA_RETURN_IF_ERROR(check->ReadFilters(plist.get()));
+  out->bytes_ = static_cast<size_t>(bytes);
+  out->serves_ = !filters.empty() && IsPlain(type) && filters.gives_elements(out->element_bytes_);
   // Every chunk has an entry in the file (IsWholeInFile), so the file is larger than this.
-  check->checked_.resize(static_cast<size_t>(chunks), false);
-  return check;
+  out->checked_.resize(static_cast<size_t>(chunks), false);
+  return out;
 }
 
-absl::Status ChunkCheck::ReadFilters(hid_t plist) {
-  filters_ = H5Pget_nfilters(plist);
-  if (filters_ < 0) return Error(absl::StrCat(name_, ": cannot read how it is compressed"));
-  for (int i = 0; i < filters_; ++i) {
-    unsigned flags = 0;
-    unsigned config = 0;
-    size_t values = 0;
-    const H5Z_filter_t filter =
-        H5Pget_filter2(plist, static_cast<unsigned>(i), &flags, &values, nullptr, 0, nullptr, &config);
-    if (filter < 0) return Error(absl::StrCat(name_, ": cannot read how it is compressed"));
-    if (H5Zfilter_avail(filter) <= 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(name_, ": is compressed with HDF5 filter ", filter, FilterName(filter),
-                       ", which is not installed here; install its HDF5 plugin or write the file again with "
-                       "compression='gzip'"));
-    }
-    // As h5py writes: shuffled, then packed once, then a checksum. Only so is what is stored what was packed.
-    const bool packed = deflate_ >= 0 || lzf_ >= 0 || plugin_ >= 0;
-    bool known = true;
-    if (filter == H5Z_FILTER_SHUFFLE) {
-      known = !packed && checksum_ < 0;
-    } else if (filter == H5Z_FILTER_FLETCHER32) {
-      known = checksum_ < 0;
-      checksum_ = i;
-    } else {
-      known = !packed && checksum_ < 0 &&
-              (filter == H5Z_FILTER_DEFLATE || filter == kLzfFilter || filter >= kPluginFilterMin);
-      (filter == H5Z_FILTER_DEFLATE ? deflate_ : filter == kLzfFilter ? lzf_ : plugin_) = i;
-    }
-    if (!known) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(name_, ": found HDF5 filter ", filter, " at place ", i, " of ", filters_,
-                       ", wanted shuffle, one of gzip, lzf or a plugin's, fletcher32", kWriteAgain));
-    }
+Chunks::Block Chunks::BlockOf(const std::vector<int64_t>& begin, const std::vector<int64_t>& count) const {
+  Block block;
+  for (int i = 0; i < axes_; ++i) {
+    const int axis = 2 - axes_ + i;
+    block.begin[axis] = begin[i];
+    block.end[axis] = begin[i] + count[i];
   }
-  return absl::OkStatus();
+  return block;
 }
 
-absl::Status ChunkCheck::CheckBlock(const std::vector<int64_t>& begin, const std::vector<int64_t>& count) {
-  hsize_t first[2] = {0, 0};
-  hsize_t last[2] = {0, 0};
-  for (size_t i = 0; i < chunk_.size(); ++i) {
-    first[i] = static_cast<hsize_t>(begin[i]) / chunk_[i];
-    last[i] = static_cast<hsize_t>(begin[i] + count[i] - 1) / chunk_[i];
-  }
-  for (hsize_t row = first[0]; row <= last[0]; ++row) {
-    for (hsize_t column = first[1]; column <= last[1]; ++column) {
-      const auto index = static_cast<size_t>(row * chunks_wide_ + column);
-      if (checked_[index]) continue;
-      const hsize_t offset[2] = {row * chunk_[0], chunk_.size() > 1 ? column * chunk_[1] : 0};
-      EDUBA_RETURN_IF_ERROR(CheckChunk(offset));
-      checked_[index] = true;
-    }
-  }
-  return absl::OkStatus();
+Chunks::Block Chunks::Place(int64_t row, int64_t column) const {
+  return {{row * chunk_[0], column * chunk_[1]}, {(row + 1) * chunk_[0], (column + 1) * chunk_[1]}};
 }
 
-absl::Status ChunkCheck::CheckChunk(const hsize_t* offset) const {
-  if (filters_ == 0) return absl::OkStatus();
+absl::StatusOr<std::vector<uint8_t>> Chunks::Unpacked(const Block& chunk) const {
+  hsize_t offset[2] = {0, 0};
+  for (int i = 0; i < axes_; ++i) offset[i] = static_cast<hsize_t>(chunk.begin[2 - axes_ + i]);
   hsize_t stored = 0;
   if (H5Dget_chunk_storage_size(dataset_, offset, &stored) < 0) {
     return Error(absl::StrCat(name_, ": cannot find the chunk of row ", offset[0]));
@@ -199,36 +142,72 @@ absl::Status ChunkCheck::CheckChunk(const hsize_t* offset) const {
                                                    offset[0], ", wanted about ", bytes_,
                                                    " at most; the file is broken: copy or write it again"));
   }
-  std::vector<uint8_t> chunk(static_cast<size_t>(stored));
+  std::vector<uint8_t> packed(static_cast<size_t>(stored));
   uint32_t skipped = 0;
-  if (H5Dread_chunk(dataset_, H5P_DEFAULT, offset, &skipped, chunk.data()) < 0) {
+  if (H5Dread_chunk(dataset_, H5P_DEFAULT, offset, &skipped, packed.data()) < 0) {
     return Error(absl::StrCat(name_, ": cannot read the chunk of row ", offset[0]));
   }
-  return CheckPacked(chunk, skipped, offset[0]);
+  std::vector<uint8_t> unpacked = filters_.Unpack(packed, skipped, bytes_);
+  if (unpacked.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name_, ": found a chunk at row ", offset[0], " that does not unpack to the ", bytes_,
+                     " bytes of its shape; the file is broken: copy or write it again"));
+  }
+  return unpacked;
 }
 
-absl::Status ChunkCheck::CheckPacked(const std::vector<uint8_t>& chunk, uint32_t skipped, hsize_t row) const {
-  const auto applied = [skipped](int place) { return place >= 0 && (skipped >> place & 1) == 0; };
-  absl::Span<const uint8_t> packed = absl::MakeConstSpan(chunk);
-  bool right = true;
-  if (applied(checksum_)) {
-    right = packed.size() >= kChecksumBytes;
-    if (right) packed.remove_suffix(kChecksumBytes);
-  }
-  if (right && !applied(plugin_)) {
-    if (applied(deflate_)) {
-      right = InflatesTo(packed, bytes_);
-    } else if (applied(lzf_)) {
-      const auto unpacked = LzfDecompress(packed, bytes_);
-      right = unpacked.ok() && unpacked->size() == bytes_;
-    } else {
-      right = packed.size() == bytes_;
+absl::StatusOr<const std::vector<uint8_t>*> Chunks::Kept(int64_t row, int64_t column) {
+  const int64_t place = row * chunks_wide_ + column;
+  const auto found = kept_.find(place);
+  if (found != kept_.end()) return &found->second;
+  if ((kept_.size() + 1) * (bytes_ + kKeptChunkOverhead) > kKeptBytesMax) kept_.clear();
+  EDUBA_ASSIGN_OR_RETURN(std::vector<uint8_t> unpacked, Unpacked(Place(row, column)));
+  return &kept_.emplace(place, std::move(unpacked)).first->second;
+}
+
+absl::Status Chunks::Read(hid_t type, const std::vector<int64_t>& begin, const std::vector<int64_t>& count,
+                          void* out) {
+  EDUBA_CHECK(serves_);
+  const Block block = BlockOf(begin, count);
+  const int64_t width = block.end[1] - block.begin[1];
+  const int64_t elements = (block.end[0] - block.begin[0]) * width;
+  const size_t memory_bytes = H5Tget_size(type);
+  // H5Tconvert converts in place.
+  std::vector<uint8_t> converted(static_cast<size_t>(elements) * std::max(element_bytes_, memory_bytes));
+  for (int64_t row = block.begin[0] / chunk_[0]; row * chunk_[0] < block.end[0]; ++row) {
+    for (int64_t column = block.begin[1] / chunk_[1]; column * chunk_[1] < block.end[1]; ++column) {
+      EDUBA_ASSIGN_OR_RETURN(const std::vector<uint8_t>* const chunk, Kept(row, column));
+      const Block place = Place(row, column);
+      const int64_t left = std::max(block.begin[1], place.begin[1]);
+      const int64_t right = std::min(block.end[1], place.end[1]);
+      for (int64_t r = std::max(block.begin[0], place.begin[0]); r < std::min(block.end[0], place.end[0]);
+           ++r) {
+        const int64_t from = (r - place.begin[0]) * chunk_[1] + left - place.begin[1];
+        const int64_t to = (r - block.begin[0]) * width + left - block.begin[1];
+        std::memcpy(converted.data() + to * element_bytes_, chunk->data() + from * element_bytes_,
+                    (right - left) * element_bytes_);
+      }
     }
   }
-  if (right) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(name_, ": found a chunk at row ", row, " that does not unpack to the ", bytes_,
-                   " bytes of its shape; the file is broken: copy or write it again"));
+  if (H5Tconvert(type_, type, static_cast<size_t>(elements), converted.data(), nullptr, H5P_DEFAULT) < 0) {
+    return Error(absl::StrCat(name_, ": cannot convert rows ", begin[0], " to ", begin[0] + count[0]));
+  }
+  std::memcpy(out, converted.data(), static_cast<size_t>(elements) * memory_bytes);
+  return absl::OkStatus();
+}
+
+absl::Status Chunks::CheckBlock(const std::vector<int64_t>& begin, const std::vector<int64_t>& count) {
+  if (filters_.empty()) return absl::OkStatus();
+  const Block block = BlockOf(begin, count);
+  for (int64_t row = block.begin[0] / chunk_[0]; row * chunk_[0] < block.end[0]; ++row) {
+    for (int64_t column = block.begin[1] / chunk_[1]; column * chunk_[1] < block.end[1]; ++column) {
+      const auto place = static_cast<size_t>(row * chunks_wide_ + column);
+      if (checked_[place]) continue;
+      EDUBA_RETURN_IF_ERROR(Unpacked(Place(row, column)).status());
+      checked_[place] = true;
+    }
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace eduba::hdf5

@@ -5,54 +5,71 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "ingest/hdf5_filters.h"
 
 // Internal to ingest/.
 namespace eduba::hdf5 {
 
-// Finds out, before HDF5 unpacks a chunk, that it unpacks to exactly the bytes of its shape. HDF5 1.10
-// inflates whatever is there, so that a file of megabytes takes gigabytes of memory, and reads past the end
-// of what is too short. Costs a second inflation of every chunk that is read. Not thread-safe, as HDF5 is
-// not.
-class ChunkCheck {
+// The chunks of a dataset, unpacked in bounded memory: one at a time, at most kChunkBytesMax, and never to
+// more or less than the bytes of its shape. Not thread-safe, as HDF5 is not.
+class Chunks {
  public:
   // For a chunked dataset of this shape (one or two axes) and type. kInvalidArgument, beginning with `name`,
-  // when its filters are not installed or are none that can be checked (those of plugins are trusted), or a
-  // chunk is larger than kChunkBytesMax.
-  static absl::StatusOr<std::unique_ptr<ChunkCheck>> Of(hid_t dataset, hid_t type,
-                                                        const std::vector<int64_t>& shape,
-                                                        const std::string& name);
+  // as FilterPipeline::Of, or when a chunk is larger than kChunkBytesMax.
+  static absl::StatusOr<std::unique_ptr<Chunks>> Of(hid_t dataset, hid_t type,
+                                                    const std::vector<int64_t>& shape,
+                                                    const std::string& name);
 
-  // Checks the chunks that hold a part of the block [begin, begin + count), each once in this object's life.
-  // REQUIRES: the block is not empty and lies in the shape.
+  // Whether Read serves this dataset: numbers, booleans and text of fixed length, compressed or shuffled.
+  // Everything else HDF5 has to read (after CheckBlock), because only it can follow references to text of
+  // variable length, pick fields out of records, and call plugins.
+  bool serves() const { return serves_; }
+
+  // Reads the block that starts at `begin` with `count` per axis, converted to the memory type `type`.
+  // kInvalidArgument when a chunk does not unpack to its size. REQUIRES: serves(); the block is not empty and
+  // lies in the shape.
+  absl::Status Read(hid_t type, const std::vector<int64_t>& begin, const std::vector<int64_t>& count,
+                    void* out);
+
+  // Checks, each once in this object's life, that the chunks that hold a part of the block unpack to their
+  // size. REQUIRES: the block is not empty and lies in the shape.
   absl::Status CheckBlock(const std::vector<int64_t>& begin, const std::vector<int64_t>& count);
 
  private:
-  ChunkCheck() = default;
+  // Positions along two axes; a dataset of one axis is one row.
+  struct Block {
+    int64_t begin[2] = {0, 0};
+    int64_t end[2] = {1, 1};
+  };
 
-  // Fills in deflate_, lzf_, plugin_ and checksum_.
-  absl::Status ReadFilters(hid_t plist);
-  absl::Status CheckChunk(const hsize_t* offset) const;
-  // `chunk` as stored; `skipped` has a bit for every filter that was not applied to it.
-  absl::Status CheckPacked(const std::vector<uint8_t>& chunk, uint32_t skipped, hsize_t row) const;
+  explicit Chunks(FilterPipeline filters) : filters_(filters) {}
 
-  hid_t dataset_ = -1;  // Not owned.
+  Block BlockOf(const std::vector<int64_t>& begin, const std::vector<int64_t>& count) const;
+  // The chunk of these places along the axes: where it is, what is stored, unpacked.
+  Block Place(int64_t row, int64_t column) const;
+  absl::StatusOr<std::vector<uint8_t>> Unpacked(const Block& chunk) const;
+  // The same, from the few that are kept, or new.
+  absl::StatusOr<const std::vector<uint8_t>*> Kept(int64_t row, int64_t column);
+
+  hid_t dataset_ = -1;  // Not owned, as type_.
+  hid_t type_ = -1;
   std::string name_;
-  size_t bytes_ = 0;  // Of a chunk, unpacked.
-  std::vector<hsize_t> chunk_;
-  // Places in the pipeline, -1 for a filter that is not in it. At most one of the first three is.
-  int deflate_ = -1;
-  int lzf_ = -1;
-  int plugin_ = -1;
-  int checksum_ = -1;
-  int filters_ = 0;
-  hsize_t chunks_wide_ = 1;  // Along the second axis.
-  std::vector<bool> checked_;
+  const FilterPipeline filters_;
+  bool serves_ = false;
+  int axes_ = 1;
+  int64_t chunk_[2] = {1, 1};
+  int64_t chunks_wide_ = 1;                       // Along the second axis.
+  size_t element_bytes_ = 0;                      // In the file.
+  size_t bytes_ = 0;                              // Of a chunk, unpacked.
+  std::map<int64_t, std::vector<uint8_t>> kept_;  // By place: row * chunks_wide_ + column.
+  std::vector<bool> checked_;                     // By place.
 };
 
 // No writer of .h5ad comes near: h5py's own chunks have a megabyte at most.

@@ -19,9 +19,9 @@ constexpr size_t kFixedTextBytesMax = size_t{1} << 20;
 // Bytes of text asked of HDF5 at a time.
 constexpr size_t kTextBlockBytes = size_t{1} << 22;
 
-// Recursive, because closing an object takes its turn, too. Never destroyed: files may be closed at the very
+// Recursive, because closing an object takes it, too. Never destroyed: files may be closed at the very
 // end.
-std::recursive_mutex& TurnMutex() {
+std::recursive_mutex& LibraryMutex() {
   static auto* const mutex = new std::recursive_mutex;
   return *mutex;
 }
@@ -104,15 +104,15 @@ const char* ClassText(H5T_class_t type_class) {
 
 }  // namespace
 
-Turn::Turn() {
-  TurnMutex().lock();
+LibraryLock::LibraryLock() {
+  LibraryMutex().lock();
   H5Eget_auto2(H5E_DEFAULT, &handler_, &data_);
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }
 
-Turn::~Turn() {
+LibraryLock::~LibraryLock() {
   H5Eset_auto2(H5E_DEFAULT, handler_, data_);
-  TurnMutex().unlock();
+  LibraryMutex().unlock();
 }
 
 absl::Status Error(const std::string& message) {
@@ -230,7 +230,7 @@ absl::StatusOr<Dataset> Dataset::Adopt(Id dataset, const std::string& name) {
   }
   const Id plist(H5Dget_create_plist(out.id_.get()));
   if (H5Pget_layout(plist.get()) == H5D_CHUNKED) {
-    EDUBA_ASSIGN_OR_RETURN(out.chunks_, ChunkCheck::Of(out.id_.get(), out.type_.get(), out.shape_, name));
+    EDUBA_ASSIGN_OR_RETURN(out.chunks_, Chunks::Of(out.id_.get(), out.type_.get(), out.shape_, name));
   }
   return out;
 }
@@ -246,6 +246,7 @@ absl::Status Dataset::Read(hid_t type, const std::vector<int64_t>& begin, const 
     start[i] = static_cast<hsize_t>(begin[i]);
     size[i] = static_cast<hsize_t>(count[i]);
   }
+  if (chunks_ != nullptr && chunks_->serves()) return chunks_->Read(type, begin, count, out);
   if (chunks_ != nullptr) EDUBA_RETURN_IF_ERROR(chunks_->CheckBlock(begin, count));
   herr_t done = -1;
   if (scalar_) {

@@ -18,12 +18,12 @@ namespace eduba::hdf5 {
 
 // Everything that calls HDF5 holds one: HDF5 works for one thread at a time, and prints nothing (its errors
 // become Status). One thread may hold several.
-class Turn {
+class LibraryLock {
  public:
-  Turn();
-  ~Turn();
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  LibraryLock();
+  ~LibraryLock();
+  LibraryLock(const LibraryLock&) = delete;
+  LibraryLock& operator=(const LibraryLock&) = delete;
 
  private:
   H5E_auto2_t handler_ = nullptr;
@@ -42,7 +42,7 @@ class Id {
   }
   ~Id() {
     if (id_ < 0) return;
-    const Turn turn;
+    const LibraryLock lock;
     H5Idec_ref(id_);
   }
 
@@ -74,7 +74,7 @@ absl::StatusOr<std::vector<int64_t>> IntegerAttribute(hid_t object, const std::s
 class Dataset {
  public:
   // `name` begins the error messages: "file.h5ad: obs/louvain". kInvalidArgument when it is missing or no
-  // dataset, not all of it was written, its chunks are none that ChunkCheck takes, or it has more than two
+  // dataset, not all of it was written, its chunks are none that Chunks takes, or it has more than two
   // axes.
   static absl::StatusOr<Dataset> Open(hid_t parent, const std::string& path, const std::string& name);
   // The same for a dataset that is open already.
@@ -102,7 +102,7 @@ class Dataset {
   bool scalar_ = false;
   std::string name_;
   std::vector<int64_t> shape_;
-  std::unique_ptr<ChunkCheck> chunks_;  // Where there are chunks.
+  std::unique_ptr<Chunks> chunks_;  // Where there are chunks.
 };
 
 // One column of a table: a dataset of one axis, or one field of a dataset of records (so anndata up to 0.6

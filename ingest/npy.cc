@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/check.h"
+#include "base/read_at.h"
 #include "base/status_macros.h"
 
 namespace eduba {
@@ -277,21 +278,13 @@ absl::StatusOr<NpyHeader> ParseUnnamed(absl::Span<const uint8_t> start, int64_t 
 
 // Reads exactly `bytes` bytes at `offset`.
 absl::Status ReadFully(int fd, int64_t offset, int64_t bytes, void* out, const std::string& path) {
-  char* next = static_cast<char*>(out);
-  while (bytes > 0) {
-    const ssize_t got = pread(fd, next, static_cast<size_t>(bytes), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      const int error = errno;
-      return absl::ErrnoToStatus(error, absl::StrCat(path, ": cannot read"));
-    }
-    if (got == 0) {
-      return absl::DataLossError(absl::StrCat(path, ": ended at byte ", offset, ", wanted ", bytes,
-                                              " more; it was changed while it was read"));
-    }
-    next += got;
-    offset += got;
-    bytes -= got;
+  const absl::StatusOr<int64_t> got = ReadAt(fd, offset, absl::MakeSpan(static_cast<char*>(out), bytes));
+  if (!got.ok()) {
+    return absl::Status(got.status().code(), absl::StrCat(path, ": cannot read: ", got.status().message()));
+  }
+  if (*got < bytes) {
+    return absl::DataLossError(absl::StrCat(path, ": ended at byte ", offset + *got, ", wanted ",
+                                            bytes - *got, " more; it was changed while it was read"));
   }
   return absl::OkStatus();
 }

@@ -8,8 +8,8 @@
 #include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "collective/broadcast.h"
-#include "collective/bytes.h"
 #include "model/log_probs.h"
 
 namespace eduba {

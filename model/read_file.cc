@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "base/read_at.h"
 #include "base/status_macros.h"
 
 namespace eduba {
@@ -32,15 +33,10 @@ absl::StatusOr<OpenedFile> OpenRegularFile(const std::string& path) {
 }
 
 absl::Status ReadExactly(int fd, int64_t offset, int64_t bytes, void* out, const std::string& path) {
-  auto* to = static_cast<char*>(out);
-  while (bytes > 0) {
-    const ssize_t got = pread(fd, to, static_cast<size_t>(bytes), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return absl::DataLossError(absl::StrCat(path, ": ", std::strerror(errno)));
-    if (got == 0) return absl::DataLossError(absl::StrCat(path, ": ends before byte ", offset + bytes));
-    to += got;
-    offset += got;
-    bytes -= got;
+  const absl::StatusOr<int64_t> got = ReadAt(fd, offset, absl::MakeSpan(static_cast<char*>(out), bytes));
+  if (!got.ok()) return absl::DataLossError(absl::StrCat(path, ": ", got.status().message()));
+  if (*got < bytes) {
+    return absl::DataLossError(absl::StrCat(path, ": ends before byte ", offset + bytes));
   }
   return absl::OkStatus();
 }

@@ -10,7 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "collective/bytes.h"
+#include "base/wire_array.h"
 #include "model/log_probs.h"
 
 namespace eduba {

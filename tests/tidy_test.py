@@ -21,23 +21,24 @@ MAY_INCLUDE = {
     "coordinator": {"rpc"},
     "worker": {"rpc", "model", "attention", "kernels", "collective"},
     "ingest": set(),
+    "atlas": set(),
     "client": {"rpc"},
     # The program's main: the one place that sees servers and clients together.
-    "cli": {"rpc", "client", "ingest", "coordinator", "worker", "kernels", "collective", "attention", "model"},
+    "cli": {"rpc", "client", "ingest", "atlas", "coordinator", "worker", "kernels", "collective", "attention", "model", "benchmarks"},
     "tests": {"kernels", "collective", "attention", "model", "rpc", "coordinator", "worker", "ingest", "client", "cli"},
-    "benchmarks": {"kernels", "collective", "attention", "model"},
+    "benchmarks": {"kernels", "collective", "attention", "model", "rpc", "client"},
 }
 
 # Outside library -> the only places that may include its headers.
 CONFINED = {
-    r"<?\"?(grpcpp|grpc)/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
-    r"<?\"?eduba/v1/.*\.grpc\.pb\.h": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
-    r"<?\"?eduba/v1/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/"),
+    r"<?\"?(grpcpp|grpc)/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/", "benchmarks/measure/"),
+    r"<?\"?eduba/v1/.*\.grpc\.pb\.h": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/", "benchmarks/measure/"),
+    r"<?\"?eduba/v1/": ("rpc/", "coordinator/", "worker/", "client/", "cli/", "tests/", "benchmarks/measure/"),
     r"<?\"?(hdf5|H5)": ("ingest/", "tests/fuzz/"),
     r"<?\"?sqlite3\.h": ("coordinator/",),
     r"<?\"?gloo/": ("collective/gloo/",),
     r"<?\"?hwy/": ("kernels/",),
-    r"<?\"?oneapi/": ("kernels/", "benchmarks/"),
+    r"<?\"?oneapi/": ("benchmarks/",),
     r"<?\"?(cuda|nccl)": ("kernels/cuda/", "collective/nccl/"),
     r"<?\"?CLI/": ("cli/",),
     r"<?\"?(sentencepiece|pcre2|unicode/)": ("model/tokenizer/",),

@@ -16,7 +16,7 @@
 
 #include "absl/time/clock.h"
 #include "base/check.h"
-#include "base/played_queue.h"
+#include "base/testing/emulated_queue.h"
 
 namespace eduba {
 namespace {
@@ -45,7 +45,7 @@ struct Group {
 
 // What a communicator has put on a stream.
 struct Kernel {
-  PlayedQueue* stream = nullptr;
+  EmulatedQueue* stream = nullptr;
   std::shared_ptr<std::atomic<bool>> is_done = std::make_shared<std::atomic<bool>>(false);
 };
 
@@ -61,7 +61,7 @@ struct Member {
   std::atomic<bool> aborted{false};
 
   // Under mutex. `work` goes to the stream when the call is asked about.
-  void Queue(PlayedQueue* stream, std::function<bool()> work) {
+  void Queue(EmulatedQueue* stream, std::function<bool()> work) {
     EDUBA_CHECK(to_queue == nullptr);
     to_queue = [this, stream, work = std::move(work)] {
       std::erase_if(kernels, [](const Kernel& kernel) { return kernel.is_done->load(); });
@@ -85,14 +85,14 @@ std::map<std::string, std::weak_ptr<Group>>& Groups() {
 class FakeStream final : public GpuStream {
  public:
   // Null: a queue of its own.
-  explicit FakeStream(PlayedQueue* another) : queue_(another != nullptr ? *another : own_) {}
+  explicit FakeStream(EmulatedQueue* another) : queue_(another != nullptr ? *another : own_) {}
   ~FakeStream() override {
     if (&queue_ == &own_) Drain();
   }
   absl::Status Attach() override { return absl::OkStatus(); }
   void* handle() override { return &queue_; }
   absl::StatusOr<std::unique_ptr<GpuStream>> Over(void* stream) override {
-    return std::make_unique<FakeStream>(static_cast<PlayedQueue*>(stream));
+    return std::make_unique<FakeStream>(static_cast<EmulatedQueue*>(stream));
   }
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override { return std::calloc(1, bytes); }
   absl::StatusOr<void*> AllocateHost(int64_t bytes) override { return std::calloc(1, bytes); }
@@ -130,8 +130,8 @@ class FakeStream final : public GpuStream {
   // Whoever frees has aborted before, so that everything can end.
   void Drain() { EDUBA_CHECK(own_.Run()); }
 
-  PlayedQueue own_;
-  PlayedQueue& queue_;
+  EmulatedQueue own_;
+  EmulatedQueue& queue_;
   std::shared_ptr<std::atomic<bool>> mark_;  // Outlives this, in the queue.
 };
 
@@ -238,14 +238,14 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
     return true;
   };
   const std::scoped_lock lock(member->mutex);
-  member->Queue(static_cast<PlayedQueue*>(stream), work);
+  member->Queue(static_cast<EmulatedQueue*>(stream), work);
   return kNcclInProgress;
 }
 
 // What the calling thread has put into its group so far.
 struct OpenGroup {
   NcclComm comm = nullptr;
-  PlayedQueue* stream = nullptr;
+  EmulatedQueue* stream = nullptr;
   std::vector<std::function<bool()>> parts;
 };
 thread_local std::unique_ptr<OpenGroup> open_group;
@@ -263,7 +263,7 @@ int Reduce(const void* send, void* receive, size_t count, int type, int operatio
   const size_t bytes = count * sizeof(int64_t);
   const int64_t number = member->next_round++;
   open_group->comm = comm;
-  open_group->stream = static_cast<PlayedQueue*>(stream);
+  open_group->stream = static_cast<EmulatedQueue*>(stream);
   open_group->parts.push_back([=, arrived = false]() mutable {
     const std::scoped_lock lock(member->group->mutex);
     Round& round = member->group->rounds[number];
@@ -286,7 +286,7 @@ int Send(const void* data, size_t count, int type, int peer, NcclComm comm, void
   const std::shared_ptr<Member> member = comm->member;
   const Message message = {member->rank, peer, member->sent[peer]++};
   open_group->comm = comm;
-  open_group->stream = static_cast<PlayedQueue*>(stream);
+  open_group->stream = static_cast<EmulatedQueue*>(stream);
   open_group->parts.push_back([=] {
     const char* const bytes = static_cast<const char*>(data);
     const std::scoped_lock lock(member->group->mutex);
@@ -301,7 +301,7 @@ int Receive(void* data, size_t count, int type, int peer, NcclComm comm, void* s
   const std::shared_ptr<Member> member = comm->member;
   const Message message = {peer, member->rank, member->received[peer]++};
   open_group->comm = comm;
-  open_group->stream = static_cast<PlayedQueue*>(stream);
+  open_group->stream = static_cast<EmulatedQueue*>(stream);
   open_group->parts.push_back([=] {
     const std::scoped_lock lock(member->group->mutex);
     const auto found = member->group->messages.find(message);

@@ -15,7 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
-#include "base/played_queue.h"
+#include "base/testing/emulated_queue.h"
 #include "collective/map_rendezvous.h"
 #include "collective/nccl/fake_nccl.h"
 
@@ -163,7 +163,7 @@ TEST_F(NcclCommunicatorTest, OneRankNeedsNoNcclAtAll) {
 TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
   constexpr int kRanks = 2;
   Group group = Form(kRanks);
-  PlayedQueue queues[kRanks];  // The streams of who fills the words.
+  EmulatedQueue queues[kRanks];  // The streams of who fills the words.
   constexpr int64_t kFirst = 8702;
   constexpr int64_t kPiece = 1 << 20;
   const auto word = [](int64_t i, int rank) { return (i + 1) * (rank == 0 ? 1 : 1'000'003); };
@@ -221,7 +221,7 @@ class SlowKernel {
   std::atomic<bool> ends{false};
 
  private:
-  PlayedQueue queue_;
+  EmulatedQueue queue_;
   Group group_;
 };
 

@@ -15,7 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
-#include "base/played_queue.h"
+#include "base/testing/emulated_queue.h"
 #include "kernels/cuda/cuda_errors.h"
 #include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/emulated_warpgroup.h"
@@ -129,23 +129,23 @@ class EmulatedDevice final : public Device {
 
   absl::StatusOr<Stream> CreateStream() override {
     const std::scoped_lock lock(mutex_);
-    return streams_.emplace_back(std::make_unique<PlayedQueue>()).get();
+    return streams_.emplace_back(std::make_unique<EmulatedQueue>()).get();
   }
   absl::StatusOr<Stream> CreateUrgentStream() override {
     const std::scoped_lock lock(mutex_);
-    Stream const stream = streams_.emplace_back(std::make_unique<PlayedQueue>()).get();
+    Stream const stream = streams_.emplace_back(std::make_unique<EmulatedQueue>()).get();
     urgent_.insert(stream);
     return stream;
   }
   void DestroyStream(Stream stream) override {
-    WaitFor(*static_cast<PlayedQueue*>(stream));
+    WaitFor(*static_cast<EmulatedQueue*>(stream));
     const std::scoped_lock lock(mutex_);
     urgent_.erase(stream);
     std::erase_if(streams_, [&](const auto& one) { return one.get() == stream; });
   }
   absl::Status Synchronize(Stream stream) override {
     if (absl::Status status = Work(); !status.ok()) return status;
-    WaitFor(*static_cast<PlayedQueue*>(stream));
+    WaitFor(*static_cast<EmulatedQueue*>(stream));
     return health();
   }
 
@@ -264,7 +264,7 @@ class EmulatedDevice final : public Device {
       calls_to_exhaustion_ = kForEver;
       return OutOfMemory({name_, "starting a kernel", kCudaMemoryAllocation, "out of memory"});
     }
-    static_cast<PlayedQueue*>(stream)->Push([body = std::move(body)] {
+    static_cast<EmulatedQueue*>(stream)->Push([body = std::move(body)] {
       body();
       return true;
     });
@@ -285,16 +285,16 @@ class EmulatedDevice final : public Device {
     return Queue(stream, [=] { std::memcpy(to, from, bytes); });
   }
   // Others may have to come first, in threads of their own. A broken device does no more work.
-  void WaitFor(PlayedQueue& stream) const {
+  void WaitFor(EmulatedQueue& stream) const {
     while (health().ok() && !stream.Run()) std::this_thread::yield();
   }
   void WaitForAll() {
-    std::vector<PlayedQueue*> streams;
+    std::vector<EmulatedQueue*> streams;
     {
       const std::scoped_lock lock(mutex_);
       for (const auto& stream : streams_) streams.push_back(stream.get());
     }
-    for (PlayedQueue* const stream : streams) WaitFor(*stream);
+    for (EmulatedQueue* const stream : streams) WaitFor(*stream);
   }
 
   static constexpr int kForEver = 1 << 30;
@@ -306,7 +306,7 @@ class EmulatedDevice final : public Device {
   int64_t free_bytes_;  // Guarded by mutex_, as all below.
   double attention_seconds_ = 0;
   std::map<void*, int64_t> allocated_;
-  std::vector<std::unique_ptr<PlayedQueue>> streams_;
+  std::vector<std::unique_ptr<EmulatedQueue>> streams_;
   std::set<Stream> urgent_;
 };
 

@@ -9,7 +9,7 @@
 namespace eduba::cuda {
 
 // A device that runs the GPU's kernels on the host, block after block and phase after phase, for tests: the
-// same source, the same numbers. Streams are PlayedQueue's, so queued work is done when it is waited for.
+// same source, the same numbers. Streams are EmulatedQueue's, so queued work is done when it is waited for.
 // `memory_bytes` is what it has. What it cannot show: races between threads of a phase (compute-sanitizer
 // does, tests/gpu/run.sh), and CUDA itself. `has_warpgroups`: it is an sm_90a.
 std::unique_ptr<Device> MakeEmulatedDevice(int64_t memory_bytes, bool has_warpgroups = false);

@@ -6,7 +6,7 @@
 
 #include "base/check.h"
 #include "base/dtype.h"
-#include "base/played_queue.h"
+#include "base/testing/emulated_queue.h"
 
 namespace eduba::cuda {
 namespace {
@@ -180,7 +180,7 @@ int Multiply(void* /*handle*/, void* description, const void* alpha, const void*
   }
   ++fake.products;
   const bool depends_on_place = fake.depends_on_place;
-  static_cast<PlayedQueue*>(stream)->Push([=] {
+  static_cast<EmulatedQueue*>(stream)->Push([=] {
     Compute(of_a, a, of_b, b, of_d, static_cast<float*>(d), depends_on_place);
     return true;
   });

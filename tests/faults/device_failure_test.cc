@@ -1,6 +1,6 @@
 // Real processes of the real program, whose GPU fails or is another's: the call under way gets one clear
-// error, the worker leaves its group and ends, and the next group gives the same bytes. The GPUs are played
-// (played_gpus.cc).
+// error, the worker leaves its group and ends, and the next group gives the same bytes. The GPUs are emulated
+// (faulty_main.cc).
 #include <signal.h>
 
 #include <algorithm>
@@ -44,11 +44,11 @@ class DeviceFailure : public ::testing::Test {
     if (!cuda::EmulatedDeviceRuns()) GTEST_SKIP() << "SKIPPED, NOT TESTED: the emulation needs FMA";
     folder_ = absl::StrCat(::testing::TempDir(), "/eduba_device_failure_", getpid());
     std::filesystem::create_directory(folder_);
-    ASSERT_EQ(setenv("EDUBA_PLAYED_GPUS", folder_.c_str(), /*overwrite=*/1), 0);
+    ASSERT_EQ(setenv("EDUBA_EMULATED_GPUS", folder_.c_str(), /*overwrite=*/1), 0);
   }
   void TearDown() override { std::filesystem::remove_all(folder_); }
 
-  void PlayGpus(int count) const {
+  void EmulateGpus(int count) const {
     for (int i = 0; i < count; ++i) std::ofstream(absl::StrCat(folder_, "/cuda:", i)).close();
   }
   std::string errors_file() const { return folder_ + "/errors"; }
@@ -68,7 +68,7 @@ class DeviceFailure : public ::testing::Test {
 
   // A coordinator, a worker on the CPU, and one on a GPU.
   void StartGroup() {
-    PlayGpus(1);
+    EmulateGpus(1);
     coordinator_ = std::make_unique<Process>(
         EDUBA_PROGRAM,
         std::vector<std::string>{"coordinator", "--listen", "127.0.0.1:0", "--group-size", "2"});
@@ -181,7 +181,7 @@ TEST_F(DeviceFailure, AGpuThatAnotherProcessHasIsAClearError) {
 
 // Whoever starts the workers keeps no GPU from them, and asks for no NCCL where nobody needs it.
 TEST_F(DeviceFailure, ProcessesFindTheirGpusFree) {
-  PlayGpus(2);
+  EmulateGpus(2);
   const Problem problem = SharedProblem(43);
   std::optional<Answers> wanted;
   for (const int workers : {1, 2}) {

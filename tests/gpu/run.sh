@@ -257,7 +257,7 @@ nccl_group() {
 sinks=(--sink-logit 4,4,4,4,0,0,0,0 --stripe-pages 3)
 
 # workers_of TRANSPORT COUNT FAULT: coordinator and workers on cuda:0; an answer, the end of a worker, a new worker, the same answer. The fault is
-# `kill`, or `gpu`: a write to an illegal address, by which the worker's GPU fails it (eduba_faulty, tests/faults/played_gpus.cc).
+# `kill`, or `gpu`: a write to an illegal address, by which the worker's GPU fails it (eduba_faulty, tests/faults/faulty_main.cc).
 workers_of() {
   local transport=$1 count=$2 fault=$3 directory=$scratch/workers-$1-$2-$3 pids=() last=$eduba
   [[ $fault == kill ]] || last=$programs_in/eduba_faulty
