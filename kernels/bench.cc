@@ -183,7 +183,7 @@ absl::StatusOr<std::vector<AttendResult>> RunAttendBench(const BenchOptions& opt
     shape.kv_heads = kKvHeads;
     shape.query_heads = kKvHeads * c.group;
     shape.head_dim = shape.value_dim = c.head_dim;
-    shape.dtype = DType::kBf16;
+    shape.key_dtype = shape.value_dtype = DType::kBf16;
     shape.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
     if (options.progress) {
       options.progress(

@@ -55,10 +55,22 @@ constexpr int64_t kSharedBytesMax = int64_t{80} << 10;
 // Blocks of one launch.
 constexpr int64_t kBlocksMax = (int64_t{1} << 31) - 1;
 
-Element ElementOf(const AttentionShape& shape) { return static_cast<Element>(shape.dtype); }
+Element ElementOf(const AttentionShape& shape) { return static_cast<Element>(shape.key_dtype); }
+
+// The kernels are instantiated for one type of both.
+absl::Status CheckTypes(const AttentionShape& shape) {
+  if (shape.key_dtype == shape.value_dtype) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat("keys in ", DTypeName(shape.key_dtype), " and values in ",
+                                               DTypeName(shape.value_dtype),
+                                               ": GPUs take keys and values of one type"));
+}
+
+// Layouts begin after the header.
+char* AfterHeader(void* page) { return static_cast<char*>(page) + sizeof(PageHeader); }
+const char* AfterHeader(const void* page) { return static_cast<const char*>(page) + sizeof(PageHeader); }
 
 PageLayout LayoutOf(const AttentionShape& shape) {
-  return cuda::MakePageLayout(static_cast<int>(DTypeBytes(shape.dtype)), shape.kv_heads, shape.head_dim,
+  return cuda::MakePageLayout(static_cast<int>(DTypeBytes(shape.key_dtype)), shape.kv_heads, shape.head_dim,
                               shape.value_dim);
 }
 
@@ -140,13 +152,14 @@ class CudaStep final : public MergingStep, public QueuedStep {
       : MergingStep(args, workspace.pool),
         layout_(LayoutOf(args.shape)),
         element_(ElementOf(args.shape)),
-        on_tensor_cores_(workspace.precision == CudaPrecision::kTensor && args.shape.dtype != DType::kF32),
+        on_tensor_cores_(workspace.precision == CudaPrecision::kTensor &&
+                         args.shape.key_dtype != DType::kF32),
         by_warpgroups_(on_tensor_cores_ && workspace.device.WarpgroupBlocksAtOnce() > 0 &&
                        cuda::TakesWarpgroups(layout_)),
         workspace_(workspace),
         device_(workspace.device),
         memory_(workspace.Take()),
-        pages_(SeenPages()) {}
+        pages_(seen_.pages()) {}
 
   // Nothing of the step is running any more when its memory is used again.
   ~CudaStep() override {
@@ -175,7 +188,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
       words_ = At<uint64_t>(memory_->words.device, 0);
     }
-    // For QueueFold, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
+    // For QueueFinalise, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
     EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
     return SumsDirectly() ? SumDirectly() : SumPartials();
@@ -190,7 +203,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return absl::OkStatus();
   }
 
-  absl::Status QueueFold() override {
+  absl::Status QueueFinalise() override {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     FoldArgs args = FoldOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
     args.visible = At<PositionRange>(memory_->in.device, in_.visible);
@@ -217,7 +230,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
     if (!is_folded_) {
       EDUBA_RETURN_IF_ERROR(SendWords(row_heads(), host_words_.data()));
-      EDUBA_RETURN_IF_ERROR(QueueFold());
+      EDUBA_RETURN_IF_ERROR(QueueFinalise());
     }
     EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
     const auto* const outcomes = At<uint8_t>(memory_->out.host, out_.outcome);
@@ -347,7 +360,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
   int TileFor(int rows, bool is_summed) const {
-    const int64_t vectors = int64_t{rows} * args_.shape.group();
+    const int64_t vectors = int64_t{rows} * args_.shape.gqa_group();
     if (by_warpgroups_) return cuda::ChooseWarpgroupTile(layout_, query_terms_, vectors, is_summed);
     if (on_tensor_cores_) {
       int tile = cuda::kTileRows;
@@ -365,7 +378,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return tile;
   }
   int64_t TilesFor(int rows, int tile) const {
-    return (int64_t{rows} * args_.shape.group() + tile - 1) / tile;
+    return (int64_t{rows} * args_.shape.gqa_group() + tile - 1) / tile;
   }
 
   // Pages whose partials of so many rows fit at a time.
@@ -422,7 +435,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     Staging& staging = memory_->in;
     EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
     auto* entries = At<PageEntry>(staging.host, in_.page);
-    for (const PageRef& page : pages_) *entries++ = {page.data, page.index};
+    for (const PageRef& page : pages_) *entries++ = {AfterHeader(page.data), page.index};
     if (has_sinks) {
       *At<StepState>(staging.host, in_.state) = {};
       CopyQueries(args_.queries, At<float>(staging.host, in_.queries));
@@ -445,7 +458,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
         At<double>(staging.host, in_.rounding)[head] = rounding;
       }
       for (int64_t p = 0; p < sink_page_count; ++p) {
-        At<PageEntry>(staging.host, in_.sink_page)[p] = {args_.sink_pages[p].data, args_.sink_pages[p].index};
+        At<PageEntry>(staging.host, in_.sink_page)[p] = {AfterHeader(args_.sink_pages[p].data),
+                                                         args_.sink_pages[p].index};
       }
     }
     return device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes());
@@ -469,7 +483,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.softcap = args_.shape.softcap;
     args.rows = args_.rows;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.width = cuda::SinkWidth(sink_tokens_);
     args.tokens = sink_tokens_;
     args.queries = At<float>(memory_->in.device, in_.sink_queries);
@@ -492,7 +506,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.dot_group = args_.shape.head_dim <= 32 ? args.dot_segment : 32;
     args.rows = rows.count;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.query_terms = query_terms_;
     args.tile = TileFor(rows.count, is_summed);
     args.tiles = static_cast<int>(TilesFor(rows.count, args.tile));
@@ -563,7 +577,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.reference = reference;
     args.unit = unit;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.words = words;
     args.fault = rows.fault;
     return args;
@@ -714,7 +728,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     FoldArgs args = {};
     args.layout = layout_;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.targets = targets;
     args.words = words;
     args.key_reference = key_reference;
@@ -767,7 +781,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   Workspace& workspace_;
   Device& device_;
   std::unique_ptr<StepMemory> memory_;
-  const std::vector<PageRef> pages_;  // Those that some row sees.
+  const std::vector<PageRef>& pages_;  // Those that some row sees.
   bool started_ = false;
   int query_terms_ = 2;  // As AttendArgs.
   bool is_folded_ = false;
@@ -854,12 +868,19 @@ class CudaBackend final : public Backend {
     pool_.Give(static_cast<char*>(slab) - pool_memory_.data(), bytes);
   }
 
-  int64_t PageBytes(const AttentionShape& shape) const override { return LayoutOf(shape).page_bytes(); }
+  int64_t PageBytes(const AttentionShape& shape) const override {
+    return static_cast<int64_t>(sizeof(PageHeader)) + LayoutOf(shape).page_bytes();
+  }
+
+  // Headers are zeros as yet.
+  absl::Status ResetPage(void* /*page*/) override { return absl::OkStatus(); }
+  absl::Status SealPage(const AttentionShape& /*shape*/, void* /*page*/) override { return absl::OkStatus(); }
 
   // Through page-locked memory, on a stream of its own, which goes before a step's blocks: uploads from
   // several threads, and a step, overlap.
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
+    EDUBA_RETURN_IF_ERROR(CheckTypes(shape));
     EDUBA_RETURN_IF_ERROR(device_->Attach());
     const PageLayout layout = LayoutOf(shape);
     const int64_t key_row = int64_t{layout.kv_heads} * layout.head_dim * layout.element;
@@ -879,8 +900,8 @@ class CudaBackend final : public Backend {
         EDUBA_RETURN_IF_ERROR(device_->CopyIn(slot.stream, slot.staging->device.data(),
                                               slot.staging->host.data(), packing.bytes()));
         EDUBA_RETURN_IF_ERROR(device_->Write(
-            slot.stream, {layout, page, row + begin, count, At<char>(slot.staging->device, key_at),
-                          At<char>(slot.staging->device, value_at)}));
+            slot.stream, {layout, AfterHeader(page), row + begin, count,
+                          At<char>(slot.staging->device, key_at), At<char>(slot.staging->device, value_at)}));
         // Steps on other streams must find the rows.
         EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
       }
@@ -892,6 +913,7 @@ class CudaBackend final : public Backend {
   // the end of a generation, not in a step.
   absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
                         void* values) override {
+    EDUBA_RETURN_IF_ERROR(CheckTypes(shape));
     EDUBA_RETURN_IF_ERROR(device_->Attach());
     const PageLayout layout = LayoutOf(shape);
     const int64_t head_bytes = layout.head_elements() * layout.element;
@@ -902,8 +924,7 @@ class CudaBackend final : public Backend {
       for (int first = 0; first < layout.kv_heads; first += most) {
         const int heads = std::min(most, layout.kv_heads - first);
         EDUBA_RETURN_IF_ERROR(device_->CopyOut(slot.stream, slot.staging->host.data(),
-                                               static_cast<const char*>(page) + first * head_bytes,
-                                               heads * head_bytes));
+                                               AfterHeader(page) + first * head_bytes, heads * head_bytes));
         EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
         for (int i = 0; i < rows; ++i) {
           for (int head = 0; head < heads; ++head) {
@@ -932,6 +953,7 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
     EDUBA_RETURN_IF_ERROR(ValidateStep(args));
+    EDUBA_RETURN_IF_ERROR(CheckTypes(args.shape));
     EDUBA_RETURN_IF_ERROR(device_->health());
     return std::make_unique<CudaStep>(args, workspace_);
   }

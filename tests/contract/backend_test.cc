@@ -26,6 +26,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/emulated_device.h"
 #include "kernels/fingerprint.h"
+#include "kernels/page_lists.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/contract/attention_problem.h"
 
@@ -58,7 +59,7 @@ struct BackendChoice {
   // With queries that a backend does not have to round.
   Problem MakeProblem(const ProblemSpec& spec) const {
     Problem problem(spec);
-    if (is_rounded && spec.shape.dtype == DType::kBf16) {
+    if (is_rounded && spec.shape.key_dtype == DType::kBf16) {
       for (float& q : problem.queries) q = F32FromBf16(Bf16FromF32(q));
     }
     return problem;
@@ -159,7 +160,7 @@ ProblemSpec RandomSpec(uint64_t seed) {
   spec.shape.query_heads = spec.shape.kv_heads * pick(1, 2, 3, 4, 5, 7, 8, 40);
   spec.shape.head_dim = pick(1, 3, 16, 55, 64, 80, 96, 128, 256);
   spec.shape.value_dim = pick(1, 10, 16, 64, 130, spec.shape.head_dim);
-  spec.shape.dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
+  spec.shape.key_dtype = spec.shape.value_dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
   spec.shape.scale = pick(1.0F, 0.125F, 0.0883883F, -0.5F);
   spec.shape.softcap = pick(0.0F, 0.0F, 0.0F, 30.0F);
   spec.rows = pick(1, 1, 2, 3, 7, 20, 70);
@@ -224,8 +225,8 @@ TEST_P(BackendContract, RandomProblemsMatchTheDefinition) {
     const DenseResult oracle = problem.Oracle();
     // Channel by channel, as channels of very different sizes would hide in a common norm.
     EXPECT_LE(WorstError(answer->outputs, oracle.outputs, problem.Magnitudes(), 1),
-              GetParam().Error(spec.shape.dtype));
-    const double logit_error = GetParam().LogitError(spec.shape.dtype);
+              GetParam().Error(spec.shape.key_dtype));
+    const double logit_error = GetParam().LogitError(spec.shape.key_dtype);
     for (size_t i = 0; i < oracle.lse.size(); ++i) {
       if (std::isinf(oracle.lse[i])) {
         EXPECT_EQ(answer->lse[i], oracle.lse[i]);
@@ -362,7 +363,7 @@ TEST_P(BackendContract, RowsComeBackAsTheyWereWritten) {
     std::mt19937_64 random(seed);
     const int64_t bytes = backend->PageBytes(shape);
     void* page = *backend->AllocateSlab(bytes);
-    const auto element = static_cast<int64_t>(DTypeBytes(shape.dtype));
+    const auto element = static_cast<int64_t>(DTypeBytes(shape.key_dtype));
     const int64_t key_row = int64_t{shape.kv_heads} * shape.head_dim * element;
     const int64_t value_row = int64_t{shape.kv_heads} * shape.value_dim * element;
     // Any bits, NaN among them.
@@ -403,6 +404,8 @@ TEST_P(BackendContract, AStepThatIsCalledOffSaysSo) {
   args.rows = 1;
   args.queries = &one;
   args.pages = pages;
+  const OwnedPageLists lists(1, 1);
+  args.lists = lists.view();
   args.visible = visible;
   args.exponents = exponents;
   args.positions = 1;
@@ -483,7 +486,7 @@ void ExpectSameBits(std::unique_ptr<Backend> first, std::unique_ptr<Backend> sec
   RankGroup b = GroupOf(std::move(second));
   for (uint64_t seed = 5000; seed < 5100; ++seed) {
     ProblemSpec spec = RandomSpec(seed);
-    if (dtype) spec.shape.dtype = *dtype;
+    if (dtype) spec.shape.key_dtype = spec.shape.value_dtype = *dtype;
     SCOPED_TRACE(absl::StrCat(names, ": ", spec.ToString()));
     const Problem problem(spec);
     a.Load(problem);
@@ -519,7 +522,7 @@ TEST(CpuBackend, RoundedProductsGiveTheBitsOfTheChipsDotProducts) {
 // so.
 TEST(CpuBackend, RoundedProductsTakeSubnormalNumbersForZerosOnEveryTargetThatFuses) {
   ProblemSpec spec;
-  spec.shape = {2, 1, 19, 20, DType::kBf16, 1, 0};
+  spec.shape = {2, 1, 19, 20, DType::kBf16, DType::kBf16, 1, 0};
   spec.positions = 300;
   spec.rows = 3;
   Problem problem(spec);
@@ -574,7 +577,7 @@ TEST_P(BackendContract, QueriesOfAnySizeKeepTheirDigits) {
     for (const float size : {1e-30F, 1e-6F, 1.0F, 1e6F, 1e30F}) {
       RankGroup group = Group(GetParam(), 1);
       ProblemSpec spec;
-      spec.shape = {4, 2, 64, 64, dtype, 0.125F, 0};
+      spec.shape = {4, 2, 64, 64, dtype, dtype, 0.125F, 0};
       spec.rows = 5;
       spec.logit_size = 5;
       SCOPED_TRACE(absl::StrCat("size=", size, " ", spec.ToString()));
@@ -598,7 +601,7 @@ TEST_P(BackendContract, ARowOf16BitQueriesHasTheSameBitsAloneAndAmongOthers) {
   for (const DType dtype : {DType::kBf16, DType::kF16}) {
     RankGroup group = Group(GetParam(), 1);
     ProblemSpec spec;
-    spec.shape = {4, 2, 72, 24, dtype, 0.125F, 0};
+    spec.shape = {4, 2, 72, 24, dtype, dtype, 0.125F, 0};
     spec.rows = 5;
     spec.positions = 600;
     spec.sink_logit = 1;
@@ -626,7 +629,7 @@ TEST_P(BackendContract, RowsOfAStepOfAnySizeHaveTheBitsOfEachAlone) {
          {std::tuple(128, 9, true), std::tuple(128, 9, false), std::tuple(256, 5, false)}) {
       RankGroup group = Group(GetParam(), 1);
       ProblemSpec spec;
-      spec.shape = {16, 2, dim, dim, dtype, 0.125F, 0};
+      spec.shape = {16, 2, dim, dim, dtype, dtype, 0.125F, 0};
       spec.rows = rows;
       spec.positions = 600;
       spec.sink_logit = 1;
@@ -663,7 +666,7 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
       if (is_finite_in_double && GetParam().name == "reference") continue;
       for (const bool has_sink : {false, true}) {
         ProblemSpec spec;
-        spec.shape = {2, 1, 32, 40, dtype, 1, 0};
+        spec.shape = {2, 1, 32, 40, dtype, dtype, 1, 0};
         spec.rows = 2;
         spec.positions = 600;
         if (has_sink) spec.sink_logit = 1;
@@ -714,7 +717,7 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
 // a harmless number. A GPU's blocks take all pages of a head here, or every other: the rest weighs nothing.
 TEST_P(BackendContract, ATotalThatWouldComeRoundLeavesTheSinkPath) {
   ProblemSpec spec;
-  spec.shape = {7, 7, 1, 1, DType::kBf16, 1, 0};
+  spec.shape = {7, 7, 1, 1, DType::kBf16, DType::kBf16, 1, 0};
   spec.positions = 2 * 257 * kPageRows;
   // A page's 256 keys weigh a little less than 2^10.
   spec.sink_logit = 0;
@@ -744,7 +747,7 @@ TEST_P(BackendContract, EqualKeysOfHugeLogitsWeighTheSame) {
       for (int seed = 0; seed < 6; ++seed) {
         ProblemSpec spec;
         spec.seed = seed + 1;
-        spec.shape = {2, 1, 3, 2, dtype, 0.37F, 0};
+        spec.shape = {2, 1, 3, 2, dtype, dtype, 0.37F, 0};
         spec.positions = 8 * kPageRows - 1;
         if (seed % 3 == 2) spec.sink_logit = 1;
         Problem problem(spec);
@@ -772,7 +775,7 @@ TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
     for (const float distance : {7.0F, 12.0F, 15.0F, 17.0F, 20.0F}) {
       RankGroup group = Group(GetParam(), 1);
       ProblemSpec spec;
-      spec.shape = {1, 1, 16, 16, dtype, 1, 0};
+      spec.shape = {1, 1, 16, 16, dtype, dtype, 1, 0};
       spec.positions = 2;
       Problem problem(spec);
       std::fill(problem.queries.begin(), problem.queries.end(), 0.0F);
@@ -862,7 +865,7 @@ ProblemSpec SmallSpecOfBothPaths() {
   spec.shape.query_heads = 2;
   spec.shape.head_dim = 16;
   spec.shape.value_dim = 16;
-  spec.shape.dtype = DType::kBf16;
+  spec.shape.key_dtype = spec.shape.value_dtype = DType::kBf16;
   spec.sink_tokens = 4;
   spec.sink_logit = -30.0F;  // Some heads take the maximum path.
   return spec;
@@ -955,9 +958,9 @@ TEST(CudaBackend, PagesNeedNoMoreMemoryOfTheDevice) {
   AttentionShape wide;  // A page of 24 MiB: neither its rows nor its heads are staged at once.
   wide.query_heads = wide.kv_heads = 12;
   wide.head_dim = wide.value_dim = 1024;
-  wide.dtype = DType::kF32;
+  wide.key_dtype = wide.value_dtype = DType::kF32;
   for (const AttentionShape& shape : {AttentionShape(), wide}) {
-    const int64_t row_bytes = int64_t{shape.kv_heads} * shape.head_dim * DTypeBytes(shape.dtype);
+    const int64_t row_bytes = int64_t{shape.kv_heads} * shape.head_dim * DTypeBytes(shape.key_dtype);
     std::vector<char> keys(kPageRows * row_bytes);
     std::vector<char> values(keys.size());
     std::minstd_rand random(1);
@@ -1004,6 +1007,8 @@ TEST(CudaBackend, UploadsDoNotWaitForSteps) {
   args.rows = 1;
   args.queries = &one;
   args.pages = pages;
+  const OwnedPageLists lists(1, 1);
+  args.lists = lists.view();
   args.visible = visible;
   args.visible_sinks = visible_sinks;
   args.sink_logits = sink_logits;
@@ -1043,6 +1048,8 @@ TEST(CudaBackend, UploadsDoNotWaitForSteps) {
   args.rows = 1;
   args.queries = &one;
   args.pages = pages;
+  const OwnedPageLists lists(1, 1);
+  args.lists = lists.view();
   args.visible = visible;
   args.exponents = exponents;
   args.positions = 1;
@@ -1082,10 +1089,14 @@ TEST(CudaBackend, AnAbsentDeviceIsAClearError) {
 ProblemSpec AccuracySpec(int head_dim, int64_t positions, float logit_size, uint64_t seed) {
   ProblemSpec spec;
   spec.seed = seed;
-  spec.shape = {
-      /*query_heads=*/4,
-      /*kv_heads=*/2,    head_dim,
-      /*value_dim=*/64,  DType::kBf16, 1 / std::sqrt(static_cast<float>(head_dim)), 0};
+  spec.shape = {/*query_heads=*/4,
+                /*kv_heads=*/2,
+                head_dim,
+                /*value_dim=*/64,
+                DType::kBf16,
+                DType::kBf16,
+                1 / std::sqrt(static_cast<float>(head_dim)),
+                0};
   spec.rows = positions > 100000 ? 1 : 8;
   spec.positions = positions;
   spec.logit_size = logit_size;
@@ -1128,7 +1139,7 @@ TEST_P(BackendContract, AHugeValueThatHardlyCountsCostsNoPrecision) {
       for (const std::optional<float> sink :
            {std::optional<float>(), std::optional<float>(3), std::optional<float>(9)}) {
         ProblemSpec spec = AccuracySpec(64, 3000, 5, 7);
-        spec.shape.dtype = DType::kF32;
+        spec.shape.key_dtype = spec.shape.value_dtype = DType::kF32;
         spec.rows = 1;
         spec.shape.query_heads = spec.shape.kv_heads;  // So that a key can be far from all queries.
         spec.sink_logit = sink;
