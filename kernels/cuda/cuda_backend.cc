@@ -29,6 +29,7 @@ using cuda::AttendArgs;
 using cuda::Device;
 using cuda::Element;
 using cuda::FoldArgs;
+using cuda::ListedRows;
 using cuda::Memory;
 using cuda::PageEntry;
 using cuda::PageLayout;
@@ -159,7 +160,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
         workspace_(workspace),
         device_(workspace.device),
         memory_(workspace.Take()),
-        pages_(seen_.pages()) {}
+        pages_(seen_.pages()),
+        whole_lists_(
+            std::all_of(seen_.list_rows().begin(), seen_.list_rows().end(), [](const PageRows& rows) {
+              return rows == PageRows{0, kPageRows};
+            })) {}
 
   // Nothing of the step is running any more when its memory is used again.
   ~CudaStep() override {
@@ -338,6 +343,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     int count = 0;
     const float* queries = nullptr;
     const PositionRange* visible = nullptr;
+    const int32_t* row_list = nullptr;
     uint32_t* maxima = nullptr;
     uint64_t* fault = nullptr;
     bool is_kept = false;  // Their partials may stay for another pass.
@@ -414,18 +420,40 @@ class CudaStep final : public MergingStep, public QueuedStep {
     });
   }
 
+  int64_t CountMasks() const {
+    return std::count_if(pages_.begin(), pages_.end(),
+                         [](const PageRef& page) { return page.live != nullptr; });
+  }
+
+  // The pages' entries and live masks, which point at the device's memory.
+  void PackPages() {
+    auto* entry = At<PageEntry>(memory_->in.host, in_.page);
+    auto* live = At<uint64_t>(memory_->in.host, in_.live);
+    const auto* device_live = At<uint64_t>(memory_->in.device, in_.live);
+    for (const PageRef& page : pages_) {
+      *entry++ = {AfterHeader(page.data), page.index, page.live == nullptr ? nullptr : device_live};
+      if (page.live == nullptr) continue;
+      live = std::copy_n(page.live, kLiveWords, live);
+      device_live += kLiveWords;
+    }
+  }
+
   absl::Status Send() {
     const AttentionShape& shape = args_.shape;
     const bool has_sinks = args_.has_sinks();
     const int64_t query_bytes = row_heads() * shape.head_dim * static_cast<int64_t>(sizeof(float));
     Packing packing;
+    const absl::Span<const PageRows> list_rows = seen_.list_rows();
     in_.page = packing.Add(static_cast<int64_t>(pages_.size() * sizeof(PageEntry)));
+    in_.listed = packing.Add(static_cast<int64_t>(list_rows.size() * sizeof(ListedRows)));
+    in_.live = packing.Add(CountMasks() * kLiveWords * kWordBytes);
     const int64_t sink_page_count = PageCount(sink_tokens_);
     if (has_sinks) {
       in_.state = packing.Add(sizeof(StepState));
       in_.queries = packing.Add(query_bytes);
       in_.sink_queries = args_.sink_queries == nullptr ? in_.queries : packing.Add(query_bytes);
       in_.visible = packing.Add(static_cast<int64_t>(visible_.size() * sizeof(PositionRange)));
+      in_.row_list = packing.Add(args_.rows * static_cast<int64_t>(sizeof(int32_t)));
       in_.visible_sinks = packing.Add(static_cast<int64_t>(args_.visible_sinks.size() * sizeof(int32_t)));
       in_.learned = packing.Add(static_cast<int64_t>(args_.sink_logits.size() * sizeof(float)));
       in_.unit = packing.Add(static_cast<int64_t>(args_.exponents.size() * sizeof(double)));
@@ -434,8 +462,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
     }
     Staging& staging = memory_->in;
     EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
-    auto* entries = At<PageEntry>(staging.host, in_.page);
-    for (const PageRef& page : pages_) *entries++ = {AfterHeader(page.data), page.index};
+    PackPages();
+    std::transform(list_rows.begin(), list_rows.end(), At<ListedRows>(staging.host, in_.listed),
+                   [](const PageRows& rows) {
+                     return ListedRows{rows.begin, rows.end};
+                   });
     if (has_sinks) {
       *At<StepState>(staging.host, in_.state) = {};
       CopyQueries(args_.queries, At<float>(staging.host, in_.queries));
@@ -443,6 +474,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
         CopyQueries(args_.sink_queries, At<float>(staging.host, in_.sink_queries));
       }
       std::copy(visible_.begin(), visible_.end(), At<PositionRange>(staging.host, in_.visible));
+      std::copy(args_.lists.row_list.begin(), args_.lists.row_list.end(),
+                At<int32_t>(staging.host, in_.row_list));
       std::copy(args_.visible_sinks.begin(), args_.visible_sinks.end(),
                 At<int32_t>(staging.host, in_.visible_sinks));
       std::copy(args_.sink_logits.begin(), args_.sink_logits.end(), At<float>(staging.host, in_.learned));
@@ -459,7 +492,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
       }
       for (int64_t p = 0; p < sink_page_count; ++p) {
         At<PageEntry>(staging.host, in_.sink_page)[p] = {AfterHeader(args_.sink_pages[p].data),
-                                                         args_.sink_pages[p].index};
+                                                         args_.sink_pages[p].index, nullptr};
       }
     }
     return device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes());
@@ -473,6 +506,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return args_.sink_logits.empty() ? nullptr : At<float>(memory_->in.device, in_.learned);
   }
   const PageEntry* page_entries() const { return At<PageEntry>(memory_->in.device, in_.page); }
+  const ListedRows* listed_rows() const { return At<ListedRows>(memory_->in.device, in_.listed); }
 
   absl::Status ScoreSinks() {
     EDUBA_RETURN_IF_ERROR(
@@ -512,6 +546,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.tiles = static_cast<int>(TilesFor(rows.count, args.tile));
     args.queries = rows.queries;
     args.visible = rows.visible;
+    args.row_list = rows.row_list;
+    args.list_stride = static_cast<int64_t>(pages_.size());
+    args.whole_lists = whole_lists_;
     args.maxima = rows.maxima;
     args.fault = rows.fault;
     return args;
@@ -542,6 +579,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     rows.count = args_.rows;
     rows.queries = At<float>(in, in_.queries);
     rows.visible = At<PositionRange>(in, in_.visible);
+    rows.row_list = At<int32_t>(in, in_.row_list);
     rows.fault = &At<StepState>(in, in_.state)->fault;
     return rows;
   }
@@ -550,6 +588,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     AttendArgs args = AttendOf(AllRows(), /*is_summed=*/true);
     args.pages = static_cast<int64_t>(pages_.size());
     args.page = page_entries();
+    args.listed = listed_rows();
     args.one = PowerOfTwo(kSinkPathFractionBits);
     args.limit = static_cast<uint64_t>(kSinkPathMax);
     args.reference = reference();
@@ -613,6 +652,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
       if (!is_there) {
         args.pages = partials.pages;
         args.page = page_entries() + partials.first;
+        args.listed = listed_rows() + partials.first;
         args.m = partials.m;
         args.l = partials.l;
         args.o = partials.o;
@@ -637,6 +677,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     selected_in_.row_head = packing.Add(static_cast<int64_t>(row_heads.size() * sizeof(int64_t)));
     selected_in_.queries = packing.Add(rows * query_size * static_cast<int64_t>(sizeof(float)));
     selected_in_.visible = packing.Add(rows * static_cast<int64_t>(sizeof(PositionRange)));
+    selected_in_.row_list = packing.Add(rows * static_cast<int64_t>(sizeof(int32_t)));
     // From here on: zeroed, and brought back.
     selected_in_.fault = packing.Add(sizeof(uint64_t));
     selected_in_.maxima = packing.Add(rows * heads * static_cast<int64_t>(sizeof(uint32_t)));
@@ -655,12 +696,14 @@ class CudaStep final : public MergingStep, public QueuedStep {
       std::copy_n(args_.queries + rows_[row] * query_size, query_size,
                   At<float>(staging.host, selected_in_.queries) + row * query_size);
       At<PositionRange>(staging.host, selected_in_.visible)[row] = visible_[rows_[row]];
+      At<int32_t>(staging.host, selected_in_.row_list)[row] = args_.lists.row_list[rows_[row]];
     }
     EDUBA_RETURN_IF_ERROR(
         device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), selected_in_.fault));
     selected_rows_.count = static_cast<int>(rows);
     selected_rows_.queries = At<float>(staging.device, selected_in_.queries);
     selected_rows_.visible = At<PositionRange>(staging.device, selected_in_.visible);
+    selected_rows_.row_list = At<int32_t>(staging.device, selected_in_.row_list);
     selected_rows_.maxima = At<uint32_t>(staging.device, selected_in_.maxima);
     selected_rows_.fault = At<uint64_t>(staging.device, selected_in_.fault);
     selected_rows_.is_kept = true;
@@ -782,6 +825,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   Device& device_;
   std::unique_ptr<StepMemory> memory_;
   const std::vector<PageRef>& pages_;  // Those that some row sees.
+  const bool whole_lists_;             // Every list has all of every page.
   bool started_ = false;
   int query_terms_ = 2;  // As AttendArgs.
   bool is_folded_ = false;
@@ -792,7 +836,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   // Offsets in StepMemory's blocks.
   struct {
-    int64_t page, state, queries, sink_queries, visible, visible_sinks, learned, unit, rounding, sink_page;
+    int64_t page, listed, live, row_list, state, queries, sink_queries, visible, visible_sinks, learned, unit,
+        rounding, sink_page;
   } in_ = {};
   struct {
     int64_t state, outcome, lse, sink_mass, outputs, bytes;
@@ -802,7 +847,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     int fraction_bits;
   } plan_ = {};
   struct {
-    int64_t row_head, queries, visible, fault, maxima, magnitudes, bytes;
+    int64_t row_head, queries, visible, row_list, fault, maxima, magnitudes, bytes;
   } selected_in_ = {};
 };
 

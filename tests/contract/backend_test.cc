@@ -356,6 +356,120 @@ TEST_P(BackendContract, TokenSinksAreScoredWithTheirOwnQueries) {
   }
 }
 
+// Takes away rows of the problem: random live masks (some of whole pages, or of their first and last rows),
+// and for each row a list of other pages and rows.
+void AddHoles(Problem& problem, uint64_t seed, bool with_lists) {
+  std::mt19937_64 random(seed);
+  const int64_t sinks = std::min<int64_t>(problem.spec.sink_tokens, problem.spec.positions);
+  for (int64_t page = 0; page < PageCount(problem.spec.positions); ++page) {
+    RowSet live;
+    const uint64_t kind = random() % 4;
+    if (kind == 0) continue;  // Without a mask.
+    if (kind == 1) live.Add(1, kPageRows - 1);
+    for (uint64_t& word : live.words) {
+      if (kind == 2) word = random() | random();
+    }
+    live.Add(0, sinks - PageBegin(page));  // Kind 3: nothing else.
+    problem.live[page] = live;
+  }
+  for (int row = 0; with_lists && row < problem.spec.rows; ++row) {
+    std::map<int64_t, PageRows> listed;
+    for (int64_t page = 0; page < PageCount(problem.spec.positions); ++page) {
+      if (random() % 3 == 0) continue;
+      const auto begin = static_cast<int16_t>(random() % 2 == 0 ? 0 : random() % 200);
+      listed[page] = {begin, static_cast<int16_t>(random() % 2 == 0 ? kPageRows : begin + random() % 57)};
+    }
+    problem.listed.push_back(listed);
+  }
+}
+
+// Load puts NaN where no row sees anything, so dead rows that had an influence would show.
+TEST_P(BackendContract, RowsThatListsAndMasksLeaveOutAreNotThere) {
+  RankGroup group = Group(GetParam(), 2);
+  for (uint64_t seed = 9000; seed < 9060; ++seed) {
+    const ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    Problem problem = GetParam().MakeProblem(spec);
+    AddHoles(problem, seed, seed % 3 != 0);
+    group.Load(problem);
+    const auto answer = group.Attend(problem, {0, 1});
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
+              GetParam().Error(spec.shape.key_dtype));
+    // Dead rows of other content, and pages without a live row left out of every list.
+    Problem other = problem;
+    for (int64_t j = 0; j < spec.positions; ++j) {
+      const auto mask = problem.live.find(PageOf(j));
+      if (mask == problem.live.end() || mask->second.Has(static_cast<int>(j % kPageRows))) continue;
+      const int64_t keys = int64_t{spec.shape.kv_heads} * spec.shape.head_dim;
+      const int64_t values = int64_t{spec.shape.kv_heads} * spec.shape.value_dim;
+      std::fill_n(&other.keys[j * keys], keys, 7.0F);
+      std::fill_n(&other.values[j * values], values, -9.0F);
+    }
+    for (auto& listed : other.listed) {
+      for (const auto& [page, live] : other.live) {
+        if (live.count() == 0) listed.erase(page);
+      }
+    }
+    // Written as if everything were live, so that the dead rows hold the other content.
+    Problem written = other;
+    written.live.clear();
+    written.listed.clear();
+    group.Load(written);
+    const auto again = group.Attend(other, {1, 0});
+    ASSERT_TRUE(again.ok()) << again.status();
+    ASSERT_TRUE(*again == *answer);
+    EXPECT_EQ(again->bytes_read, answer->bytes_read);
+    // Alone, a row has one list and other neighbours.
+    const auto alone = group.Attend(other.WithRows({spec.rows - 1}), {0});
+    ASSERT_TRUE(alone.ok()) << alone.status();
+    const size_t count = alone->outputs.size();
+    ASSERT_EQ(
+        std::memcmp(alone->outputs.data(), &answer->outputs[(spec.rows - 1) * count], count * sizeof(float)),
+        0);
+  }
+}
+
+TEST_P(BackendContract, KeysAndValuesMayHaveDifferentTypes) {
+  RankGroup group = Group(GetParam(), 1);
+  for (const DType key_dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+    for (const DType value_dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+      if (key_dtype != value_dtype && GetParam().name.starts_with("cuda")) continue;  // UNIMPLEMENTED.
+      ProblemSpec spec = RandomSpec(9100);
+      spec.shape.key_dtype = key_dtype;
+      spec.shape.value_dtype = value_dtype;
+      SCOPED_TRACE(spec.ToString());
+      const Problem problem = GetParam().MakeProblem(spec);
+      group.Load(problem);
+      const auto answer = group.Attend(problem, {0});
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
+                GetParam().Error(key_dtype));
+    }
+  }
+}
+
+TEST(StepArgs, AListThatNamesAPageTwiceIsRefused) {
+  const std::unique_ptr<Backend> backend = MakeReferenceBackend();
+  StepArgs args;
+  const float one = 1;
+  const PageRef pages[] = {{nullptr, 0}};
+  const PositionRange visible[] = {{0, 1}};
+  const int16_t exponents[] = {0};
+  args.rows = 1;
+  args.queries = &one;
+  args.pages = pages;
+  args.visible = visible;
+  args.exponents = exponents;
+  args.positions = 1;
+  OwnedPageLists lists;
+  lists.AddRow(lists.AddList({{0, 0, 10}, {0, 20, 30}}));
+  args.lists = lists.view();
+  const absl::Status status = backend->StartStep(args).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("names page 0 twice"), std::string::npos) << status;
+}
+
 TEST_P(BackendContract, RowsComeBackAsTheyWereWritten) {
   const std::unique_ptr<Backend> backend = GetParam().make(1);
   for (uint64_t seed = 7000; seed < 7040; ++seed) {
