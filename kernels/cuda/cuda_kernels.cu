@@ -27,8 +27,9 @@ __global__ void __launch_bounds__(kTensorThreadsMax) TensorKernel(const __grid_c
   AttendPageTensor<Type>(GpuBlock(shared), args);
 }
 
-// Only sm_90a has the instructions; HasWarpgroups tells whether this is the code that runs.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Only sm_90a has the instructions, and only builds with -DEDUBA_CUDA_WGMMA=ON have the code; HasWarpgroups
+// tells whether this is the code that runs.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && defined(EDUBA_CUDA_WGMMA)
 #define EDUBA_HAS_WARPGROUPS
 #endif
 template <class Type, int kPassChannels>

@@ -470,6 +470,25 @@ TEST(StepArgs, AListThatNamesAPageTwiceIsRefused) {
   EXPECT_NE(status.message().find("names page 0 twice"), std::string::npos) << status;
 }
 
+// A page that is sealed is written no more, until its memory is another page's; a copy of it may be.
+TEST(StepArgs, ASealedPageIsNotWritten) {
+  for (const bool is_reference : {true, false}) {
+    const std::unique_ptr<Backend> backend = is_reference ? MakeReferenceBackend() : MakeCpuBackend(1);
+    const AttentionShape shape;
+    const int64_t bytes = backend->PageBytes(shape);
+    char* const pages = static_cast<char*>(*backend->AllocateSlab(2 * bytes));
+    const float one = 1;
+    ASSERT_EQ(backend->WriteRows(shape, pages, 0, 1, &one, &one), absl::OkStatus());
+    ASSERT_EQ(backend->SealPage(shape, pages), absl::OkStatus());
+    EXPECT_DEATH(backend->WriteRows(shape, pages, 1, 1, &one, &one).IgnoreError(), "is_sealed");
+    ASSERT_EQ(backend->CopyPage(shape, pages, pages + bytes), absl::OkStatus());
+    EXPECT_EQ(backend->WriteRows(shape, pages + bytes, 1, 1, &one, &one), absl::OkStatus());
+    ASSERT_EQ(backend->ResetPage(pages), absl::OkStatus());
+    EXPECT_EQ(backend->WriteRows(shape, pages, 1, 1, &one, &one), absl::OkStatus());
+    backend->FreeSlab(pages, 2 * bytes);
+  }
+}
+
 TEST_P(BackendContract, RowsComeBackAsTheyWereWritten) {
   const std::unique_ptr<Backend> backend = GetParam().make(1);
   for (uint64_t seed = 7000; seed < 7040; ++seed) {
