@@ -427,14 +427,14 @@ void MergingStep::FinishRowHead(int64_t row_head, const Keys& keys, float* outpu
     return;
   }
 
-  FoldCall fold;
-  fold.count = shape.value_dim;
+  FinaliseCall finalise;
+  finalise.count = shape.value_dim;
   double key_total = 0;
   if (keys.words != nullptr) {
-    fold.words = keys.words;
-    fold.units = &keys.plan->units[keys.unit_row * shape.value_dim];
-    fold.weight = PortableExp(keys.reference - common);
-    key_total = fold.weight *
+    finalise.words = keys.words;
+    finalise.units = &keys.plan->units[keys.unit_row * shape.value_dim];
+    finalise.weight = PortableExp(keys.reference - common);
+    key_total = finalise.weight *
                 (static_cast<double>(keys.words[shape.value_dim]) * PowerOfTwo(-keys.plan->fraction_bits));
   }
   double sinks = args_.sink_logits.empty() ? 0 : PortableExp(args_.sink_logits[head] - common);
@@ -443,15 +443,15 @@ void MergingStep::FinishRowHead(int64_t row_head, const Keys& keys, float* outpu
     weights[token] = PortableExp(sink_logits_[row_head * sink_tokens_ + token] - common);
     sinks += weights[token];
   }
-  fold.sinks = static_cast<int>(weights.size());
-  fold.sink_weights = weights.data();
-  fold.sink_values = sink_values_.data() + KvHead(row_head) * shape.value_dim;
-  fold.sink_stride = int64_t{shape.kv_heads} * shape.value_dim;
-  fold.total = key_total + sinks;
-  fold.out = output;
-  merge_kernels_.fold(fold);
-  *lse = static_cast<float>(common + PortableLog(fold.total));
-  *sink_mass = static_cast<float>(sinks / fold.total);
+  finalise.sinks = static_cast<int>(weights.size());
+  finalise.sink_weights = weights.data();
+  finalise.sink_values = sink_values_.data() + KvHead(row_head) * shape.value_dim;
+  finalise.sink_stride = int64_t{shape.kv_heads} * shape.value_dim;
+  finalise.total = key_total + sinks;
+  finalise.out = output;
+  merge_kernels_.finalise(finalise);
+  *lse = static_cast<float>(common + PortableLog(finalise.total));
+  *sink_mass = static_cast<float>(sinks / finalise.total);
 }
 
 absl::Status MergingStep::CheckCancelled() const {

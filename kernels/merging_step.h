@@ -40,7 +40,7 @@ inline float LogMagnitude(float m, float o) {
 }
 
 // The half of a step that is the same in every backend that computes on the host: sinks, the choice of path,
-// and the fold, in double. A backend derives from it and brings the pages (its partials). One that does these
+// and the finalise, in double. A backend derives from it and brings the pages (its partials). One that does these
 // three on a device overrides SinkSums, SelectForMaximum and Finish, and leaves the rest to it.
 class MergingStep : public AttentionStep {
  public:
@@ -119,7 +119,7 @@ class MergingStep : public AttentionStep {
   int Exponent(int64_t kv_head, int channel) const;
   // Of every row and head: whether it takes the maximum path.
   void Select(absl::Span<const char> takes_maximum);
-  // What Finish answers before there is anything to fold, if that is an error. `sinks_finite`: all token
+  // What Finish answers before there is anything to finalise, if that is an error. `sinks_finite`: all token
   // sinks' keys and values that some row sees are.
   absl::Status CheckSums(bool sinks_finite);
 

@@ -28,7 +28,7 @@ namespace {
 using cuda::AttendArgs;
 using cuda::Device;
 using cuda::Element;
-using cuda::FoldArgs;
+using cuda::FinaliseArgs;
 using cuda::ListedRows;
 using cuda::Memory;
 using cuda::PageEntry;
@@ -144,7 +144,7 @@ struct Workspace {
 };
 
 // The sink path goes through the device in three kernels: ScoreSinks, Attend, and, behind the all-reduce,
-// Fold; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes partials
+// Finalise; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes partials
 // of the rows that have selected heads, twice where they do not fit at once, and the host makes its plan in
 // between.
 class CudaStep final : public MergingStep, public QueuedStep {
@@ -210,7 +210,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   absl::Status QueueFinalise() override {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    FoldArgs args = FoldOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
+    FinaliseArgs args = FinaliseOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
     args.visible = At<PositionRange>(memory_->in.device, in_.visible);
     args.total_min = static_cast<uint64_t>(kSinkPathMin);
     args.total_max = static_cast<uint64_t>(kSinkPathMax);
@@ -219,8 +219,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.outcome = At<uint8_t>(memory_->out.device, out_.outcome);
     args.state = At<StepState>(memory_->in.device, in_.state);
     args.state_out = At<StepState>(memory_->out.device, out_.state);
-    EDUBA_RETURN_IF_ERROR(device_.Fold(workspace_.stream, element_, args));
-    is_folded_ = true;
+    EDUBA_RETURN_IF_ERROR(device_.Finalise(workspace_.stream, element_, args));
+    is_finalised_ = true;
     return TakeOut();
   }
 
@@ -233,7 +233,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
       return absl::MakeConstSpan(selected_);
     }
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    if (!is_folded_) {
+    if (!is_finalised_) {
       EDUBA_RETURN_IF_ERROR(SendWords(row_heads(), host_words_.data()));
       EDUBA_RETURN_IF_ERROR(QueueFinalise());
     }
@@ -259,11 +259,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(device_.Attach());
       EDUBA_RETURN_IF_ERROR(ReserveOut());
       EDUBA_RETURN_IF_ERROR(SendWords(count, maximum_sums_.data()));
-      FoldArgs args = FoldOf(count, At<uint64_t>(memory_->words.device, 0),
-                             At<double>(memory_->plan.device, plan_.reference),
-                             At<double>(memory_->plan.device, plan_.unit), plan_.fraction_bits);
+      FinaliseArgs args = FinaliseOf(count, At<uint64_t>(memory_->words.device, 0),
+                                     At<double>(memory_->plan.device, plan_.reference),
+                                     At<double>(memory_->plan.device, plan_.unit), plan_.fraction_bits);
       args.row_head = At<int64_t>(memory_->plan.device, plan_.row_head);
-      EDUBA_RETURN_IF_ERROR(device_.Fold(workspace_.stream, element_, args));
+      EDUBA_RETURN_IF_ERROR(device_.Finalise(workspace_.stream, element_, args));
       EDUBA_RETURN_IF_ERROR(TakeOut());
       EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
     }
@@ -766,9 +766,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return device_.CopyIn(workspace_.stream, memory_->words.device.data(), memory_->words.host.data(), bytes);
   }
 
-  FoldArgs FoldOf(int64_t targets, const uint64_t* words, const double* key_reference, const double* unit,
-                  int fraction_bits) const {
-    FoldArgs args = {};
+  FinaliseArgs FinaliseOf(int64_t targets, const uint64_t* words, const double* key_reference,
+                          const double* unit, int fraction_bits) const {
+    FinaliseArgs args = {};
     args.layout = layout_;
     args.query_heads = args_.shape.query_heads;
     args.group = args_.shape.gqa_group();
@@ -828,7 +828,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
   const bool whole_lists_;             // Every list has all of every page.
   bool started_ = false;
   int query_terms_ = 2;  // As AttendArgs.
-  bool is_folded_ = false;
+  bool is_finalised_ = false;
   uint64_t* words_ = nullptr;       // Of the sink path, on the device.
   absl::Span<int64_t> host_words_;  // The same, the caller's, if they went there.
   std::vector<int64_t> rows_;       // That have selected heads, ascending.
