@@ -98,6 +98,7 @@ int64_t PageStore::used_bytes() const {
 }
 
 void PageStore::Release(void* page) {
+  backend_->ResetPage(page).IgnoreError();  // A device that fails says so in the next call.
   const std::scoped_lock lock(mutex_);
   auto slab = slabs_.upper_bound(static_cast<char*>(page));
   EDUBA_CHECK(slab != slabs_.begin());

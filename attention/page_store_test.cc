@@ -35,6 +35,8 @@ class SlabBackend : public Backend {
     if (!descending) std::free(slab);
   }
   int64_t PageBytes(const AttentionShape&) const override { return 64; }
+  absl::Status ResetPage(void*) override { return absl::OkStatus(); }
+  absl::Status SealPage(const AttentionShape&, void*) override { return absl::UnimplementedError(""); }
   absl::Status WriteRows(const AttentionShape&, void*, int, int, const void*, const void*) override {
     return absl::UnimplementedError("");
   }

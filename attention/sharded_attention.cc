@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
+#include "kernels/page_lists.h"
 
 namespace eduba {
 namespace {
@@ -105,7 +106,7 @@ absl::Status SumOnGpu(Merge& merge, DeviceSums* sums, int64_t sink_words, absl::
   }
   for (size_t i = 0; i < merge.args.size(); ++i) {
     if (merge.args[i].has_sinks() && merge.is_own(i)) {
-      EDUBA_RETURN_IF_ERROR(merge.steps[i]->queued()->QueueFold());
+      EDUBA_RETURN_IF_ERROR(merge.steps[i]->queued()->QueueFinalise());
     }
   }
   if (words != nullptr) return sums->Finish(merge.deadline);
@@ -268,6 +269,8 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   args.queries = query.queries.data();
   args.visible = visible;
   if (!seen.empty()) args.pages = PagesOf(sequence.pages(query.layer).refs(), seen);
+  const OwnedPageLists lists(static_cast<int64_t>(args.pages.size()), rows);
+  args.lists = lists.view();
   args.sink_pages = sequence.sink_pages(query.layer).refs();
   args.visible_sinks = visible_sinks;
   args.sink_logits = spec.sink_logits;

@@ -19,6 +19,7 @@
 #include "collective/testing/counting_communicator.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/page_lists.h"
 #include "kernels/reference/attention.h"
 #include "kernels/reference/reference_backend.h"
 #include "kernels/testing/forwarding_backend.h"
@@ -46,7 +47,7 @@ struct Problem {
     return absl::StrCat("seed=", seed, cpu ? " cpu" : " reference", " {length=", length, " layer=", layer,
                         "/", spec.layers, " heads=", spec.shape.query_heads, "/", spec.shape.kv_heads,
                         " dims=", spec.shape.head_dim, "/", spec.shape.value_dim,
-                        " dtype=", DTypeName(spec.shape.dtype), " sinks=", spec.sink_tokens,
+                        " dtype=", DTypeName(spec.shape.key_dtype), " sinks=", spec.sink_tokens,
                         " learned=", spec.sink_logits.size(), " window=", spec.window,
                         " policy=", policy == Policy::kGlobal ? "global" : "window", " rows=", rows,
                         " softcap=", spec.shape.softcap, " logits=", logit_size, "+", logit_shift, "}");
@@ -65,7 +66,7 @@ Problem MakeProblem(uint64_t seed) {
   shape.query_heads = shape.kv_heads * static_cast<int>(1 + below(3));
   shape.head_dim = static_cast<int>(1 + below(12));
   shape.value_dim = static_cast<int>(1 + below(12));
-  shape.dtype = static_cast<DType>(below(3));
+  shape.key_dtype = shape.value_dtype = static_cast<DType>(below(3));
   shape.softcap = below(4) == 0 ? 5.0f : 0.0f;
   p.spec.layers = static_cast<int>(1 + below(2));
   p.spec.sink_tokens = below(3) == 0 ? 0 : below(400);
@@ -83,8 +84,8 @@ Problem MakeProblem(uint64_t seed) {
   shape.scale = p.logit_size / std::sqrt(static_cast<float>(shape.head_dim));
   const auto stored = [&shape](float x) {
     uint32_t element = 0;
-    StoreElement(&element, shape.dtype, 0, x);
-    return LoadElement(&element, shape.dtype, 0);
+    StoreElement(&element, shape.key_dtype, 0, x);
+    return LoadElement(&element, shape.key_dtype, 0);
   };
   p.keys.resize(p.spec.layers * p.length * shape.kv_heads * shape.head_dim);
   p.values.resize(p.spec.layers * p.length * shape.kv_heads * shape.value_dim);
@@ -328,7 +329,8 @@ TEST(ShardedAttention, ALaterAppendDoesNotChangeABitOfAQueryOnTheEarlierLength) 
   for (uint64_t seed = 100; seed < 110; ++seed) {
     Problem p = MakeProblem(seed);
     if (p.length < 2) continue;
-    p.spec.shape.dtype = DType::kF32;  // Holds what the others hold, and the larger values below.
+    p.spec.shape.key_dtype = p.spec.shape.value_dtype =
+        DType::kF32;  // Holds what the others hold, and the larger values below.
     SCOPED_TRACE(p.Text());
     const int64_t earlier = p.length / 2;
     // Larger values later, so that their exponents, and with them the rounding of the sums, differ.
@@ -442,7 +444,7 @@ TEST(ShardedAttention, AFailureOnOneRankReachesAllInsteadOfHangingThem) {
 
 TEST(ShardedAttention, NonFiniteArithmeticIsAnErrorOnEveryRank) {
   Problem p = SinkProblem();
-  p.spec.shape.dtype = DType::kF32;
+  p.spec.shape.key_dtype = p.spec.shape.value_dtype = DType::kF32;
   p.spec.shape.softcap = 0;
   p.length = 700;
   std::mt19937_64 random(2);
@@ -475,6 +477,8 @@ struct RankStep {
     args.queries = p.queries.data();
     args.visible = visible;
     args.pages = sequence.pages(p.layer).refs();
+    lists = OwnedPageLists(static_cast<int64_t>(args.pages.size()), p.rows);
+    args.lists = lists.view();
     args.sink_pages = sequence.sink_pages(p.layer).refs();
     args.visible_sinks = visible_sinks;
     args.sink_logits = sequence.spec().sink_logits;
@@ -485,6 +489,7 @@ struct RankStep {
 
   std::vector<PositionRange> visible;
   std::vector<int32_t> visible_sinks;
+  OwnedPageLists lists;
   StepArgs args;
 };
 

@@ -60,9 +60,9 @@ StagedAppend::StagedAppend(Backend* backend, Sequence* sequence, AppendShare sha
     : backend_(backend),
       sequence_(sequence),
       share_(std::move(share)),
-      key_bytes_(static_cast<int64_t>(DTypeBytes(sequence_->spec().shape.dtype)) *
+      key_bytes_(static_cast<int64_t>(DTypeBytes(sequence_->spec().shape.key_dtype)) *
                  sequence_->spec().shape.kv_heads * sequence_->spec().shape.head_dim),
-      value_bytes_(static_cast<int64_t>(DTypeBytes(sequence_->spec().shape.dtype)) *
+      value_bytes_(static_cast<int64_t>(DTypeBytes(sequence_->spec().shape.value_dtype)) *
                    sequence_->spec().shape.kv_heads * sequence_->spec().shape.value_dim),
       magnitudes_(sequence_->spec().exponents()) {}
 
@@ -174,14 +174,16 @@ absl::Status StagedAppend::Receive(int layer, int64_t first, int64_t count, DTyp
   const int64_t value_elements = count * shape.kv_heads * shape.value_dim;
   std::unique_ptr<char[]> key_buffer;
   std::unique_ptr<char[]> value_buffer;
-  const char* stored_keys = StoredRows(keys, dtype, shape.dtype, key_elements, key_buffer);
-  const char* stored_values = StoredRows(values, dtype, shape.dtype, value_elements, value_buffer);
+  const char* stored_keys = StoredRows(keys, dtype, shape.key_dtype, key_elements, key_buffer);
+  const char* stored_values = StoredRows(values, dtype, shape.value_dtype, value_elements, value_buffer);
   // Rounding keeps NaN and Inf, so what is stored tells about what was given too.
-  if (const int64_t bad = FirstNonFinite(stored_keys, shape.dtype, key_elements); bad >= 0) {
-    return NonFinite("keys", layer, first, shape.head_dim, bad, LoadElement(keys.data(), dtype, bad));
+  if (const int64_t bad = FirstNonFinite(stored_keys, shape.key_dtype, key_elements); bad >= 0) {
+    return NonFinite("keys", shape.key_dtype, layer, first, shape.head_dim, bad,
+                     LoadElement(keys.data(), dtype, bad));
   }
-  if (const int64_t bad = FirstNonFinite(stored_values, shape.dtype, value_elements); bad >= 0) {
-    return NonFinite("values", layer, first, shape.value_dim, bad, LoadElement(values.data(), dtype, bad));
+  if (const int64_t bad = FirstNonFinite(stored_values, shape.value_dtype, value_elements); bad >= 0) {
+    return NonFinite("values", shape.value_dtype, layer, first, shape.value_dim, bad,
+                     LoadElement(values.data(), dtype, bad));
   }
 
   const PositionRange rows{first, first + count};
@@ -249,15 +251,15 @@ absl::Status StagedAppend::Claim(int layer, const Run& run, int64_t first, int64
   return absl::OkStatus();
 }
 
-absl::Status StagedAppend::NonFinite(const char* array, int layer, int64_t first, int64_t dim, int64_t index,
-                                     float given) const {
+absl::Status StagedAppend::NonFinite(const char* array, DType stored, int layer, int64_t first, int64_t dim,
+                                     int64_t index, float given) const {
   const AttentionShape& shape = sequence_->spec().shape;
   const std::string place =
       absl::StrCat(array, " at position ", first + index / (shape.kv_heads * dim), ", layer ", layer,
                    ", KV head ", index / dim % shape.kv_heads, ", channel ", index % dim);
   if (std::isfinite(given)) {
     return absl::InvalidArgumentError(absl::StrCat(place, ": ", given, " is beyond the range of ",
-                                                   DTypeName(shape.dtype), "; use another dtype or scale"));
+                                                   DTypeName(stored), "; use another dtype or scale"));
   }
   return absl::InvalidArgumentError(
       absl::StrCat(place, ": found ", std::isnan(given) ? "NaN" : "Inf",
@@ -305,7 +307,7 @@ void StagedAppend::Record(int layer, PositionRange rows, int64_t first, const ch
 
   const int64_t columns = spec.exponents_per_layer();
   std::vector<uint32_t> magnitudes(columns);
-  RaiseMagnitudes(own_values, spec.shape.dtype, rows.size(), columns, magnitudes.data());
+  RaiseMagnitudes(own_values, spec.shape.value_dtype, rows.size(), columns, magnitudes.data());
 
   const std::scoped_lock lock(mutex_);
   digest_ += sum;
@@ -324,7 +326,7 @@ absl::StatusOr<AppendSeal> StagedAppend::Seal() {
   seal.digest_high = static_cast<uint64_t>(digest_ >> 64);
   seal.exponents = sequence_->owned_exponents();
   if (!share_.compare_only) {
-    const DType dtype = sequence_->spec().shape.dtype;
+    const DType dtype = sequence_->spec().shape.value_dtype;
     for (size_t i = 0; i < magnitudes_.size(); ++i) {
       seal.exponents[i] = std::max(seal.exponents[i], ExponentOfMagnitude(magnitudes_[i], dtype));
     }

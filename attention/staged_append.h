@@ -108,8 +108,8 @@ class StagedAppend {
                           absl::Span<const char> values) const;
   absl::StatusOr<const Run*> FindRun(int64_t first, int64_t count) const;
   absl::Status Claim(int layer, const Run& run, int64_t first, int64_t count);
-  absl::Status NonFinite(const char* array, int layer, int64_t first, int64_t dim, int64_t index,
-                         float given) const;
+  absl::Status NonFinite(const char* array, DType stored, int layer, int64_t first, int64_t dim,
+                         int64_t index, float given) const;
   absl::Status Write(int layer, const Extent& extent, int64_t first, int64_t count, const char* keys,
                      const char* values);
   void Record(int layer, PositionRange rows, int64_t first, const char* keys, const char* values);

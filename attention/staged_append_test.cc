@@ -30,7 +30,12 @@ struct Content {
 
 SequenceSpec SmallSpec() {
   SequenceSpec spec;
-  spec.shape = {.query_heads = 2, .kv_heads = 2, .head_dim = 3, .value_dim = 2, .dtype = DType::kF32};
+  spec.shape = {.query_heads = 2,
+                .kv_heads = 2,
+                .head_dim = 3,
+                .value_dim = 2,
+                .key_dtype = DType::kF32,
+                .value_dtype = DType::kF32};
   spec.layers = 2;
   return spec;
 }
@@ -85,11 +90,10 @@ class StagedAppendTest : public ::testing::Test {
     return *seal;
   }
 
-  // All rows that a query could read. The reference backend's pages are [256, key row], then [256, value
-  // row].
-  static std::string Stored(const Sequence& sequence) {
+  // All rows that a query could read.
+  std::string Stored(const Sequence& sequence) const {
     const SequenceSpec& spec = sequence.spec();
-    const size_t element = DTypeBytes(spec.shape.dtype);
+    const size_t element = DTypeBytes(spec.shape.key_dtype);
     const size_t key_row = element * spec.shape.kv_heads * spec.shape.head_dim;
     const size_t value_row = element * spec.shape.kv_heads * spec.shape.value_dim;
     std::string all;
@@ -97,8 +101,12 @@ class StagedAppendTest : public ::testing::Test {
       for (const PageRef& page : table.refs()) {
         const size_t rows = std::min<int64_t>(kPageRows, end - PageBegin(page.index));
         absl::StrAppend(&all, "|", page.index, ":");
-        all.append(static_cast<const char*>(page.data), rows * key_row);
-        all.append(static_cast<const char*>(page.data) + kPageRows * key_row, rows * value_row);
+        std::string keys(rows * key_row, 0);
+        std::string values(rows * value_row, 0);
+        EXPECT_TRUE(
+            backend_->ReadRows(spec.shape, page.data, 0, static_cast<int>(rows), keys.data(), values.data())
+                .ok());
+        all.append(keys).append(values);
       }
     };
     for (int layer = 0; layer < spec.layers; ++layer) {
@@ -313,7 +321,7 @@ TEST_F(StagedAppendTest, AMistakeEndsTheAppendAndIsRepeatedAtTheSeal) {
 
 TEST_F(StagedAppendTest, NonFiniteNumbersAreRefusedWithTheirPlace) {
   SequenceSpec spec = SmallSpec();
-  spec.shape.dtype = DType::kF16;
+  spec.shape.key_dtype = spec.shape.value_dtype = DType::kF16;
   Sequence sequence(spec);
   struct Case {
     float value;

@@ -2,6 +2,7 @@
 # without it, and both are left out then. NCCL is loaded when the program runs (collective/nccl/nccl_api.h).
 set(EDUBA_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc 12.4 or newer is found), ON (fail without), OFF")
 set_property(CACHE EDUBA_CUDA PROPERTY STRINGS AUTO ON OFF)
+option(EDUBA_CUDA_WGMMA "Products of warpgroups (wgmma) on sm_90a; without it a Hopper multiplies as other GPUs do" OFF)
 set(EDUBA_HAS_CUDA FALSE)
 set(EDUBA_CUDA_MINIMUM 12.4)
 

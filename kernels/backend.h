@@ -21,23 +21,58 @@ struct AttentionShape {
   int kv_heads = 1;
   int head_dim = 1;
   int value_dim = 1;
-  DType dtype = DType::kF32;  // Of the stored keys and values; queries are f32.
-  float scale = 1;            // logit = scale * (q . k), natural units (weights are exp(logit)).
-  float softcap = 0;          // > 0: logit = softcap * tanh(scale * (q . k) / softcap). 0: none.
+  DType key_dtype = DType::kF32;    // Of the stored keys; queries are f32.
+  DType value_dtype = DType::kF32;  // Of the stored values.
+  float scale = 1;                  // logit = scale * (q . k), natural units (weights are exp(logit)).
+  float softcap = 0;                // > 0: logit = softcap * tanh(scale * (q . k) / softcap). 0: none.
 
-  int group() const { return query_heads / kv_heads; }
+  // Query heads that read the same KV head.
+  int gqa_group() const { return query_heads / kv_heads; }
   bool operator==(const AttentionShape&) const = default;
 };
+
+// The first bytes of every page in backend memory. What is reserved is zero today: the place is for the scales
+// and bounds of the page's keys and values, so that a page need not change its size for them.
+struct PageHeader {
+  uint8_t is_sealed = 0;  // By SealPage, where pages are host memory.
+  char reserved[63] = {};
+};
+static_assert(sizeof(PageHeader) == 64);
+
+// Words of a live mask: bit r % 64 of word r / 64 is row r of the page.
+inline constexpr int kLiveWords = kPageRows / 64;
 
 // One page of one layer in backend memory; `index` is the absolute page index (positions [256 index, 256
 // index + 256)).
 struct PageRef {
   const void* data = nullptr;
   int64_t index = 0;
+  // [kLiveWords] in host memory, or null where all rows are live. What a dead row holds (NaN, zeros) changes
+  // no bit of any answer, and a page without a live row is as if it were not there.
+  const uint64_t* live = nullptr;
 };
 
-// One step: `rows` query rows of one layer against this worker's pages. Everything here but `pages` is the
-// same on every rank. All spans and pointers are host memory, except the pages; all must outlive the step.
+// Rows [begin, end) of the page StepArgs::pages[page].
+struct ListedPage {
+  int32_t page = 0;
+  int16_t begin = 0;
+  int16_t end = kPageRows;
+};
+
+// Which pages each row of a step reads, in the form of paged KV tables (indptr and indices). Rows may share a
+// list. A list names a page once at most, in any order; kernels/page_lists.h makes the list of all pages.
+struct PageLists {
+  absl::Span<const int32_t> indptr;      // [lists + 1]: list i is entries [indptr[i], indptr[i + 1])
+  absl::Span<const ListedPage> entries;  // [indptr[lists]]
+  absl::Span<const int32_t> row_list;    // [rows]: the list of each row
+};
+
+// One step: `rows` query rows of one layer against this worker's pages. Everything here but `pages` and
+// `lists` is the same on every rank. All spans and pointers are host memory, except the pages' data; all must
+// outlive the step.
+//
+// A row sees a position where three things agree: its list names the page and the row of the page, `visible`
+// holds the position, and the page's live mask does.
 struct StepArgs {
   AttentionShape shape;
   int rows = 0;
@@ -45,10 +80,13 @@ struct StepArgs {
   // The same rows as the token sinks are to be scored with (rolling positions turn them by another angle), or
   // none: `queries`.
   const float* sink_queries = nullptr;
-  absl::Span<const PositionRange>
-      visible;                      // [rows]: the keys a row sees, token sinks left out (may be empty)
+  // [rows]: the keys that a row may see, token sinks left out (may be empty). Pages' lists and masks only take
+  // away from it.
+  absl::Span<const PositionRange> visible;
   absl::Span<const PageRef> pages;  // This worker's pages, any order; pages that no row sees are skipped.
-  absl::Span<const PageRef> sink_pages;  // Replicated: pages that hold positions [0, sink tokens), in order.
+  PageLists lists;                  // Of `pages`.
+  // Replicated: pages that hold positions [0, sink tokens), in order. The sinks that a row sees are live.
+  absl::Span<const PageRef> sink_pages;
   absl::Span<const int32_t> visible_sinks;  // [rows]: row r sees token sinks [0, visible_sinks[r])
   absl::Span<const float> sink_logits;      // Learned sinks: empty, or [query_heads]
   absl::Span<const int16_t> exponents;      // [kv_heads, value_dim]: |v[., c]| <= 2^e[c] over the live rows
@@ -92,9 +130,9 @@ class QueuedStep {
   // step's own, where there is nobody to sum with. Where a flag is not 0, the other words of the row and head
   // mean nothing, and may wrap around.
   virtual absl::Status QueueSums(int64_t* words) = 0;
-  // Queues all that SelectForMaximum and Finish need of the reduced words, behind the all-reduce that the
+  // Queues all that SelectForMaximum and Finish need of the reduced words, after the all-reduce that the
   // caller has queued on the same stream.
-  virtual absl::Status QueueFold() = 0;
+  virtual absl::Status QueueFinalise() = 0;
 };
 
 // One step in progress. Calls in this order (the caller owns the collectives between them):
@@ -122,7 +160,7 @@ class AttentionStep {
 
   // Reads the reduced sums (or, without sinks, nothing) and decides per row and head, from the integer totals
   // alone, which need the maximum path: out of range, or too coarse for the row's output. Returns them as row
-  // * query_heads + head, ascending; a row that sees no key is never among them.
+  // * query_heads + head, ascending; a row whose `visible` is empty is never among them.
   virtual absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() = 0;
 
   // For a rank that has sinks and not the reduced sums: what SelectForMaximum has returned on the one that
@@ -140,7 +178,7 @@ class AttentionStep {
   // Attend kept; a backend that had no room for them computes them again, to the same bits.
   virtual absl::Status MaximumSums(absl::Span<int64_t> words) = 0;
 
-  // Folds in the token sinks and learned sinks, computed in double, divides, and writes to host memory:
+  // Adds the token sinks and learned sinks, computed in double, divides, and writes to host memory:
   //   outputs [rows, query_heads, value_dim], lse [rows, query_heads] (natural log), sink_mass [rows,
   //   query_heads] (the sinks' share of the denominator, learned sink included). A row that sees no key and
   //   no sink: 0, -inf, 0.
@@ -152,7 +190,8 @@ class AttentionStep {
   virtual QueuedStep* queued() { return nullptr; }
 
   virtual PathCounts paths() const = 0;
-  // Bytes of keys and values that Attend read: whole visible rows, per page and KV head, counted once.
+  // Bytes of keys and values that Attend read: rows that some query row sees, per page and KV head, counted
+  // once.
   virtual int64_t bytes_read() const = 0;
 };
 
@@ -178,10 +217,18 @@ class Backend {
   virtual absl::StatusOr<void*> AllocateSlab(int64_t bytes) = 0;
   virtual void FreeSlab(void* slab, int64_t bytes) = 0;
 
-  // Bytes of one page of one layer, a multiple of 64. The layout inside is the backend's own.
+  // Bytes of one page of one layer, a multiple of 64: a PageHeader, then keys and values in a layout of the
+  // backend's own.
   virtual int64_t PageBytes(const AttentionShape& shape) const = 0;
-  // Writes rows [row, row + rows) of a page. keys [rows, kv_heads, head_dim] and values [rows, kv_heads,
-  // value_dim] are host arrays in shape.dtype. Returns when the arrays may be reused.
+  // Makes a page's memory ready for another page: its header is as in memory fresh from AllocateSlab, which
+  // needs no call. Keys and values stay what they are.
+  virtual absl::Status ResetPage(void* page) = 0;
+  // Called once, when no row of the page will be written any more before ResetPage. A WriteRows after it is a
+  // mistake of the caller: backends whose pages are host memory abort on it. The copy that CopyPage makes of a
+  // sealed page is not sealed.
+  virtual absl::Status SealPage(const AttentionShape& shape, void* page) = 0;
+  // Writes rows [row, row + rows) of a page. keys [rows, kv_heads, head_dim] in shape.key_dtype and values
+  // [rows, kv_heads, value_dim] in shape.value_dtype are host arrays. Returns when the arrays may be reused.
   virtual absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                                  const void* values) = 0;
   // Reads them back into such arrays, bit for bit as they were written.

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/fixed_numbers.h"
+#include "kernels/page_lists.h"
 
 namespace eduba {
 namespace {
@@ -24,10 +25,10 @@ struct Case {
 
 constexpr int kRows = 7;
 const Case kCases[] = {
-    {{8, 2, 64, 64, DType::kBf16, 0.125F, 0}, 600, 4, true, 1},
-    {{4, 4, 80, 16, DType::kF16, 0.5F, 0}, 300, 0, false, 2},
-    {{6, 1, 33, 21, DType::kF32, 1, 30}, 513, 1, false, 1},
-    {{5, 1, 128, 128, DType::kBf16, 1, 0}, 257, 0, true, 4},
+    {{8, 2, 64, 64, DType::kBf16, DType::kBf16, 0.125F, 0}, 600, 4, true, 1},
+    {{4, 4, 80, 16, DType::kF16, DType::kF16, 0.5F, 0}, 300, 0, false, 2},
+    {{6, 1, 33, 21, DType::kF32, DType::kF32, 1, 30}, 513, 1, false, 1},
+    {{5, 1, 128, 128, DType::kBf16, DType::kBf16, 1, 0}, 257, 0, true, 4},
 };
 
 // A slab that goes back to its backend.
@@ -85,13 +86,15 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   FixedNumbers numbers;
   const int64_t key_row = static_cast<int64_t>(shape.kv_heads) * shape.head_dim;
   const int64_t value_row = static_cast<int64_t>(shape.kv_heads) * shape.value_dim;
+  const auto key_bytes = static_cast<int64_t>(DTypeBytes(shape.key_dtype));
+  const auto value_bytes = static_cast<int64_t>(DTypeBytes(shape.value_dtype));
   std::vector<char> keys(problem.positions * key_row * 4);
   std::vector<char> values(problem.positions * value_row * 4);
   for (int64_t i = 0; i < problem.positions * key_row; ++i) {
-    StoreElement(keys.data(), shape.dtype, i, problem.key_size * numbers.Next());
+    StoreElement(keys.data(), shape.key_dtype, i, problem.key_size * numbers.Next());
   }
   for (int64_t i = 0; i < problem.positions * value_row; ++i) {
-    StoreElement(values.data(), shape.dtype, i, numbers.Next());
+    StoreElement(values.data(), shape.value_dtype, i, numbers.Next());
   }
   std::vector<float> queries(kRows * static_cast<size_t>(shape.query_heads) * shape.head_dim);
   for (float& x : queries) x = numbers.Next();
@@ -105,10 +108,9 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   for (int64_t p = 0; p < pages; ++p) {
     void* page = static_cast<char*>(memory) + p * page_bytes;
     const int64_t rows = std::min<int64_t>(kPageRows, problem.positions - PageBegin(p));
-    const auto bytes = static_cast<int64_t>(DTypeBytes(shape.dtype));
     EDUBA_RETURN_IF_ERROR(backend.WriteRows(shape, page, 0, static_cast<int>(rows),
-                                            &keys[PageBegin(p) * key_row * bytes],
-                                            &values[PageBegin(p) * value_row * bytes]));
+                                            &keys[PageBegin(p) * key_row * key_bytes],
+                                            &values[PageBegin(p) * value_row * value_bytes]));
     refs.push_back({page, p});
   }
 
@@ -126,6 +128,8 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
   args.queries = queries.data();
   args.visible = visible;
   args.pages = refs;
+  const OwnedPageLists lists(pages, kRows);
+  args.lists = lists.view();
   args.sink_pages = absl::MakeConstSpan(refs).subspan(0, problem.sink_tokens > 0 ? 1 : 0);
   args.visible_sinks = visible_sinks;
   args.sink_logits = sink_logits;
@@ -137,6 +141,7 @@ absl::Status AddCase(Backend& backend, const Case& problem, std::vector<char>& b
     StepArgs one = args;
     one.rows = 1;
     one.queries = &queries[row * static_cast<size_t>(shape.query_heads) * shape.head_dim];
+    one.lists.row_list = args.lists.row_list.subspan(row, 1);
     one.visible = args.visible.subspan(row, 1);
     one.visible_sinks = args.visible_sinks.subspan(row, 1);
     EDUBA_ASSIGN_OR_RETURN(const Run alone, Attend(backend, one));

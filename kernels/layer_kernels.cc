@@ -33,7 +33,7 @@ void LayerKernels::Add(const AddArgs& args) {
   for (int64_t i = 0; i < args.count; ++i) args.to[i] += args.from[i];
 }
 
-void LayerKernels::Find(const FindArgs& args) {
+void LayerKernels::FlagNonFinite(const NonFiniteArgs& args) {
   *args.found =
       std::all_of(args.x, args.x + args.count, [](float x) { return std::isfinite(x); }) ? 0.0F : 1.0F;
 }

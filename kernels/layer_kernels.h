@@ -23,7 +23,7 @@ struct AddArgs {
 };
 
 // *found = 1 where a number of x is not finite, else 0.
-struct FindArgs {
+struct NonFiniteArgs {
   int64_t count = 0;
   const float* x = nullptr;
   float* found = nullptr;
@@ -90,7 +90,7 @@ class LayerKernels {
   virtual void Activate(const ActivationArgs& args) = 0;
   virtual void Softcap(const SoftcapArgs& args) = 0;
   virtual void Add(const AddArgs& args);
-  virtual void Find(const FindArgs& args);
+  virtual void FlagNonFinite(const NonFiniteArgs& args);
 };
 
 // Floats of LayerMemory that grow as they must. Never moved while anything is queued that uses them.

@@ -7,7 +7,7 @@ namespace eduba {
 
 // One row and head's answer: out[c] = (weight (words[c] / units[c]) + sum_t sink_weights[t]
 // sink_values[t][c]) / total, in double, the terms in this order.
-struct FoldCall {
+struct FinaliseCall {
   int count = 0;                   // Channels.
   const int64_t* words = nullptr;  // [count], or none
   const double* units = nullptr;   // [count]: powers of two within 2^-1000 and 2^1000
@@ -23,8 +23,8 @@ struct FoldCall {
 // What MergingStep does for each channel of each row and head (docs/numerics.md sections 3 and 4): in double,
 // without fused operations, so that all Highway targets give the same bits.
 struct MergeKernels {
-  void (*fold)(const FoldCall& call);
-  // The sum of (words[c] / units[c])^2, over 8 lanes and then pairwise; units as in FoldCall.
+  void (*finalise)(const FinaliseCall& call);
+  // The sum of (words[c] / units[c])^2, over 8 lanes and then pairwise; units as in FinaliseCall.
   double (*sum_squares)(const int64_t* words, const double* units, int count);
   // units[c] = 2^(fraction_bits - e): e is the smallest integer with exp(magnitudes[c] - m) <= 2^e, whatever
   // fp32 made of the two, kept within [least, most[c]]; `most` where m is not finite or a magnitude is NaN

@@ -25,7 +25,7 @@ std::vector<MergeKernels> AllTargets() {
 // Counts of channels around the widths of vectors.
 constexpr int kCounts[] = {1, 2, 3, 7, 8, 9, 10, 16, 21, 64, 130};
 
-TEST(MergeKernels, FoldIsItsDefinitionBitForBitOnEveryTarget) {
+TEST(MergeKernels, FinaliseIsItsDefinitionBitForBitOnEveryTarget) {
   std::mt19937_64 random(1);
   std::normal_distribution<float> normal(0, 1);
   for (const int count : kCounts) {
@@ -48,7 +48,7 @@ TEST(MergeKernels, FoldIsItsDefinitionBitForBitOnEveryTarget) {
           for (int c = 0; c < count; ++c) sink_values[t * stride + c] = -sink_values[(t - 1) * stride + c];
         }
         std::vector<float> out(count);
-        FoldCall call;
+        FinaliseCall call;
         call.count = count;
         call.words = has_words ? words.data() : nullptr;
         call.units = units.data();
@@ -60,7 +60,7 @@ TEST(MergeKernels, FoldIsItsDefinitionBitForBitOnEveryTarget) {
         call.total = 7.7;
         call.out = out.data();
         for (const MergeKernels& kernels : AllTargets()) {
-          kernels.fold(call);
+          kernels.finalise(call);
           for (int c = 0; c < count; ++c) {
             double sum = has_words ? call.weight * (static_cast<double>(words[c]) / units[c]) : 0;
             for (int t = 0; t < sinks; ++t) sum += sink_weights[t] * sink_values[t * stride + c];

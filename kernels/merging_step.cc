@@ -13,6 +13,7 @@
 #include "base/status_macros.h"
 #include "kernels/merge_kernels.h"
 #include "kernels/portable_math.h"
+#include "kernels/row_set.h"
 
 namespace eduba {
 namespace {
@@ -36,6 +37,58 @@ std::vector<PositionRange> ClipToSequence(const StepArgs& args) {
   return ranges;
 }
 
+// A worker's lists say which of its pages each row reads.
+absl::Status ValidateLists(const StepArgs& args) {
+  const PageLists& lists = args.lists;
+  const auto entries = static_cast<int64_t>(lists.entries.size());
+  if (lists.row_list.size() != static_cast<size_t>(args.rows)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("row_list names the lists of ", lists.row_list.size(), " rows, not of ", args.rows));
+  }
+  if (lists.indptr.empty() || lists.indptr.front() != 0 || lists.indptr.back() != entries ||
+      !std::is_sorted(lists.indptr.begin(), lists.indptr.end())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("indptr must ascend from 0 to the number of listed pages, ", entries));
+  }
+  const auto count = static_cast<int32_t>(lists.indptr.size()) - 1;
+  for (const int32_t list : lists.row_list) {
+    if (list < 0 || list >= count) {
+      return absl::InvalidArgumentError(absl::StrCat("a row reads list ", list, " of ", count));
+    }
+  }
+  std::vector<int32_t> last_list(args.pages.size(), -1);  // That named the page.
+  for (int32_t list = 0; list < count; ++list) {
+    for (int32_t i = lists.indptr[list]; i < lists.indptr[list + 1]; ++i) {
+      const ListedPage& entry = lists.entries[i];
+      if (entry.page < 0 || entry.page >= static_cast<int64_t>(args.pages.size())) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("list ", list, " names page ", entry.page, " of ", args.pages.size()));
+      }
+      if (entry.begin < 0 || entry.begin > entry.end || entry.end > kPageRows) {
+        return absl::InvalidArgumentError(absl::StrCat("list ", list, " names rows [", entry.begin, ", ",
+                                                       entry.end, ") of a page of ", kPageRows));
+      }
+      if (std::exchange(last_list[entry.page], list) == list) {
+        return absl::InvalidArgumentError(absl::StrCat("list ", list, " names page ", entry.page, " twice"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+// The token sinks that rows see are live.
+absl::Status ValidateSinkMasks(const StepArgs& args) {
+  int64_t sinks = 0;
+  for (const int32_t count : args.visible_sinks) sinks = std::max<int64_t>(sinks, count);
+  for (int64_t token = 0; token < sinks; ++token) {
+    const uint64_t* live = args.sink_pages[PageOf(token)].live;
+    if (live != nullptr && !IsLive(live, static_cast<int>(token % kPageRows))) {
+      return absl::InvalidArgumentError(absl::StrCat("token sink ", token, " is not live"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status ValidateStep(const StepArgs& args) {
@@ -57,6 +110,7 @@ absl::Status ValidateStep(const StepArgs& args) {
     return absl::InvalidArgumentError(
         absl::StrCat("visible has ", args.visible.size(), " ranges for ", rows, " rows"));
   }
+  EDUBA_RETURN_IF_ERROR(ValidateLists(args));
   if (args.visible_sinks.size() != rows && !args.sink_pages.empty()) {
     return absl::InvalidArgumentError(
         absl::StrCat("visible_sinks has ", args.visible_sinks.size(), " counts for ", rows, " rows"));
@@ -67,6 +121,7 @@ absl::Status ValidateStep(const StepArgs& args) {
                                                      args.sink_pages.size(), " sink pages"));
     }
   }
+  EDUBA_RETURN_IF_ERROR(ValidateSinkMasks(args));
   if (!args.sink_logits.empty() && args.sink_logits.size() != static_cast<size_t>(shape.query_heads)) {
     return absl::InvalidArgumentError(absl::StrCat("sink_logits has ", args.sink_logits.size(),
                                                    " entries for ", shape.query_heads, " query heads"));
@@ -88,20 +143,18 @@ absl::Status ValidateStep(const StepArgs& args) {
   return absl::OkStatus();
 }
 
-PositionRange RowsInPage(PositionRange visible, int64_t page) {
-  const PositionRange rows = visible.Intersect({PageBegin(page), PageBegin(page + 1)});
-  if (rows.empty()) return {0, 0};
-  return {rows.begin - PageBegin(page), rows.end - PageBegin(page)};
-}
-
 double PowerOfTwo(int power) { return std::bit_cast<double>(static_cast<uint64_t>(power + 1023) << 52); }
 
 MergingStep::MergingStep(const StepArgs& args, ThreadPool& pool)
     : args_(args),
       pool_(pool),
       visible_(ClipToSequence(args)),
-      merge_kernels_(BestMergeKernels()),
-      bytes_read_(CountBytes()) {
+      seen_(args_, visible_),
+      merge_kernels_(BestMergeKernels()) {
+  const AttentionShape& shape = args_.shape;
+  const auto row_bytes = shape.head_dim * static_cast<int64_t>(DTypeBytes(shape.key_dtype)) +
+                         shape.value_dim * static_cast<int64_t>(DTypeBytes(shape.value_dtype));
+  bytes_read_ = seen_.row_count() * shape.kv_heads * row_bytes;
   if (args_.sink_pages.empty()) return;
   for (const int32_t sinks : args_.visible_sinks) sink_tokens_ = std::max<int64_t>(sink_tokens_, sinks);
 }
@@ -123,47 +176,6 @@ void MergingStep::ForWords(int64_t count, const std::function<void(int64_t)>& bo
 int MergingStep::Exponent(int64_t kv_head, int channel) const {
   return std::clamp<int>(args_.exponents[kv_head * args_.shape.value_dim + channel], kMinExponent,
                          kMaxExponent);
-}
-
-std::vector<PositionRange> MergingStep::SeenRanges() const {
-  std::vector<PositionRange> ranges;
-  for (const PositionRange& range : visible_) {
-    if (!range.empty()) ranges.push_back(range);
-  }
-  std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
-  std::vector<PositionRange> merged;
-  for (const PositionRange& range : ranges) {
-    if (!merged.empty() && range.begin <= merged.back().end) {
-      merged.back().end = std::max(merged.back().end, range.end);
-    } else {
-      merged.push_back(range);
-    }
-  }
-  return merged;
-}
-
-std::vector<PageRef> MergingStep::SeenPages() const {
-  const std::vector<PositionRange> ranges = SeenRanges();
-  std::vector<PageRef> pages;
-  for (const PageRef& page : args_.pages) {
-    // The first range that ends behind the page's first position.
-    const auto range =
-        std::upper_bound(ranges.begin(), ranges.end(), PageBegin(page.index),
-                         [](int64_t position, const PositionRange& r) { return position < r.end; });
-    if (range != ranges.end() && range->begin < PageBegin(page.index + 1)) pages.push_back(page);
-  }
-  return pages;
-}
-
-int64_t MergingStep::CountBytes() const {
-  const std::vector<PositionRange> ranges = SeenRanges();
-  int64_t rows = 0;
-  for (const PageRef& page : args_.pages) {
-    for (const PositionRange& range : ranges) rows += RowsInPage(range, page.index).size();
-  }
-  const AttentionShape& shape = args_.shape;
-  return rows * shape.kv_heads * (shape.head_dim + shape.value_dim) *
-         static_cast<int64_t>(DTypeBytes(shape.dtype));
 }
 
 void MergingStep::RecordFault(int64_t page, int64_t row_head) {
@@ -371,14 +383,7 @@ absl::Status MergingStep::CheckSums(bool sinks_finite) {
         absl::StrCat("a token sink's key or value is not finite: one of positions 0 to ", sink_tokens_ - 1));
   }
   for (size_t i = 0; i < selected_.size(); ++i) fault_somewhere_ |= is_fault(&maximum_sums_[i * words]);
-  if (fault_somewhere_) return FaultStatus();
-  for (size_t i = 0; i < selected_.size(); ++i) {
-    if (maximum_sums_[i * words + shape.value_dim] == 0) {
-      return absl::InternalError(absl::StrCat("row ", selected_[i] / shape.query_heads,
-                                              " sees keys, but no worker of the group holds any of them"));
-    }
-  }
-  return absl::OkStatus();
+  return fault_somewhere_ ? FaultStatus() : absl::OkStatus();
 }
 
 absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
@@ -390,7 +395,10 @@ absl::Status MergingStep::Finish(float* outputs, float* lse, float* sink_mass) {
   for (size_t i = 0; i < selected_.size(); ++i) selected_index[selected_[i]] = static_cast<int64_t>(i);
   ForWords(row_heads(), [&](int64_t i) {
     Keys keys;
-    if (const int64_t j = selected_index[i]; j >= 0) {
+    const int64_t j = selected_index[i];
+    if (j >= 0 && maximum_sums_[j * words + shape.value_dim] == 0) {
+      // No worker has a key that the row sees: lists and masks have taken all of them away.
+    } else if (j >= 0) {
       keys.words = &maximum_sums_[j * words];
       keys.plan = &maximum_plan_;
       keys.unit_row = j;
@@ -419,14 +427,14 @@ void MergingStep::FinishRowHead(int64_t row_head, const Keys& keys, float* outpu
     return;
   }
 
-  FoldCall fold;
-  fold.count = shape.value_dim;
+  FinaliseCall finalise;
+  finalise.count = shape.value_dim;
   double key_total = 0;
   if (keys.words != nullptr) {
-    fold.words = keys.words;
-    fold.units = &keys.plan->units[keys.unit_row * shape.value_dim];
-    fold.weight = PortableExp(keys.reference - common);
-    key_total = fold.weight *
+    finalise.words = keys.words;
+    finalise.units = &keys.plan->units[keys.unit_row * shape.value_dim];
+    finalise.weight = PortableExp(keys.reference - common);
+    key_total = finalise.weight *
                 (static_cast<double>(keys.words[shape.value_dim]) * PowerOfTwo(-keys.plan->fraction_bits));
   }
   double sinks = args_.sink_logits.empty() ? 0 : PortableExp(args_.sink_logits[head] - common);
@@ -435,15 +443,15 @@ void MergingStep::FinishRowHead(int64_t row_head, const Keys& keys, float* outpu
     weights[token] = PortableExp(sink_logits_[row_head * sink_tokens_ + token] - common);
     sinks += weights[token];
   }
-  fold.sinks = static_cast<int>(weights.size());
-  fold.sink_weights = weights.data();
-  fold.sink_values = sink_values_.data() + KvHead(row_head) * shape.value_dim;
-  fold.sink_stride = int64_t{shape.kv_heads} * shape.value_dim;
-  fold.total = key_total + sinks;
-  fold.out = output;
-  merge_kernels_.fold(fold);
-  *lse = static_cast<float>(common + PortableLog(fold.total));
-  *sink_mass = static_cast<float>(sinks / fold.total);
+  finalise.sinks = static_cast<int>(weights.size());
+  finalise.sink_weights = weights.data();
+  finalise.sink_values = sink_values_.data() + KvHead(row_head) * shape.value_dim;
+  finalise.sink_stride = int64_t{shape.kv_heads} * shape.value_dim;
+  finalise.total = key_total + sinks;
+  finalise.out = output;
+  merge_kernels_.finalise(finalise);
+  *lse = static_cast<float>(common + PortableLog(finalise.total));
+  *sink_mass = static_cast<float>(sinks / finalise.total);
 }
 
 absl::Status MergingStep::CheckCancelled() const {

@@ -17,14 +17,12 @@
 #include "base/parallel.h"
 #include "kernels/backend.h"
 #include "kernels/merge_kernels.h"
+#include "kernels/seen_pages.h"
 
 namespace eduba {
 
 // INVALID_ARGUMENT naming the first thing in `args` that contradicts backend.h.
 absl::Status ValidateStep(const StepArgs& args);
-
-// The rows of page `page` that a row with `visible` sees, as local rows.
-PositionRange RowsInPage(PositionRange visible, int64_t page);
 
 // 2^power, exact, for the powers that value exponents and fraction bits can make.
 double PowerOfTwo(int power);
@@ -42,7 +40,7 @@ inline float LogMagnitude(float m, float o) {
 }
 
 // The half of a step that is the same in every backend that computes on the host: sinks, the choice of path,
-// and the fold, in double. A backend derives from it and brings the pages (its partials). One that does these
+// and the finalise, in double. A backend derives from it and brings the pages (its partials). One that does these
 // three on a device overrides SinkSums, SelectForMaximum and Finish, and leaves the rest to it.
 class MergingStep : public AttentionStep {
  public:
@@ -117,24 +115,22 @@ class MergingStep : public AttentionStep {
 
   int64_t row_heads() const { return args_.row_heads(); }
   int64_t words_per_target() const { return args_.words_per_row_head(); }
-  // The pages that some row sees, in the order of args.pages.
-  std::vector<PageRef> SeenPages() const;
-
   // The exponent of a channel in the sink path's units.
   int Exponent(int64_t kv_head, int channel) const;
   // Of every row and head: whether it takes the maximum path.
   void Select(absl::Span<const char> takes_maximum);
-  // What Finish answers before there is anything to fold, if that is an error. `sinks_finite`: all token
+  // What Finish answers before there is anything to finalise, if that is an error. `sinks_finite`: all token
   // sinks' keys and values that some row sees are.
   absl::Status CheckSums(bool sinks_finite);
 
   const StepArgs args_;
   ThreadPool& pool_;
   const std::vector<PositionRange> visible_;  // args_.visible without positions that do not exist.
-  int64_t sink_tokens_ = 0;                   // Token sinks that some row sees.
-  bool fault_somewhere_ = false;              // Some rank met one.
-  std::vector<int64_t> selected_;             // row_heads on the maximum path, ascending
-  absl::Span<int64_t> maximum_sums_;          // [selected, words], the caller's; empty before MaximumSums
+  const SeenPages seen_;
+  int64_t sink_tokens_ = 0;           // Token sinks that some row sees.
+  bool fault_somewhere_ = false;      // Some rank met one.
+  std::vector<int64_t> selected_;     // row_heads on the maximum path, ascending
+  absl::Span<int64_t> maximum_sums_;  // [selected, words], the caller's; empty before MaximumSums
 
  private:
   struct Fault {
@@ -150,10 +146,9 @@ class MergingStep : public AttentionStep {
   };
 
   absl::Status LoadSinks();
-  // Positions that some row sees, as ranges that neither touch nor overlap, ascending.
-  std::vector<PositionRange> SeenRanges() const;
-  int64_t CountBytes() const;
-  int64_t KvHead(int64_t row_head) const { return row_head % args_.shape.query_heads / args_.shape.group(); }
+  int64_t KvHead(int64_t row_head) const {
+    return row_head % args_.shape.query_heads / args_.shape.gqa_group();
+  }
   // Whether the sums' rounding is too small to be seen in the row's output.
   bool IsPrecise(int64_t row_head, absl::Span<const int64_t> words) const;
   // Fraction bits of O on the maximum path.

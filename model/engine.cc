@@ -78,7 +78,7 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t s
   shape.query_heads = config.query_heads;
   shape.kv_heads = config.kv_heads;
   shape.head_dim = shape.value_dim = config.head_dim;
-  shape.dtype = options_.kv_dtype;
+  shape.key_dtype = shape.value_dtype = options_.kv_dtype;
   shape.scale = config.attention_scale;
   shape.softcap = config.attention_softcap;
   std::vector<LayerView> append_views;

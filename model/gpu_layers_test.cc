@@ -166,7 +166,7 @@ class Waits final : public LayerKernels {
   void Activate(const ActivationArgs& args) override { kernels_->Activate(args); }
   void Softcap(const SoftcapArgs& args) override { kernels_->Softcap(args); }
   void Add(const AddArgs& args) override { kernels_->Add(args); }
-  void Find(const FindArgs& args) override { kernels_->Find(args); }
+  void FlagNonFinite(const NonFiniteArgs& args) override { kernels_->FlagNonFinite(args); }
 
  private:
   const std::unique_ptr<LayerKernels> kernels_;

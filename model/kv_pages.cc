@@ -102,18 +102,19 @@ void KvPages::TakeBack(int layer, absl::Span<const int64_t> indices, SparePages&
 }
 
 int64_t KvPages::key_bytes() const {
-  return int64_t{shape_.kv_heads} * shape_.head_dim * static_cast<int64_t>(DTypeBytes(shape_.dtype));
+  return int64_t{shape_.kv_heads} * shape_.head_dim * static_cast<int64_t>(DTypeBytes(shape_.key_dtype));
 }
 
 int64_t KvPages::value_bytes() const {
-  return int64_t{shape_.kv_heads} * shape_.value_dim * static_cast<int64_t>(DTypeBytes(shape_.dtype));
+  return int64_t{shape_.kv_heads} * shape_.value_dim * static_cast<int64_t>(DTypeBytes(shape_.value_dtype));
 }
 
 StoredRows KvPages::Round(int64_t rows, const float* keys, const float* values) const {
-  const auto element = static_cast<int64_t>(DTypeBytes(shape_.dtype));
   StoredRows stored{rows, std::vector<char>(rows * key_bytes()), std::vector<char>(rows * value_bytes())};
-  ConvertElements(keys, DType::kF32, stored.keys.data(), shape_.dtype, rows * key_bytes() / element);
-  ConvertElements(values, DType::kF32, stored.values.data(), shape_.dtype, rows * value_bytes() / element);
+  ConvertElements(keys, DType::kF32, stored.keys.data(), shape_.key_dtype,
+                  rows * shape_.kv_heads * shape_.head_dim);
+  ConvertElements(values, DType::kF32, stored.values.data(), shape_.value_dtype,
+                  rows * shape_.kv_heads * shape_.value_dim);
   return stored;
 }
 

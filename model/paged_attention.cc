@@ -101,6 +101,8 @@ PagedAttention::Part PagedAttention::MakePart(const LayerRows& rows, size_t cont
   } else {
     args.pages = own.pages->Pages(rows.layer, seen);
   }
+  part.lists = OwnedPageLists(static_cast<int64_t>(args.pages.size()), count);
+  args.lists = part.lists.view();
   args.sink_pages = own.pages->Pages(rows.layer, {0, std::min(view.sink_tokens, length)});
   args.visible_sinks = part.visible_sinks;
   args.exponents = model_->value_exponents(rows.layer);

@@ -10,6 +10,7 @@
 #include "attention/visibility.h"
 #include "collective/communicator.h"
 #include "kernels/backend.h"
+#include "kernels/page_lists.h"
 #include "model/kv_pages.h"
 #include "model/layer_attention.h"
 #include "model/transformer.h"
@@ -84,6 +85,7 @@ class PagedAttention final : public LayerAttention {
     std::vector<PositionRange> visible;
     std::vector<int32_t> visible_sinks;
     std::vector<PageRef> owned;
+    OwnedPageLists lists;
   };
 
   bool IsAnsweredHere(int owner) const { return owner < 0 || owner == communicator_->rank(); }

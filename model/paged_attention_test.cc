@@ -59,7 +59,7 @@ struct OneLayer {
       Transformer::Create(random.config, random.weights, kernels.get()).value();
   const int head_dim = random.config.head_dim;
   const AttentionShape shape = {
-      random.config.query_heads, random.config.kv_heads, head_dim, head_dim, DType::kF32, 1, 0};
+      random.config.query_heads, random.config.kv_heads, head_dim, head_dim, DType::kF32, DType::kF32, 1, 0};
 };
 
 // Too little to show in fp32 on a small problem, and yet part of the promise: units come from the row's own

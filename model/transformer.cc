@@ -57,7 +57,7 @@ std::vector<QkvPart> QkvParts(const ModelConfig& config, const LayerWeights& lay
   return parts;
 }
 
-// In front of numbers that a host looks at: what LayerKernels::Find says of them, so that one copy brings
+// In front of numbers that a host looks at: what LayerKernels::FlagNonFinite says of them, so that one copy brings
 // both. As many as keep what follows aligned.
 constexpr int64_t kHeader = 64;
 
@@ -329,7 +329,7 @@ absl::StatusOr<LayerRows> Transformer::BeforeAttention(int index, const RowAngle
     end += rows * query_row;
   }
   // What attention is given must be finite; what overflowed is an error here, and never becomes a number.
-  kernels_->Find({end - kHeader, to + kHeader, to});
+  kernels_->FlagNonFinite({end - kHeader, to + kHeader, to});
   projected_.Fetch(0, end);
   EDUBA_RETURN_IF_ERROR(kernels_->Wait());
   is_attended_queued_ = false;
@@ -381,7 +381,7 @@ absl::Status Transformer::FinalNorm(int64_t first, int64_t rows, const LayerFloa
   const int64_t width = config_.hidden_size;
   float* const states = hidden.data() + first * width;
   Normalise(final_norm_, config_.norm, rows, states, states);
-  kernels_->Find({rows * width, states, projected_.data()});
+  kernels_->FlagNonFinite({rows * width, states, projected_.data()});
   hidden.Fetch(first * width, rows * width);
   projected_.Fetch(0, 1);
   EDUBA_RETURN_IF_ERROR(kernels_->Wait());
@@ -398,7 +398,7 @@ absl::StatusOr<absl::Span<const float>> Transformer::Logits(const float* hidden,
   states_.Send(0, rows * width);
   float* const logits = logits_.data() + kHeader;
   Multiply(head_, rows, states_.data(), logits);
-  kernels_->Find({count, logits, logits_.data()});
+  kernels_->FlagNonFinite({count, logits, logits_.data()});
   if (config_.logit_softcap > 0) kernels_->Softcap({count, logits, config_.logit_softcap});
   logits_.Fetch(0, kHeader + count);
   EDUBA_RETURN_IF_ERROR(kernels_->Wait());

@@ -157,7 +157,7 @@ class Transformer {
   RowAngles angles_;
   LayerFloats normed_, qkv_, mapped_, up_, activated_;
   LayerFloats
-      projected_;  // kHeader floats, of which the first is Find's; queries, keys, values, sink queries.
+      projected_;  // kHeader floats, of which the first is FlagNonFinite's; queries, keys, values, sink queries.
   LayerFloats attended_;
   bool is_attended_queued_ = false;  // Its copy may be under way.
   LayerFloats states_;               // Whose logits are asked for.

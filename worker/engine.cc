@@ -33,7 +33,8 @@ absl::StatusOr<SequenceSpec> SequenceSpecOf(const v1::SessionSpec& given) {
   result.shape.kv_heads = spec.kv_heads();
   result.shape.head_dim = spec.head_dim();
   result.shape.value_dim = spec.value_dim();
-  EDUBA_ASSIGN_OR_RETURN(result.shape.dtype, DTypeFromProto(spec.dtype()));
+  EDUBA_ASSIGN_OR_RETURN(result.shape.key_dtype, DTypeFromProto(spec.dtype()));
+  result.shape.value_dtype = result.shape.key_dtype;
   result.shape.scale = spec.scale();
   result.shape.softcap = spec.softcap();
   result.layers = spec.layers();

@@ -62,7 +62,7 @@ AttentionShape ShapeOf(const Case& c) {
   shape.kv_heads = kKvHeads;
   shape.query_heads = kKvHeads * c.group;
   shape.head_dim = shape.value_dim = c.head_dim;
-  shape.dtype = DType::kBf16;
+  shape.key_dtype = shape.value_dtype = DType::kBf16;
   shape.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
   return shape;
 }

@@ -13,6 +13,7 @@
 #include "base/parallel.h"
 #include "base/status_macros.h"
 #include "kernels/backend.h"
+#include "kernels/page_lists.h"
 
 // What the benchmarks of all backends measure.
 namespace eduba {
@@ -24,7 +25,7 @@ inline absl::Status AttendOnce(Backend& backend, const StepArgs& args, std::vect
   EDUBA_RETURN_IF_ERROR(step->Attend());
   if (QueuedStep* const queued = step->queued(); args.has_sinks() && queued != nullptr) {
     EDUBA_RETURN_IF_ERROR(queued->QueueSums(nullptr));
-    EDUBA_RETURN_IF_ERROR(queued->QueueFold());
+    EDUBA_RETURN_IF_ERROR(queued->QueueFinalise());
   } else if (args.has_sinks()) {
     sink_words.resize(args.row_heads() * args.words_per_row_head());
     EDUBA_RETURN_IF_ERROR(step->SinkSums(absl::MakeSpan(sink_words)));
@@ -62,19 +63,21 @@ class AttendProblem {
     queries_.resize(static_cast<size_t>(rows) * shape.query_heads * shape.head_dim);
     for (float& x : queries_) {
       x = normal(random);
-      if (has_16_bit_queries) x = RoundedTo(shape.dtype, x);
+      if (has_16_bit_queries) x = RoundedTo(shape.key_dtype, x);
     }
-    const auto stored = [&](int64_t count, int16_t* exponent) {
-      std::vector<char> bytes(count * DTypeBytes(shape.dtype));
+    const auto stored = [&](DType dtype, int64_t count, int16_t* exponent) {
+      std::vector<char> bytes(count * DTypeBytes(dtype));
       for (int64_t i = 0; i < count; ++i) {
-        StoreElement(bytes.data(), shape.dtype, i, std::clamp(normal(random), -4.0F, 4.0F));
+        StoreElement(bytes.data(), dtype, i, std::clamp(normal(random), -4.0F, 4.0F));
       }
       *exponent = 2;
       return bytes;
     };
     int16_t exponent = 0;
-    const std::vector<char> keys = stored(int64_t{kPageRows} * shape.kv_heads * shape.head_dim, &exponent);
-    const std::vector<char> values = stored(int64_t{kPageRows} * shape.kv_heads * shape.value_dim, &exponent);
+    const std::vector<char> keys =
+        stored(shape.key_dtype, int64_t{kPageRows} * shape.kv_heads * shape.head_dim, &exponent);
+    const std::vector<char> values =
+        stored(shape.value_dtype, int64_t{kPageRows} * shape.kv_heads * shape.value_dim, &exponent);
     exponents_.assign(static_cast<size_t>(shape.kv_heads) * shape.value_dim, exponent);
     pool.ParallelFor(pages, [&](int64_t p, int) {
       backend
@@ -87,6 +90,8 @@ class AttendProblem {
     args_.queries = queries_.data();
     args_.visible = visible_;
     args_.pages = refs_;
+    lists_ = OwnedPageLists(pages, rows);
+    args_.lists = lists_.view();
     args_.sink_logits = sink_logits_;
     args_.exponents = exponents_;
     args_.positions = pages * kPageRows;
@@ -114,6 +119,7 @@ class AttendProblem {
   std::vector<float> sink_logits_;
   std::vector<int16_t> exponents_;
   std::vector<PageRef> refs_;
+  OwnedPageLists lists_;
   StepArgs args_;
 };
 

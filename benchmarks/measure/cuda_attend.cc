@@ -79,7 +79,7 @@ AttentionShape ShapeOf(const Case& c) {
   shape.kv_heads = kKvHeads;
   shape.query_heads = kKvHeads * c.group;
   shape.head_dim = shape.value_dim = kHeadDim;
-  shape.dtype = c.dtype;
+  shape.key_dtype = shape.value_dtype = c.dtype;
   shape.scale = 1 / std::sqrt(static_cast<float>(kHeadDim));
   return shape;
 }

@@ -18,6 +18,7 @@
 #include "kernels/cpu/page_layout.h"
 #include "kernels/cpu/page_sums.h"
 #include "kernels/merging_step.h"
+#include "kernels/page_header.h"
 
 namespace eduba {
 namespace {
@@ -61,13 +62,12 @@ class CpuStep final : public MergingStep {
       : MergingStep(args, workspace.pool),
         layout_(args.shape),
         kernels_(kernels),
-        score_dots_(args.shape.dtype == DType::kBf16 ? score_dots : nullptr),
+        score_dots_(args.shape.key_dtype == DType::kBf16 ? score_dots : nullptr),
         workspace_(workspace),
-        group_(args.shape.group()),
-        rows_per_block_(std::clamp(kMaxPageQueries / group_, 1, args.rows)) {
-    pages_ = SeenPages();
+        gqa_group_(args.shape.gqa_group()),
+        rows_per_block_(std::clamp(kMaxPageQueries / gqa_group_, 1, args.rows)) {
     row_blocks_ = (args.rows + rows_per_block_ - 1) / rows_per_block_;
-    unit_queries_ = int64_t{rows_per_block_} * group_;
+    unit_queries_ = int64_t{rows_per_block_} * gqa_group_;
     if (score_dots_ != nullptr) {
       query_pairs_.resize(row_heads() * QueryPairs());
       const RoundToPairsFunction round = RoundQueries();
@@ -134,12 +134,12 @@ class CpuStep final : public MergingStep {
   absl::Status ReadSinks(int64_t tokens, float* keys, float* values) override {
     const auto read = [this](const void* page, int row, int kv_head, float* key, float* value) {
       const char* base = static_cast<const char*>(page);
-      const DType dtype = args_.shape.dtype;
+      const AttentionShape& shape = args_.shape;
       for (int d = 0; d < layout_.head_dim; ++d) {
-        key[d] = LoadElement(base + layout_.keys(kv_head), dtype, layout_.key(row, d));
+        key[d] = LoadElement(base + layout_.keys(kv_head), shape.key_dtype, layout_.key(row, d));
       }
       for (int c = 0; c < layout_.value_dim; ++c) {
-        value[c] = LoadElement(base + layout_.values(kv_head), dtype, layout_.value(row, c));
+        value[c] = LoadElement(base + layout_.values(kv_head), shape.value_dtype, layout_.value(row, c));
       }
     };
     ReadSinksWith(tokens, keys, values, read);
@@ -197,21 +197,20 @@ class CpuStep final : public MergingStep {
   using RowHeads = std::vector<int64_t>;
 
   int64_t QueryPairs() const { return (layout_.head_dim + 1) / 2; }
-  int64_t pages() const { return static_cast<int64_t>(pages_.size()); }
+  int64_t pages() const { return static_cast<int64_t>(seen_.pages().size()); }
   int64_t units() const { return pages() * layout_.kv_heads * row_blocks_; }
   // One block of rows reads every page once, best in the order of memory. Of several, each takes all pages
   // before the next: what pages add to a row is summed while it is in the first cache, and the pages of a KV
   // head stay in the second.
   bool IsByPage() const { return row_blocks_ == 1; }
-  const PageRef& PageOfUnit(int64_t unit) const {
-    return pages_[IsByPage() ? unit / layout_.kv_heads : unit % pages()];
-  }
+  int64_t SlotOfUnit(int64_t unit) const { return IsByPage() ? unit / layout_.kv_heads : unit % pages(); }
+  const PageRef& PageOfUnit(int64_t unit) const { return seen_.pages()[SlotOfUnit(unit)]; }
   int64_t BlockOfUnit(int64_t unit) const { return IsByPage() ? 0 : unit / pages() % row_blocks_; }
   int64_t KvHeadOfUnit(int64_t unit) const {
     return IsByPage() ? unit % layout_.kv_heads : unit / pages() / row_blocks_;
   }
   int64_t QueriesOfUnit(int64_t unit) const {
-    return std::min<int64_t>(rows_per_block_, args_.rows - BlockOfUnit(unit) * rows_per_block_) * group_;
+    return std::min<int64_t>(rows_per_block_, args_.rows - BlockOfUnit(unit) * rows_per_block_) * gqa_group_;
   }
   const char* KeysOfUnit(int64_t unit) const {
     return static_cast<const char*>(PageOfUnit(unit).data) + layout_.keys(KvHeadOfUnit(unit));
@@ -270,8 +269,8 @@ class CpuStep final : public MergingStep {
     const int64_t end_row = std::min<int64_t>(first_row + rows_per_block_, args_.rows);
     int64_t query = 0;
     for (int64_t row = first_row; row < end_row; ++row) {
-      for (int g = 0; g < group_; ++g, ++query) {
-        body(query, row * args_.shape.query_heads + KvHeadOfUnit(unit) * group_ + g);
+      for (int g = 0; g < gqa_group_; ++g, ++query) {
+        body(query, row * args_.shape.query_heads + KvHeadOfUnit(unit) * gqa_group_ + g);
       }
     }
   }
@@ -295,12 +294,14 @@ class CpuStep final : public MergingStep {
     float* m = PartialMemory(unit, thread);
     float* l = m + unit_queries_;
     float* o = l + unit_queries_;
-    const PageRef& page = PageOfUnit(unit);
+    const int64_t slot = SlotOfUnit(unit);
     const AttentionShape& shape = args_.shape;
     auto* const scratch = static_cast<float*>(workspace_.page_scratch[thread].data());
 
     PageQueries call;
-    call.dtype = shape.dtype;
+    call.key_dtype = shape.key_dtype;
+    call.value_dtype = shape.value_dtype;
+    call.live = seen_.pages()[slot].live;
     call.keys = KeysOfUnit(unit);
     call.values = static_cast<const char*>(call.keys) + layout_.key_bytes();
     if (const int64_t next = unit + 1; next < units()) {
@@ -315,13 +316,13 @@ class CpuStep final : public MergingStep {
     ForEachQuery(unit, [&](int64_t query, int64_t row_head) {
       m[query] = -kInfinity;
       l[query] = 0;
-      const PositionRange rows = RowsInPage(visible_[row_head / shape.query_heads], page.index);
+      const PageRows rows = seen_.RowsOf(row_head / shape.query_heads, slot);
       if (rows.empty()) return;
       const int i = call.queries++;
       call.query[i] = args_.queries + row_head * shape.head_dim;
       if (score_dots_ != nullptr) call.rounded[i] = &query_pairs_[row_head * QueryPairs()];
-      call.begin[i] = static_cast<int>(rows.begin);
-      call.end[i] = static_cast<int>(rows.end);
+      call.begin[i] = rows.begin;
+      call.end[i] = rows.end;
       call.m[i] = m + query;
       call.l[i] = l + query;
       call.o[i] = o + query * layout_.value_pitch;
@@ -349,11 +350,10 @@ class CpuStep final : public MergingStep {
   const PageKernels& kernels_;
   const ScoreDotFunction* const score_dots_;  // With rounded queries; or null.
   Workspace& workspace_;
-  const int group_;
+  const int gqa_group_;
   const int rows_per_block_;
   int64_t row_blocks_ = 0;
   int64_t unit_queries_ = 0;
-  std::vector<PageRef> pages_;         // Those that some row sees.
   std::vector<Bf16Pair> query_pairs_;  // [row_heads, QueryPairs()] where score_dots_.
   // [units] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]; null: not kept.
   float* kept_ = nullptr;
@@ -399,24 +399,34 @@ class CpuBackend final : public Backend {
 
   int64_t PageBytes(const AttentionShape& shape) const override { return CpuPageLayout(shape).page_bytes(); }
 
+  absl::Status ResetPage(void* page) override {
+    ResetHeader(page);
+    return absl::OkStatus();
+  }
+  absl::Status SealPage(const AttentionShape& /*shape*/, void* page) override {
+    SealHeader(page);
+    return absl::OkStatus();
+  }
+
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
+    CheckWritable(page);
     const CpuPageLayout layout(shape);
     char* base = static_cast<char*>(page);
     const int64_t key_stride = layout.kv_heads * layout.head_dim;
     for (int64_t head = 0; head < layout.kv_heads; ++head) {
-      if (layout.element == 4) {
+      if (layout.key_element == 4) {
         WriteKeys(layout, reinterpret_cast<uint32_t*>(base + layout.keys(head)), row, rows,
                   static_cast<const uint32_t*>(keys) + head * layout.head_dim, key_stride);
       } else {
         WriteKeys(layout, reinterpret_cast<uint16_t*>(base + layout.keys(head)), row, rows,
                   static_cast<const uint16_t*>(keys) + head * layout.head_dim, key_stride);
       }
-      const int64_t used = layout.value_dim * layout.element;
+      const int64_t used = layout.value_dim * layout.value_element;
       for (int i = 0; i < rows; ++i) {
-        char* to = base + layout.values(head) + layout.value(row + i, 0) * layout.element;
+        char* to = base + layout.values(head) + layout.value(row + i, 0) * layout.value_element;
         std::memcpy(to, static_cast<const char*>(values) + (i * layout.kv_heads + head) * used, used);
-        std::memset(to + used, 0, (layout.value_pitch - layout.value_dim) * layout.element);
+        std::memset(to + used, 0, (layout.value_pitch - layout.value_dim) * layout.value_element);
       }
     }
     return absl::OkStatus();
@@ -426,16 +436,17 @@ class CpuBackend final : public Backend {
                         void* values) override {
     const CpuPageLayout layout(shape);
     const auto* base = static_cast<const char*>(page);
-    const int64_t used = layout.value_dim * layout.element;
+    const int64_t used = layout.value_dim * layout.value_element;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t head = 0; head < layout.kv_heads; ++head) {
         const int64_t to = i * layout.kv_heads + head;
         for (int64_t d = 0; d < layout.head_dim; ++d) {
-          std::memcpy(static_cast<char*>(keys) + (to * layout.head_dim + d) * layout.element,
-                      base + layout.keys(head) + layout.key(row + i, d) * layout.element, layout.element);
+          std::memcpy(static_cast<char*>(keys) + (to * layout.head_dim + d) * layout.key_element,
+                      base + layout.keys(head) + layout.key(row + i, d) * layout.key_element,
+                      layout.key_element);
         }
         std::memcpy(static_cast<char*>(values) + to * used,
-                    base + layout.values(head) + layout.value(row + i, 0) * layout.element, used);
+                    base + layout.values(head) + layout.value(row + i, 0) * layout.value_element, used);
       }
     }
     return absl::OkStatus();
@@ -443,6 +454,7 @@ class CpuBackend final : public Backend {
 
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     std::memcpy(to, from, CpuPageLayout(shape).page_bytes());
+    UnsealCopy(to);
     return absl::OkStatus();
   }
 

@@ -31,7 +31,7 @@ HWY_INLINE V Inverse(D d, V unit) {
 }
 
 template <class D>
-HWY_INLINE void FoldPart(D d, const FoldCall& call, int c) {
+HWY_INLINE void FinalisePart(D d, const FinaliseCall& call, int c) {
   const hn::RebindToSigned<D> di;
   const hn::Rebind<float, D> df;
   auto sum = hn::Zero(d);
@@ -47,10 +47,10 @@ HWY_INLINE void FoldPart(D d, const FoldCall& call, int c) {
   hn::StoreU(hn::DemoteTo(df, hn::Div(sum, hn::Set(d, call.total))), df, call.out + c);
 }
 
-void Fold(const FoldCall& call) {
+void Finalise(const FinaliseCall& call) {
   int c = 0;
-  for (; c + kLanes <= call.count; c += kLanes) FoldPart(DD(), call, c);
-  for (; c < call.count; ++c) FoldPart(DOne(), call, c);
+  for (; c + kLanes <= call.count; c += kLanes) FinalisePart(DD(), call, c);
+  for (; c < call.count; ++c) FinalisePart(DOne(), call, c);
 }
 
 double SumSquares(const int64_t* words, const double* units, int count) {
@@ -117,7 +117,7 @@ void MaximumUnits(float m, const float* magnitudes, int count, int fraction_bits
   for (; c < count; ++c) UnitsPart(DOne(), m, magnitudes + c, fraction_bits, least, most + c, units + c);
 }
 
-MergeKernels Functions() { return {Fold, SumSquares, MaximumUnits}; }
+MergeKernels Functions() { return {Finalise, SumSquares, MaximumUnits}; }
 
 }  // namespace
 }  // namespace eduba::HWY_NAMESPACE

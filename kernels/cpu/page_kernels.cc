@@ -18,6 +18,7 @@
 #include "kernels/cpu/page_layout.h"
 #include "kernels/cpu/simd_math-inl.h"
 #include "kernels/portable_math.h"
+#include "kernels/row_set.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace eduba::HWY_NAMESPACE {
@@ -411,110 +412,161 @@ struct Tile {
   int count;
   int begin;  // Rows [begin, end) hold everything that one of them sees.
   int end;
+  RowSet seen;  // By one of them.
 };
 
-// From dot products to weights, in place, and from them to m and l, for a tile's queries: rows that are
-// visible, and with 0 the tile's others in multiples of 16. A query's `finite` is false when one of its
-// visible logits is not finite. Asks for fetch_lines for each query.
-template <bool kCapped, bool kLow>
-void Softmax(const PageQueries& page, const Tile& tile, float* HWY_RESTRICT scores, Fetch& fetch,
-             int64_t fetch_lines, bool* finite) {
+// The live mask of a page as SIMD code reads it.
+class LiveLanes {
+ public:
+  explicit LiveLanes(const uint64_t* live) : is_masked_(live != nullptr) {
+    for (int row = 0; is_masked_ && row < kPageRows; ++row) lanes_[row] = IsLive(live, row) ? 1.0F : 0.0F;
+  }
+  bool is_masked() const { return is_masked_; }
+  // 1 for each live row, else 0. REQUIRES: is_masked().
+  const float* lanes() const { return lanes_; }
+
+ private:
+  const bool is_masked_;
+  alignas(64) float lanes_[kPageRows];
+};
+
+// Which rows of the groups of 16 a query sees.
+class VisibleRows {
+ public:
+  VisibleRows(const PageQueries& page, const LiveLanes& live, int q)
+      : live_(live),
+        begin_(page.begin[q]),
+        end_(page.end[q]),
+        whole_end_(live.is_masked() ? 0 : page.end[q]) {}
+
+  // The groups that hold a visible row begin in [first(), stop()).
+  int first() const { return begin_ / kSumLanes * kSumLanes; }
+  int stop() const { return (end_ + kSumLanes - 1) / kSumLanes * kSumLanes; }
+  // Whether all rows of a group are known to be visible. If not, Mask says which are.
+  bool IsWhole(int group) const { return group >= begin_ && group + kSumLanes <= whole_end_; }
+  HWY_INLINE auto Mask(DF d, int at) const {
+    const VF lane = hn::Iota(d, static_cast<float>(at));
+    const auto mask = hn::And(hn::Ge(lane, hn::Set(d, static_cast<float>(begin_))),
+                              hn::Lt(lane, hn::Set(d, static_cast<float>(end_))));
+    if (!live_.is_masked()) return mask;
+    return hn::And(mask, hn::Gt(hn::LoadU(d, live_.lanes() + at), hn::Zero(d)));
+  }
+
+ private:
+  const LiveLanes& live_;
+  const int begin_;
+  const int end_;
+  const int whole_end_;
+};
+
+// The first half of a query's softmax: its largest visible logit. With a cap, the logits replace the dot
+// products in `row`. `finite` is false when a visible logit is not.
+template <bool kCapped>
+float LargestLogit(const PageQueries& page, const VisibleRows& visible, float* HWY_RESTRICT row,
+                   bool* finite) {
   const DF d;
   constexpr int kVectors = kSumLanes / kLanes;
   const VF scale = hn::Set(d, page.scale);
   const VF softcap = hn::Set(d, page.softcap);
   const VF infinity = hn::Set(d, std::numeric_limits<float>::infinity());
-  const auto visible = [&](int q, int at) HWY_ATTR {
-    const VF lane = hn::Iota(d, static_cast<float>(at));
-    return hn::And(hn::Ge(lane, hn::Set(d, static_cast<float>(page.begin[q]))),
-                   hn::Lt(lane, hn::Set(d, static_cast<float>(page.end[q]))));
-  };
-  // Groups of 16 rows that are visible as a whole, and one on either side that may be so in part.
-  const auto is_whole = [&](int q, int group) {
-    return group >= page.begin[q] && group + kSumLanes <= page.end[q];
-  };
-  const auto round_down = [](int row) { return row / kSumLanes * kSumLanes; };
-  const auto round_up = [](int row) { return (row + kSumLanes - 1) / kSumLanes * kSumLanes; };
+  VF high = hn::Neg(infinity);
+  VF low = infinity;
+  const int stop = visible.stop();
+  for (int group = visible.first(); group < stop; group += kSumLanes) {
+    const bool whole = visible.IsWhole(group);
+    HWY_UNROLL(kVectors)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = group + v * kLanes;
+      const VF dot = hn::LoadU(d, row + at);
+      VF x;
+      if constexpr (kCapped) {
+        x = Capped(d, dot, scale, softcap);
+        hn::StoreU(x, d, row + at);
+      } else {
+        x = hn::Mul(dot, scale);
+      }
+      if (whole) {
+        high = hn::Max(high, x);
+        low = hn::Min(low, x);
+      } else {
+        const auto mask = visible.Mask(d, at);
+        high = hn::Max(high, hn::IfThenElse(mask, x, hn::Neg(infinity)));
+        low = hn::Min(low, hn::IfThenElse(mask, x, infinity));
+      }
+    }
+  }
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, high));
+  const float smallest = hn::GetLane(hn::MinOfLanes(d, low));
+  *finite = largest <= std::numeric_limits<float>::max() && smallest >= std::numeric_limits<float>::lowest();
+  return largest;
+}
 
-  // The largest logits; with a cap, the logits replace the dot products. First for all queries, so that none
-  // waits for the comparisons across lanes.
+// The second half: weights exp(logit - largest) in place, 0 where a row is not visible. Returns their sum l.
+template <bool kCapped, bool kLow>
+float WeightsFrom(const PageQueries& page, const VisibleRows& visible, float largest,
+                  float* HWY_RESTRICT row) {
+  const DF d;
+  constexpr int kVectors = kSumLanes / kLanes;
+  const VF scale = hn::Set(d, page.scale);
+  const VF minus_largest = hn::Set(d, -largest);
+  const bool is_fused = std::abs(largest) <= kFusedLogitMax;
+  VF sum[kVectors];
+  for (auto& vector : sum) vector = hn::Zero(d);
+  const int stop = visible.stop();
+  for (int group = visible.first(); group < stop; group += kSumLanes) {
+    const bool whole = visible.IsWhole(group);
+    HWY_UNROLL(kVectors)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = group + v * kLanes;
+      const VF x = hn::LoadU(d, row + at);
+      // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
+      VF y;
+      if (kCapped) {
+        y = hn::Add(x, minus_largest);
+      } else if (is_fused) {
+        y = hn::MulAdd(x, scale, minus_largest);
+        if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, row + kLowOffset + at), scale, y);
+      } else {
+        y = hn::Add(hn::Mul(x, scale), minus_largest);
+      }
+      VF p = Exp(d, y);
+      if (!whole) p = hn::IfThenElseZero(visible.Mask(d, at), p);
+      sum[v] = hn::Add(sum[v], p);
+      hn::StoreU(p, d, row + at);
+    }
+  }
+  for (int width = kVectors / 2; width > 0; width /= 2) {
+    for (int v = 0; v < width; ++v) sum[v] = hn::Add(sum[v], sum[v + width]);
+  }
+  return HalvedSum(d, sum[0]);
+}
+
+// From dot products to weights, in place, and from them to m and l, for a tile's queries: rows that are
+// visible, and with 0 the tile's others in multiples of 16. A query's `finite` is false when one of its
+// visible logits is not finite. Asks for fetch_lines for each query.
+template <bool kCapped, bool kLow>
+void Softmax(const PageQueries& page, const LiveLanes& live, const Tile& tile, float* HWY_RESTRICT scores,
+             Fetch& fetch, int64_t fetch_lines, bool* finite) {
+  // First the largest logits of all queries, so that none waits for the comparisons across lanes.
   float largest[kMaxTile];
   for (int i = 0; i < tile.count; ++i) {
     const int q = tile.first + i;
-    float* HWY_RESTRICT row = scores + q * kScorePitch;
     fetch.Lines(fetch_lines - fetch_lines / 2);
-    VF high = hn::Neg(infinity);
-    VF low = infinity;
-    const int stop = round_up(page.end[q]);
-    for (int group = round_down(page.begin[q]); group < stop; group += kSumLanes) {
-      const bool whole = is_whole(q, group);
-      HWY_UNROLL(kVectors)
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = group + v * kLanes;
-        const VF dot = hn::LoadU(d, row + at);
-        VF x;
-        if constexpr (kCapped) {
-          x = Capped(d, dot, scale, softcap);
-          hn::StoreU(x, d, row + at);
-        } else {
-          x = hn::Mul(dot, scale);
-        }
-        if (whole) {
-          high = hn::Max(high, x);
-          low = hn::Min(low, x);
-        } else {
-          const auto mask = visible(q, at);
-          high = hn::Max(high, hn::IfThenElse(mask, x, hn::Neg(infinity)));
-          low = hn::Min(low, hn::IfThenElse(mask, x, infinity));
-        }
-      }
-    }
-    largest[i] = hn::GetLane(hn::MaxOfLanes(d, high));
-    const float smallest = hn::GetLane(hn::MinOfLanes(d, low));
-    finite[q] =
-        largest[i] <= std::numeric_limits<float>::max() && smallest >= std::numeric_limits<float>::lowest();
+    largest[i] =
+        LargestLogit<kCapped>(page, VisibleRows(page, live, q), scores + q * kScorePitch, &finite[q]);
   }
-
+  const int tile_first = tile.begin / kSumLanes * kSumLanes;
+  const int tile_stop = (tile.end + kSumLanes - 1) / kSumLanes * kSumLanes;
   for (int i = 0; i < tile.count; ++i) {
     const int q = tile.first + i;
     float* HWY_RESTRICT row = scores + q * kScorePitch;
     fetch.Lines(fetch_lines / 2);
     if (!finite[q]) continue;
-    const VF minus_largest = hn::Set(d, -largest[i]);
-    const bool is_fused = std::abs(largest[i]) <= kFusedLogitMax;
-    VF sum[kVectors];
-    for (auto& vector : sum) vector = hn::Zero(d);
-    const int first = round_down(page.begin[q]);
-    const int stop = round_up(page.end[q]);
-    std::fill(row + round_down(tile.begin), row + first, 0.0F);
-    for (int group = first; group < stop; group += kSumLanes) {
-      const bool whole = is_whole(q, group);
-      HWY_UNROLL(kVectors)
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = group + v * kLanes;
-        const VF x = hn::LoadU(d, row + at);
-        // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-        VF y;
-        if (kCapped) {
-          y = hn::Add(x, minus_largest);
-        } else if (is_fused) {
-          y = hn::MulAdd(x, scale, minus_largest);
-          if constexpr (kLow) y = hn::MulAdd(hn::LoadU(d, row + kLowOffset + at), scale, y);
-        } else {
-          y = hn::Add(hn::Mul(x, scale), minus_largest);
-        }
-        VF p = Exp(d, y);
-        if (!whole) p = hn::IfThenElseZero(visible(q, at), p);
-        sum[v] = hn::Add(sum[v], p);
-        hn::StoreU(p, d, row + at);
-      }
-    }
-    std::fill(row + stop, row + round_up(tile.end), 0.0F);
-    for (int width = kVectors / 2; width > 0; width /= 2) {
-      for (int v = 0; v < width; ++v) sum[v] = hn::Add(sum[v], sum[v + width]);
-    }
+    const VisibleRows visible(page, live, q);
+    std::fill(row + tile_first, row + visible.first(), 0.0F);
     *page.m[q] = largest[i];
-    *page.l[q] = HalvedSum(d, sum[0]);
+    *page.l[q] = WeightsFrom<kCapped, kLow>(page, visible, largest[i], row);
+    std::fill(row + visible.stop(), row + tile_stop, 0.0F);
     finite[q] = *page.l[q] <= std::numeric_limits<float>::max();  // false for NaN
   }
 }
@@ -543,18 +595,30 @@ bool WriteTotals(const float* totals, int pitch, float* o) {
   return finite;
 }
 
-// The instantiations for 1 to kMaxTile queries.
 using ScoreFunction = void (*)(const void*, int, const float* const*, Fetch&, float*);
 using WeighFunction = void (*)(const void*, int, int, int, bool, bool, Fetch&, const float*, float*, float*);
+
+// The work that depends on the type of the keys.
+struct KeyWork {
+  int64_t element;             // Bytes.
+  const ScoreFunction* score;  // [kMaxTile]: ScoreBlock for 1 to kMaxTile queries.
+};
+// The work that depends on the type of the values.
+struct ValueWork {
+  int64_t element;             // Bytes.
+  const WeighFunction* weigh;  // [kMaxTile]: WeighRows for 1 to kMaxTile queries.
+  bool (*write_totals)(const float* totals, int pitch, float* o);
+};
+
 template <class Type, int... kCounts>
-ScoreFunction ScoreFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
+KeyWork KeyWorkOf(std::integer_sequence<int, kCounts...> /*counts*/) {
   static constexpr ScoreFunction kTable[] = {ScoreBlock<Type, kCounts + 1>...};
-  return kTable[queries - 1];
+  return {sizeof(typename Type::T), kTable};
 }
 template <class Type, int... kCounts>
-WeighFunction WeighFor(int queries, std::integer_sequence<int, kCounts...> /*counts*/) {
+ValueWork ValueWorkOf(std::integer_sequence<int, kCounts...> /*counts*/) {
   static constexpr WeighFunction kTable[] = {WeighRows<Type, kCounts + 1>...};
-  return kTable[queries - 1];
+  return {sizeof(typename Type::T), kTable, WriteTotals<Type>};
 }
 
 template <int... kCounts>
@@ -563,16 +627,33 @@ const ScoreDotFunction* ScoreDots(std::integer_sequence<int, kCounts...> /*count
   return kTable;
 }
 
-template <class Type>
-void AttendPageTyped(const PageQueries& page, float* scratch) {
+KeyWork KeyWorkFor(DType dtype) {
   constexpr auto kCounts = std::make_integer_sequence<int, kMaxTile>();
-  const int pitch = page.value_pitch;
-  float* scores = scratch;                                                       // [queries, 256]
-  float* sums = scores + kScorePlanes * int64_t{kMaxPageQueries} * kScorePitch;  // [queries, pitch]
-  float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;          // [queries, pitch]
-  std::fill_n(totals, static_cast<int64_t>(page.queries) * pitch, 0.0F);
+  switch (dtype) {
+    case DType::kBf16:
+      return KeyWorkOf<Bf16>(kCounts);
+    case DType::kF16:
+      return KeyWorkOf<F16>(kCounts);
+    case DType::kF32:
+      break;
+  }
+  return KeyWorkOf<F32>(kCounts);
+}
+ValueWork ValueWorkFor(DType dtype) {
+  constexpr auto kCounts = std::make_integer_sequence<int, kMaxTile>();
+  switch (dtype) {
+    case DType::kBf16:
+      return ValueWorkOf<Bf16>(kCounts);
+    case DType::kF16:
+      return ValueWorkOf<F16>(kCounts);
+    case DType::kF32:
+      break;
+  }
+  return ValueWorkOf<F32>(kCounts);
+}
 
-  Tile tiles[kMaxPageQueries];
+// Tiles of about the same size for all queries of a page. Returns their number.
+int MakeTiles(const PageQueries& page, Tile* tiles) {
   const int tile_count = (page.queries + kMaxTile - 1) / kMaxTile;
   for (int t = 0; t < tile_count; ++t) {
     Tile& tile = tiles[t];
@@ -580,110 +661,130 @@ void AttendPageTyped(const PageQueries& page, float* scratch) {
     tile.count = page.queries * (t + 1) / tile_count - tile.first;
     tile.begin = *std::min_element(page.begin + tile.first, page.begin + tile.first + tile.count);
     tile.end = *std::max_element(page.end + tile.first, page.end + tile.first + tile.count);
+    tile.seen = {};
+    for (int q = tile.first; q < tile.first + tile.count; ++q) tile.seen.Add(page.begin[q], page.end[q]);
+    if (page.live != nullptr) tile.seen.Keep(page.live);
   }
+  return tile_count;
+}
 
-  // One tile, the first, asks for what comes next.
-  const auto* const key_bytes = static_cast<const char*>(page.keys);
-  const int64_t own_keys =
-      int64_t{kPageRows} * page.head_dim * static_cast<int64_t>(sizeof(typename Type::T));
-  const int64_t own_values = int64_t{kPageRows} * pitch * static_cast<int64_t>(sizeof(typename Type::T));
-  // (Products by score_dots ask for the keys themselves.)
-  const int64_t asked = page.score_dots != nullptr ? own_keys : 0;
-  const int64_t to_ask = own_keys + own_values - asked;
-  const int64_t most_lines = to_ask / (8 * kLineBytes);
-  const int64_t softmax_lines = std::min(kSoftmaxLines * page.queries, most_lines) / page.queries;
-  const int64_t end_lines = std::min(kEndLines, most_lines);
-  Fetch fetch(key_bytes + page.ahead + asked, to_ask,
-              (softmax_lines * page.queries + end_lines) * kLineBytes);
-  Fetch nothing(key_bytes);
+// How many lines of the next page are asked for where nothing is read, and of how many bytes of it that is a
+// part.
+struct FetchPlan {
+  int64_t skipped;  // Bytes of the next page that are asked for elsewhere.
+  int64_t bytes;    // That are asked for here.
+  int64_t softmax_lines;
+  int64_t end_lines;
+};
+FetchPlan PlanFetch(const PageQueries& page, int64_t key_element, int64_t value_element) {
+  const int64_t keys = int64_t{kPageRows} * page.head_dim * key_element;
+  const int64_t values = int64_t{kPageRows} * page.value_pitch * value_element;
+  FetchPlan plan;
+  // Products by score_dots ask for the keys themselves.
+  plan.skipped = page.score_dots != nullptr ? keys : 0;
+  plan.bytes = keys + values - plan.skipped;
+  const int64_t most_lines = plan.bytes / (8 * kLineBytes);
+  plan.softmax_lines = std::min(kSoftmaxLines * page.queries, most_lines) / page.queries;
+  plan.end_lines = std::min(kEndLines, most_lines);
+  return plan;
+}
 
-  // Block by block, so that all tiles find a block in the first-level cache.
-  const auto score = [&](const auto& multiply) {
-    for (int begin = 0; begin < kPageRows; begin += kKeyBlockRows) {
-      const auto* keys =
-          static_cast<const typename Type::T*>(page.keys) + static_cast<int64_t>(begin) * page.head_dim;
-      for (int t = 0; t < tile_count; ++t) {
-        const Tile& tile = tiles[t];
-        if (begin + kKeyBlockRows <= tile.begin || begin >= tile.end) continue;
-        multiply(keys, tile, t, scores + tile.first * kScorePitch + begin);
-      }
-    }
-  };
-  if (page.score_dots != nullptr) {
-    const FlushedSubnormals flushed;
-    score([&](const void* keys, const Tile& tile, int t, float* to) {
-      page.score_dots[tile.count - 1](
-          {keys, page.head_dim, page.rounded + tile.first, t == 0 ? page.ahead : 0, to, kScorePitch});
-    });
-  } else {
-    score([&](const void* keys, const Tile& tile, int t, float* to) {
-      ScoreFor<Type>(tile.count, kCounts)(keys, page.head_dim, page.query + tile.first,
-                                          t == 0 ? fetch : nothing, to);
-    });
-  }
-
-  const bool low = page.score_dots == nullptr && page.head_dim > DotGroup(page.head_dim);
-  const auto softmax = page.softcap > 0 ? Softmax<true, false>
-                       : low            ? Softmax<false, true>
-                                        : Softmax<false, false>;
-  bool finite[kMaxPageQueries];
-  for (int t = 0; t < tile_count; ++t) softmax(page, tiles[t], scores, fetch, softmax_lines, finite);
-
-  // Values: segment by segment. Rows between two queries' ranges that none of the tile sees are left out:
-  // they may hold NaN.
-  for (int segment = 0; segment < kPageRows; segment += kRowSegment) {
+// Dot products of all tiles, block by block of keys, so that all tiles find a block in the first-level cache:
+// multiply(keys, tile, index of the tile, scores).
+template <class Multiply>
+void ForKeyBlocks(const PageQueries& page, int64_t key_element, const Tile* tiles, int tile_count,
+                  float* scores, const Multiply& multiply) {
+  for (int begin = 0; begin < kPageRows; begin += kKeyBlockRows) {
+    const char* keys = static_cast<const char*>(page.keys) + begin * page.head_dim * key_element;
     for (int t = 0; t < tile_count; ++t) {
       const Tile& tile = tiles[t];
-      const auto weigh = WeighFor<Type>(tile.count, kCounts);
-      const int segment_end = std::min(segment + kRowSegment, tile.end);
-      bool fresh = true;
-      for (int row = std::max(segment, tile.begin); row < segment_end;) {
-        // The run of rows from `row` that some query sees, and where the next one starts.
-        int run_end = row;
-        int next = segment_end;
-        for (bool grown = true; grown;) {
-          grown = false;
-          for (int q = tile.first; q < tile.first + tile.count; ++q) {
-            if (page.begin[q] <= run_end && page.end[q] > run_end) {
-              run_end = page.end[q];
-              grown = true;
-            }
-          }
-        }
-        run_end = std::min(run_end, segment_end);
-        for (int q = tile.first; q < tile.first + tile.count; ++q) {
-          if (page.begin[q] >= run_end) next = std::min(next, page.begin[q]);
-        }
-        if (run_end > row) {
-          const bool last = run_end == segment_end || next == segment_end;
-          weigh(page.values, pitch, row, run_end, fresh, last, t == 0 ? fetch : nothing,
-                scores + tile.first * kScorePitch, sums + tile.first * pitch, totals + tile.first * pitch);
-          fresh = false;
-        }
-        row = run_end == segment_end ? segment_end : next;
-      }
+      if (static_cast<uint32_t>(tile.seen.words[begin / 64] >> (begin % 64)) == 0) continue;
+      multiply(keys, tile, t, scores + tile.first * kScorePitch + begin);
     }
   }
+}
+static_assert(kKeyBlockRows == 32);
 
-  // (Of a page that is seen in part, more is left than can be asked for now.)
-  const int64_t lines_each = (std::min(fetch.LinesLeft(), 2 * end_lines) + page.queries - 1) / page.queries;
-  for (int q = 0; q < page.queries; ++q) {
-    fetch.Lines(lines_each);
-    if (!WriteTotals<Type>(totals + q * pitch, pitch, page.o[q]) || !finite[q]) {
-      *page.m[q] = std::numeric_limits<float>::infinity();
-      *page.l[q] = 0;
+void ScorePage(const PageQueries& page, const KeyWork& work, const Tile* tiles, int tile_count, Fetch& fetch,
+               float* scores) {
+  // One tile, the first, asks for what comes next.
+  Fetch nothing(page.keys);
+  if (page.score_dots != nullptr) {
+    const FlushedSubnormals flushed;
+    ForKeyBlocks(page, work.element, tiles, tile_count, scores,
+                 [&](const void* keys, const Tile& tile, int t, float* to) {
+                   page.score_dots[tile.count - 1]({keys, page.head_dim, page.rounded + tile.first,
+                                                    t == 0 ? page.ahead : 0, to, kScorePitch});
+                 });
+    return;
+  }
+  ForKeyBlocks(page, work.element, tiles, tile_count, scores,
+               [&](const void* keys, const Tile& tile, int t, float* to) {
+                 work.score[tile.count - 1](keys, page.head_dim, page.query + tile.first,
+                                            t == 0 ? fetch : nothing, to);
+               });
+}
+
+// Values, segment by segment. Rows that none of a tile's queries sees are left out: they may hold NaN.
+void WeighPage(const PageQueries& page, const ValueWork& work, const Tile* tiles, int tile_count,
+               const float* scores, Fetch& fetch, float* sums, float* totals) {
+  static_assert(kRowSegment == 64);  // A word of RowSet.
+  const int pitch = page.value_pitch;
+  Fetch nothing(page.keys);
+  for (int segment = 0; segment < kLiveWords; ++segment) {
+    for (int t = 0; t < tile_count; ++t) {
+      const Tile& tile = tiles[t];
+      uint64_t rows = tile.seen.words[segment];
+      bool fresh = true;
+      while (rows != 0) {
+        const int begin = std::countr_zero(rows);
+        const int count = std::countr_one(rows >> begin);
+        rows &= ~(~uint64_t{0} >> (64 - count) << begin);
+        const int row = segment * kRowSegment + begin;
+        work.weigh[tile.count - 1](page.values, pitch, row, row + count, fresh, rows == 0,
+                                   t == 0 ? fetch : nothing, scores + tile.first * kScorePitch,
+                                   sums + tile.first * pitch, totals + tile.first * pitch);
+        fresh = false;
+      }
     }
   }
 }
 
 void AttendPage(const PageQueries& page, float* scratch) {
-  switch (page.dtype) {
-    case DType::kF32:
-      return AttendPageTyped<F32>(page, scratch);
-    case DType::kBf16:
-      return AttendPageTyped<Bf16>(page, scratch);
-    case DType::kF16:
-      return AttendPageTyped<F16>(page, scratch);
+  const KeyWork keys = KeyWorkFor(page.key_dtype);
+  const ValueWork values = ValueWorkFor(page.value_dtype);
+  const int pitch = page.value_pitch;
+  float* scores = scratch;                                                       // [queries, 256]
+  float* sums = scores + kScorePlanes * int64_t{kMaxPageQueries} * kScorePitch;  // [queries, pitch]
+  float* totals = sums + static_cast<int64_t>(kMaxPageQueries) * pitch;          // [queries, pitch]
+  std::fill_n(totals, static_cast<int64_t>(page.queries) * pitch, 0.0F);
+  Tile tiles[kMaxPageQueries];
+  const int tile_count = MakeTiles(page, tiles);
+  const LiveLanes live(page.live);
+  const FetchPlan plan = PlanFetch(page, keys.element, values.element);
+  Fetch fetch(static_cast<const char*>(page.keys) + page.ahead + plan.skipped, plan.bytes,
+              (plan.softmax_lines * page.queries + plan.end_lines) * kLineBytes);
+
+  ScorePage(page, keys, tiles, tile_count, fetch, scores);
+  const bool low = page.score_dots == nullptr && page.head_dim > DotGroup(page.head_dim);
+  const auto softmax = page.softcap > 0 ? Softmax<true, false>
+                       : low            ? Softmax<false, true>
+                                        : Softmax<false, false>;
+  bool finite[kMaxPageQueries];
+  for (int t = 0; t < tile_count; ++t) {
+    softmax(page, live, tiles[t], scores, fetch, plan.softmax_lines, finite);
+  }
+  WeighPage(page, values, tiles, tile_count, scores, fetch, sums, totals);
+
+  // (Of a page that is seen in part, more is left than can be asked for now.)
+  const int64_t lines_each =
+      (std::min(fetch.LinesLeft(), 2 * plan.end_lines) + page.queries - 1) / page.queries;
+  for (int q = 0; q < page.queries; ++q) {
+    fetch.Lines(lines_each);
+    if (!values.write_totals(totals + q * pitch, pitch, page.o[q]) || !finite[q]) {
+      *page.m[q] = std::numeric_limits<float>::infinity();
+      *page.l[q] = 0;
+    }
   }
 }
 

@@ -17,9 +17,11 @@ inline constexpr int kMaxPageQueries = 32;
 
 // One KV head of one page against some query vectors: what it adds to each, as a partial (backend.h, Attend).
 struct PageQueries {
-  DType dtype = DType::kF32;
-  const void* keys = nullptr;    // In CpuPageLayout.
-  const void* values = nullptr;  // In CpuPageLayout.
+  DType key_dtype = DType::kF32;
+  DType value_dtype = DType::kF32;
+  const uint64_t* live = nullptr;  // PageRef::live
+  const void* keys = nullptr;      // In CpuPageLayout.
+  const void* values = nullptr;    // In CpuPageLayout.
   int head_dim = 1;
   int value_pitch = 16;
   float scale = 1;
@@ -33,7 +35,8 @@ struct PageQueries {
   // chip's) instead. REQUIRES: bf16 keys.
   const ScoreDotFunction* score_dots = nullptr;
   const Bf16Pair* rounded[kMaxPageQueries];  // The queries: each [(head_dim + 1) / 2].
-  int begin[kMaxPageQueries];                // Rows [begin, end) are visible; not empty.
+  // The live rows of [begin, end) are visible; there is one.
+  int begin[kMaxPageQueries];
   int end[kMaxPageQueries];
   float* m[kMaxPageQueries];  // Out: largest logit; +inf when anything was not finite.
   float* l[kMaxPageQueries];  // Out
@@ -57,7 +60,8 @@ inline int64_t PageScratchFloats(int value_pitch) {
 struct PageKernels {
   const char* target;  // "AVX2"
   bool has_fma;
-  // Reads rows that at least one query sees (keys of the 32-row blocks around them, values exactly).
+  // Uses rows that at least one query sees: keys of others in the same blocks of 32 rows are read, and what
+  // comes of them is thrown away; values of others are not read.
   void (*attend_page)(const PageQueries& page, float* scratch);
   // score_dot.h's products by this target's own means: entry n - 1 takes n queries, as many as attend_page
   // asks for.

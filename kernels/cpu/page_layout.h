@@ -9,10 +9,11 @@
 
 namespace eduba {
 
-// Where a page keeps its numbers (docs/adr/0004-page-partials.md says why). One block per KV head, and in it
-//   keys    [256 / 32, head_dim, 32]   transposed in blocks of 32 rows: SIMD lanes are keys, any head_dim
-//   fits values  [256, value_pitch]         value_pitch = value_dim rounded up to 16, the rest zeros: lanes
-//   are channels
+// Where a page keeps its numbers (docs/adr/0004-page-partials.md says why): a PageHeader, then one block per
+// KV head, and in it
+//   keys    [256 / 32, head_dim, 32]   transposed in blocks of 32 rows: SIMD lanes are keys, any head_dim fits
+//   values  [256, value_pitch]         value_pitch = value_dim rounded up to 16, the rest zeros: lanes are
+//                                      channels
 // Every part is a multiple of 64 bytes.
 inline constexpr int kKeyBlockRows = 32;
 inline constexpr int kValueAlign = 16;
@@ -23,16 +24,19 @@ struct CpuPageLayout {
         value_dim(shape.value_dim),
         value_pitch((shape.value_dim + kValueAlign - 1) / kValueAlign * kValueAlign),
         kv_heads(shape.kv_heads),
-        element(static_cast<int64_t>(DTypeBytes(shape.dtype))),
-        paired_keys(shape.dtype == DType::kBf16) {}
+        key_element(static_cast<int64_t>(DTypeBytes(shape.key_dtype))),
+        value_element(static_cast<int64_t>(DTypeBytes(shape.value_dtype))),
+        paired_keys(shape.key_dtype == DType::kBf16) {}
 
-  int64_t key_bytes() const { return kPageRows * head_dim * element; }
-  int64_t value_bytes() const { return kPageRows * value_pitch * element; }
+  int64_t key_bytes() const { return kPageRows * head_dim * key_element; }
+  int64_t value_bytes() const { return kPageRows * value_pitch * value_element; }
   int64_t head_bytes() const { return key_bytes() + value_bytes(); }
-  int64_t page_bytes() const { return kv_heads * head_bytes(); }
+  int64_t page_bytes() const { return keys(kv_heads); }
 
   // Byte offsets inside a page.
-  int64_t keys(int64_t kv_head) const { return kv_head * head_bytes(); }
+  int64_t keys(int64_t kv_head) const {
+    return static_cast<int64_t>(sizeof(PageHeader)) + kv_head * head_bytes();
+  }
   int64_t values(int64_t kv_head) const { return keys(kv_head) + key_bytes(); }
   // Element offsets inside one head's keys or values.
   int64_t key(int64_t row, int64_t d) const {
@@ -46,7 +50,8 @@ struct CpuPageLayout {
   int64_t value_dim;
   int64_t value_pitch;
   int64_t kv_heads;
-  int64_t element;
+  int64_t key_element;  // Bytes.
+  int64_t value_element;
   bool paired_keys;
 };
 

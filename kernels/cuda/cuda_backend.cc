@@ -28,7 +28,8 @@ namespace {
 using cuda::AttendArgs;
 using cuda::Device;
 using cuda::Element;
-using cuda::FoldArgs;
+using cuda::FinaliseArgs;
+using cuda::ListedRows;
 using cuda::Memory;
 using cuda::PageEntry;
 using cuda::PageLayout;
@@ -55,10 +56,22 @@ constexpr int64_t kSharedBytesMax = int64_t{80} << 10;
 // Blocks of one launch.
 constexpr int64_t kBlocksMax = (int64_t{1} << 31) - 1;
 
-Element ElementOf(const AttentionShape& shape) { return static_cast<Element>(shape.dtype); }
+Element ElementOf(const AttentionShape& shape) { return static_cast<Element>(shape.key_dtype); }
+
+// The kernels are instantiated for one type of both.
+absl::Status CheckTypes(const AttentionShape& shape) {
+  if (shape.key_dtype == shape.value_dtype) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat("keys in ", DTypeName(shape.key_dtype), " and values in ",
+                                               DTypeName(shape.value_dtype),
+                                               ": GPUs take keys and values of one type"));
+}
+
+// Layouts begin after the header.
+char* AfterHeader(void* page) { return static_cast<char*>(page) + sizeof(PageHeader); }
+const char* AfterHeader(const void* page) { return static_cast<const char*>(page) + sizeof(PageHeader); }
 
 PageLayout LayoutOf(const AttentionShape& shape) {
-  return cuda::MakePageLayout(static_cast<int>(DTypeBytes(shape.dtype)), shape.kv_heads, shape.head_dim,
+  return cuda::MakePageLayout(static_cast<int>(DTypeBytes(shape.key_dtype)), shape.kv_heads, shape.head_dim,
                               shape.value_dim);
 }
 
@@ -131,7 +144,7 @@ struct Workspace {
 };
 
 // The sink path goes through the device in three kernels: ScoreSinks, Attend, and, behind the all-reduce,
-// Fold; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes partials
+// Finalise; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes partials
 // of the rows that have selected heads, twice where they do not fit at once, and the host makes its plan in
 // between.
 class CudaStep final : public MergingStep, public QueuedStep {
@@ -140,13 +153,18 @@ class CudaStep final : public MergingStep, public QueuedStep {
       : MergingStep(args, workspace.pool),
         layout_(LayoutOf(args.shape)),
         element_(ElementOf(args.shape)),
-        on_tensor_cores_(workspace.precision == CudaPrecision::kTensor && args.shape.dtype != DType::kF32),
+        on_tensor_cores_(workspace.precision == CudaPrecision::kTensor &&
+                         args.shape.key_dtype != DType::kF32),
         by_warpgroups_(on_tensor_cores_ && workspace.device.WarpgroupBlocksAtOnce() > 0 &&
                        cuda::TakesWarpgroups(layout_)),
         workspace_(workspace),
         device_(workspace.device),
         memory_(workspace.Take()),
-        pages_(SeenPages()) {}
+        pages_(seen_.pages()),
+        whole_lists_(
+            std::all_of(seen_.list_rows().begin(), seen_.list_rows().end(), [](const PageRows& rows) {
+              return rows == PageRows{0, kPageRows};
+            })) {}
 
   // Nothing of the step is running any more when its memory is used again.
   ~CudaStep() override {
@@ -175,7 +193,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
       words_ = At<uint64_t>(memory_->words.device, 0);
     }
-    // For QueueFold, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
+    // For QueueFinalise, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
     EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
     return SumsDirectly() ? SumDirectly() : SumPartials();
@@ -190,9 +208,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return absl::OkStatus();
   }
 
-  absl::Status QueueFold() override {
+  absl::Status QueueFinalise() override {
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    FoldArgs args = FoldOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
+    FinaliseArgs args = FinaliseOf(row_heads(), words_, reference(), SinkUnits(), kSinkPathFractionBits);
     args.visible = At<PositionRange>(memory_->in.device, in_.visible);
     args.total_min = static_cast<uint64_t>(kSinkPathMin);
     args.total_max = static_cast<uint64_t>(kSinkPathMax);
@@ -201,8 +219,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.outcome = At<uint8_t>(memory_->out.device, out_.outcome);
     args.state = At<StepState>(memory_->in.device, in_.state);
     args.state_out = At<StepState>(memory_->out.device, out_.state);
-    EDUBA_RETURN_IF_ERROR(device_.Fold(workspace_.stream, element_, args));
-    is_folded_ = true;
+    EDUBA_RETURN_IF_ERROR(device_.Finalise(workspace_.stream, element_, args));
+    is_finalised_ = true;
     return TakeOut();
   }
 
@@ -215,9 +233,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
       return absl::MakeConstSpan(selected_);
     }
     EDUBA_RETURN_IF_ERROR(device_.Attach());
-    if (!is_folded_) {
+    if (!is_finalised_) {
       EDUBA_RETURN_IF_ERROR(SendWords(row_heads(), host_words_.data()));
-      EDUBA_RETURN_IF_ERROR(QueueFold());
+      EDUBA_RETURN_IF_ERROR(QueueFinalise());
     }
     EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
     const auto* const outcomes = At<uint8_t>(memory_->out.host, out_.outcome);
@@ -241,11 +259,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(device_.Attach());
       EDUBA_RETURN_IF_ERROR(ReserveOut());
       EDUBA_RETURN_IF_ERROR(SendWords(count, maximum_sums_.data()));
-      FoldArgs args = FoldOf(count, At<uint64_t>(memory_->words.device, 0),
-                             At<double>(memory_->plan.device, plan_.reference),
-                             At<double>(memory_->plan.device, plan_.unit), plan_.fraction_bits);
+      FinaliseArgs args = FinaliseOf(count, At<uint64_t>(memory_->words.device, 0),
+                                     At<double>(memory_->plan.device, plan_.reference),
+                                     At<double>(memory_->plan.device, plan_.unit), plan_.fraction_bits);
       args.row_head = At<int64_t>(memory_->plan.device, plan_.row_head);
-      EDUBA_RETURN_IF_ERROR(device_.Fold(workspace_.stream, element_, args));
+      EDUBA_RETURN_IF_ERROR(device_.Finalise(workspace_.stream, element_, args));
       EDUBA_RETURN_IF_ERROR(TakeOut());
       EDUBA_RETURN_IF_ERROR(device_.Synchronize(workspace_.stream));
     }
@@ -325,6 +343,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     int count = 0;
     const float* queries = nullptr;
     const PositionRange* visible = nullptr;
+    const int32_t* row_list = nullptr;
     uint32_t* maxima = nullptr;
     uint64_t* fault = nullptr;
     bool is_kept = false;  // Their partials may stay for another pass.
@@ -347,7 +366,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
   int TileFor(int rows, bool is_summed) const {
-    const int64_t vectors = int64_t{rows} * args_.shape.group();
+    const int64_t vectors = int64_t{rows} * args_.shape.gqa_group();
     if (by_warpgroups_) return cuda::ChooseWarpgroupTile(layout_, query_terms_, vectors, is_summed);
     if (on_tensor_cores_) {
       int tile = cuda::kTileRows;
@@ -365,7 +384,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return tile;
   }
   int64_t TilesFor(int rows, int tile) const {
-    return (int64_t{rows} * args_.shape.group() + tile - 1) / tile;
+    return (int64_t{rows} * args_.shape.gqa_group() + tile - 1) / tile;
   }
 
   // Pages whose partials of so many rows fit at a time.
@@ -401,18 +420,40 @@ class CudaStep final : public MergingStep, public QueuedStep {
     });
   }
 
+  int64_t CountMasks() const {
+    return std::count_if(pages_.begin(), pages_.end(),
+                         [](const PageRef& page) { return page.live != nullptr; });
+  }
+
+  // The pages' entries and live masks, which point at the device's memory.
+  void PackPages() {
+    auto* entry = At<PageEntry>(memory_->in.host, in_.page);
+    auto* live = At<uint64_t>(memory_->in.host, in_.live);
+    const auto* device_live = At<uint64_t>(memory_->in.device, in_.live);
+    for (const PageRef& page : pages_) {
+      *entry++ = {AfterHeader(page.data), page.index, page.live == nullptr ? nullptr : device_live};
+      if (page.live == nullptr) continue;
+      live = std::copy_n(page.live, kLiveWords, live);
+      device_live += kLiveWords;
+    }
+  }
+
   absl::Status Send() {
     const AttentionShape& shape = args_.shape;
     const bool has_sinks = args_.has_sinks();
     const int64_t query_bytes = row_heads() * shape.head_dim * static_cast<int64_t>(sizeof(float));
     Packing packing;
+    const absl::Span<const PageRows> list_rows = seen_.list_rows();
     in_.page = packing.Add(static_cast<int64_t>(pages_.size() * sizeof(PageEntry)));
+    in_.listed = packing.Add(static_cast<int64_t>(list_rows.size() * sizeof(ListedRows)));
+    in_.live = packing.Add(CountMasks() * kLiveWords * kWordBytes);
     const int64_t sink_page_count = PageCount(sink_tokens_);
     if (has_sinks) {
       in_.state = packing.Add(sizeof(StepState));
       in_.queries = packing.Add(query_bytes);
       in_.sink_queries = args_.sink_queries == nullptr ? in_.queries : packing.Add(query_bytes);
       in_.visible = packing.Add(static_cast<int64_t>(visible_.size() * sizeof(PositionRange)));
+      in_.row_list = packing.Add(args_.rows * static_cast<int64_t>(sizeof(int32_t)));
       in_.visible_sinks = packing.Add(static_cast<int64_t>(args_.visible_sinks.size() * sizeof(int32_t)));
       in_.learned = packing.Add(static_cast<int64_t>(args_.sink_logits.size() * sizeof(float)));
       in_.unit = packing.Add(static_cast<int64_t>(args_.exponents.size() * sizeof(double)));
@@ -421,8 +462,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
     }
     Staging& staging = memory_->in;
     EDUBA_RETURN_IF_ERROR(staging.Reserve(packing.bytes()));
-    auto* entries = At<PageEntry>(staging.host, in_.page);
-    for (const PageRef& page : pages_) *entries++ = {page.data, page.index};
+    PackPages();
+    std::transform(list_rows.begin(), list_rows.end(), At<ListedRows>(staging.host, in_.listed),
+                   [](const PageRows& rows) {
+                     return ListedRows{rows.begin, rows.end};
+                   });
     if (has_sinks) {
       *At<StepState>(staging.host, in_.state) = {};
       CopyQueries(args_.queries, At<float>(staging.host, in_.queries));
@@ -430,6 +474,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
         CopyQueries(args_.sink_queries, At<float>(staging.host, in_.sink_queries));
       }
       std::copy(visible_.begin(), visible_.end(), At<PositionRange>(staging.host, in_.visible));
+      std::copy(args_.lists.row_list.begin(), args_.lists.row_list.end(),
+                At<int32_t>(staging.host, in_.row_list));
       std::copy(args_.visible_sinks.begin(), args_.visible_sinks.end(),
                 At<int32_t>(staging.host, in_.visible_sinks));
       std::copy(args_.sink_logits.begin(), args_.sink_logits.end(), At<float>(staging.host, in_.learned));
@@ -445,7 +491,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
         At<double>(staging.host, in_.rounding)[head] = rounding;
       }
       for (int64_t p = 0; p < sink_page_count; ++p) {
-        At<PageEntry>(staging.host, in_.sink_page)[p] = {args_.sink_pages[p].data, args_.sink_pages[p].index};
+        At<PageEntry>(staging.host, in_.sink_page)[p] = {AfterHeader(args_.sink_pages[p].data),
+                                                         args_.sink_pages[p].index, nullptr};
       }
     }
     return device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes());
@@ -459,6 +506,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return args_.sink_logits.empty() ? nullptr : At<float>(memory_->in.device, in_.learned);
   }
   const PageEntry* page_entries() const { return At<PageEntry>(memory_->in.device, in_.page); }
+  const ListedRows* listed_rows() const { return At<ListedRows>(memory_->in.device, in_.listed); }
 
   absl::Status ScoreSinks() {
     EDUBA_RETURN_IF_ERROR(
@@ -469,7 +517,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.softcap = args_.shape.softcap;
     args.rows = args_.rows;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.width = cuda::SinkWidth(sink_tokens_);
     args.tokens = sink_tokens_;
     args.queries = At<float>(memory_->in.device, in_.sink_queries);
@@ -492,12 +540,15 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.dot_group = args_.shape.head_dim <= 32 ? args.dot_segment : 32;
     args.rows = rows.count;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.query_terms = query_terms_;
     args.tile = TileFor(rows.count, is_summed);
     args.tiles = static_cast<int>(TilesFor(rows.count, args.tile));
     args.queries = rows.queries;
     args.visible = rows.visible;
+    args.row_list = rows.row_list;
+    args.list_stride = static_cast<int64_t>(pages_.size());
+    args.whole_lists = whole_lists_;
     args.maxima = rows.maxima;
     args.fault = rows.fault;
     return args;
@@ -528,6 +579,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     rows.count = args_.rows;
     rows.queries = At<float>(in, in_.queries);
     rows.visible = At<PositionRange>(in, in_.visible);
+    rows.row_list = At<int32_t>(in, in_.row_list);
     rows.fault = &At<StepState>(in, in_.state)->fault;
     return rows;
   }
@@ -536,6 +588,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     AttendArgs args = AttendOf(AllRows(), /*is_summed=*/true);
     args.pages = static_cast<int64_t>(pages_.size());
     args.page = page_entries();
+    args.listed = listed_rows();
     args.one = PowerOfTwo(kSinkPathFractionBits);
     args.limit = static_cast<uint64_t>(kSinkPathMax);
     args.reference = reference();
@@ -563,7 +616,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     args.reference = reference;
     args.unit = unit;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.words = words;
     args.fault = rows.fault;
     return args;
@@ -599,6 +652,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
       if (!is_there) {
         args.pages = partials.pages;
         args.page = page_entries() + partials.first;
+        args.listed = listed_rows() + partials.first;
         args.m = partials.m;
         args.l = partials.l;
         args.o = partials.o;
@@ -623,6 +677,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     selected_in_.row_head = packing.Add(static_cast<int64_t>(row_heads.size() * sizeof(int64_t)));
     selected_in_.queries = packing.Add(rows * query_size * static_cast<int64_t>(sizeof(float)));
     selected_in_.visible = packing.Add(rows * static_cast<int64_t>(sizeof(PositionRange)));
+    selected_in_.row_list = packing.Add(rows * static_cast<int64_t>(sizeof(int32_t)));
     // From here on: zeroed, and brought back.
     selected_in_.fault = packing.Add(sizeof(uint64_t));
     selected_in_.maxima = packing.Add(rows * heads * static_cast<int64_t>(sizeof(uint32_t)));
@@ -641,12 +696,14 @@ class CudaStep final : public MergingStep, public QueuedStep {
       std::copy_n(args_.queries + rows_[row] * query_size, query_size,
                   At<float>(staging.host, selected_in_.queries) + row * query_size);
       At<PositionRange>(staging.host, selected_in_.visible)[row] = visible_[rows_[row]];
+      At<int32_t>(staging.host, selected_in_.row_list)[row] = args_.lists.row_list[rows_[row]];
     }
     EDUBA_RETURN_IF_ERROR(
         device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), selected_in_.fault));
     selected_rows_.count = static_cast<int>(rows);
     selected_rows_.queries = At<float>(staging.device, selected_in_.queries);
     selected_rows_.visible = At<PositionRange>(staging.device, selected_in_.visible);
+    selected_rows_.row_list = At<int32_t>(staging.device, selected_in_.row_list);
     selected_rows_.maxima = At<uint32_t>(staging.device, selected_in_.maxima);
     selected_rows_.fault = At<uint64_t>(staging.device, selected_in_.fault);
     selected_rows_.is_kept = true;
@@ -709,12 +766,12 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return device_.CopyIn(workspace_.stream, memory_->words.device.data(), memory_->words.host.data(), bytes);
   }
 
-  FoldArgs FoldOf(int64_t targets, const uint64_t* words, const double* key_reference, const double* unit,
-                  int fraction_bits) const {
-    FoldArgs args = {};
+  FinaliseArgs FinaliseOf(int64_t targets, const uint64_t* words, const double* key_reference,
+                          const double* unit, int fraction_bits) const {
+    FinaliseArgs args = {};
     args.layout = layout_;
     args.query_heads = args_.shape.query_heads;
-    args.group = args_.shape.group();
+    args.group = args_.shape.gqa_group();
     args.targets = targets;
     args.words = words;
     args.key_reference = key_reference;
@@ -767,10 +824,11 @@ class CudaStep final : public MergingStep, public QueuedStep {
   Workspace& workspace_;
   Device& device_;
   std::unique_ptr<StepMemory> memory_;
-  const std::vector<PageRef> pages_;  // Those that some row sees.
+  const std::vector<PageRef>& pages_;  // Those that some row sees.
+  const bool whole_lists_;             // Every list has all of every page.
   bool started_ = false;
   int query_terms_ = 2;  // As AttendArgs.
-  bool is_folded_ = false;
+  bool is_finalised_ = false;
   uint64_t* words_ = nullptr;       // Of the sink path, on the device.
   absl::Span<int64_t> host_words_;  // The same, the caller's, if they went there.
   std::vector<int64_t> rows_;       // That have selected heads, ascending.
@@ -778,7 +836,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
   // Offsets in StepMemory's blocks.
   struct {
-    int64_t page, state, queries, sink_queries, visible, visible_sinks, learned, unit, rounding, sink_page;
+    int64_t page, listed, live, row_list, state, queries, sink_queries, visible, visible_sinks, learned, unit,
+        rounding, sink_page;
   } in_ = {};
   struct {
     int64_t state, outcome, lse, sink_mass, outputs, bytes;
@@ -788,7 +847,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     int fraction_bits;
   } plan_ = {};
   struct {
-    int64_t row_head, queries, visible, fault, maxima, magnitudes, bytes;
+    int64_t row_head, queries, visible, row_list, fault, maxima, magnitudes, bytes;
   } selected_in_ = {};
 };
 
@@ -854,12 +913,19 @@ class CudaBackend final : public Backend {
     pool_.Give(static_cast<char*>(slab) - pool_memory_.data(), bytes);
   }
 
-  int64_t PageBytes(const AttentionShape& shape) const override { return LayoutOf(shape).page_bytes(); }
+  int64_t PageBytes(const AttentionShape& shape) const override {
+    return static_cast<int64_t>(sizeof(PageHeader)) + LayoutOf(shape).page_bytes();
+  }
+
+  // Headers are zeros as yet.
+  absl::Status ResetPage(void* /*page*/) override { return absl::OkStatus(); }
+  absl::Status SealPage(const AttentionShape& /*shape*/, void* /*page*/) override { return absl::OkStatus(); }
 
   // Through page-locked memory, on a stream of its own, which goes before a step's blocks: uploads from
   // several threads, and a step, overlap.
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
+    EDUBA_RETURN_IF_ERROR(CheckTypes(shape));
     EDUBA_RETURN_IF_ERROR(device_->Attach());
     const PageLayout layout = LayoutOf(shape);
     const int64_t key_row = int64_t{layout.kv_heads} * layout.head_dim * layout.element;
@@ -879,8 +945,8 @@ class CudaBackend final : public Backend {
         EDUBA_RETURN_IF_ERROR(device_->CopyIn(slot.stream, slot.staging->device.data(),
                                               slot.staging->host.data(), packing.bytes()));
         EDUBA_RETURN_IF_ERROR(device_->Write(
-            slot.stream, {layout, page, row + begin, count, At<char>(slot.staging->device, key_at),
-                          At<char>(slot.staging->device, value_at)}));
+            slot.stream, {layout, AfterHeader(page), row + begin, count,
+                          At<char>(slot.staging->device, key_at), At<char>(slot.staging->device, value_at)}));
         // Steps on other streams must find the rows.
         EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
       }
@@ -892,6 +958,7 @@ class CudaBackend final : public Backend {
   // the end of a generation, not in a step.
   absl::Status ReadRows(const AttentionShape& shape, const void* page, int row, int rows, void* keys,
                         void* values) override {
+    EDUBA_RETURN_IF_ERROR(CheckTypes(shape));
     EDUBA_RETURN_IF_ERROR(device_->Attach());
     const PageLayout layout = LayoutOf(shape);
     const int64_t head_bytes = layout.head_elements() * layout.element;
@@ -902,8 +969,7 @@ class CudaBackend final : public Backend {
       for (int first = 0; first < layout.kv_heads; first += most) {
         const int heads = std::min(most, layout.kv_heads - first);
         EDUBA_RETURN_IF_ERROR(device_->CopyOut(slot.stream, slot.staging->host.data(),
-                                               static_cast<const char*>(page) + first * head_bytes,
-                                               heads * head_bytes));
+                                               AfterHeader(page) + first * head_bytes, heads * head_bytes));
         EDUBA_RETURN_IF_ERROR(device_->Synchronize(slot.stream));
         for (int i = 0; i < rows; ++i) {
           for (int head = 0; head < heads; ++head) {
@@ -932,6 +998,7 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<AttentionStep>> StartStep(const StepArgs& args) override {
     EDUBA_RETURN_IF_ERROR(ValidateStep(args));
+    EDUBA_RETURN_IF_ERROR(CheckTypes(args.shape));
     EDUBA_RETURN_IF_ERROR(device_->health());
     return std::make_unique<CudaStep>(args, workspace_);
   }

@@ -194,8 +194,8 @@ class CudaDevice final : public Device {
   absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) override {
     return Check(LaunchScoreSinks(static_cast<cudaStream_t>(stream), element, args), "starting the sinks");
   }
-  absl::Status Fold(Stream stream, Element element, const FoldArgs& args) override {
-    return Check(LaunchFold(static_cast<cudaStream_t>(stream), element, args), "starting the fold");
+  absl::Status Finalise(Stream stream, Element element, const FinaliseArgs& args) override {
+    return Check(LaunchFinalise(static_cast<cudaStream_t>(stream), element, args), "starting the finalise");
   }
   absl::Status Layer(Stream stream, const LayerOperation& operation) override {
     const auto launch = [&](const auto& args) {

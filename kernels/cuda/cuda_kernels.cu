@@ -27,8 +27,9 @@ __global__ void __launch_bounds__(kTensorThreadsMax) TensorKernel(const __grid_c
   AttendPageTensor<Type>(GpuBlock(shared), args);
 }
 
-// Only sm_90a has the instructions; HasWarpgroups tells whether this is the code that runs.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Only sm_90a has the instructions, and only builds with -DEDUBA_CUDA_WGMMA=ON have the code; HasWarpgroups
+// tells whether this is the code that runs.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && defined(EDUBA_CUDA_WGMMA)
 #define EDUBA_HAS_WARPGROUPS
 #endif
 template <class Type, int kPassChannels>
@@ -73,9 +74,9 @@ __global__ void __launch_bounds__(kSinkThreads) SinkKernel(const __grid_constant
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kFoldThreads) FoldKernel(const __grid_constant__ FoldArgs args) {
-  __shared__ float4 shared[(sizeof(FoldShared) + sizeof(float4) - 1) / sizeof(float4)];
-  FoldRowHead<Type>(GpuBlock(shared), args);
+__global__ void __launch_bounds__(kFinaliseThreads) FinaliseKernel(const __grid_constant__ FinaliseArgs args) {
+  __shared__ float4 shared[(sizeof(FinaliseShared) + sizeof(float4) - 1) / sizeof(float4)];
+  FinaliseRowHead<Type>(GpuBlock(shared), args);
 }
 
 template <class Args>
@@ -210,12 +211,12 @@ cudaError_t LaunchScoreSinks(cudaStream_t stream, Element element, const SinkArg
   return cudaGetLastError();
 }
 
-cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& args) {
+cudaError_t LaunchFinalise(cudaStream_t stream, Element element, const FinaliseArgs& args) {
   if (args.blocks() == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>(args.blocks());
-  if (element == Element::kF32) FoldKernel<F32><<<blocks, kFoldThreads, 0, stream>>>(args);
-  if (element == Element::kBf16) FoldKernel<Bf16><<<blocks, kFoldThreads, 0, stream>>>(args);
-  if (element == Element::kF16) FoldKernel<F16><<<blocks, kFoldThreads, 0, stream>>>(args);
+  if (element == Element::kF32) FinaliseKernel<F32><<<blocks, kFinaliseThreads, 0, stream>>>(args);
+  if (element == Element::kBf16) FinaliseKernel<Bf16><<<blocks, kFinaliseThreads, 0, stream>>>(args);
+  if (element == Element::kF16) FinaliseKernel<F16><<<blocks, kFinaliseThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -230,7 +231,7 @@ template cudaError_t LaunchLayer(cudaStream_t stream, const RopeArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const ActivationArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const SoftcapArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const AddArgs& args);
-template cudaError_t LaunchLayer(cudaStream_t stream, const FindArgs& args);
+template cudaError_t LaunchLayer(cudaStream_t stream, const NonFiniteArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const ScaleArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const SplitArgs& args);
 template cudaError_t LaunchLayer(cudaStream_t stream, const JoinArgs& args);
@@ -244,7 +245,7 @@ cudaError_t LoadKernels() {
   };
   const auto load_for = [&load]<class Type>() {
     load(AttendKernel<Type, 1>, AttendKernel<Type, 2>, AttendKernel<Type, 4>, AttendKernel<Type, 8>,
-         SinkKernel<Type>, FoldKernel<Type>);
+         SinkKernel<Type>, FinaliseKernel<Type>);
   };
   const auto load_for_layers = [&load]<class... Args>(const std::variant<Args...>*) {
     load(LayerKernel<Args>...);

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "kernels/cuda/fold.h"
+#include "kernels/cuda/finalise.h"
 #include "kernels/cuda/layer_rows.h"
 #include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
@@ -31,7 +31,7 @@ cudaError_t LaunchMultiplyLoop(cudaStream_t stream, const LoopArgs& args);
 cudaError_t LaunchMagnitudes(cudaStream_t stream, const MagnitudeArgs& args);
 cudaError_t LaunchWrite(cudaStream_t stream, const WriteArgs& args);
 cudaError_t LaunchScoreSinks(cudaStream_t stream, Element element, const SinkArgs& args);
-cudaError_t LaunchFold(cudaStream_t stream, Element element, const FoldArgs& args);
+cudaError_t LaunchFinalise(cudaStream_t stream, Element element, const FinaliseArgs& args);
 // For the arguments of layer_rows.h.
 template <class Args>
 cudaError_t LaunchLayer(cudaStream_t stream, const Args& args);

@@ -261,7 +261,7 @@ class CudaLayerKernels final : public LayerKernels {
   void Activate(const ActivationArgs& args) override { Layer(args); }
   void Softcap(const SoftcapArgs& args) override { Layer(args); }
   void Add(const AddArgs& args) override { Layer(args); }
-  void Find(const FindArgs& args) override {
+  void FlagNonFinite(const NonFiniteArgs& args) override {
     Queue([&] { return device_->Zero(stream_, args.found, sizeof(float)); });
     Layer(args);
   }

@@ -6,7 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/cuda/fold.h"
+#include "kernels/cuda/finalise.h"
 #include "kernels/cuda/layer_rows.h"
 #include "kernels/cuda/multiply_loop.h"
 #include "kernels/cuda/page_attention.h"
@@ -85,7 +85,7 @@ class Device {
   // REQUIRES: an urgent stream.
   virtual absl::Status Write(Stream stream, const WriteArgs& args) = 0;
   virtual absl::Status ScoreSinks(Stream stream, Element element, const SinkArgs& args) = 0;
-  virtual absl::Status Fold(Stream stream, Element element, const FoldArgs& args) = 0;
+  virtual absl::Status Finalise(Stream stream, Element element, const FinaliseArgs& args) = 0;
   virtual absl::Status Layer(Stream stream, const LayerOperation& operation) = 0;
 
   // For benchmarks: measures, from here on, how long the device is busy with keys and values (Attend,

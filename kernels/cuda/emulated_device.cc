@@ -222,11 +222,11 @@ class EmulatedDevice final : public Device {
       });
     });
   }
-  absl::Status Fold(Stream stream, Element element, const FoldArgs& args) override {
+  absl::Status Finalise(Stream stream, Element element, const FinaliseArgs& args) override {
     return Queue(stream, [=] {
       ForElement(element, [&]<class Type>() {
-        RunBlocks(args.blocks(), kFoldThreads, sizeof(FoldShared),
-                  [&](const EmulatedBlock& block) { FoldRowHead<Type>(block, args); });
+        RunBlocks(args.blocks(), kFinaliseThreads, sizeof(FinaliseShared),
+                  [&](const EmulatedBlock& block) { FinaliseRowHead<Type>(block, args); });
       });
     });
   }

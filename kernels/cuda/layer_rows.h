@@ -210,12 +210,12 @@ EDUBA_DEVICE void RunLayer(const Block& block, const AddArgs& args) {
 }
 
 // REQUIRES: *found is 0 before it.
-constexpr int64_t LayerBlocks(const FindArgs& args) {
+constexpr int64_t LayerBlocks(const NonFiniteArgs& args) {
   return BlocksFor((args.count + kFindElements - 1) / kFindElements);
 }
 
 template <class Block>
-EDUBA_DEVICE void RunLayer(const Block& block, const FindArgs& args) {
+EDUBA_DEVICE void RunLayer(const Block& block, const NonFiniteArgs& args) {
   block.Threads([&](int t) {
     const int64_t first = block.index() * kLayerThreads * kFindElements + t;
     bool is_found = false;
@@ -392,7 +392,7 @@ EDUBA_DEVICE void RunLayer(const Block& block, const CompareArgs& args) {
 }
 
 // One of the kernels above.
-using LayerOperation = std::variant<NormArgs, RopeArgs, ActivationArgs, SoftcapArgs, AddArgs, FindArgs,
+using LayerOperation = std::variant<NormArgs, RopeArgs, ActivationArgs, SoftcapArgs, AddArgs, NonFiniteArgs,
                                     ScaleArgs, SplitArgs, JoinArgs, CompareArgs>;
 
 }  // namespace eduba::cuda

@@ -33,8 +33,21 @@ inline constexpr int kUnitsAhead = 4;  // Of them, loaded before they are used.
 static_assert(kPageRows == kAttendThreads && kPageRows / kGroupRows == 16);
 
 struct PageEntry {
-  const void* data;
+  const void* data;  // After the page's header.
   int64_t index;
+  const uint64_t* live;  // PageRef::live, in the device's memory.
+};
+
+// Rows [begin, end) of a page that a list names: PageRows (kernels/seen_pages.h), for the device.
+struct ListedRows {
+  int16_t begin;
+  int16_t end;
+};
+
+// Keys [begin, end) of a page.
+struct KeyRange {
+  int begin;
+  int end;
 };
 
 struct AttendArgs {
@@ -53,8 +66,13 @@ struct AttendArgs {
   int query_terms;       // Of page_warpgroup.h alone: QueryTerms.
   const float* queries;  // [rows, query_heads, head_dim]
   const PositionRange* visible;  // [rows]
-  const PageEntry* page;         // [pages]
-  uint64_t* fault;               // FaultKey of the lowest page and row head; 0 at the start
+  const int32_t* row_list;       // [rows]: the list of each row
+  // What list i has of page p: listed[i * list_stride + p].
+  const ListedRows* listed;
+  int64_t list_stride;
+  bool whole_lists;       // Every list has all of every page.
+  const PageEntry* page;  // [pages]
+  uint64_t* fault;        // FaultKey of the lowest page and row head; 0 at the start
 
   // Partials, or null.
   float* m;          // [pages, rows * query_heads]; -inf: sees nothing, +inf: a fault
@@ -110,8 +128,9 @@ EDUBA_DEVICE void AddToTotal(uint64_t* total, uint64_t sum, bool is_fault, uint6
 
 // A query vector's own, for all pages of a block.
 struct VectorState {
-  int64_t begin;  // Positions that it sees.
-  int64_t end;
+  int32_t begin;  // Positions that it may see.
+  int32_t end;
+  const ListedRows* listed;  // [pages]: what its list has of them; null where it may see nothing.
   int64_t row_head;
   // Where the block sums, the rest as well.
   double reference;
@@ -121,6 +140,43 @@ struct VectorState {
   double weight;  // Of the page under way: exp(m - reference).
   double bound;   // Of the magnitude of the page's words; below 0: the page adds nothing.
 };
+
+EDUBA_DEVICE bool IsLive(const PageEntry& page, int row) {
+  return page.live == nullptr || (page.live[row / 64] >> (row % 64) & 1) != 0;
+}
+
+// Sets what vector state `v` of query row `row` may see.
+EDUBA_DEVICE void SetVisible(const AttendArgs& args, int row, VectorState& v) {
+  const PositionRange visible = args.visible[row];
+  v.begin = v.end = 0;
+  v.listed = nullptr;
+  if (visible.begin >= visible.end) return;
+  v.begin = static_cast<int32_t>(visible.begin);
+  v.end = static_cast<int32_t>(visible.end);
+  v.listed = args.listed + args.row_list[row] * args.list_stride;
+}
+
+// The keys of page `slot` that a query vector may see: dead ones are among them.
+EDUBA_DEVICE KeyRange ListedKeys(const VectorState& v, int64_t slot, int64_t page) {
+  if (v.begin >= v.end) return {0, 0};
+  const ListedRows listed = v.listed[slot];
+  const int64_t from = v.begin - page * kPageRows;
+  const int64_t to = v.end - page * kPageRows;
+  const int64_t first = from < listed.begin ? int64_t{listed.begin} : from;
+  const int64_t last = to > listed.end ? int64_t{listed.end} : to;
+  if (first >= last) return {0, 0};
+  return {static_cast<int>(first), static_cast<int>(last)};
+}
+
+// The same without the dead keys at both ends; dead keys inside the range are not seen either.
+EDUBA_DEVICE KeyRange KeysSeen(const VectorState& v, int64_t slot, const PageEntry& page) {
+  KeyRange keys = ListedKeys(v, slot, page.index);
+  if (page.live == nullptr) return keys;
+  while (keys.begin < keys.end && !IsLive(page, keys.begin)) ++keys.begin;
+  while (keys.begin < keys.end && !IsLive(page, keys.end - 1)) --keys.end;
+  if (keys.begin >= keys.end) return {0, 0};
+  return keys;
+}
 
 // What a block keeps in shared memory, in floats from its start.
 struct AttendShared {
@@ -340,257 +396,341 @@ EDUBA_DEVICE bool AddWord(float o, double weight, double unit, double bound, uin
   return is_good;
 }
 
-// Phases of a page, and what passes between them through shared memory: a phase's results are read in later
-// phases only, and a place is written again only in a phase behind the last that reads it. The places that
-// several threads write in one phase (finite, VectorState::fault) get the same value from all of them.
+// One block's work. Phases of a page, and what passes between them through shared memory: a phase's results
+// are read in later phases only, and a place is written again only in a phase after the last that reads it.
+// The places that several threads write in one phase (finite, VectorState::fault) get the same value from all
+// of them.
 template <class Type, int kTile, class Block>
-EDUBA_DEVICE void AttendPages(const Block& block, const AttendArgs& args) {
-  const PageLayout& layout = args.layout;
-  const bool is_summed = args.is_summed();
-  const AttendShared at = MakeAttendShared(kTile, layout.head_pitch, layout.value_pitch, is_summed);
-  float* const shared = block.shared();
-  auto* const vector = reinterpret_cast<VectorState*>(shared + at.vector);
-  auto* const sum = reinterpret_cast<uint64_t*>(shared + at.sum);
-  float* const query = shared + at.query;
-  float* const high = shared + at.high;
-  float* const low = shared + at.low;
-  float* const segments = shared + at.segment;
-  float* const weight = shared + at.weight;
-  float* const lane = shared + at.lane;
-  float* const m = shared + at.m;
-  float* const l = shared + at.l;
-  int* const finite = reinterpret_cast<int*>(shared + at.finite);
-  int* const begin = reinterpret_cast<int*>(shared + at.begin);
-  int* const end = reinterpret_cast<int*>(shared + at.end);
-  int* const seen = reinterpret_cast<int*>(shared + at.seen);
+class PagesWork {
+ public:
+  EDUBA_DEVICE PagesWork(const Block& block, const AttendArgs& args)
+      : block_(block),
+        args_(args),
+        layout_(args.layout),
+        is_summed_(args.is_summed()),
+        capped_(args.softcap > 0),
+        // Tiles of a page are neighbours, so that all but the first find it in the second-level cache.
+        first_vector_(static_cast<int>(block.index() % args.tiles) * kTile),
+        vectors_(args.rows * args.group - first_vector_),
+        kv_head_(static_cast<int>(block.index() / args.tiles % args.layout.kv_heads)),
+        run_(block.index() / args.tiles / args.layout.kv_heads),
+        row_heads_(int64_t{args.rows} * args.query_heads) {
+    const AttendShared at = MakeAttendShared(kTile, layout_.head_pitch, layout_.value_pitch, is_summed_);
+    float* const shared = block.shared();
+    vector_ = reinterpret_cast<VectorState*>(shared + at.vector);
+    sum_ = reinterpret_cast<uint64_t*>(shared + at.sum);
+    query_ = shared + at.query;
+    high_ = shared + at.high;
+    low_ = shared + at.low;
+    segments_ = shared + at.segment;
+    weight_ = shared + at.weight;
+    lane_ = shared + at.lane;
+    m_ = shared + at.m;
+    l_ = shared + at.l;
+    finite_ = reinterpret_cast<int*>(shared + at.finite);
+    begin_ = reinterpret_cast<int*>(shared + at.begin);
+    end_ = reinterpret_cast<int*>(shared + at.end);
+    seen_ = reinterpret_cast<int*>(shared + at.seen);
+  }
 
-  // Tiles of a page are neighbours, so that all but the first find it in the second-level cache.
-  const int tile = static_cast<int>(block.index() % args.tiles);
-  const int kv_head = static_cast<int>(block.index() / args.tiles % layout.kv_heads);
-  const int64_t run = block.index() / args.tiles / layout.kv_heads;
-  const int64_t row_heads = int64_t{args.rows} * args.query_heads;
+  EDUBA_DEVICE void Run() {
+    LoadVectors();
+    const int64_t last_slot = (run_ + 1) * args_.pages / args_.runs;
+    for (int64_t slot = run_ * args_.pages / args_.runs; slot < last_slot; ++slot) {
+      const PageEntry page = args_.page[slot];
+      if (!SeesPage(slot, page.index)) {
+        if (!is_summed_) KeepNothing(slot);
+        continue;
+      }
+      FindRows(slot, page);
+      MultiplyKeys(page);
+      FindLargest(page);
+      WeighKeys(page);
+      AddWeights();
+      MultiplyValues(page);
+      AddSegments(slot, page);
+      if (!is_summed_) KeepPartials(slot, page);
+    }
+    if (is_summed_) AddToWords();
+  }
+
+ private:
   // Query vectors of a KV head are counted by row, then by head of the group.
-  const int first_vector = tile * kTile;
-  const int vectors = args.rows * args.group - first_vector;  // In this tile, if below kTile.
-  const bool capped = args.softcap > 0;
+  EDUBA_DEVICE void LoadVectors() {
+    block_.Threads([&](int t) {
+      if (t >= kTile) return;
+      VectorState& v = vector_[t];
+      v.begin = v.end = 0;
+      v.listed = nullptr;
+      v.row_head = 0;
+      v.reference = 0;
+      v.l = v.fault = 0;
+      if (t >= vectors_) return;
+      const int row = (first_vector_ + t) / args_.group;
+      SetVisible(args_, row, v);
+      v.row_head =
+          int64_t{row} * args_.query_heads + kv_head_ * args_.group + (first_vector_ + t) % args_.group;
+      if (is_summed_) v.reference = args_.reference[v.row_head];
+    });
+    block_.Threads([&](int t) {
+      for (int i = t; i < kTile * layout_.head_pitch; i += kAttendThreads) {
+        const int q = i / layout_.head_pitch;
+        const int d = i % layout_.head_pitch;
+        query_[i] = q < vectors_ && d < layout_.head_dim
+                        ? args_.queries[vector_[q].row_head * layout_.head_dim + d]
+                        : 0;
+      }
+      // A thread's own from here to the end: element i is read and written by thread i % kAttendThreads
+      // alone.
+      if (is_summed_) {
+        for (int i = t; i < kTile * layout_.value_pitch; i += kAttendThreads) sum_[i] = 0;
+      }
+    });
+  }
 
-  block.Threads([&](int t) {
-    if (t >= kTile) return;
-    VectorState& v = vector[t];
-    v.begin = v.end = 0;
-    v.row_head = 0;
-    v.reference = 0;
-    v.l = v.fault = 0;
-    if (t >= vectors) return;
-    const int row = (first_vector + t) / args.group;
-    v.begin = args.visible[row].begin;
-    v.end = args.visible[row].end;
-    v.row_head = int64_t{row} * args.query_heads + kv_head * args.group + (first_vector + t) % args.group;
-    if (is_summed) v.reference = args.reference[v.row_head];
-  });
-  block.Threads([&](int t) {
-    for (int i = t; i < kTile * layout.head_pitch; i += kAttendThreads) {
-      const int q = i / layout.head_pitch;
-      const int d = i % layout.head_pitch;
-      query[i] =
-          q < vectors && d < layout.head_dim ? args.queries[vector[q].row_head * layout.head_dim + d] : 0;
-    }
-    // A thread's own from here to the end: element i is read and written by thread i % kAttendThreads alone.
-    if (is_summed) {
-      for (int i = t; i < kTile * layout.value_pitch; i += kAttendThreads) sum[i] = 0;
-    }
-  });
-
-  const int64_t last_slot = (run + 1) * args.pages / args.runs;
-  for (int64_t slot = run * args.pages / args.runs; slot < last_slot; ++slot) {
-    const PageEntry page = args.page[slot];
-    const int64_t page_begin = page.index * kPageRows;
-    const int64_t page_end = page_begin + kPageRows;
+  // Whether some query vector may see keys of a page; alike for all threads, and without a phase.
+  EDUBA_DEVICE bool SeesPage(int64_t slot, int64_t page) const {
     bool any = false;
     for (int q = 0; q < kTile; ++q) {
-      any |= vector[q].begin < vector[q].end && vector[q].begin < page_end && vector[q].end > page_begin;
+      const KeyRange keys = ListedKeys(vector_[q], slot, page);
+      any |= keys.begin < keys.end;
     }
-    if (!any) {
-      if (is_summed) continue;
-      block.Threads([&](int t) {
-        if (t < kTile && t < vectors) {
-          args.m[slot * row_heads + vector[t].row_head] = -Infinity();
-          args.l[slot * row_heads + vector[t].row_head] = 0;
-        }
-      });
-      continue;
-    }
-    // A barrier lies between the last reads of these for the page before and here.
-    block.Threads([&](int t) {
-      if (t >= kTile) return;
-      const int64_t from = vector[t].begin - page_begin;
-      const int64_t to = vector[t].end - page_begin;
-      const int64_t first = from < 0 ? 0 : from;
-      const int64_t last = to > kPageRows ? int64_t{kPageRows} : to;
-      begin[t] = first < last ? static_cast<int>(first) : 0;
-      end[t] = first < last ? static_cast<int>(last) : 0;
-      finite[t] = 1;
-    });
+    return any;
+  }
 
-    block.Threads([&](int t) {
+  EDUBA_DEVICE void KeepNothing(int64_t slot) {
+    block_.Threads([&](int t) {
+      if (t < kTile && t < vectors_) {
+        args_.m[slot * row_heads_ + vector_[t].row_head] = -Infinity();
+        args_.l[slot * row_heads_ + vector_[t].row_head] = 0;
+      }
+    });
+  }
+
+  // A barrier lies between the last reads of these for the page before and here.
+  EDUBA_DEVICE void FindRows(int64_t slot, const PageEntry& page) {
+    block_.Threads([&](int t) {
+      if (t >= kTile) return;
+      const KeyRange keys = KeysSeen(vector_[t], slot, page);
+      begin_[t] = keys.begin;
+      end_[t] = keys.end;
+      finite_[t] = 1;
+    });
+  }
+
+  // Whether some query vector sees a row.
+  EDUBA_DEVICE bool IsNeeded(const PageEntry& page, int row) const {
+    bool needed = false;
+    for (int q = 0; q < kTile; ++q) needed |= row >= begin_[q] && row < end_[q];
+    return needed && IsLive(page, row);
+  }
+
+  EDUBA_DEVICE void MultiplyKeys(const PageEntry& page) {
+    block_.Threads([&](int t) {
       const int row = t;
-      bool needed = false;
-      for (int q = 0; q < kTile; ++q) needed |= row >= begin[q] && row < end[q];
+      const bool needed = IsNeeded(page, row);
       float h[kTile];
       float w[kTile];
       if (needed) {
         const char* key =
-            static_cast<const char*>(page.data) + layout.key(kv_head, row, 0) * int64_t{Type::kElement};
-        DotKey<Type, kTile>(args, key, query, h, w);
+            static_cast<const char*>(page.data) + layout_.key(kv_head_, row, 0) * int64_t{Type::kElement};
+        DotKey<Type, kTile>(args_, key, query_, h, w);
       }
       EDUBA_UNROLL
       for (int q = 0; q < kTile; ++q) {
         const float dot = needed ? h[q] : 0;
-        high[q * kScorePitch + row] = capped ? Capped(dot, args.scale, args.softcap) : dot;
-        low[q * kScorePitch + row] = needed ? w[q] : 0;
+        high_[q * kScorePitch + row] = capped_ ? Capped(dot, args_.scale, args_.softcap) : dot;
+        low_[q * kScorePitch + row] = needed ? w[q] : 0;
       }
       if (t < kPageRows / kGroupRows) {
         int bits = 0;
-        for (int i = 0; i < kGroupRows; ++i) {
-          const int r = t * kGroupRows + i;
-          bool some = false;
-          for (int q = 0; q < kTile; ++q) some |= r >= begin[q] && r < end[q];
-          bits |= some ? 1 << i : 0;
-        }
-        seen[t] = bits;
+        for (int i = 0; i < kGroupRows; ++i) bits |= IsNeeded(page, t * kGroupRows + i) ? 1 << i : 0;
+        seen_[t] = bits;
       }
     });
+  }
 
-    // The largest visible logit: exact, so its order is free.
-    block.Threads([&](int t) {
+  // The largest visible logit: exact, so its order is free.
+  EDUBA_DEVICE void FindLargest(const PageEntry& page) {
+    block_.Threads([&](int t) {
       if (t >= kSumLanes * kTile) return;
       const int q = t % kTile;
       float largest = -Infinity();
       bool all_finite = true;
       for (int row = t / kTile; row < kPageRows; row += kSumLanes) {
-        if (row < begin[q] || row >= end[q]) continue;
-        const float score = high[q * kScorePitch + row];
-        const float x = capped ? score : Mul(score, args.scale);
+        if (row < begin_[q] || row >= end_[q] || !IsLive(page, row)) continue;
+        const float score = high_[q * kScorePitch + row];
+        const float x = capped_ ? score : Mul(score, args_.scale);
         all_finite &= IsFinite(x);
         largest = x > largest ? x : largest;
       }
-      lane[t] = largest;
-      if (!all_finite) finite[q] = 0;
+      lane_[t] = largest;
+      if (!all_finite) finite_[q] = 0;
     });
-    block.Threads([&](int t) {
+    block_.Threads([&](int t) {
       if (t >= kTile) return;
       float largest = -Infinity();
       for (int i = 0; i < kSumLanes; ++i) {
-        const float x = lane[i * kTile + t];
+        const float x = lane_[i * kTile + t];
         largest = x > largest ? x : largest;
       }
-      m[t] = largest;
+      m_[t] = largest;
     });
+  }
 
-    block.Threads([&](int t) {
+  // From logits to weights.
+  EDUBA_DEVICE void WeighKeys(const PageEntry& page) {
+    block_.Threads([&](int t) {
       const int row = t;
       EDUBA_UNROLL
       for (int q = 0; q < kTile; ++q) {
         float p = 0;
-        if (row >= begin[q] && row < end[q]) {
-          const float score = high[q * kScorePitch + row];
+        if (row >= begin_[q] && row < end_[q] && IsLive(page, row)) {
+          const float score = high_[q * kScorePitch + row];
           // Fused with the scale, so that a logit is rounded once, and after the largest was taken away.
-          const bool is_fused = m[q] <= kFusedLogitMax && m[q] >= -kFusedLogitMax;
-          p = Exp(capped     ? Sub(score, m[q])
-                  : is_fused ? Fma(low[q * kScorePitch + row], args.scale, Fma(score, args.scale, -m[q]))
-                             : Sub(Mul(score, args.scale), m[q]));
+          const bool is_fused = m_[q] <= kFusedLogitMax && m_[q] >= -kFusedLogitMax;
+          p = Exp(capped_    ? Sub(score, m_[q])
+                  : is_fused ? Fma(low_[q * kScorePitch + row], args_.scale, Fma(score, args_.scale, -m_[q]))
+                             : Sub(Mul(score, args_.scale), m_[q]));
         }
-        weight[row * kTile + q] = p;
+        weight_[row * kTile + q] = p;
       }
     });
+  }
 
-    block.Threads([&](int t) {
+  // Of each virtual lane; TotalOf adds up the lanes.
+  EDUBA_DEVICE void AddWeights() {
+    block_.Threads([&](int t) {
       if (t >= kSumLanes * kTile) return;
       float total = 0;
-      for (int i = 0; i < kPageRows / kSumLanes; ++i) total = Add(total, weight[i * kSumLanes * kTile + t]);
-      lane[t] = total;
+      for (int i = 0; i < kPageRows / kSumLanes; ++i) total = Add(total, weight_[i * kSumLanes * kTile + t]);
+      lane_[t] = total;
     });
+  }
 
-    // Keys and scores are not read any more: the segments' sums take their place.
-    block.Threads([&](int t) {
+  EDUBA_DEVICE float TotalOf(int q) const {
+    static_assert(kSumLanes == 16);
+    float tree[8];
+    EDUBA_UNROLL
+    for (int i = 0; i < 8; ++i) tree[i] = Add(lane_[i * kTile + q], lane_[(i + 8) * kTile + q]);
+    EDUBA_UNROLL
+    for (int i = 0; i < 4; ++i) tree[i] = Add(tree[i], tree[i + 4]);
+    return Add(Add(tree[0], tree[2]), Add(tree[1], tree[3]));
+  }
+
+  // Keys and scores are not read any more: the segments' sums take their place.
+  EDUBA_DEVICE void MultiplyValues(const PageEntry& page) {
+    block_.Threads([&](int t) {
       if (t < kTile) {
-        static_assert(kSumLanes == 16);
-        float tree[8];
-        EDUBA_UNROLL
-        for (int i = 0; i < 8; ++i) tree[i] = Add(lane[i * kTile + t], lane[(i + 8) * kTile + t]);
-        EDUBA_UNROLL
-        for (int i = 0; i < 4; ++i) tree[i] = Add(tree[i], tree[i + 4]);
-        const float total = Add(Add(tree[0], tree[2]), Add(tree[1], tree[3]));
-        l[t] = total;
-        if (is_summed) {
-          TakePage(args, page.index, begin[t] < end[t], finite[t] != 0 && IsFinite(total), m[t], total,
-                   vector[t]);
+        const float total = TotalOf(t);
+        l_[t] = total;
+        if (is_summed_) {
+          TakePage(args_, page.index, begin_[t] < end_[t], finite_[t] != 0 && IsFinite(total), m_[t], total,
+                   vector_[t]);
         }
       }
-      const int pairs = layout.value_pitch / 2;
+      const int pairs = layout_.value_pitch / 2;
       for (int item = t; item < kSegments * pairs; item += kAttendThreads) {
         const int segment = item / pairs;
         const int channel = item % pairs * 2;
         float pair[kTile][2];
-        WeighSegment<Type, kTile>(
-            static_cast<const char*>(page.data) + layout.value(kv_head, 0, channel) * int64_t{Type::kElement},
-            int64_t{layout.value_pitch} * Type::kElement, segment, seen, weight, pair);
+        WeighSegment<Type, kTile>(static_cast<const char*>(page.data) +
+                                      layout_.value(kv_head_, 0, channel) * int64_t{Type::kElement},
+                                  int64_t{layout_.value_pitch} * Type::kElement, segment, seen_, weight_,
+                                  pair);
         EDUBA_UNROLL
         for (int q = 0; q < kTile; ++q) {
-          float* to = segments + (q * kSegments + segment) * layout.value_pitch + channel;
+          float* to = segments_ + (q * kSegments + segment) * layout_.value_pitch + channel;
           to[0] = pair[q][0];
           to[1] = pair[q][1];
         }
       }
     });
+  }
 
-    block.Threads([&](int t) {
-      for (int i = t; i < kTile * layout.value_pitch; i += kAttendThreads) {
-        const int q = i / layout.value_pitch;
-        const int c = i % layout.value_pitch;
-        if (begin[q] >= end[q]) continue;
+  // Each channel's o, as a partial or into the block's sums.
+  EDUBA_DEVICE void AddSegments(int64_t slot, const PageEntry& page) {
+    block_.Threads([&](int t) {
+      for (int i = t; i < kTile * layout_.value_pitch; i += kAttendThreads) {
+        const int q = i / layout_.value_pitch;
+        const int c = i % layout_.value_pitch;
+        if (begin_[q] >= end_[q]) continue;
         float total = 0;
         EDUBA_UNROLL
         for (int s = 0; s < kSegments; ++s) {
-          total = Add(total, segments[(q * kSegments + s) * layout.value_pitch + c]);
+          total = Add(total, segments_[(q * kSegments + s) * layout_.value_pitch + c]);
         }
-        if (!is_summed) {
-          if (!IsFinite(total)) finite[q] = 0;
-          args.o[(slot * row_heads + vector[q].row_head) * layout.value_pitch + c] = total;
+        if (!is_summed_) {
+          if (!IsFinite(total)) finite_[q] = 0;
+          args_.o[(slot * row_heads_ + vector_[q].row_head) * layout_.value_pitch + c] = total;
           continue;
         }
-        VectorState& v = vector[q];
+        VectorState& v = vector_[q];
         // The padding's values are zeros.
-        const bool is_good =
-            IsFinite(total) &&
-            (v.bound < 0 || c >= layout.value_dim ||
-             AddWord(total, v.weight, args.unit[int64_t{kv_head} * layout.value_dim + c], v.bound, sum[i]));
-        if (!is_good) FailPage(args, page.index, v);
+        const bool is_good = IsFinite(total) &&
+                             (v.bound < 0 || c >= layout_.value_dim ||
+                              AddWord(total, v.weight, args_.unit[int64_t{kv_head_} * layout_.value_dim + c],
+                                      v.bound, sum_[i]));
+        if (!is_good) FailPage(args_, page.index, v);
       }
-    });
-
-    if (is_summed) continue;
-    block.Threads([&](int t) {
-      if (t >= kTile || t >= vectors) return;
-      KeepTotals(args, slot, page.index, vector[t].row_head, begin[t] < end[t],
-                 finite[t] != 0 && IsFinite(l[t]), m[t], l[t]);
     });
   }
 
-  if (!is_summed) return;
-  block.Threads([&](int t) {
-    for (int i = t; i < kTile * layout.value_pitch; i += kAttendThreads) {
-      const int q = i / layout.value_pitch;
-      const int c = i % layout.value_pitch;
-      if (q >= vectors || c >= layout.value_dim) continue;
-      uint64_t* const words = args.words + vector[q].row_head * (layout.value_dim + 2);
-      if (sum[i] != 0) AtomicAdd(&words[c], sum[i]);
-    }
-    if (t < kTile && t < vectors) {
-      uint64_t* const words = args.words + vector[t].row_head * (layout.value_dim + 2);
-      AddToTotal(words + layout.value_dim, vector[t].l, vector[t].fault != 0, args.limit);
-    }
-  });
+  EDUBA_DEVICE void KeepPartials(int64_t slot, const PageEntry& page) {
+    block_.Threads([&](int t) {
+      if (t >= kTile || t >= vectors_) return;
+      KeepTotals(args_, slot, page.index, vector_[t].row_head, begin_[t] < end_[t],
+                 finite_[t] != 0 && IsFinite(l_[t]), m_[t], l_[t]);
+    });
+  }
+
+  // The block's sums join the step's.
+  EDUBA_DEVICE void AddToWords() {
+    block_.Threads([&](int t) {
+      for (int i = t; i < kTile * layout_.value_pitch; i += kAttendThreads) {
+        const int q = i / layout_.value_pitch;
+        const int c = i % layout_.value_pitch;
+        if (q >= vectors_ || c >= layout_.value_dim) continue;
+        uint64_t* const words = args_.words + vector_[q].row_head * (layout_.value_dim + 2);
+        if (sum_[i] != 0) AtomicAdd(&words[c], sum_[i]);
+      }
+      if (t < kTile && t < vectors_) {
+        uint64_t* const words = args_.words + vector_[t].row_head * (layout_.value_dim + 2);
+        AddToTotal(words + layout_.value_dim, vector_[t].l, vector_[t].fault != 0, args_.limit);
+      }
+    });
+  }
+
+  const Block& block_;
+  const AttendArgs& args_;
+  const PageLayout& layout_;
+  const bool is_summed_;
+  const bool capped_;
+  const int first_vector_;
+  const int vectors_;  // In this tile, if below kTile.
+  const int kv_head_;
+  const int64_t run_;
+  const int64_t row_heads_;
+  // In shared memory: AttendShared.
+  VectorState* vector_;
+  uint64_t* sum_;
+  float* query_;
+  float* high_;
+  float* low_;
+  float* segments_;
+  float* weight_;
+  float* lane_;
+  float* m_;
+  float* l_;
+  int* finite_;
+  int* begin_;
+  int* end_;
+  int* seen_;
+};
+
+template <class Type, int kTile, class Block>
+EDUBA_DEVICE void AttendPages(const Block& block, const AttendArgs& args) {
+  PagesWork<Type, kTile, Block>(block, args).Run();
 }
 
 }  // namespace eduba::cuda

@@ -120,12 +120,6 @@ EDUBA_DEVICE float FloatPowerOfTwo(int k) {
   return std::bit_cast<float>(static_cast<uint32_t>(k + 127) << 23);
 }
 
-// Keys [begin, end) of a page.
-struct KeyRange {
-  int begin;
-  int end;
-};
-
 // f16 holds small numbers badly: its weights, and so their sums, are 2^15 times as large until they leave.
 template <class Type>
 inline constexpr int kWeightShift = Type::kHasFloatRange ? 0 : 15;
@@ -147,11 +141,11 @@ EDUBA_DEVICE float Capped(float u, float limit) {
 
 // From the dot products s of 16 query vectors, all of a page's, to their weights, in place; and m, l, and bad
 // where a logit is not finite. The weights are shifted, l is not. `range_of(lane, i)`: keys that the lane's
-// vector i sees; others weigh 0. `all_seen`: each vector sees all of them; alike for all lanes, and it
-// changes no bit.
+// vector i sees; others weigh 0, and so do keys that are not in `live` (PageRef::live; null: all are).
+// `all_seen`: each vector sees all of them; alike for all lanes, and it changes no bit.
 template <class Type, class Warp, class RegistersOf, class RangeOf>
 EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const RegistersOf& registers_of,
-                            const RangeOf& range_of, bool all_seen) {
+                            const RangeOf& range_of, const uint64_t* live, bool all_seen) {
   const float scale = Mul(args.scale, kLog2E);  // Logits are to the base 2 here.
   const auto factor_of = [&](const auto& r, int i) {
     return Type::kHasFloatRange ? scale : Mul(scale, r.shrink[i]);
@@ -173,7 +167,7 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       }
     });
   }
-  const auto weigh = [&]<bool kAllSeen>() {
+  const auto weigh = [&]<bool kAllSeen, bool kMasked>() {
     // of(s, is_seen) for the lane's logits of its vector i.
     const auto for_logits = [&](int lane, int i, const auto& of) {
       auto& r = registers_of(lane);
@@ -184,7 +178,12 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       for (int j = 0; j < kKeyTiles; ++j) {
         EDUBA_UNROLL
         for (int e = 0; e < 2; ++e) {
-          of(r.s[j][2 * i + e], kAllSeen || static_cast<uint32_t>(first + j * kTileColumns + e) < count);
+          bool is_seen = kAllSeen || static_cast<uint32_t>(first + j * kTileColumns + e) < count;
+          if constexpr (kMasked) {
+            const int key = j * kTileColumns + lane % 4 * 2 + e;
+            is_seen = is_seen && (live[key / 64] >> (key % 64) & 1) != 0;
+          }
+          of(r.s[j][2 * i + e], is_seen);
         }
       }
     };
@@ -234,10 +233,12 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
       });
     }
   };
-  if (all_seen) {
-    weigh.template operator()<true>();
+  if (live != nullptr) {
+    weigh.template operator()<false, true>();
+  } else if (all_seen) {
+    weigh.template operator()<true, false>();
   } else {
-    weigh.template operator()<false>();
+    weigh.template operator()<false, false>();
   }
 }
 
@@ -265,21 +266,17 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
     if (t >= args.tile) return;
     shared.begin[t] = shared.end[t] = 0;
     if (t >= vectors) return;
-    const PositionRange range = args.visible[row_of(t)];
-    const int64_t from = range.begin - page.index * kPageRows;
-    const int64_t to = range.end - page.index * kPageRows;
-    const int64_t first = from < 0 ? 0 : from;
-    const int64_t last = to > kPageRows ? int64_t{kPageRows} : to;
-    if (first < last) {
-      shared.begin[t] = static_cast<int>(first);
-      shared.end[t] = static_cast<int>(last);
-    }
+    VectorState v;
+    SetVisible(args, row_of(t), v);
+    const KeyRange keys = KeysSeen(v, slot, page);
+    shared.begin[t] = keys.begin;
+    shared.end[t] = keys.end;
   });
   block.Threads([&](int t) {
     for (int row = t; row < kPageRows; row += block.threads()) {
       bool is_seen = false;
       for (int v = 0; v < vectors && !is_seen; ++v) is_seen = row >= shared.begin[v] && row < shared.end[v];
-      shared.seen[row] = is_seen;
+      shared.seen[row] = is_seen && IsLive(page, row);
     }
     if (t >= warps) return;
     int begin = kPageRows;
@@ -450,7 +447,7 @@ EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
           const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
           return KeyRange{shared.begin[v], shared.end[v]};
         },
-        /*all_seen=*/false);
+        page.live, /*all_seen=*/false);
   });
 
   for (int pass = 0; pass < passes; ++pass) {

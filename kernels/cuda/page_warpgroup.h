@@ -213,14 +213,6 @@ EDUBA_DEVICE PositionRange VisibleOf(const VectorState& v) {
   visible.end = v.end;
   return visible;
 }
-EDUBA_DEVICE KeyRange KeysSeen(const VectorState& visible, int64_t page) {
-  const int64_t from = visible.begin - page * kPageRows;
-  const int64_t to = visible.end - page * kPageRows;
-  const int64_t first = from < 0 ? 0 : from;
-  const int64_t last = to > kPageRows ? int64_t{kPageRows} : to;
-  if (first >= last) return {0, 0};
-  return {static_cast<int>(first), static_cast<int>(last)};
-}
 // The smallest range that holds both.
 EDUBA_DEVICE PositionRange HullOf(const PositionRange& a, const PositionRange& b) {
   const bool is_a = a.begin < a.end;
@@ -280,6 +272,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
     if (t < kWarpgroupTileMax) {
       VectorState& v = shared.vector[t];
       v.begin = v.end = 0;
+      v.listed = nullptr;
       v.row_head = -1;
       v.reference = 0;
       v.l = v.fault = 0;
@@ -287,8 +280,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       const int i = take_turns ? t % kGroupTileRows : t;  // Of the tile.
       if (i < vectors) {
         const int row = (first_vector + i) / args.group;
-        v.begin = args.visible[row].begin;
-        v.end = args.visible[row].end;
+        SetVisible(args, row, v);
         v.row_head = int64_t{row} * args.query_heads + kv_head * args.group + (first_vector + i) % args.group;
         if (is_summed) v.reference = args.reference[v.row_head];
         if constexpr (!Type::kHasFloatRange) {
@@ -398,20 +390,20 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       const char* const data = static_cast<const char*>(page.data);
       // Mostly the first vector or the last sees the whole page, and all rows are seen.
       const auto sees_all = [&](int v) {
-        const KeyRange seen = KeysSeen(shared.vector[v], page.index);
-        return seen.begin == 0 && seen.end == kPageRows;
+        const KeyRange seen = ListedKeys(shared.vector[v], slot, page.index);
+        return page.live == nullptr && seen.begin == 0 && seen.end == kPageRows;
       };
       const bool all_seen = block.Uniform(sees_all(0) || sees_all(vectors - 1) ? 1 : 0) != 0;
       if (!all_seen) {
         group.Sync();  // Until all have done with the page before.
         group.Threads([&](int t) {
           for (int row = t; row < kPageRows; row += kGroupThreads) {
-            const int64_t position = page.index * kPageRows + row;
             bool is_seen = false;
             for (int v = 0; v < vectors && !is_seen; ++v) {
-              is_seen = position >= shared.vector[v].begin && position < shared.vector[v].end;
+              const KeyRange keys = ListedKeys(shared.vector[v], slot, page.index);
+              is_seen = row >= keys.begin && row < keys.end;
             }
-            shared.seen[row] = is_seen;
+            shared.seen[row] = is_seen && IsLive(page, row);
           }
         });
         group.Sync();
@@ -543,6 +535,7 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
       const bool is_seen = block.Uniform(SeesPage(shared.hull[mine], page.index) ? 1 : 0) != 0;
       const PositionRange core = shared.core[mine];
       const bool all_seen =
+          args.whole_lists &&
           block.Uniform(
               core.begin <= page.index * kPageRows && core.end >= (page.index + 1) * kPageRows ? 1 : 0) != 0;
       const bool is_mine = !take_turns || turn % kMultiplyGroups == mine;
@@ -604,11 +597,12 @@ EDUBA_DEVICE void AttendPagesWarpgroup(const Block& block, const AttendArgs& arg
         warp.Lanes([&](int lane) {
           EDUBA_UNROLL
           for (int i = 0; i < 2; ++i) {
-            registers_of(lane).seen[i] = KeysSeen(vector_of(warp, lane, i), page.index);
+            registers_of(lane).seen[i] = KeysSeen(vector_of(warp, lane, i), slot, page);
           }
         });
         WeighKeys<Type>(
-            warp, args, registers_of, [&](int lane, int i) { return registers_of(lane).seen[i]; }, all_seen);
+            warp, args, registers_of, [&](int lane, int i) { return registers_of(lane).seen[i]; }, page.live,
+            all_seen);
         // Two tiles of 8 keys as c are one of 16 keys as a.
         warp.Lanes([&](int lane) {
           Registers& r = registers_of(lane);

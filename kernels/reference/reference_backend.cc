@@ -10,25 +10,26 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/merging_step.h"
+#include "kernels/page_header.h"
 #include "kernels/portable_math.h"
+#include "kernels/row_set.h"
 
 namespace eduba {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Where a page keeps its rows: keys [256, kv_heads, head_dim], then values [256, kv_heads, value_dim].
+// Where a page keeps its rows: the header, then keys [256, kv_heads, head_dim], then values [256, kv_heads,
+// value_dim].
 struct Layout {
   explicit Layout(const AttentionShape& s)
-      : element(static_cast<int64_t>(DTypeBytes(s.dtype))),
-        key_row(s.kv_heads * s.head_dim * element),
-        value_row(s.kv_heads * s.value_dim * element) {}
-  int64_t bytes() const { return kPageRows * (key_row + value_row); }
-  int64_t key(int row) const { return row * key_row; }
-  int64_t value(int row) const { return kPageRows * key_row + row * value_row; }
+      : key_row(int64_t{s.kv_heads} * s.head_dim * static_cast<int64_t>(DTypeBytes(s.key_dtype))),
+        value_row(int64_t{s.kv_heads} * s.value_dim * static_cast<int64_t>(DTypeBytes(s.value_dtype))) {}
+  int64_t bytes() const { return value(kPageRows); }
+  int64_t key(int row) const { return static_cast<int64_t>(sizeof(PageHeader)) + row * key_row; }
+  int64_t value(int row) const { return key(kPageRows) + row * value_row; }
 
-  int64_t element;
-  int64_t key_row;
+  int64_t key_row;  // Bytes.
   int64_t value_row;
 };
 
@@ -44,7 +45,7 @@ class ReferenceStep final : public MergingStep {
   ReferenceStep(const StepArgs& args, ThreadPool& pool) : MergingStep(args, pool), layout_(args.shape) {}
 
   absl::Status Attend() override {
-    for (const PageRef& page : args_.pages) {
+    for (size_t page = 0; page < seen_.pages().size(); ++page) {
       EDUBA_RETURN_IF_ERROR(CheckCancelled());
       for (int64_t i = 0; i < row_heads(); ++i) partials_.push_back(AttendPage(page, i));
     }
@@ -67,7 +68,7 @@ class ReferenceStep final : public MergingStep {
 
   absl::Status RaiseMagnitudes(absl::Span<const int64_t> row_heads, float* magnitudes) override {
     for (const int64_t row_head : row_heads) {
-      for (size_t page = 0; page < args_.pages.size(); ++page) {
+      for (size_t page = 0; page < seen_.pages().size(); ++page) {
         const Partial& partial = PartialOf(page, row_head);
         for (int c = 0; c < args_.shape.value_dim; ++c) {
           magnitudes[c] = std::max(
@@ -85,7 +86,7 @@ class ReferenceStep final : public MergingStep {
     for (const Target& target : plan.targets) {
       const double* unit = &plan.units[target.unit_row * value_dim];
       int64_t flag = 0;
-      for (size_t page = 0; page < args_.pages.size() && flag == 0; ++page) {
+      for (size_t page = 0; page < seen_.pages().size() && flag == 0; ++page) {
         const Partial& partial = PartialOf(page, target.row_head);
         if (partial.m == -kInfinity || target.reference == -kInfinity) continue;
         if (partial.m == kInfinity || target.reference == kInfinity) {
@@ -102,7 +103,7 @@ class ReferenceStep final : public MergingStep {
         for (int c = 0; c < value_dim; ++c) {
           const double o = partial.o[c] * weight * unit[c];
           if (std::abs(o) > most) {  // A value beyond its channel's exponent.
-            RecordFault(args_.pages[page].index, target.row_head);
+            RecordFault(seen_.pages()[page].index, target.row_head);
             flag = kFaultFlag;
             break;
           }
@@ -121,16 +122,16 @@ class ReferenceStep final : public MergingStep {
     const AttentionShape& shape = args_.shape;
     const char* base = static_cast<const char*>(page);
     for (int d = 0; d < shape.head_dim; ++d) {
-      key[d] = LoadElement(base + layout_.key(row), shape.dtype, kv_head * shape.head_dim + d);
+      key[d] = LoadElement(base + layout_.key(row), shape.key_dtype, kv_head * shape.head_dim + d);
     }
     for (int c = 0; c < shape.value_dim; ++c) {
-      value[c] = LoadElement(base + layout_.value(row), shape.dtype, kv_head * shape.value_dim + c);
+      value[c] = LoadElement(base + layout_.value(row), shape.value_dtype, kv_head * shape.value_dim + c);
     }
   }
 
   float LocalMaximum(int64_t row_head) const {
     double largest = -kInfinity;
-    for (size_t page = 0; page < args_.pages.size(); ++page) {
+    for (size_t page = 0; page < seen_.pages().size(); ++page) {
       largest = std::max(largest, PartialOf(page, row_head).m);
     }
     return static_cast<float>(largest);
@@ -140,10 +141,22 @@ class ReferenceStep final : public MergingStep {
     return partials_[page * row_heads() + row_head];
   }
 
-  Partial AttendPage(const PageRef& page, int64_t row_head) {
+  // The rows of seen_'s page `slot` that a query row sees, ascending.
+  std::vector<int> RowsSeen(int64_t row, size_t slot) const {
+    const PageRows range = seen_.RowsOf(row, static_cast<int64_t>(slot));
+    const uint64_t* live = seen_.pages()[slot].live;
+    std::vector<int> rows;
+    for (int i = range.begin; i < range.end; ++i) {
+      if (live == nullptr || IsLive(live, i)) rows.push_back(i);
+    }
+    return rows;
+  }
+
+  Partial AttendPage(size_t slot, int64_t row_head) {
     const AttentionShape& shape = args_.shape;
-    const PositionRange rows = RowsInPage(visible_[row_head / shape.query_heads], page.index);
-    const int kv_head = static_cast<int>(row_head % shape.query_heads) / shape.group();
+    const PageRef& page = seen_.pages()[slot];
+    const std::vector<int> rows = RowsSeen(row_head / shape.query_heads, slot);
+    const int kv_head = static_cast<int>(row_head % shape.query_heads) / shape.gqa_group();
     const float* query = args_.queries + row_head * shape.head_dim;
     std::vector<float> key(shape.head_dim);
     std::vector<float> value(shape.value_dim);
@@ -152,7 +165,7 @@ class ReferenceStep final : public MergingStep {
     partial.o.resize(shape.value_dim);
 
     bool finite = true;
-    for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
+    for (const int row : rows) {
       ReadRow(page.data, row, kv_head, key.data(), value.data());
       double dot = 0;
       for (int d = 0; d < shape.head_dim; ++d) dot += static_cast<double>(query[d]) * key[d];
@@ -163,7 +176,8 @@ class ReferenceStep final : public MergingStep {
     }
     // The maximum travels as fp32, so that is what a page's weights refer to.
     partial.m = static_cast<float>(partial.m);
-    for (int row = static_cast<int>(rows.begin); row < rows.end && finite; ++row) {
+    for (const int row : rows) {
+      if (!finite) break;
       ReadRow(page.data, row, kv_head, key.data(), value.data());
       // Beyond it fp32 is too coarse: the largest has to weigh 1.
       const double logit =
@@ -181,7 +195,7 @@ class ReferenceStep final : public MergingStep {
   }
 
   const Layout layout_;
-  std::vector<Partial> partials_;  // [pages, row_heads]
+  std::vector<Partial> partials_;  // [seen pages, row_heads]
 };
 
 class ReferenceBackend final : public Backend {
@@ -200,8 +214,18 @@ class ReferenceBackend final : public Backend {
 
   int64_t PageBytes(const AttentionShape& shape) const override { return Layout(shape).bytes(); }
 
+  absl::Status ResetPage(void* page) override {
+    ResetHeader(page);
+    return absl::OkStatus();
+  }
+  absl::Status SealPage(const AttentionShape& /*shape*/, void* page) override {
+    SealHeader(page);
+    return absl::OkStatus();
+  }
+
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
+    CheckWritable(page);
     const Layout layout(shape);
     std::memcpy(static_cast<char*>(page) + layout.key(row), keys, rows * layout.key_row);
     std::memcpy(static_cast<char*>(page) + layout.value(row), values, rows * layout.value_row);
@@ -218,6 +242,7 @@ class ReferenceBackend final : public Backend {
 
   absl::Status CopyPage(const AttentionShape& shape, const void* from, void* to) override {
     std::memcpy(to, from, Layout(shape).bytes());
+    UnsealCopy(to);
     return absl::OkStatus();
   }
 

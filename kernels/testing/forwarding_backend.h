@@ -23,6 +23,10 @@ class ForwardingBackend : public Backend {
   absl::StatusOr<void*> AllocateSlab(int64_t bytes) override { return inner_->AllocateSlab(bytes); }
   void FreeSlab(void* slab, int64_t bytes) override { inner_->FreeSlab(slab, bytes); }
   int64_t PageBytes(const AttentionShape& shape) const override { return inner_->PageBytes(shape); }
+  absl::Status ResetPage(void* page) override { return inner_->ResetPage(page); }
+  absl::Status SealPage(const AttentionShape& shape, void* page) override {
+    return inner_->SealPage(shape, page);
+  }
   absl::Status WriteRows(const AttentionShape& shape, void* page, int row, int rows, const void* keys,
                          const void* values) override {
     return inner_->WriteRows(shape, page, row, rows, keys, values);

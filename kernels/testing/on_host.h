@@ -70,11 +70,11 @@ class OnHost final : public LayerKernels {
     kernels_->Add(there);
     TakeBack();
   }
-  void Find(const FindArgs& args) override {
-    FindArgs there = args;
+  void FlagNonFinite(const NonFiniteArgs& args) override {
+    NonFiniteArgs there = args;
     Bring(args.x, args.count, there.x);
     Bring(args.found, 1, there.found);
-    kernels_->Find(there);
+    kernels_->FlagNonFinite(there);
     TakeBack();
   }
 

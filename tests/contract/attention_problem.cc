@@ -52,8 +52,9 @@ float ChannelSize(ProblemSpec::Values values, DType dtype, int channel) {
 std::string ProblemSpec::ToString() const {
   return absl::StrCat(
       "{seed=", seed, " heads=", shape.query_heads, "/", shape.kv_heads, " head_dim=", shape.head_dim,
-      " value_dim=", shape.value_dim, " dtype=", DTypeName(shape.dtype), " scale=", shape.scale,
-      " softcap=", shape.softcap, " rows=", rows, " positions=", positions, " sink_tokens=", sink_tokens,
+      " value_dim=", shape.value_dim, " dtype=", DTypeName(shape.key_dtype), "/",
+      DTypeName(shape.value_dtype), " scale=", shape.scale, " softcap=", shape.softcap, " rows=", rows,
+      " positions=", positions, " sink_tokens=", sink_tokens,
       " sink_logit=", sink_logit ? absl::StrCat(*sink_logit) : "none", " logit_size=", logit_size,
       " sink_pull=", sink_pull, " values=", static_cast<int>(values), " visible=", static_cast<int>(visible),
       " partly_visible_sinks=", partly_visible_sinks, "}");
@@ -76,14 +77,14 @@ Problem::Problem(const ProblemSpec& problem_spec) : spec(problem_spec) {
     for (int h = 0; h < shape.kv_heads; ++h) {
       for (int d = 0; d < shape.head_dim; ++d) {
         keys[(j * shape.kv_heads + h) * shape.head_dim + d] +=
-            spec.sink_pull * queries[static_cast<size_t>(h) * shape.group() * shape.head_dim + d];
+            spec.sink_pull * queries[static_cast<size_t>(h) * shape.gqa_group() * shape.head_dim + d];
       }
     }
   }
   float largest = 0;
   for (size_t i = 0; i < static_cast<size_t>(spec.rows) * shape.query_heads; ++i) {
     const float* query = &queries[i * shape.head_dim];
-    const int64_t kv_head = static_cast<int64_t>(i) % shape.query_heads / shape.group();
+    const int64_t kv_head = static_cast<int64_t>(i) % shape.query_heads / shape.gqa_group();
     for (int64_t j = 0; j < spec.positions; ++j) {
       const float* key = &keys[(j * shape.kv_heads + kv_head) * shape.head_dim];
       largest = std::max(
@@ -91,11 +92,12 @@ Problem::Problem(const ProblemSpec& problem_spec) : spec(problem_spec) {
     }
   }
   for (float& x : keys) x *= spec.logit_size / largest;
-  for (float& x : keys) x = Round(x, shape.dtype);
+  for (float& x : keys) x = Round(x, shape.key_dtype);
   values.resize(spec.positions * shape.kv_heads * shape.value_dim);
   for (size_t i = 0; i < values.size(); ++i) {
     const int channel = static_cast<int>(i % shape.value_dim);
-    values[i] = Round(normal(random) * ChannelSize(spec.values, shape.dtype, channel), shape.dtype);
+    values[i] =
+        Round(normal(random) * ChannelSize(spec.values, shape.value_dtype, channel), shape.value_dtype);
   }
 
   const int64_t sinks = std::min<int64_t>(spec.sink_tokens, spec.positions);
@@ -144,7 +146,14 @@ Problem::Problem(const ProblemSpec& problem_spec) : spec(problem_spec) {
 }
 
 bool Problem::Sees(int row, int64_t position) const {
-  return position < visible_sinks[row] || (position >= visible[row].begin && position < visible[row].end);
+  if (position < visible_sinks[row]) return true;
+  if (position < visible[row].begin || position >= visible[row].end) return false;
+  const int64_t page = PageOf(position);
+  const auto local = static_cast<int>(position - PageBegin(page));
+  if (const auto mask = live.find(page); mask != live.end() && !mask->second.Has(local)) return false;
+  if (listed.empty()) return true;
+  const auto rows = listed[row].find(page);
+  return rows != listed[row].end() && local >= rows->second.begin && local < rows->second.end;
 }
 
 Problem Problem::WithRows(const std::vector<int>& rows) const {
@@ -154,10 +163,12 @@ Problem Problem::WithRows(const std::vector<int>& rows) const {
   some.queries.clear();
   some.visible.clear();
   some.visible_sinks.clear();
+  some.listed.clear();
   for (const int row : rows) {
     some.queries.insert(some.queries.end(), &queries[row * stride], &queries[row * stride] + stride);
     some.visible.push_back(visible[row]);
     some.visible_sinks.push_back(visible_sinks[row]);
+    if (!listed.empty()) some.listed.push_back(listed[row]);
   }
   return some;
 }
@@ -196,7 +207,7 @@ std::vector<float> Problem::PlainFloatAttention(bool fused) const {
   for (int row = 0; row < spec.rows; ++row) {
     for (int head = 0; head < shape.query_heads; ++head) {
       const float* query = &queries[(static_cast<size_t>(row) * shape.query_heads + head) * shape.head_dim];
-      const int kv_head = head / shape.group();
+      const int kv_head = head / shape.gqa_group();
       float largest = -std::numeric_limits<float>::infinity();
       float total = 0;
       std::vector<float> sum(shape.value_dim, 0.0F);
@@ -249,6 +260,28 @@ bool Answer::operator==(const Answer& other) const {
          paths.sink == other.paths.sink && paths.maximum == other.paths.maximum;
 }
 
+namespace {
+
+// The lists of a rank that has `pages`.
+OwnedPageLists ListsOf(const Problem& problem, absl::Span<const PageRef> pages) {
+  if (problem.listed.empty()) {
+    return OwnedPageLists(static_cast<int64_t>(pages.size()), problem.spec.rows);
+  }
+  OwnedPageLists lists;
+  for (const std::map<int64_t, PageRows>& of_row : problem.listed) {
+    std::vector<ListedPage> entries;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      const auto rows = of_row.find(pages[i].index);
+      if (rows == of_row.end()) continue;
+      entries.push_back({static_cast<int32_t>(i), rows->second.begin, rows->second.end});
+    }
+    lists.AddRow(lists.AddList(entries));
+  }
+  return lists;
+}
+
+}  // namespace
+
 RankGroup::~RankGroup() { Free(); }
 
 void RankGroup::Free() {
@@ -266,17 +299,19 @@ void RankGroup::Load(const Problem& problem) {
   // Whole pages of NaN, then the rows that anything may read, in two pieces where a page has more than one.
   std::vector<char> needed(problem.spec.positions, 0);
   for (int row = 0; row < problem.spec.rows; ++row) {
-    std::fill_n(needed.begin(), problem.visible_sinks[row], 1);
-    const PositionRange range = problem.visible[row].Intersect({0, problem.spec.positions});
-    if (!range.empty()) std::fill(needed.begin() + range.begin, needed.begin() + range.end, 1);
+    for (int64_t j = 0; j < problem.spec.positions; ++j) {
+      if (problem.Sees(row, j)) needed[j] = 1;
+    }
   }
   const int64_t key_row = static_cast<int64_t>(shape.kv_heads) * shape.head_dim;
   const int64_t value_row = static_cast<int64_t>(shape.kv_heads) * shape.value_dim;
-  const std::vector<char> nan_keys = Stored(std::vector<float>(kPageRows * key_row, kNaN), shape.dtype);
-  const std::vector<char> nan_values = Stored(std::vector<float>(kPageRows * value_row, kNaN), shape.dtype);
-  const std::vector<char> keys = Stored(problem.keys, shape.dtype);
-  const std::vector<char> values = Stored(problem.values, shape.dtype);
-  const auto bytes = static_cast<int64_t>(DTypeBytes(shape.dtype));
+  const std::vector<char> nan_keys = Stored(std::vector<float>(kPageRows * key_row, kNaN), shape.key_dtype);
+  const std::vector<char> nan_values =
+      Stored(std::vector<float>(kPageRows * value_row, kNaN), shape.value_dtype);
+  const std::vector<char> keys = Stored(problem.keys, shape.key_dtype);
+  const std::vector<char> values = Stored(problem.values, shape.value_dtype);
+  const auto key_bytes = static_cast<int64_t>(DTypeBytes(shape.key_dtype));
+  const auto value_bytes = static_cast<int64_t>(DTypeBytes(shape.value_dtype));
   for (int64_t p = 0; p < PageCount(problem.spec.positions); ++p) {
     EDUBA_CHECK(
         backends_[0]->WriteRows(shape, page(p), 0, kPageRows, nan_keys.data(), nan_values.data()).ok());
@@ -289,8 +324,8 @@ void RankGroup::Load(const Problem& problem) {
       while (end < std::min(PageBegin(p + 1), problem.spec.positions) && needed[end] && end - j < 77) ++end;
       EDUBA_CHECK(backends_[0]
                       ->WriteRows(shape, page(p), static_cast<int>(j - PageBegin(p)),
-                                  static_cast<int>(end - j), &keys[j * key_row * bytes],
-                                  &values[j * value_row * bytes])
+                                  static_cast<int>(end - j), &keys[j * key_row * key_bytes],
+                                  &values[j * value_row * value_bytes])
                       .ok());
       j = end;
     }
@@ -311,6 +346,7 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
     StepArgs args;
     std::vector<PageRef> sink_pages;
     std::vector<std::vector<PageRef>> owned;  // [ranks]
+    std::vector<OwnedPageLists> lists;        // [ranks]
     std::vector<std::unique_ptr<AttentionStep>> ranks;
     std::vector<std::vector<int64_t>> sink_words, maximum_words;  // [ranks]
     std::vector<std::vector<float>> maxima;                       // [ranks]
@@ -322,7 +358,9 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
     Step& step = steps[i];
     step.owned.resize(backends_.size());
     for (int64_t p = 0; p < PageCount(problem.spec.positions); ++p) {
-      step.owned[owners[p % owners.size()]].push_back({page(p), p});
+      const auto live = problem.live.find(p);
+      step.owned[owners[p % owners.size()]].push_back(
+          {page(p), p, live == problem.live.end() ? nullptr : live->second.words});
     }
     for (int64_t p = 0; p < PageCount(std::min<int64_t>(problem.spec.sink_tokens, problem.spec.positions));
          ++p) {
@@ -342,6 +380,8 @@ absl::StatusOr<std::vector<Answer>> RankGroup::AttendTogether(absl::Span<const P
     for (size_t rank = 0; rank < backends_.size(); ++rank) {
       if (reversed) std::reverse(step.owned[rank].begin(), step.owned[rank].end());
       args.pages = step.owned[rank];
+      step.lists.push_back(ListsOf(problem, args.pages));
+      args.lists = step.lists.back().view();
       EDUBA_ASSIGN_OR_RETURN(auto on_rank, backends_[rank]->StartStep(args));
       step.ranks.push_back(std::move(on_rank));
     }

@@ -2,13 +2,17 @@
 #define EDUBA_TESTS_CONTRACT_ATTENTION_PROBLEM_H_
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels/backend.h"
+#include "kernels/page_lists.h"
 #include "kernels/reference/attention.h"
+#include "kernels/row_set.h"
+#include "kernels/seen_pages.h"
 
 namespace eduba {
 
@@ -46,6 +50,10 @@ struct Problem {
   std::vector<float> values;  // [positions, kv_heads, value_dim], rounded to the dtype
   std::vector<PositionRange> visible;
   std::vector<int32_t> visible_sinks;
+  // Live masks of some pages, by page; the others' rows are all live.
+  std::map<int64_t, RowSet> live;
+  // [rows]: what each row's list names, by page; empty: one list for all rows, of all pages.
+  std::vector<std::map<int64_t, PageRows>> listed;
   std::vector<float> sink_logits;
   std::vector<int16_t> exponents;
 
@@ -80,7 +88,8 @@ class RankGroup {
   explicit RankGroup(std::vector<std::unique_ptr<Backend>> backends) : backends_(std::move(backends)) {}
   ~RankGroup();
 
-  // Writes the problem's positions into pages, with NaN in every row that no query sees and that is no sink.
+  // Writes the problem's positions into pages, with NaN in every row that no query sees and that is no sink:
+  // where the lists or the live masks leave a row out, too.
   void Load(const Problem& problem);
   // Attention with page p on rank owners[p % owners.size()]; `reversed` gives each rank its pages last to
   // first. REQUIRES: Load was called with a problem of the same keys and values.

@@ -26,6 +26,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/emulated_device.h"
 #include "kernels/fingerprint.h"
+#include "kernels/page_lists.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/contract/attention_problem.h"
 
@@ -58,7 +59,7 @@ struct BackendChoice {
   // With queries that a backend does not have to round.
   Problem MakeProblem(const ProblemSpec& spec) const {
     Problem problem(spec);
-    if (is_rounded && spec.shape.dtype == DType::kBf16) {
+    if (is_rounded && spec.shape.key_dtype == DType::kBf16) {
       for (float& q : problem.queries) q = F32FromBf16(Bf16FromF32(q));
     }
     return problem;
@@ -159,7 +160,7 @@ ProblemSpec RandomSpec(uint64_t seed) {
   spec.shape.query_heads = spec.shape.kv_heads * pick(1, 2, 3, 4, 5, 7, 8, 40);
   spec.shape.head_dim = pick(1, 3, 16, 55, 64, 80, 96, 128, 256);
   spec.shape.value_dim = pick(1, 10, 16, 64, 130, spec.shape.head_dim);
-  spec.shape.dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
+  spec.shape.key_dtype = spec.shape.value_dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
   spec.shape.scale = pick(1.0F, 0.125F, 0.0883883F, -0.5F);
   spec.shape.softcap = pick(0.0F, 0.0F, 0.0F, 30.0F);
   spec.rows = pick(1, 1, 2, 3, 7, 20, 70);
@@ -224,8 +225,8 @@ TEST_P(BackendContract, RandomProblemsMatchTheDefinition) {
     const DenseResult oracle = problem.Oracle();
     // Channel by channel, as channels of very different sizes would hide in a common norm.
     EXPECT_LE(WorstError(answer->outputs, oracle.outputs, problem.Magnitudes(), 1),
-              GetParam().Error(spec.shape.dtype));
-    const double logit_error = GetParam().LogitError(spec.shape.dtype);
+              GetParam().Error(spec.shape.key_dtype));
+    const double logit_error = GetParam().LogitError(spec.shape.key_dtype);
     for (size_t i = 0; i < oracle.lse.size(); ++i) {
       if (std::isinf(oracle.lse[i])) {
         EXPECT_EQ(answer->lse[i], oracle.lse[i]);
@@ -355,6 +356,139 @@ TEST_P(BackendContract, TokenSinksAreScoredWithTheirOwnQueries) {
   }
 }
 
+// Takes away rows of the problem: random live masks (some of whole pages, or of their first and last rows),
+// and for each row a list of other pages and rows.
+void AddHoles(Problem& problem, uint64_t seed, bool with_lists) {
+  std::mt19937_64 random(seed);
+  const int64_t sinks = std::min<int64_t>(problem.spec.sink_tokens, problem.spec.positions);
+  for (int64_t page = 0; page < PageCount(problem.spec.positions); ++page) {
+    RowSet live;
+    const uint64_t kind = random() % 4;
+    if (kind == 0) continue;  // Without a mask.
+    if (kind == 1) live.Add(1, kPageRows - 1);
+    for (uint64_t& word : live.words) {
+      if (kind == 2) word = random() | random();
+    }
+    live.Add(0, sinks - PageBegin(page));  // Kind 3: nothing else.
+    problem.live[page] = live;
+  }
+  for (int row = 0; with_lists && row < problem.spec.rows; ++row) {
+    std::map<int64_t, PageRows> listed;
+    for (int64_t page = 0; page < PageCount(problem.spec.positions); ++page) {
+      if (random() % 3 == 0) continue;
+      const auto begin = static_cast<int16_t>(random() % 2 == 0 ? 0 : random() % 200);
+      listed[page] = {begin, static_cast<int16_t>(random() % 2 == 0 ? kPageRows : begin + random() % 57)};
+    }
+    problem.listed.push_back(listed);
+  }
+}
+
+// Load puts NaN where no row sees anything, so dead rows that had an influence would show.
+TEST_P(BackendContract, RowsThatListsAndMasksLeaveOutAreNotThere) {
+  RankGroup group = Group(GetParam(), 2);
+  for (uint64_t seed = 9000; seed < 9060; ++seed) {
+    const ProblemSpec spec = RandomSpec(seed);
+    SCOPED_TRACE(spec.ToString());
+    Problem problem = GetParam().MakeProblem(spec);
+    AddHoles(problem, seed, seed % 3 != 0);
+    group.Load(problem);
+    const auto answer = group.Attend(problem, {0, 1});
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
+              GetParam().Error(spec.shape.key_dtype));
+    // Dead rows of other content, and pages without a live row left out of every list.
+    Problem other = problem;
+    for (int64_t j = 0; j < spec.positions; ++j) {
+      const auto mask = problem.live.find(PageOf(j));
+      if (mask == problem.live.end() || mask->second.Has(static_cast<int>(j % kPageRows))) continue;
+      const int64_t keys = int64_t{spec.shape.kv_heads} * spec.shape.head_dim;
+      const int64_t values = int64_t{spec.shape.kv_heads} * spec.shape.value_dim;
+      std::fill_n(&other.keys[j * keys], keys, 7.0F);
+      std::fill_n(&other.values[j * values], values, -9.0F);
+    }
+    for (auto& listed : other.listed) {
+      for (const auto& [page, live] : other.live) {
+        if (live.count() == 0) listed.erase(page);
+      }
+    }
+    // Written as if everything were live, so that the dead rows hold the other content.
+    Problem written = other;
+    written.live.clear();
+    written.listed.clear();
+    group.Load(written);
+    const auto again = group.Attend(other, {1, 0});
+    ASSERT_TRUE(again.ok()) << again.status();
+    ASSERT_TRUE(*again == *answer);
+    EXPECT_EQ(again->bytes_read, answer->bytes_read);
+    // Alone, a row has one list and other neighbours.
+    const auto alone = group.Attend(other.WithRows({spec.rows - 1}), {0});
+    ASSERT_TRUE(alone.ok()) << alone.status();
+    const size_t count = alone->outputs.size();
+    ASSERT_EQ(
+        std::memcmp(alone->outputs.data(), &answer->outputs[(spec.rows - 1) * count], count * sizeof(float)),
+        0);
+  }
+}
+
+TEST_P(BackendContract, KeysAndValuesMayHaveDifferentTypes) {
+  RankGroup group = Group(GetParam(), 1);
+  for (const DType key_dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+    for (const DType value_dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+      if (key_dtype != value_dtype && GetParam().name.starts_with("cuda")) continue;  // UNIMPLEMENTED.
+      ProblemSpec spec = RandomSpec(9100);
+      spec.shape.key_dtype = key_dtype;
+      spec.shape.value_dtype = value_dtype;
+      SCOPED_TRACE(spec.ToString());
+      const Problem problem = GetParam().MakeProblem(spec);
+      group.Load(problem);
+      const auto answer = group.Attend(problem, {0});
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      EXPECT_LE(WorstError(answer->outputs, problem.Oracle().outputs, problem.Magnitudes(), 1),
+                GetParam().Error(key_dtype));
+    }
+  }
+}
+
+TEST(StepArgs, AListThatNamesAPageTwiceIsRefused) {
+  const std::unique_ptr<Backend> backend = MakeReferenceBackend();
+  StepArgs args;
+  const float one = 1;
+  const PageRef pages[] = {{nullptr, 0}};
+  const PositionRange visible[] = {{0, 1}};
+  const int16_t exponents[] = {0};
+  args.rows = 1;
+  args.queries = &one;
+  args.pages = pages;
+  args.visible = visible;
+  args.exponents = exponents;
+  args.positions = 1;
+  OwnedPageLists lists;
+  lists.AddRow(lists.AddList({{0, 0, 10}, {0, 20, 30}}));
+  args.lists = lists.view();
+  const absl::Status status = backend->StartStep(args).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("names page 0 twice"), std::string::npos) << status;
+}
+
+// A page that is sealed is written no more, until its memory is another page's; a copy of it may be.
+TEST(StepArgs, ASealedPageIsNotWritten) {
+  for (const bool is_reference : {true, false}) {
+    const std::unique_ptr<Backend> backend = is_reference ? MakeReferenceBackend() : MakeCpuBackend(1);
+    const AttentionShape shape;
+    const int64_t bytes = backend->PageBytes(shape);
+    char* const pages = static_cast<char*>(*backend->AllocateSlab(2 * bytes));
+    const float one = 1;
+    ASSERT_EQ(backend->WriteRows(shape, pages, 0, 1, &one, &one), absl::OkStatus());
+    ASSERT_EQ(backend->SealPage(shape, pages), absl::OkStatus());
+    EXPECT_DEATH(backend->WriteRows(shape, pages, 1, 1, &one, &one).IgnoreError(), "is_sealed");
+    ASSERT_EQ(backend->CopyPage(shape, pages, pages + bytes), absl::OkStatus());
+    EXPECT_EQ(backend->WriteRows(shape, pages + bytes, 1, 1, &one, &one), absl::OkStatus());
+    ASSERT_EQ(backend->ResetPage(pages), absl::OkStatus());
+    EXPECT_EQ(backend->WriteRows(shape, pages, 1, 1, &one, &one), absl::OkStatus());
+    backend->FreeSlab(pages, 2 * bytes);
+  }
+}
+
 TEST_P(BackendContract, RowsComeBackAsTheyWereWritten) {
   const std::unique_ptr<Backend> backend = GetParam().make(1);
   for (uint64_t seed = 7000; seed < 7040; ++seed) {
@@ -362,7 +496,7 @@ TEST_P(BackendContract, RowsComeBackAsTheyWereWritten) {
     std::mt19937_64 random(seed);
     const int64_t bytes = backend->PageBytes(shape);
     void* page = *backend->AllocateSlab(bytes);
-    const auto element = static_cast<int64_t>(DTypeBytes(shape.dtype));
+    const auto element = static_cast<int64_t>(DTypeBytes(shape.key_dtype));
     const int64_t key_row = int64_t{shape.kv_heads} * shape.head_dim * element;
     const int64_t value_row = int64_t{shape.kv_heads} * shape.value_dim * element;
     // Any bits, NaN among them.
@@ -403,6 +537,8 @@ TEST_P(BackendContract, AStepThatIsCalledOffSaysSo) {
   args.rows = 1;
   args.queries = &one;
   args.pages = pages;
+  const OwnedPageLists lists(1, 1);
+  args.lists = lists.view();
   args.visible = visible;
   args.exponents = exponents;
   args.positions = 1;
@@ -483,7 +619,7 @@ void ExpectSameBits(std::unique_ptr<Backend> first, std::unique_ptr<Backend> sec
   RankGroup b = GroupOf(std::move(second));
   for (uint64_t seed = 5000; seed < 5100; ++seed) {
     ProblemSpec spec = RandomSpec(seed);
-    if (dtype) spec.shape.dtype = *dtype;
+    if (dtype) spec.shape.key_dtype = spec.shape.value_dtype = *dtype;
     SCOPED_TRACE(absl::StrCat(names, ": ", spec.ToString()));
     const Problem problem(spec);
     a.Load(problem);
@@ -519,7 +655,7 @@ TEST(CpuBackend, RoundedProductsGiveTheBitsOfTheChipsDotProducts) {
 // so.
 TEST(CpuBackend, RoundedProductsTakeSubnormalNumbersForZerosOnEveryTargetThatFuses) {
   ProblemSpec spec;
-  spec.shape = {2, 1, 19, 20, DType::kBf16, 1, 0};
+  spec.shape = {2, 1, 19, 20, DType::kBf16, DType::kBf16, 1, 0};
   spec.positions = 300;
   spec.rows = 3;
   Problem problem(spec);
@@ -574,7 +710,7 @@ TEST_P(BackendContract, QueriesOfAnySizeKeepTheirDigits) {
     for (const float size : {1e-30F, 1e-6F, 1.0F, 1e6F, 1e30F}) {
       RankGroup group = Group(GetParam(), 1);
       ProblemSpec spec;
-      spec.shape = {4, 2, 64, 64, dtype, 0.125F, 0};
+      spec.shape = {4, 2, 64, 64, dtype, dtype, 0.125F, 0};
       spec.rows = 5;
       spec.logit_size = 5;
       SCOPED_TRACE(absl::StrCat("size=", size, " ", spec.ToString()));
@@ -598,7 +734,7 @@ TEST_P(BackendContract, ARowOf16BitQueriesHasTheSameBitsAloneAndAmongOthers) {
   for (const DType dtype : {DType::kBf16, DType::kF16}) {
     RankGroup group = Group(GetParam(), 1);
     ProblemSpec spec;
-    spec.shape = {4, 2, 72, 24, dtype, 0.125F, 0};
+    spec.shape = {4, 2, 72, 24, dtype, dtype, 0.125F, 0};
     spec.rows = 5;
     spec.positions = 600;
     spec.sink_logit = 1;
@@ -626,7 +762,7 @@ TEST_P(BackendContract, RowsOfAStepOfAnySizeHaveTheBitsOfEachAlone) {
          {std::tuple(128, 9, true), std::tuple(128, 9, false), std::tuple(256, 5, false)}) {
       RankGroup group = Group(GetParam(), 1);
       ProblemSpec spec;
-      spec.shape = {16, 2, dim, dim, dtype, 0.125F, 0};
+      spec.shape = {16, 2, dim, dim, dtype, dtype, 0.125F, 0};
       spec.rows = rows;
       spec.positions = 600;
       spec.sink_logit = 1;
@@ -663,7 +799,7 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
       if (is_finite_in_double && GetParam().name == "reference") continue;
       for (const bool has_sink : {false, true}) {
         ProblemSpec spec;
-        spec.shape = {2, 1, 32, 40, dtype, 1, 0};
+        spec.shape = {2, 1, 32, 40, dtype, dtype, 1, 0};
         spec.rows = 2;
         spec.positions = 600;
         if (has_sink) spec.sink_logit = 1;
@@ -714,7 +850,7 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
 // a harmless number. A GPU's blocks take all pages of a head here, or every other: the rest weighs nothing.
 TEST_P(BackendContract, ATotalThatWouldComeRoundLeavesTheSinkPath) {
   ProblemSpec spec;
-  spec.shape = {7, 7, 1, 1, DType::kBf16, 1, 0};
+  spec.shape = {7, 7, 1, 1, DType::kBf16, DType::kBf16, 1, 0};
   spec.positions = 2 * 257 * kPageRows;
   // A page's 256 keys weigh a little less than 2^10.
   spec.sink_logit = 0;
@@ -744,7 +880,7 @@ TEST_P(BackendContract, EqualKeysOfHugeLogitsWeighTheSame) {
       for (int seed = 0; seed < 6; ++seed) {
         ProblemSpec spec;
         spec.seed = seed + 1;
-        spec.shape = {2, 1, 3, 2, dtype, 0.37F, 0};
+        spec.shape = {2, 1, 3, 2, dtype, dtype, 0.37F, 0};
         spec.positions = 8 * kPageRows - 1;
         if (seed % 3 == 2) spec.sink_logit = 1;
         Problem problem(spec);
@@ -772,7 +908,7 @@ TEST_P(BackendContract, LightWeightsKeepTheirDigits) {
     for (const float distance : {7.0F, 12.0F, 15.0F, 17.0F, 20.0F}) {
       RankGroup group = Group(GetParam(), 1);
       ProblemSpec spec;
-      spec.shape = {1, 1, 16, 16, dtype, 1, 0};
+      spec.shape = {1, 1, 16, 16, dtype, dtype, 1, 0};
       spec.positions = 2;
       Problem problem(spec);
       std::fill(problem.queries.begin(), problem.queries.end(), 0.0F);
@@ -862,7 +998,7 @@ ProblemSpec SmallSpecOfBothPaths() {
   spec.shape.query_heads = 2;
   spec.shape.head_dim = 16;
   spec.shape.value_dim = 16;
-  spec.shape.dtype = DType::kBf16;
+  spec.shape.key_dtype = spec.shape.value_dtype = DType::kBf16;
   spec.sink_tokens = 4;
   spec.sink_logit = -30.0F;  // Some heads take the maximum path.
   return spec;
@@ -955,9 +1091,9 @@ TEST(CudaBackend, PagesNeedNoMoreMemoryOfTheDevice) {
   AttentionShape wide;  // A page of 24 MiB: neither its rows nor its heads are staged at once.
   wide.query_heads = wide.kv_heads = 12;
   wide.head_dim = wide.value_dim = 1024;
-  wide.dtype = DType::kF32;
+  wide.key_dtype = wide.value_dtype = DType::kF32;
   for (const AttentionShape& shape : {AttentionShape(), wide}) {
-    const int64_t row_bytes = int64_t{shape.kv_heads} * shape.head_dim * DTypeBytes(shape.dtype);
+    const int64_t row_bytes = int64_t{shape.kv_heads} * shape.head_dim * DTypeBytes(shape.key_dtype);
     std::vector<char> keys(kPageRows * row_bytes);
     std::vector<char> values(keys.size());
     std::minstd_rand random(1);
@@ -1004,6 +1140,8 @@ TEST(CudaBackend, UploadsDoNotWaitForSteps) {
   args.rows = 1;
   args.queries = &one;
   args.pages = pages;
+  const OwnedPageLists lists(1, 1);
+  args.lists = lists.view();
   args.visible = visible;
   args.visible_sinks = visible_sinks;
   args.sink_logits = sink_logits;
@@ -1043,6 +1181,8 @@ TEST(CudaBackend, UploadsDoNotWaitForSteps) {
   args.rows = 1;
   args.queries = &one;
   args.pages = pages;
+  const OwnedPageLists lists(1, 1);
+  args.lists = lists.view();
   args.visible = visible;
   args.exponents = exponents;
   args.positions = 1;
@@ -1082,10 +1222,14 @@ TEST(CudaBackend, AnAbsentDeviceIsAClearError) {
 ProblemSpec AccuracySpec(int head_dim, int64_t positions, float logit_size, uint64_t seed) {
   ProblemSpec spec;
   spec.seed = seed;
-  spec.shape = {
-      /*query_heads=*/4,
-      /*kv_heads=*/2,    head_dim,
-      /*value_dim=*/64,  DType::kBf16, 1 / std::sqrt(static_cast<float>(head_dim)), 0};
+  spec.shape = {/*query_heads=*/4,
+                /*kv_heads=*/2,
+                head_dim,
+                /*value_dim=*/64,
+                DType::kBf16,
+                DType::kBf16,
+                1 / std::sqrt(static_cast<float>(head_dim)),
+                0};
   spec.rows = positions > 100000 ? 1 : 8;
   spec.positions = positions;
   spec.logit_size = logit_size;
@@ -1128,7 +1272,7 @@ TEST_P(BackendContract, AHugeValueThatHardlyCountsCostsNoPrecision) {
       for (const std::optional<float> sink :
            {std::optional<float>(), std::optional<float>(3), std::optional<float>(9)}) {
         ProblemSpec spec = AccuracySpec(64, 3000, 5, 7);
-        spec.shape.dtype = DType::kF32;
+        spec.shape.key_dtype = spec.shape.value_dtype = DType::kF32;
         spec.rows = 1;
         spec.shape.query_heads = spec.shape.kv_heads;  // So that a key can be far from all queries.
         spec.sink_logit = sink;

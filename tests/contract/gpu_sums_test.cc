@@ -22,6 +22,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/emulated_device.h"
+#include "kernels/page_lists.h"
 #include "tests/contract/attention_problem.h"
 
 namespace eduba {
@@ -97,7 +98,7 @@ Problem MakeProblem(uint64_t seed, int rows) {
   spec.shape.query_heads = spec.shape.kv_heads * pick(1, 3, 8);
   spec.shape.head_dim = pick(16, 33, 64);
   spec.shape.value_dim = pick(10, 64, 130);
-  spec.shape.dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
+  spec.shape.key_dtype = spec.shape.value_dtype = pick(DType::kF32, DType::kBf16, DType::kF16);
   spec.rows = rows;
   spec.positions = pick(300, 1300);
   spec.sink_tokens = pick(0, 4, 300);
@@ -120,6 +121,8 @@ struct Step {
     args.queries = problem.queries.data();
     args.visible = problem.visible;
     args.pages = pages;
+    lists = OwnedPageLists(static_cast<int64_t>(pages.size()), problem.spec.rows);
+    args.lists = lists.view();
     args.sink_pages = sink_pages;
     args.visible_sinks = problem.visible_sinks;
     args.sink_logits = problem.sink_logits;
@@ -127,6 +130,7 @@ struct Step {
     args.positions = problem.spec.positions;
   }
   std::vector<PageRef> pages, sink_pages;
+  OwnedPageLists lists;
   StepArgs args;
 };
 
@@ -251,7 +255,7 @@ TEST_F(GpuSums, OfOneRankAloneAreTheBytesThatAllGet) {
 TEST_F(GpuSums, OfOneRankAloneMayBeLongerThanAPieceAndHaveToAgree) {
   RankGroup group = Backends(2, CudaPrecision::kExact);
   ProblemSpec spec;
-  spec.shape = {32, 2, 16, 254, DType::kBf16, 0.25F, 0};
+  spec.shape = {32, 2, 16, 254, DType::kBf16, DType::kBf16, 0.25F, 0};
   spec.rows = 70;
   spec.sink_tokens = 4;
   const Problem problem(spec);
@@ -282,7 +286,7 @@ TEST_F(GpuSums, OfOneRankAloneMayBeLongerThanAPieceAndHaveToAgree) {
 TEST_F(GpuSums, MayBeLongerThanAFrame) {
   RankGroup group = Backends(2, CudaPrecision::kExact);
   ProblemSpec spec;
-  spec.shape = {8, 2, 16, 130, DType::kBf16, 0.25F, 0};
+  spec.shape = {8, 2, 16, 130, DType::kBf16, DType::kBf16, 0.25F, 0};
   spec.rows = 20;
   spec.sink_tokens = 4;
   const Problem problem(spec);
@@ -360,7 +364,7 @@ TEST_F(GpuSums, AMissingRankIsADeadlineForALargerStepThanAnyBefore) {
   TheFakeNccl().peers_are_told = false;
   RankGroup group = Backends(2, CudaPrecision::kExact);
   ProblemSpec spec;
-  spec.shape = {4, 2, 16, 64, DType::kBf16, 0.25F, 0};
+  spec.shape = {4, 2, 16, 64, DType::kBf16, DType::kBf16, 0.25F, 0};
   spec.rows = 20;
   spec.sink_logit = 0;
   const Problem problem(spec);
@@ -404,7 +408,7 @@ TEST_F(GpuSums, AnAbortEndsTheWait) {
 TEST_F(GpuSums, AFaultIsEveryRanksError) {
   RankGroup group = Backends(2, CudaPrecision::kExact);
   ProblemSpec spec;
-  spec.shape.dtype = DType::kF32;
+  spec.shape.key_dtype = spec.shape.value_dtype = DType::kF32;
   spec.sink_logit = 0;
   spec.positions = 600;
   Problem problem(spec);
@@ -421,7 +425,7 @@ TEST_F(GpuSums, AFaultIsEveryRanksError) {
 TEST_F(GpuSums, AFaultInTheLastWordOfALongSumIsEveryRanksError) {
   RankGroup group = Backends(2, CudaPrecision::kExact);
   ProblemSpec spec;
-  spec.shape = {8, 8, 16, 130, DType::kF32, 0.25F, 0};
+  spec.shape = {8, 8, 16, 130, DType::kF32, DType::kF32, 0.25F, 0};
   spec.rows = 20;
   spec.sink_logit = 0;
   ASSERT_GT(int64_t{20} * 8 * 132, 8704);

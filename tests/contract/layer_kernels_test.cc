@@ -533,17 +533,17 @@ TEST_P(LayerKernelsContract, WhatIsNotFiniteIsFoundWhereverItIs) {
     std::vector<float> x = Numbers(count, count);
     x[0] = std::numeric_limits<float>::max();
     float found = 7;
-    kernels->Find({count, x.data(), &found});
+    kernels->FlagNonFinite({count, x.data(), &found});
     EXPECT_EQ(found, 0);
     for (const int at : {0, count / 2, count - 1}) {
       for (const float bad : {kNaN, std::numeric_limits<float>::infinity(), -HUGE_VALF}) {
         const float good = std::exchange(x[at], bad);
-        kernels->Find({count, x.data(), &found});
+        kernels->FlagNonFinite({count, x.data(), &found});
         EXPECT_EQ(found, 1) << at;
         x[at] = good;
       }
     }
-    kernels->Find({count, x.data(), &found});
+    kernels->FlagNonFinite({count, x.data(), &found});
     EXPECT_EQ(found, 0);
   }
 }

@@ -1,5 +1,5 @@
-#ifndef EDUBA_KERNELS_CUDA_FOLD_H_
-#define EDUBA_KERNELS_CUDA_FOLD_H_
+#ifndef EDUBA_KERNELS_CUDA_FINALISE_H_
+#define EDUBA_KERNELS_CUDA_FINALISE_H_
 
 #include <cstdint>
 
@@ -13,12 +13,12 @@
 // row and head. See page_attention.h for what a Block is.
 namespace eduba::cuda {
 
-inline constexpr int kFoldThreads = 128;
+inline constexpr int kFinaliseThreads = 128;
 inline constexpr int kNormLanes = 8;  // kernels/merging_step.cc's.
 
 // What became of a row and head.
 enum Outcome : uint8_t {
-  kFolded = 0,        // It has its answer.
+  kFinalised = 0,     // It has its answer.
   kNeedsMaximum = 1,  // It takes the maximum path.
   kHasFault = 2,      // Some rank met arithmetic that was not finite.
 };
@@ -30,7 +30,7 @@ struct StepState {
   uint32_t padding;
 };
 
-struct FoldArgs {
+struct FinaliseArgs {
   PageLayout layout;
   int query_heads;
   int group;
@@ -71,10 +71,10 @@ EDUBA_DEVICE double InverseOfPower(double x) {
   return std::bit_cast<double>((uint64_t{2046} << 52) - std::bit_cast<uint64_t>(x));
 }
 
-struct FoldShared {
+struct FinaliseShared {
   double square[kNormLanes];
-  double weight[kFoldThreads];  // Of token sinks.
-  double common;                // All weights are relative to it.
+  double weight[kFinaliseThreads];  // Of token sinks.
+  double common;                    // All weights are relative to it.
   double key_weight;
   double key_total;
   double learned;
@@ -82,16 +82,16 @@ struct FoldShared {
   int is_empty;  // Neither key nor sink.
 };
 
-struct FoldRegisters {
+struct FinaliseRegisters {
   double sum;    // Of one channel.
   double sinks;  // Their weights; the same in all threads.
 };
 
 template <class Type, class Block>
-EDUBA_DEVICE void FoldRowHead(const Block& block, const FoldArgs& args) {
+EDUBA_DEVICE void FinaliseRowHead(const Block& block, const FinaliseArgs& args) {
   using Stored = typename Type::Stored;
-  auto& shared = *reinterpret_cast<FoldShared*>(block.shared());
-  typename Block::template Registers<FoldRegisters> registers(block);
+  auto& shared = *reinterpret_cast<FinaliseShared*>(block.shared());
+  typename Block::template Registers<FinaliseRegisters> registers(block);
   const PageLayout& layout = args.layout;
   const int value_dim = layout.value_dim;
   const int64_t target = block.index();
@@ -115,7 +115,7 @@ EDUBA_DEVICE void FoldRowHead(const Block& block, const FoldArgs& args) {
   });
   block.Threads([&](int t) {
     if (t != 0) return;
-    shared.outcome = kFolded;
+    shared.outcome = kFinalised;
     if (chooses) {
       const PositionRange keys = args.visible[row];
       for (int width = kNormLanes / 2; width > 0; width /= 2) {
@@ -144,24 +144,24 @@ EDUBA_DEVICE void FoldRowHead(const Block& block, const FoldArgs& args) {
                          ? 0
                          : PortableExp(Sub(static_cast<double>(args.learned[head]), shared.common));
   });
-  if (shared.outcome != kFolded) return;
+  if (shared.outcome != kFinalised) return;
 
   float* const output = args.outputs + row_head * value_dim;
   const int64_t seen = args.tokens == 0 ? 0 : args.visible_sinks[row];
-  for (int first = 0; first < value_dim; first += kFoldThreads) {
+  for (int first = 0; first < value_dim; first += kFinaliseThreads) {
     block.Threads([&](int t) {
       const int c = first + t;
       registers[t].sum = c < value_dim ? Mul(shared.key_weight, value_of(c)) : 0;
       registers[t].sinks = shared.learned;
     });
-    for (int64_t begin = 0; begin < seen; begin += kFoldThreads) {
-      const int count = static_cast<int>(seen - begin < kFoldThreads ? seen - begin : kFoldThreads);
+    for (int64_t begin = 0; begin < seen; begin += kFinaliseThreads) {
+      const int count = static_cast<int>(seen - begin < kFinaliseThreads ? seen - begin : kFinaliseThreads);
       block.Threads([&](int t) {
         if (t >= count) return;
         shared.weight[t] = PortableExp(Sub(args.logits[row_head * args.tokens + begin + t], shared.common));
       });
       block.Threads([&](int t) {
-        FoldRegisters& r = registers[t];
+        FinaliseRegisters& r = registers[t];
         const int c = first + t;
         for (int i = 0; i < count; ++i) {
           const int64_t token = begin + i;
@@ -175,7 +175,7 @@ EDUBA_DEVICE void FoldRowHead(const Block& block, const FoldArgs& args) {
       });
     }
     block.Threads([&](int t) {
-      const FoldRegisters& r = registers[t];
+      const FinaliseRegisters& r = registers[t];
       const int c = first + t;
       const double total = Add(shared.key_total, r.sinks);
       const bool is_empty = shared.is_empty != 0;
@@ -190,4 +190,4 @@ EDUBA_DEVICE void FoldRowHead(const Block& block, const FoldArgs& args) {
 
 }  // namespace eduba::cuda
 
-#endif  // EDUBA_KERNELS_CUDA_FOLD_H_
+#endif  // EDUBA_KERNELS_CUDA_FINALISE_H_
