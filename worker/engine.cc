@@ -436,8 +436,8 @@ absl::Status Engine::BeginAppend(const v1::BeginAppend& request) {
 absl::Status Engine::SealAppend(const v1::SealAppend& request, v1::SealResult& result) {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<StagedAppend> append, FindAppend(request.append_id()));
   EDUBA_ASSIGN_OR_RETURN(const AppendSeal seal, append->Seal());
-  result.set_digest_low(seal.digest_low);
-  result.set_digest_high(seal.digest_high);
+  result.set_digest_low(seal.digest.low);
+  result.set_digest_high(seal.digest.high);
   result.set_exponents(BytesOf(seal.exponents));
   return absl::OkStatus();
 }
