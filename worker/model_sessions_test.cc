@@ -137,28 +137,46 @@ class Rank {
         model_(ServedModel::Load(folder, std::make_unique<CountingKernels>(&products_)).value()),
         group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()),
         counting_(group_.get()) {
-    ModelSessions::Options options;
-    options.backend = &backend_;
-    options.store = &store_;
-    options.model = model_.get();
-    options.group = &counting_;
-    options.epoch = 1;
-    options.chunk_rows = 50;
-    options.send = [this](const v1::WorkerMessage& message) { said_.push_back(message); };
-    sessions_ = std::make_unique<ModelSessions>(std::move(options));
+    ModelEngine::Options content = ModelContentOptions(&backend_, &store_, model_.get());
+    content.chunk_rows = 50;
+    content_ = std::make_unique<ModelContent>(content);
+    JoinGroup(1);
     Open(1);
     Open(2);
   }
 
-  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4,
-            v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) {
-    v1::SessionSpec spec;
+  // Begins a membership, whose commands count from 1.
+  void JoinGroup(uint64_t epoch) {
+    ModelSessions::Options options;
+    options.content = content_.get();
+    options.model = model_.get();
+    options.group = &counting_;
+    options.epoch = epoch;
+    options.node = Placement::OfRanks(group_->size()).nodes[group_->rank()];
+    options.send = [this](const v1::WorkerMessage& message) { said_.push_back(message); };
+    sessions_ = std::make_unique<ModelSessions>(std::move(options));
+  }
+  v1::OpenSession OpenRequest(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1,
+                              int64_t sink_tokens = 4,
+                              v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) const {
+    v1::OpenSession open;
+    open.set_session_id(id);
+    v1::SessionSpec& spec = *open.mutable_spec();
     spec.set_stripe_pages(stripe_pages);
     spec.mutable_model()->set_model_hash(model_->info().hash());
     spec.mutable_model()->set_sink_tokens(sink_tokens);
     if (window > 0) spec.mutable_model()->set_policy(policy);
     spec.mutable_model()->set_window(window);
-    EXPECT_TRUE(sessions_->Open(id, spec).ok());
+    v1::PagePlacement& placement = *open.mutable_placement();
+    placement.set_version(1);
+    for (const std::string& node : Placement::OfRanks(group_->size()).nodes) placement.add_nodes(node);
+    placement.set_replicas(1);
+    placement.set_stripe_pages(stripe_pages);
+    return open;
+  }
+  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4,
+            v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) {
+    EXPECT_TRUE(sessions_->Open(OpenRequest(id, window, stripe_pages, sink_tokens, policy)).ok());
   }
   v1::Command NewCommand() {
     v1::Command command;
@@ -170,6 +188,8 @@ class Rank {
     v1::Command command = NewCommand();
     command.mutable_model_append()->set_session_id(session);
     command.mutable_model_append()->set_ids(ids.data(), ids.size() * 4);
+    // Appends of one session come one after another, and the coordinator knows how long it is.
+    command.mutable_model_append()->set_at(content_->Find(session).value()->ids.size());
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
@@ -268,6 +288,7 @@ class Rank {
   std::unique_ptr<Communicator> group_;
   testing::CountingCommunicator counting_;
   std::vector<v1::WorkerMessage> said_;
+  std::unique_ptr<ModelContent> content_;
   std::unique_ptr<ModelSessions> sessions_;
   uint64_t ordinal_ = 0;
 };
@@ -473,12 +494,12 @@ TEST_F(ModelSessionsTest, AStarSessionsScoreSeesAllKeys) {
 TEST_F(ModelSessionsTest, CommandsThatContradictTheSessionsAreRefused) {
   Append(1, {1, 2, 3});
   RunAll();
-  v1::SessionSpec spec;
-  spec.set_stripe_pages(1);
-  spec.mutable_model()->set_model_hash(model_->info().hash());
-  EXPECT_EQ(sessions_->Open(1, spec).code(), absl::StatusCode::kAlreadyExists);
-  spec.mutable_model()->set_model_hash(model_->info().hash() + 1);
-  EXPECT_EQ(sessions_->Open(3, spec).code(), absl::StatusCode::kFailedPrecondition);
+  v1::OpenSession open = OpenRequest(3);
+  open.mutable_spec()->mutable_model()->set_model_hash(model_->info().hash() + 1);
+  EXPECT_EQ(sessions_->Open(open).status().code(), absl::StatusCode::kFailedPrecondition);
+  open = OpenRequest(3);
+  open.mutable_placement()->set_nodes(0, "another node");
+  EXPECT_EQ(sessions_->Open(open).status().code(), absl::StatusCode::kInvalidArgument);
   v1::ForkSession fork;
   fork.set_session_id(1);
   fork.set_fork_id(2);

@@ -1,5 +1,5 @@
-#ifndef EDUBA_MODEL_WAVE_H_
-#define EDUBA_MODEL_WAVE_H_
+#ifndef EDUBA_MODEL_SEQUENCE_PARALLEL_PREFILL_H_
+#define EDUBA_MODEL_SEQUENCE_PARALLEL_PREFILL_H_
 
 #include <cstdint>
 #include <optional>
@@ -28,7 +28,7 @@ namespace eduba {
 // It works on pages of its own, a fork of the context's, so that one that is given up leaves no trace. It is
 // done in small units, between which other contexts may go on. The ranks of the group make the same calls at
 // the same time.
-class Wave {
+class SequenceParallelPrefill {
  public:
   // All outlive the wave.
   struct Options {
@@ -47,7 +47,7 @@ class Wave {
     bool log_probs = false;      // Wanted.
     std::optional<Pooler> part;  // Takes the hidden states.
   };
-  Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows);
+  SequenceParallelPrefill(const Options& options, WavePlan plan, KvPages pages, Rows rows);
 
   const WavePlan& plan() const { return plan_; }
 
@@ -143,4 +143,4 @@ class Wave {
 
 }  // namespace eduba
 
-#endif  // EDUBA_MODEL_WAVE_H_
+#endif  // EDUBA_MODEL_SEQUENCE_PARALLEL_PREFILL_H_
