@@ -137,6 +137,10 @@ absl::Status JobLoop::Begin(GenerateJob& request, RunningJob& job) {
     }
   }
   EDUBA_RETURN_IF_ERROR(CheckSampling(request.sampling));
+  if (request.max_tokens < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens is ", request.max_tokens, ", wanted at least 1"));
+  }
   if (options_.tokenizer != nullptr) {
     job.text_stream = options_.tokenizer->NewTextStream({});
   } else if (!request.stop_strings.empty()) {

@@ -540,9 +540,11 @@ TEST_F(ModelSessionsTest, CommandsThatContradictTheSessionsAreRefused) {
            [&](auto& r) { r.set_top_p(1.5F); },
            [&](auto& r) { r.set_top_p(-0.5F); },
            [&](auto& r) { r.set_top_k(-1); },
+           [&](auto& r) { r.set_max_tokens(0); },
        }) {
     EXPECT_EQ(start([&](v1::Command& c) {
                 c.mutable_model_generate()->set_session_id(1);
+                c.mutable_model_generate()->mutable_request()->set_max_tokens(1);
                 change(*c.mutable_model_generate()->mutable_request());
               }),
               absl::StatusCode::kInvalidArgument);
