@@ -1,0 +1,224 @@
+// What an interruption leaves of a session, and how a group goes on from it. (Single steps and their bits:
+// engine_test.cc.)
+#include "model/job_loop.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "collective/local/local_communicator.h"
+#include "model/testing/engine_fixture.h"
+
+namespace eduba {
+namespace {
+
+using testing::Fixture;
+using testing::JobOutcome;
+using testing::RandomModel;
+using testing::SameBits;
+using testing::Session;
+
+constexpr int kRanks = 2;
+
+ContextOptions Options(ContextPolicy policy) {
+  ContextOptions options;
+  options.policy = policy;
+  if (policy != ContextPolicy::kModel) options.window = 30;
+  return options;
+}
+
+absl::Time Far() { return absl::Now() + absl::Seconds(60); }
+
+// Runs body(rank, fixture, next_group) as every rank; next_group() ends the membership of the rank that calls it
+// and begins the next one of all ranks.
+void OnRanks(const std::function<void(int, Fixture&, const std::function<void()>&)>& body) {
+  LocalHub hub;
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    threads.emplace_back([&, rank] {
+      uint64_t epoch = 1;
+      auto group = hub.Join(epoch, 0, rank, kRanks, Far()).value();
+      Fixture f(7, {.group = group.get(), .chunk_rows = 50});
+      const auto next_group = [&] {
+        f.jobs->LeaveGroup(absl::AbortedError("the epoch is over"));
+        auto next = hub.Join(++epoch, 0, rank, kRanks, Far()).value();
+        f.jobs->JoinGroup(next.get());
+        group = std::move(next);
+      };
+      body(rank, f, next_group);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Whether all ranks give the same number.
+bool Agree(Fixture& f, uint64_t number) {
+  std::vector<int64_t> words(kRanks, 0);
+  words[f.jobs->group().rank()] = static_cast<int64_t>(number);
+  EXPECT_TRUE(f.jobs->group().SumI64(absl::MakeSpan(words), Far()).ok());
+  return std::all_of(words.begin(), words.end(), [&](int64_t word) { return word == words[0]; });
+}
+
+ModelContent::Description Describe(Fixture& f, const Session& session) {
+  return f.jobs->content().Describe(session.id()).value();
+}
+
+// The answer to a question about the session, as a digest that covers every bit of it.
+uint64_t Ask(Fixture& f, const Session& session) { return f.Score(session, f.Text(90, 3)).result.digest; }
+
+TEST(JobLoop, AMembershipThatEndsInAnyStepOfAnAppendLeavesRanksAtOnePlaceFromWhichItGoesOn) {
+  for (const ContextPolicy policy : {ContextPolicy::kModel, ContextPolicy::kStreaming}) {
+    for (const int steps : {0, 1, 3, 9}) {
+      OnRanks([&](int /*rank*/, Fixture& f, const auto& next_group) {
+        const std::vector<int32_t> ids = f.Text(1000);
+        const Session whole = f.Open(Options(policy));
+        f.Append(whole, ids);
+        const Session session = f.Open(Options(policy));
+        f.Append(session, absl::MakeConstSpan(ids).first(20));
+        const uint64_t job =
+            f.jobs->Start(session, AppendJob{{ids.begin() + 20, ids.end()}, session.length()});
+        for (int i = 0; i < steps && f.jobs->busy(); ++i) ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
+        next_group();
+        EXPECT_EQ(f.jobs->OutcomeOf(job).status().code(), absl::StatusCode::kAborted);
+        const ModelContent::Description held = Describe(f, session);
+        EXPECT_TRUE(Agree(f, held.digest));
+        EXPECT_EQ(held.length, session.length());
+        EXPECT_EQ(held.length, 20 + f.jobs->OutcomeOf(job).result.done);
+        const std::vector<float> last(session.last().begin(), session.last().end());
+        // Ranks stand at the same place: nothing is computed again.
+        const JobOutcome settled = f.jobs->Run(session, SettleJob{held.length, /*read_again=*/false});
+        EXPECT_TRUE(settled.ok()) << settled.status();
+        EXPECT_EQ(settled.result.done, 0);
+        EXPECT_TRUE(settled.hidden.empty());
+        EXPECT_TRUE(SameBits(session.last(), last));
+        // The same append again: what is there is compared, and the rest is read.
+        const JobOutcome again = f.jobs->Run(session, AppendJob{ids, 0});
+        EXPECT_TRUE(again.ok()) << again.status();
+        EXPECT_EQ(again.result.done, 1000);
+        EXPECT_EQ(again.result.already_stored, held.length);
+        EXPECT_TRUE(SameBits(session.last(), whole.last()));
+        EXPECT_EQ(session.Ids(0), ids);
+        EXPECT_EQ(session.page_bytes(), whole.page_bytes());
+        EXPECT_EQ(Ask(f, session), Ask(f, whole));
+      });
+      if (HasFailure()) return;
+    }
+  }
+}
+
+// A generation that one rank computed, interrupted after so many steps: the ranks stand at different places, but for
+// the first.
+TEST(JobLoop, RanksThatStoppedAtDifferentPlacesReadTheirIdsAgainToTheSameBits) {
+  for (const int steps : {0, 1, 2, 60}) {
+    OnRanks([&](int rank, Fixture& f, const auto& next_group) {
+      const Session session = f.Open(Options(ContextPolicy::kStreaming));
+      f.Append(session, f.Text(600));
+      const Session before = session.Fork();
+      GenerateJob generate;
+      generate.max_tokens = 100;
+      generate.owner_rank = 1;
+      f.jobs->Start(session, generate);
+      for (int i = 0; i < steps; ++i) ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
+      next_group();
+      const ModelContent::Description held = Describe(f, session);
+      EXPECT_EQ(held.length, rank == 1 ? 600 + steps : 600);
+      EXPECT_EQ(Agree(f, held.digest), steps == 0);
+      EXPECT_TRUE(session.length() == held.length || session.length() == 0);
+      const uint64_t settle = f.jobs->Start(session, SettleJob{600, /*read_again=*/true});
+      // The next job of the session waits for it.
+      const uint64_t waiting = f.jobs->Start(session, AppendJob{{1, 2, 3}, 600});
+      ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
+      EXPECT_FALSE(f.jobs->OutcomeOf(settle).ended || f.jobs->OutcomeOf(waiting).ended);
+      ASSERT_EQ(f.jobs->RunAll(), absl::OkStatus());
+      EXPECT_TRUE(f.jobs->OutcomeOf(settle).ok()) << f.jobs->OutcomeOf(settle).status();
+      EXPECT_EQ(f.jobs->OutcomeOf(settle).result.done, 600);
+      EXPECT_TRUE(f.jobs->OutcomeOf(waiting).ok()) << f.jobs->OutcomeOf(waiting).status();
+      f.Append(before, {1, 2, 3});
+      EXPECT_TRUE(SameBits(session.last(), before.last()));
+      EXPECT_EQ(session.page_bytes(), before.page_bytes());
+      EXPECT_EQ(Describe(f, session), Describe(f, before));
+      EXPECT_EQ(Ask(f, session), Ask(f, before));
+    });
+    if (HasFailure()) return;
+  }
+}
+
+// A star session's generated rows saw all keys, and see them when they are read again.
+TEST(JobLoop, GeneratedTokensAreReadAgainAsTheyWereGenerated) {
+  for (const ContextPolicy policy : {ContextPolicy::kModel, ContextPolicy::kStar}) {
+    OnRanks([&](int /*rank*/, Fixture& f, const auto& next_group) {
+      const Session session = f.Open(Options(policy));
+      f.Append(session, f.Text(300));
+      f.Generate(session, 40);
+      f.Append(session, f.Text(400, 2));
+      f.Generate(session, 3);
+      const Session before = session.Fork();
+      next_group();
+      // Interrupted once more, while it reads: the ids stay, and the ranks agree on how far they came.
+      f.jobs->Start(session, SettleJob{743, /*read_again=*/true});
+      for (int i = 0; i < 5; ++i) ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
+      next_group();
+      EXPECT_LT(session.length(), 743);
+      EXPECT_GT(session.length(), 0);
+      const ModelContent::Description held = Describe(f, session);
+      EXPECT_EQ(held.length, 743);
+      EXPECT_TRUE(Agree(f, held.digest));
+      EXPECT_NE(held.digest, Describe(f, before).digest);
+      const int64_t left = 743 - session.length();
+      const JobOutcome settled = f.jobs->Run(session, SettleJob{743, /*read_again=*/false});
+      EXPECT_TRUE(settled.ok()) << settled.status();
+      EXPECT_EQ(settled.result.done, left);
+      EXPECT_TRUE(SameBits(session.last(), before.last()));
+      EXPECT_EQ(session.page_bytes(), before.page_bytes());
+      EXPECT_EQ(Ask(f, session), Ask(f, before));
+    });
+    if (HasFailure()) return;
+  }
+}
+
+TEST(JobLoop, AnAppendOfIdsThatAreThereIsComparedAndNotRead) {
+  Fixture f(7);
+  const std::vector<int32_t> ids = f.Text(300);
+  const Session session = f.Open();
+  f.Append(session, ids);
+  const JobOutcome same = f.jobs->Run(session, AppendJob{{ids.begin() + 100, ids.begin() + 200}, 100});
+  EXPECT_TRUE(same.ok()) << same.status();
+  EXPECT_EQ(same.result.already_stored, 100);
+  EXPECT_EQ(same.result.done, 100);
+  EXPECT_TRUE(same.hidden.empty());
+  std::vector<int32_t> other(ids.begin() + 100, ids.end());
+  other.resize(250, 1);
+  other[57] = ids[157] == 0 ? 1 : 0;
+  const JobOutcome differs = f.jobs->Run(session, AppendJob{other, 100});
+  EXPECT_EQ(differs.status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(std::string(differs.status().message()), ::testing::HasSubstr("position 157"));
+  for (const int64_t at : {int64_t{-1}, int64_t{301}}) {
+    EXPECT_EQ(f.jobs->Run(session, AppendJob{{1}, at}).status().code(), absl::StatusCode::kOutOfRange);
+  }
+  EXPECT_EQ(session.length(), 300);
+}
+
+TEST(JobLoop, ASettlementThatDoesNotFitIsRefused) {
+  Fixture f(7);
+  const Session session = f.Open();
+  f.Append(session, f.Text(10));
+  const auto settle = [&](int64_t length, bool read_again) {
+    return f.jobs->Run(session, SettleJob{length, read_again}).status().code();
+  };
+  EXPECT_EQ(settle(11, false), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(settle(11, true), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(settle(9, false), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(session.length(), 10);
+  EXPECT_EQ(settle(0, true), absl::StatusCode::kOk);
+  EXPECT_EQ(session.length(), 0);
+  EXPECT_EQ(f.store->used_bytes(), 0);
+}
+
+}  // namespace
+}  // namespace eduba
