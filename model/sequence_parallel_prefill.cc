@@ -408,7 +408,7 @@ absl::Status SequenceParallelPrefill::Outputs() {
     EDUBA_CHECK(!rows_.before.empty());
     EDUBA_RETURN_IF_ERROR(Note(predict(rows_.before, {begin, begin + 1})));
   }
-  // A row predicts the token behind it; the wave's last one is for who comes next.
+  // A row predicts the token after it; the last row's prediction is for whoever reads on.
   const PositionRange tokens = PositionRange{chunk.begin + 1, chunk.end + 1}.Intersect(plan_.positions);
   if (!tokens.empty()) {
     const auto hidden = absl::MakeConstSpan(Hidden(chunk.begin), tokens.size() * width_);
