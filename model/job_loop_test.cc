@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "collective/local/local_communicator.h"
+#include "collective/testing/forwarding_communicator.h"
 #include "model/testing/engine_fixture.h"
 
 namespace eduba {
@@ -33,6 +34,14 @@ ContextOptions Options(ContextPolicy policy) {
   return options;
 }
 
+// Whose layers have no window of their own, so that policies differ in what rows see.
+RandomModel ModelThatSeesAllKeys() {
+  ModelConfig config = RandomModel::RandomConfig(7);
+  config.layers.resize(2, config.layers[0]);
+  for (LayerConfig& layer : config.layers) layer.window = 0;
+  return RandomModel(config, DType::kF32, 7);
+}
+
 absl::Time Far() { return absl::Now() + absl::Seconds(60); }
 
 // Runs body(rank, fixture, next_group) as every rank; next_group() ends the membership of the rank that calls it
@@ -44,7 +53,7 @@ void OnRanks(const std::function<void(int, Fixture&, const std::function<void()>
     threads.emplace_back([&, rank] {
       uint64_t epoch = 1;
       auto group = hub.Join(epoch, 0, rank, kRanks, Far()).value();
-      Fixture f(7, {.group = group.get(), .chunk_rows = 50});
+      Fixture f(ModelThatSeesAllKeys(), {.group = group.get(), .chunk_rows = 50});
       const auto next_group = [&] {
         f.jobs->LeaveGroup(absl::AbortedError("the epoch is over"));
         auto next = hub.Join(++epoch, 0, rank, kRanks, Far()).value();
@@ -177,6 +186,81 @@ TEST(JobLoop, GeneratedTokensAreReadAgainAsTheyWereGenerated) {
       EXPECT_TRUE(SameBits(session.last(), before.last()));
       EXPECT_EQ(session.page_bytes(), before.page_bytes());
       EXPECT_EQ(Ask(f, session), Ask(f, before));
+    });
+    if (HasFailure()) return;
+  }
+}
+
+// Fails the call that it is told to, as a broken connection does.
+class BreakingCommunicator final : public testing::ForwardingCommunicator {
+ public:
+  using ForwardingCommunicator::ForwardingCommunicator;
+  absl::Status SumI64(absl::Span<int64_t> data, absl::Time deadline) override {
+    return Broken() ? absl::UnavailableError("broken") : ForwardingCommunicator::SumI64(data, deadline);
+  }
+  absl::Status SendReceive(absl::Span<const char> send, int to, absl::Span<char> receive, int from,
+                           absl::Time deadline) override {
+    return Broken() ? absl::UnavailableError("broken")
+                    : ForwardingCommunicator::SendReceive(send, to, receive, from, deadline);
+  }
+  int64_t calls_until_broken = -1;
+
+ private:
+  bool Broken() {
+    if (calls_until_broken < 0 || calls_until_broken-- > 0) return false;
+    Abort(absl::UnavailableError("broken"));
+    return true;
+  }
+};
+
+// A prompt that is read in chunks, one by prefill, and two generations, of which one has an owner rank.
+TEST(JobLoop, AConnectionThatBreaksInAnyCallLeavesSessionsThatGoOnToTheSameBits) {
+  bool is_broken = true;
+  for (int64_t call = 0; is_broken; call += 3) {
+    OnRanks([&](int rank, Fixture& f, const auto& next_group) {
+      const Session generating = f.Open(Options(ContextPolicy::kStreaming));
+      const Session asking = f.Open(Options(ContextPolicy::kStar));
+      const Session reading = f.Open(Options(ContextPolicy::kModel));
+      for (const Session* session : {&generating, &asking, &reading}) f.Append(*session, f.Text(250));
+      BreakingCommunicator breaking(&f.jobs->group());
+      f.jobs->JoinGroup(&breaking);
+      if (rank == 1) breaking.calls_until_broken = call;
+      GenerateJob generate;
+      generate.max_tokens = 12;
+      f.jobs->Start(asking, generate);
+      generate.owner_rank = 0;
+      f.jobs->Start(generating, generate);
+      f.jobs->Start(reading, AppendJob{f.Text(800, 2), 250});
+      const absl::Status status = f.jobs->RunAll();
+      if (rank == 0) is_broken = !status.ok();
+      next_group();
+      const auto page_bytes = [&] {
+        return generating.page_bytes() + asking.page_bytes() + reading.page_bytes();
+      };
+      EXPECT_EQ(f.store->used_bytes(), page_bytes());
+      for (const Session* session : {&generating, &asking, &reading}) {
+        const ModelContent::Description held = Describe(f, *session);
+        std::vector<int64_t> lengths(kRanks, 0);
+        lengths[rank] = held.length;
+        ASSERT_TRUE(f.jobs->group().SumI64(absl::MakeSpan(lengths), Far()).ok());
+        const int64_t length = *std::min_element(lengths.begin(), lengths.end());
+        const bool read_again = !Agree(f, held.digest);
+        const JobOutcome settled = f.jobs->Run(*session, SettleJob{length, read_again});
+        ASSERT_TRUE(settled.ok()) << settled.status();
+        // Another session, which reads and generates the same tokens without an interruption.
+        const Session judge = f.Open(session->context().options());
+        const std::vector<int32_t> ids = session->Ids(0);
+        if (session == &asking) {
+          f.Append(judge, absl::MakeConstSpan(ids).first(250));
+          if (length > 250) f.Generate(judge, length - 250);
+        } else {
+          f.Append(judge, ids);
+        }
+        EXPECT_EQ(judge.Ids(0), ids);
+        EXPECT_TRUE(SameBits(session->last(), judge.last())) << "broken in call " << call;
+        EXPECT_EQ(session->page_bytes(), judge.page_bytes()) << "broken in call " << call;
+        EXPECT_EQ(Ask(f, *session), Ask(f, judge));
+      }
     });
     if (HasFailure()) return;
   }
