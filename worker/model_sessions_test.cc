@@ -571,6 +571,56 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   EXPECT_EQ(store_.used_bytes(), 0);
 }
 
+TEST_F(ModelSessionsTest, SessionsOutliveTheMembershipAndAreFoundInTheNextOne) {
+  Append(1, {1, 2, 3});
+  Append(2, {4, 5});
+  RunAll();
+  const uint64_t wanted = Score(1, {7, 8, 9});
+  RunAll();
+  const std::string log_probs = ResultOf(wanted).model().log_probs();
+  sessions_->FailAll(absl::AbortedError("the epoch is over"));
+  JoinGroup(2);
+  v1::RetainSessions retain;
+  retain.add_session_ids(1);
+  sessions_->Retain(retain);
+  EXPECT_FALSE(sessions_->Holds(2));
+  const auto held = sessions_->Open(OpenRequest(1));
+  ASSERT_TRUE(held.ok()) << held.status();
+  EXPECT_EQ(held->length(), 3);
+  EXPECT_NE(held->digest_low(), 0U);
+  v1::Command command = NewCommand();
+  command.mutable_settle_session()->set_session_id(2);
+  EXPECT_FALSE(sessions_->IsJob(command));
+  for (const bool read_again : {false, true}) {
+    command = NewCommand();
+    command.mutable_settle_session()->set_session_id(1);
+    command.mutable_settle_session()->set_length(3);
+    command.mutable_settle_session()->set_read_again(read_again);
+    ASSERT_TRUE(sessions_->IsJob(command));
+    ASSERT_TRUE(sessions_->Start(command).ok());
+    RunAll();
+    EXPECT_EQ(ResultOf(ordinal_).code(), 0) << ResultOf(ordinal_).message();
+    EXPECT_EQ(ResultOf(ordinal_).epoch(), 2U);
+    EXPECT_EQ(ResultOf(ordinal_).model().done(), read_again ? 3 : 0);
+    const uint64_t score = Score(1, {7, 8, 9});
+    RunAll();
+    EXPECT_EQ(ResultOf(score).model().log_probs(), log_probs);
+  }
+  // What is there is compared, and the rest is read.
+  command = NewCommand();
+  const std::vector<int32_t> ids = {2, 3, 6};
+  command.mutable_model_append()->set_session_id(1);
+  command.mutable_model_append()->set_ids(ids.data(), ids.size() * 4);
+  command.mutable_model_append()->set_at(1);
+  ASSERT_TRUE(sessions_->Start(command).ok());
+  RunAll();
+  EXPECT_EQ(ResultOf(ordinal_).model().done(), 3);
+  EXPECT_EQ(ResultOf(ordinal_).model().already_stored(), 2);
+  EXPECT_EQ(ResultOf(ordinal_).model().length(), 4);
+  // Under another placement or spec it is another session.
+  EXPECT_EQ(sessions_->Open(OpenRequest(1, 0, /*stripe_pages=*/2))->length(), 0);
+}
+
 TEST(ServedModel, SaysWhichTokenizerItHas) {
   const std::string folder = ModelFolder(Faults::kNone);
   const auto info = [&] { return ServedModel::Load(folder, MakeCpuLayerKernels(1)).value()->info(); };
