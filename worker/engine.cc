@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "attention/sharded_attention.h"
 #include "base/log.h"
+#include "base/placement.h"
 #include "base/status_macros.h"
 #include "rpc/limits.h"
 #include "rpc/spec.h"
@@ -263,11 +264,13 @@ void Engine::Form(const Task& task) {
   }
   if (status.ok() && options_.model != nullptr) {
     ModelSessions::Options models;
-    models.backend = options_.backend;
-    models.store = options_.store;
+    model_content_ =
+        std::make_unique<ModelContent>(ModelContentOptions(options_.backend, options_.store, options_.model));
+    models.content = model_content_.get();
     models.model = options_.model;
     models.group = current_->communicator.get();
     models.epoch = form.epoch();
+    models.node = Placement::OfRanks(form.size()).nodes[form.rank()];
     models.send = options_.send;
     models_ = std::make_unique<ModelSessions>(std::move(models));
     admitted_ = 0;
@@ -298,6 +301,7 @@ void Engine::DropAll() {
   for (const auto& [id, append] : appends) append->Abort();
   if (models_ != nullptr) models_->FailAll(absl::AbortedError("the epoch is over"));
   models_ = nullptr;
+  model_content_ = nullptr;
   sessions_.clear();
   current_ = nullptr;
 }
@@ -383,7 +387,15 @@ absl::StatusOr<ModelSessions*> Engine::Models() {
 absl::Status Engine::OpenSession(const v1::OpenSession& request) {
   if (request.spec().has_model()) {
     EDUBA_ASSIGN_OR_RETURN(ModelSessions * models, Models());
-    return models->Open(request.session_id(), request.spec());
+    v1::OpenSession open = request;
+    if (!open.has_placement()) {
+      const Placement placement = Placement::OfRanks(current_->form.size(), request.spec().stripe_pages());
+      open.mutable_placement()->set_version(placement.version);
+      for (const std::string& node : placement.nodes) open.mutable_placement()->add_nodes(node);
+      open.mutable_placement()->set_replicas(placement.replicas);
+      open.mutable_placement()->set_stripe_pages(placement.stripe_pages);
+    }
+    return models->Open(open).status();
   }
   EDUBA_ASSIGN_OR_RETURN(SequenceSpec spec, SequenceSpecOf(request.spec()));
   auto& session = sessions_[request.session_id()];

@@ -116,7 +116,8 @@ class Engine {
   std::shared_ptr<Formation> current_;  // The engine's thread only, as those up to mutex_.
   uint64_t next_ordinal_ = 1;
   std::map<uint64_t, std::unique_ptr<Sequence>> sessions_;
-  std::unique_ptr<ModelSessions> models_;  // Of the epoch; null without a model.
+  std::unique_ptr<ModelContent> model_content_;  // Null without a model, as the next one.
+  std::unique_ptr<ModelSessions> models_;        // Of the epoch.
   uint64_t admitted_ = 0;  // While there are jobs: commands up to this ordinal run before the next step.
 
   mutable std::mutex mutex_;  // Guards all below but the thread.
