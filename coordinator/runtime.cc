@@ -58,11 +58,11 @@ class BlockingCaller final : public Caller {
 
 }  // namespace
 
-Runtime::Runtime(ClusterState::Options options, std::unique_ptr<Store> store, StoredState stored,
+Runtime::Runtime(ClusterState::Options options, std::unique_ptr<Recorder> store, StoredState stored,
                  std::function<void(bool)> set_serving)
-    : store_(std::move(store)),
-      set_serving_(std::move(set_serving)),
+    : set_serving_(std::move(set_serving)),
       state_(std::move(options), std::move(stored)),
+      writer_(std::move(store), [this](const RecordWriter::Written& written) { OnWritten(written); }),
       ticker_([this] { Ticks(); }) {}
 
 Runtime::~Runtime() {
@@ -86,9 +86,16 @@ void Runtime::Run(RequestId request, const Event& event) {
 }
 
 void Runtime::CarryOut() {
-  // Carrying one out may bring more (Persist): they come after those that were asked for before.
-  for (std::vector<Effect> effects = state_.TakeEffects(); !effects.empty(); effects = state_.TakeEffects()) {
-    for (Effect& effect : effects) CarryOutOne(std::move(effect));
+  for (Effect& effect : state_.TakeEffects()) CarryOutOne(std::move(effect));
+}
+
+void Runtime::OnWritten(const RecordWriter::Written& written) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [id, status] : written) {
+    if (!status.ok()) LogError(std::string(status.message()));
+    if (stopped_) continue;
+    state_.Persisted(id, status, clock_.At(SteadyMs()));
+    CarryOut();
   }
 }
 
@@ -126,9 +133,7 @@ void Runtime::CarryOutOne(Effect any) {
             it->second->OnEmbedded(std::move(effect.rows));
           }
         } else if constexpr (std::is_same_v<T, Persist>) {
-          const absl::Status status = store_->Apply(effect.change);
-          if (!status.ok()) LogError(std::string(status.message()));
-          state_.Persisted(effect.id, status, clock_.At(SteadyMs()));
+          writer_.Add(std::move(effect));
         } else if constexpr (std::is_same_v<T, ResetRendezvous>) {
           board_.Reset(effect.epoch, effect.attempt);
         } else if constexpr (std::is_same_v<T, SetServing>) {
@@ -219,8 +224,14 @@ bool Runtime::Drain(absl::Time deadline) {
 }
 
 void Runtime::Stop() {
-  const std::lock_guard lock(mutex_);
-  if (stopped_) return;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!stopped_) EndAll();
+  }
+  writer_.Drain();
+}
+
+void Runtime::EndAll() {
   draining_ = true;
   stopped_ = true;
   active_ = false;

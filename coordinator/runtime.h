@@ -14,10 +14,11 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "coordinator/effects.h"
+#include "coordinator/record_writer.h"
+#include "coordinator/recorder.h"
 #include "coordinator/rendezvous_board.h"
 #include "coordinator/running_clock.h"
 #include "coordinator/state.h"
-#include "coordinator/store.h"
 
 namespace eduba {
 
@@ -42,14 +43,14 @@ class WorkerLink {
   virtual void Close(const absl::Status& status) = 0;
 };
 
-// Runs one ClusterState: one mutex around it, a clock that stands while we do, the store, a thread that
-// ticks; hands events in and carries effects out. Thread-safe.
+// Runs one ClusterState: one mutex around it, a clock that stands while we do, a thread that writes down, a thread that
+// ticks; hands events in and carries effects out. Nothing waits for the disk with the mutex held. Thread-safe.
 class Runtime {
  public:
   using Event = std::function<void(ClusterState& state, RequestId request, int64_t now_ms)>;
 
   // `set_serving` is called with the mutex held, whenever a group becomes active or ends.
-  Runtime(ClusterState::Options options, std::unique_ptr<Store> store, StoredState stored,
+  Runtime(ClusterState::Options options, std::unique_ptr<Recorder> store, StoredState stored,
           std::function<void(bool)> set_serving);
   // As Stop.
   ~Runtime();
@@ -76,7 +77,8 @@ class Runtime {
   absl::Status WaitUntilActive(absl::Time deadline);
   // Takes no new requests and waits until those under way have ended. False: not all have at `deadline`.
   bool Drain(absl::Time deadline);
-  // Ends all requests and all workers' streams with UNAVAILABLE. Idempotent.
+  // Ends all requests and all workers' streams with UNAVAILABLE, and returns when all changes that were asked for are
+  // written down. Idempotent.
   void Stop();
 
  private:
@@ -84,9 +86,10 @@ class Runtime {
   // With mutex_ held.
   void Run(RequestId request, const Event& event);
   void CarryOut();
+  void EndAll();
   void CarryOutOne(Effect effect);
+  void OnWritten(const RecordWriter::Written& written);
 
-  const std::unique_ptr<Store> store_;
   const std::function<void(bool)> set_serving_;
   RendezvousBoard board_;
 
@@ -102,6 +105,7 @@ class Runtime {
   bool draining_ = false;
   bool stopped_ = false;
 
+  RecordWriter writer_;
   std::thread ticker_;
 };
 
