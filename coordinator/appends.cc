@@ -232,7 +232,8 @@ void Appends::OnRecorded(uint64_t id, uint64_t session_id, const AppendRecord& r
   Session* session = sessions_->ById(session_id);
   if (status.ok() && session != nullptr) session->record.appends.push_back(record);
   const auto it = appends_.find(id);
-  // The epoch has ended meanwhile. In the next one workers publish what they sealed, if it is on record (Reopening).
+  // The epoch has ended meanwhile. In the next one workers publish what they sealed, if it is on record
+  // (Reopening).
   if (it == appends_.end()) return;
   if (!status.ok()) return Undo(id, status, now_ms);
   it->second.phase = Phase::kPublishing;

@@ -19,8 +19,8 @@
 
 namespace eduba {
 
-// Appends of keys and values to tensor sessions, one at a time for each session: planned, uploaded (which the coordinator
-// does not see), sealed, written down, published. The steps are those of README.md.
+// Appends of keys and values to tensor sessions, one at a time for each session: planned, uploaded (which the
+// coordinator does not see), sealed, written down, published. The steps are those of README.md.
 class Appends {
  public:
   Appends(Group* group, Sessions* sessions, Journal* journal, Outbox* outbox);

@@ -10,9 +10,6 @@ namespace {
 
 // Workers answer within the timeout that they were given; this much later they are not going to.
 constexpr int64_t kAnswerGraceMs = 2000;
-// Multiply-adds that a rank gets through in a millisecond however slow it is: a twentieth of one slow core. A rank that
-// is slower is taken for hung although its heart beats.
-constexpr int64_t kSlowestWorkPerMs = (int64_t{1} << 28) / 1000;
 
 }  // namespace
 
@@ -29,13 +26,13 @@ void CommandStream::End() {
 }
 
 std::shared_ptr<const v1::GroupMessage> CommandStream::Send(v1::Command command, int64_t now_ms, Done done,
-                                                            const Share& share, int64_t work) {
+                                                            const Share& share, int64_t extra_ms) {
   EDUBA_CHECK(!workers_.empty());
   Pending pending;
   pending.results.resize(workers_.size());
   pending.missing = static_cast<int>(workers_.size());
   pending.sent_ms = now_ms;
-  pending.timeout_ms = timeout_ms_ + work / kSlowestWorkPerMs;
+  pending.timeout_ms = timeout_ms_ + extra_ms;
   pending.done = std::move(done);
   const uint64_t ordinal = next_ordinal_++;
   command.set_epoch(epoch_);

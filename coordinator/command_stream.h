@@ -20,7 +20,8 @@ struct Answered {
   std::vector<v1::CommandResult> results;  // By rank.
 };
 
-// The ordered commands of one epoch: every rank gets the same ones, numbered 1, 2, 3, ..., and answers each once.
+// The ordered commands of one epoch: every rank gets the same ones, numbered 1, 2, 3, ..., and answers each
+// once.
 class CommandStream {
  public:
   // Not called when the epoch ends first.
@@ -36,10 +37,10 @@ class CommandStream {
   // The epoch is over: forgets what is unanswered.
   void End();
 
-  // Sends the command to all ranks, and returns it with its ordinal. `work`: multiply-adds of the busiest rank, for which
-  // a command gets more time. REQUIRES: between Begin and End.
+  // Sends the command to all ranks, and returns it with its ordinal. `extra_ms`: what the command gets beside
+  // the time that all have. REQUIRES: between Begin and End.
   std::shared_ptr<const v1::GroupMessage> Send(v1::Command command, int64_t now_ms, Done done,
-                                               const Share& share = nullptr, int64_t work = 0);
+                                               const Share& share = nullptr, int64_t extra_ms = 0);
 
   // What a rank says to a command. False: it was not asked, or has answered before.
   bool Take(int rank, v1::CommandResult result, int64_t now_ms);
@@ -50,8 +51,8 @@ class CommandStream {
     int rank = 0;
     uint64_t ordinal = 0;
   };
-  // A rank that should have answered a command by now. Workers take commands one after another, so only the first
-  // unanswered command can be late, and its time began when the one before it was answered.
+  // A rank that should have answered a command by now. Workers take commands one after another, so only the
+  // first unanswered command can be late, and its time began when the one before it was answered.
   std::optional<Late> FindLate(int64_t now_ms) const;
 
  private:

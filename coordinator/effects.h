@@ -79,8 +79,8 @@ struct Embedded {
   v1::EmbedResponse rows;
 };
 
-// To be written down durably, in the order in which it was asked for; then, at any later time but in the same order,
-// ClusterState::Persisted(id, status) is called.
+// To be written down durably, in the order in which it was asked for; then, at any later time but in the same
+// order, ClusterState::Persisted(id, status) is called.
 struct Persist {
   uint64_t id = 0;
   Change change;

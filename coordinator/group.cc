@@ -134,8 +134,9 @@ void Group::Greet(Worker* worker, v1::WorkerHello hello, int64_t now_ms) {
   TryForm(now_ms);
 }
 
-// A node that has come again before its old stream was seen to break. Another process of the node replaces the earlier one
-// for good: if both live, they were given one data folder, and must not push each other out for ever.
+// A node that has come again before its old stream was seen to break. Another process of the node replaces
+// the earlier one for good: if both live, they were given one data folder, and must not push each other out
+// for ever.
 void Group::ReplaceOld(const v1::WorkerHello& hello, int64_t now_ms) {
   const auto old = std::find_if(workers_.begin(), workers_.end(), [&hello](const auto& entry) {
     return entry.second.greeted && entry.second.hello.node() == hello.node();
@@ -322,9 +323,9 @@ void Group::ExpelSilentAndLate(int64_t now_ms) {
 
 std::shared_ptr<const v1::GroupMessage> Group::Send(v1::Command command, int64_t now_ms,
                                                     CommandStream::Done done,
-                                                    const CommandStream::Share& share, int64_t work) {
+                                                    const CommandStream::Share& share, int64_t extra_ms) {
   EDUBA_CHECK(active());
-  return commands_.Send(std::move(command), now_ms, std::move(done), share, work);
+  return commands_.Send(std::move(command), now_ms, std::move(done), share, extra_ms);
 }
 
 void Group::OnResult(Worker* worker, v1::CommandResult result, int64_t now_ms) {

@@ -16,9 +16,9 @@
 
 namespace eduba {
 
-// Which workers reduce together, and in which epoch. When all workers are there, an epoch is written down, its ranks are
-// told to connect to each other, and commands flow; when one of them leaves, the epoch is over and is never used
-// again. Ranks are the group's node ids in ascending order.
+// Which workers reduce together, and in which epoch. When all workers are there, an epoch is written down,
+// its ranks are told to connect to each other, and commands flow; when one of them leaves, the epoch is over
+// and is never used again. Ranks are the group's node ids in ascending order.
 class Group {
  public:
   struct Options {
@@ -68,7 +68,8 @@ class Group {
   // As CommandStream::Send.
   std::shared_ptr<const v1::GroupMessage> Send(v1::Command command, int64_t now_ms,
                                                CommandStream::Done done = nullptr,
-                                               const CommandStream::Share& share = nullptr, int64_t work = 0);
+                                               const CommandStream::Share& share = nullptr,
+                                               int64_t extra_ms = 0);
   // The first failed rank's answer with that rank's name; OK when all are.
   absl::Status FirstFailure(const Answered& answered) const;
   // Ends the rank's stream with INTERNAL, and the epoch: it said something that the protocol does not allow.

@@ -131,8 +131,8 @@ void Jobs::OnEnded(const Answered& answered, int64_t now_ms) {
   Reply(job, *session, told, now_ms);
 }
 
-// Written down before the client hears of it, as for other appends: what it was told of is never forgotten silently. What an
-// earlier write could not store is stored with it.
+// Written down before the client hears of it, as for other appends: what it was told of is never forgotten
+// silently. What an earlier write could not store is stored with it.
 void Jobs::Record(Job job, Session* session, v1::CommandResult told) {
   const uint64_t id = session->record.id;
   const int64_t length = session->record.length();

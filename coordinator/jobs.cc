@@ -61,8 +61,8 @@ int64_t MissingSinks(const Session& session) {
   return std::max<int64_t>(0, DedicatedSinks(*session.spec) - session.record.length());
 }
 
-// The ids that the workers get for the client's `ids` at `at`: sinks that are still to be read come between those that
-// are there and those that are new.
+// The ids that the workers get for the client's `ids` at `at`: sinks that are still to be read come between
+// those that are there and those that are new.
 std::vector<int32_t> WithSinks(const Session& session, int64_t at, const std::vector<int32_t>& ids) {
   const int64_t length = session.record.length();
   const int64_t sinks = MissingSinks(session);

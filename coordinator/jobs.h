@@ -18,9 +18,9 @@
 
 namespace eduba {
 
-// Calls on model sessions. Each becomes a job that all ranks run, step by step beside the others, until they answer its
-// command. One call at a time extends a session, and nothing else is asked of it meanwhile: what a client cannot know, it
-// cannot ask about. Token ids are compared by the workers, which keep them.
+// Calls on model sessions. Each becomes a job that all ranks run, step by step beside the others, until they
+// answer its command. One call at a time extends a session, and nothing else is asked of it meanwhile: what a
+// client cannot know, it cannot ask about. Token ids are compared by the workers, which keep them.
 class Jobs {
  public:
   Jobs(Group* group, Sessions* sessions, Journal* journal, Outbox* outbox)
@@ -80,7 +80,8 @@ class Jobs {
 
   absl::Status CheckAppend(const Session& session, int64_t at, const std::vector<int32_t>& ids) const;
   absl::Status CheckSinkMass(bool wanted, const std::string& what) const;
-  // The rank that computes a generation of the session alone: the one that computes the fewest. None: all ranks do.
+  // The rank that computes a generation of the session alone: the one that computes the fewest. None: all
+  // ranks do.
   std::optional<int> OwnerRankFor(const Session& session) const;
   void Start(Job job, v1::Command command, int64_t now_ms);
   void OnEnded(const Answered& answered, int64_t now_ms);

@@ -13,12 +13,12 @@
 
 namespace eduba {
 
-// The changes that are on their way to the disk, and what is to happen after each. All state machines write through
-// one journal, and changes are written in the order in which they were asked for. From this follows:
+// The changes that are on their way to the disk, and what is to happen after each. All state machines write
+// through one journal, and changes are written in the order in which they were asked for. From this follows:
 // once an epoch's beginning is written down, so is everything that was asked for in earlier epochs.
 //
-// Anything may happen between Write and the call of `done`: the epoch may end, the session may be deleted. Whoever
-// writes looks again at what is there.
+// Anything may happen between Write and the call of `done`: the epoch may end, the session may be deleted.
+// Whoever writes looks again at what is there.
 class Journal {
  public:
   using Done = std::function<void(const absl::Status& status, int64_t now_ms)>;

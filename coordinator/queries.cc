@@ -157,7 +157,8 @@ void Queries::SendStep(Batch batch, int64_t now_ms) {
   step.batch = std::move(batch);
   step.message = group_->Send(
       std::move(command), now_ms,
-      [this](Answered answered, int64_t now) { OnStep(std::move(answered), now); }, nullptr, work);
+      [this](Answered answered, int64_t now) { OnStep(std::move(answered), now); }, nullptr,
+      StepExtraMs(work));
 }
 
 // Steps are delivered in order, because a call's rows may lie in several.

@@ -17,8 +17,8 @@
 
 namespace eduba {
 
-// Attend calls: their rows are packed into steps (batcher.h), all ranks compute a step together, and rank 0's rows go back
-// to their calls in order.
+// Attend calls: their rows are packed into steps (batcher.h), all ranks compute a step together, and rank 0's
+// rows go back to their calls in order.
 class Queries {
  public:
   Queries(Group* group, Sessions* sessions, Outbox* outbox)

@@ -14,8 +14,8 @@
 
 namespace eduba {
 
-// A thread that writes changes down, so that nobody else waits for the disk. All changes that have come in while the disk
-// was busy are written together. Thread-safe.
+// A thread that writes changes down, so that nobody else waits for the disk. All changes that have come in
+// while the disk was busy are written together. Thread-safe.
 class RecordWriter {
  public:
   using Written = std::vector<std::pair<uint64_t, absl::Status>>;  // Ids of Persist effects, in their order.
@@ -30,7 +30,8 @@ class RecordWriter {
 
   // Returns at once.
   void Add(Persist change);
-  // Returns when all that was added before has been written, and `done` has returned. Not to be called by `done`.
+  // Returns when all that was added before has been written, and `done` has returned. Not to be called by
+  // `done`.
   void Drain();
 
  private:

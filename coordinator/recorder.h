@@ -12,8 +12,8 @@ namespace eduba {
 class Recorder {
  public:
   virtual ~Recorder() = default;
-  // Returns one status for each change, in order. A change is on the disk when its status is OK, and wholly absent
-  // otherwise. May wait for the disk.
+  // Returns one status for each change, in order. A change is on the disk when its status is OK, and wholly
+  // absent otherwise. May wait for the disk.
   virtual std::vector<absl::Status> ApplyAll(const std::vector<Change>& changes) = 0;
 };
 

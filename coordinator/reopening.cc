@@ -9,14 +9,16 @@ namespace eduba {
 namespace {
 
 constexpr int64_t kPlaceDelayMs = 2000;  // After the disk took no placement.
+// For a token that is read again, by a large model on slow cores.
+constexpr int64_t kReadAgainMsPerToken = 100;
 
 }  // namespace
 
 void Reopening::OnActive(int64_t now_ms) {
   v1::Command command;
   const std::vector<Session*> all = sessions_->All();
-  // Of earlier epochs are only sessions that are ready or being struck out: whatever else was under way has ended with its
-  // epoch, or with the writing down of this one (Journal).
+  // Of earlier epochs are only sessions that are ready or being struck out: whatever else was under way has
+  // ended with its epoch, or with the writing down of this one (Journal).
   for (Session* session : all) {
     command.mutable_retain_sessions()->add_session_ids(session->record.id);
     session->open_epoch = group_->epoch();
@@ -125,6 +127,7 @@ void Reopening::SettleOnWorkers(Session* session, const Settlement& settlement, 
   settle->set_read_again(settlement.read_again);
   // Reading again may take long: others do not wait for it.
   if (settlement.read_again) Ended();
+  const int64_t extra_ms = settlement.read_again ? settlement.length * kReadAgainMsPerToken : 0;
   group_->Send(
       std::move(command), now_ms,
       [this, id = session->record.id, waited = !settlement.read_again](const Answered& answered, int64_t) {
@@ -135,7 +138,8 @@ void Reopening::SettleOnWorkers(Session* session, const Settlement& settlement, 
           settled->lost = absl::StrCat("it could not be settled: ", std::string(status.message()));
         }
         if (waited) Ended();
-      });
+      },
+      nullptr, extra_ms);
 }
 
 void Reopening::Lose(Session* session, const Settlement& settlement) {

@@ -34,8 +34,8 @@ struct Session {
   Phase phase = Phase::kReady;
   // All ranks of this epoch hold exactly record.length() positions of it, and take commands on it.
   bool here = false;
-  // Which nodes lack what of its content, as a sentence: found when the last epoch began. Empty: nothing is known to be
-  // missing.
+  // Which nodes lack what of its content, as a sentence: found when the last epoch began. Empty: nothing is
+  // known to be missing.
   std::string lost;
   std::vector<LostStripes> lost_stripes;  // The same, counted.
   uint64_t open_epoch = 0;                // The last epoch whose workers were told of the session.
@@ -43,8 +43,8 @@ struct Session {
   RequestId waiter = 0;                   // Of the creation or deletion.
 };
 
-// Which sessions there are: created, listed, forked, deleted. A new session is told to the workers, then written down,
-// then the client's; a deleted one is struck out, then closed on the workers.
+// Which sessions there are: created, listed, forked, deleted. A new session is told to the workers, then
+// written down, then the client's; a deleted one is struck out, then closed on the workers.
 class Sessions {
  public:
   Sessions(StoredState stored, Group* group, Journal* journal, Outbox* outbox);

@@ -21,8 +21,8 @@ struct LostStripes {
 
 // What becomes of a session when a group forms again.
 struct Settlement {
-  // Its content is here, `length` positions. For SettleSession: the exponents with which a sealed append is published, and
-  // whether the ranks of a model session must read its ids again.
+  // Its content is here, `length` positions. For SettleSession: the exponents with which a sealed append is
+  // published, and whether the ranks of a model session must read its ids again.
   int64_t length = 0;
   std::string exponents;
   bool read_again = false;
@@ -31,10 +31,10 @@ struct Settlement {
   std::vector<LostStripes> lost;
 };
 
-// Compares what is on record with what the ranks hold (SessionContent of each, by rank). Tensor sessions: every rank must
-// hold, or get by publishing its sealed append, exactly the recorded positions, and the digests must add up. Model
-// sessions: ranks that stand at one place go on from there, also when it is past the record; otherwise they go back to
-// the record. REQUIRES: one content for each node of record.placement.
+// Compares what is on record with what the ranks hold (SessionContent of each, by rank). Tensor sessions:
+// every rank must hold, or get by publishing its sealed append, exactly the recorded positions, and the
+// digests must add up. Model sessions: ranks that stand at one place go on from there, also when it is past
+// the record; otherwise they go back to the record. REQUIRES: one content for each node of record.placement.
 Settlement Settle(const SessionRecord& record, const std::vector<v1::SessionContent>& contents);
 
 // No rank of the group was asked, because `absent` nodes of its placement are not in the group.

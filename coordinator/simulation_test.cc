@@ -1,7 +1,8 @@
-// Whole clusters from a seed: random clients, workers that come, die, fail and fall silent, connections that break, a
-// disk that is slow or full, a coordinator that restarts; every event in any order. Processes keep their content over
-// epochs and restarts of the coordinator. FakeCluster complains about whatever breaks an invariant; in the end every
-// session must be whole exactly when its nodes hold it. Run one seed again with EDUBA_SEED=n.
+// Whole clusters from a seed: random clients, workers that come, die, fail and fall silent, connections that
+// break, a disk that is slow or full, a coordinator that restarts; every event in any order. Processes keep
+// their content over epochs and restarts of the coordinator. FakeCluster complains about whatever breaks an
+// invariant; in the end every session must be whole exactly when its nodes hold it. Run one seed again with
+// EDUBA_SEED=n.
 #include <cstdlib>
 #include <cstring>
 #include <random>
@@ -353,7 +354,8 @@ class Simulation {
   }
 
   // Faults stop: everybody who waits must get an answer, the group must come back, and what clients left
-  // behind must be gone in the end. Sometimes the workers are new processes, mostly they are those that were there.
+  // behind must be gone in the end. Sometimes the workers are new processes, mostly they are those that were
+  // there.
   void Heal() {
     cluster_.disk_failures = 0;
     const bool all_new = Chance(20);

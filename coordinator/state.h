@@ -19,10 +19,10 @@
 
 namespace eduba {
 
-// All that the coordinator decides, in one object: the state machines of group.h, sessions.h, reopening.h, appends.h,
-// queries.h and jobs.h, wired to each other. Pure: no I/O, no clock, no threads. Events come in as calls that carry the
-// time; what is to be done about them is taken out with TakeEffects. The same events give the same effects, so a
-// whole cluster can be run from a seed.
+// All that the coordinator decides, in one object: the state machines of group.h, sessions.h, reopening.h,
+// appends.h, queries.h and jobs.h, wired to each other. Pure: no I/O, no clock, no threads. Events come in as
+// calls that carry the time; what is to be done about them is taken out with TakeEffects. The same events
+// give the same effects, so a whole cluster can be run from a seed.
 //
 // Times are milliseconds of any clock that never goes back.
 //

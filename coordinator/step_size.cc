@@ -15,6 +15,10 @@ constexpr int64_t kPartialBytesMax = int64_t{256} << 20;
 // rows of 50 million cells of 64 + 16 numbers.
 constexpr int64_t kStepWorkMax = int64_t{1} << 36;
 
+// Multiply-adds that a rank gets through in a millisecond however slow it is: a twentieth of one slow core. A
+// rank that is slower is taken for hung although its heart beats.
+constexpr int64_t kSlowestWorkPerMs = (int64_t{1} << 28) / 1000;
+
 // The most pages of one node that a row sees.
 int64_t VisiblePages(const v1::SessionSpec& spec, const Placement& placement, const BatchKey& key) {
   const int64_t pages = PagesOfBusiestOwner(placement, key.length);
@@ -30,6 +34,8 @@ int64_t RowWork(const v1::SessionSpec& spec, const Placement& placement, const B
   if (key.policy == v1::POLICY_WINDOW) keys = std::min(keys, spec.window());
   return (keys + spec.sink_tokens()) * spec.query_heads() * (int64_t{spec.head_dim()} + spec.value_dim());
 }
+
+int64_t StepExtraMs(int64_t work) { return work / kSlowestWorkPerMs; }
 
 int StepRows(const v1::SessionSpec& spec, const Placement& placement, const BatchKey& key) {
   // Outputs, lse and sink mass of each row and head, and a path count.

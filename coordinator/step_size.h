@@ -12,8 +12,11 @@ namespace eduba {
 // Multiply-adds for one row of a step on the busiest node, token sinks included.
 int64_t RowWork(const v1::SessionSpec& spec, const Placement& placement, const BatchKey& key);
 
-// The most rows of this kind that one step takes: bounded by messages, by the partials that workers must hold, and by a
-// few seconds of work.
+// What a step with so many multiply-adds on the busiest node gets beside the time that every command has.
+int64_t StepExtraMs(int64_t work);
+
+// The most rows of this kind that one step takes: bounded by messages, by the partials that workers must
+// hold, and by a few seconds of work.
 int StepRows(const v1::SessionSpec& spec, const Placement& placement, const BatchKey& key);
 
 }  // namespace eduba

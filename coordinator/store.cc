@@ -40,8 +40,8 @@ constexpr char kSchema[] = R"sql(
   INSERT INTO meta VALUES ('epoch', 0), ('next_session_id', 1), ('cluster', random());
 )sql";
 
-// From schema 1, whose sessions had no placement: those that are empty get one when a group forms; content of the others
-// was in the memory of workers that are gone.
+// From schema 1, whose sessions had no placement: those that are empty get one when a group forms; content of
+// the others was in the memory of workers that are gone.
 constexpr char kFromSchema1[] = R"sql(
   ALTER TABLE sessions ADD COLUMN placement BLOB NOT NULL DEFAULT x'';
   INSERT INTO meta VALUES ('cluster', random());

@@ -31,7 +31,8 @@ class Store final : public Recorder {
   absl::StatusOr<StoredState> Load();
   // RESOURCE_EXHAUSTED when the disk is full.
   absl::Status Apply(const Change& change);
-  // All changes in one transaction, so that they cost one wait for the disk. If that fails, each is tried by itself.
+  // All changes in one transaction, so that they cost one wait for the disk. If that fails, each is tried by
+  // itself.
   std::vector<absl::Status> ApplyAll(const std::vector<Change>& changes) override;
 
  private:

@@ -61,7 +61,8 @@ class FakeCluster {
     return all;
   }
 
-  // A new coordinator on the same disk; all workers' streams are gone. Writes that were under way have not happened.
+  // A new coordinator on the same disk; all workers' streams are gone. Writes that were under way have not
+  // happened.
   void Restart() {
     state_ = std::make_unique<ClusterState>(options_, stored_);
     for (auto& [id, worker] : workers) {
@@ -86,7 +87,8 @@ class FakeCluster {
     if (model != nullptr) *hello.mutable_model() = *model;
     return Connect(hello, std::make_shared<FakeNode>());
   }
-  // The process of an earlier connection, which need not be seen to be broken, comes again with what it keeps.
+  // The process of an earlier connection, which need not be seen to be broken, comes again with what it
+  // keeps.
   WorkerId Reconnect(WorkerId old) { return Connect(workers.at(old).hello, workers.at(old).node); }
   void Leave(WorkerId id) {
     workers[id].connected = false;
