@@ -27,6 +27,8 @@ class Reopening {
   // The group is active, and no command has been sent yet.
   void OnActive(int64_t now_ms);
   void OnOver();
+  // No session waits.
+  bool serving() const { return serving_; }
   // Tries again to place what the disk did not take.
   void Tick(int64_t now_ms);
 
@@ -47,7 +49,8 @@ class Reopening {
   Sessions* const sessions_;
   Journal* const journal_;
   Outbox* const outbox_;
-  int64_t waiting_ = 0;  // Sessions for which the coordinator does not serve yet.
+  // Sessions for which the coordinator does not serve yet, and OnActive itself.
+  int64_t waiting_ = 0;
   bool serving_ = false;
   std::vector<uint64_t> unplaced_;  // Sessions whose new nodes could not be written down.
   int64_t place_at_ms_ = 0;         // Not before.

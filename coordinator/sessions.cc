@@ -18,6 +18,16 @@ absl::Status NoModel() {
   return absl::FailedPreconditionError("the workers hold no model: start them with --model FOLDER");
 }
 
+absl::Status DataLoss(const Session& session) {
+  const int64_t length = session.record.length();
+  int64_t lost = 0;
+  for (const LostStripes& share : session.lost_stripes) lost += share.positions;
+  return absl::DataLossError(absl::StrCat(
+      "session '", session.record.name, "' is without ", session.lost_stripes.empty() ? length : lost,
+      " of its ", length, " positions: ", session.lost,
+      "; start the workers that hold them, or delete it and append again"));
+}
+
 }  // namespace
 
 v1::Command OpenCommand(const SessionRecord& record) {
@@ -64,11 +74,7 @@ absl::StatusOr<Session*> Sessions::Find(const std::string& name) {
 
 absl::StatusOr<Session*> Sessions::FindUsable(const std::string& name) {
   EDUBA_ASSIGN_OR_RETURN(Session * session, Find(name));
-  if (!session->lost.empty()) {
-    return absl::DataLossError(absl::StrCat("session '", name, "' of ", session->record.length(),
-                                            " positions: ", session->lost,
-                                            "; start workers that hold them, or delete it and append again"));
-  }
+  if (!session->lost.empty()) return DataLoss(*session);
   EDUBA_RETURN_IF_ERROR(group_->CheckActive());
   if (!session->here) {
     return absl::UnavailableError(

@@ -91,7 +91,12 @@ void ClusterState::AbortAppend(RequestId request, uint64_t append_id, int64_t no
   appends_.Abort(request, append_id, now_ms);
 }
 
-void ClusterState::ListWorkers(RequestId request) { outbox_.Respond(request, Answer(group_.List())); }
+void ClusterState::ListWorkers(RequestId request) {
+  v1::ListWorkersResponse list = group_.List();
+  // To clients, a group is active when their sessions are there.
+  if (group_.active() && !reopening_.serving()) list.set_state("forming");
+  outbox_.Respond(request, Answer(std::move(list)));
+}
 
 void ClusterState::StartAttend(RequestId request, const v1::AttendRequest::Header& header,
                                int64_t /*now_ms*/) {

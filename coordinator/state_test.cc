@@ -131,6 +131,12 @@ class StateTest : public testing::Test {
     cluster_.state().FinishRows(id, cluster_.now());
     cluster_.Collect();
   }
+  // Of the group, as clients see it; without letting anything else happen.
+  std::string State() {
+    const RequestId id =
+        cluster_.Ask([](ClusterState& state, RequestId request) { state.ListWorkers(request); });
+    return As<v1::ListWorkersResponse>(*cluster_.requests[id].reply)->state();
+  }
   absl::Status StatusOf(RequestId id) {
     const auto& reply = cluster_.requests[id].reply;
     return reply.has_value() ? reply->status() : absl::UnknownError("no reply yet");
@@ -512,7 +518,8 @@ TEST_F(StateTest, WhatADeadNodeHeldIsLostUntilItComesBackWithIt) {
   const absl::Status status = StatusOf(Attend("full"));
   EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
   EXPECT_THAT(std::string(status.message()),
-              HasSubstr("node a:1 does not hold its part, with 2 of 4 stripes (512 positions)"));
+              HasSubstr("is without 512 of its 1000 positions: "
+                        "node a:1 does not hold its part, with 2 of 4 stripes (512 positions)"));
   EXPECT_EQ(Append("full", 1000, 1).status().code(), absl::StatusCode::kDataLoss);
   EXPECT_TRUE(Append("empty", 0, 5).ok());
 
@@ -582,11 +589,13 @@ TEST_F(StateTest, TheCoordinatorServesWhenItsSessionsAreThere) {
   cluster_.FinishWrite();
   for (int message = 0; message < 4; ++message) {  // FormGroup, RetainSessions, OpenSession, SettleSession
     EXPECT_FALSE(cluster_.serving);
+    EXPECT_EQ(State(), "forming");
     EXPECT_EQ(StatusOf(Attend("x")).code(), absl::StatusCode::kUnavailable);
     cluster_.Deliver(a_);
     cluster_.Deliver(b_);
   }
   EXPECT_TRUE(cluster_.serving);
+  EXPECT_EQ(State(), "active");
   EXPECT_EQ(StatusOf(Attend("x")).code(), absl::StatusCode::kUnknown);
 }
 
