@@ -51,7 +51,8 @@ absl::Status CheckRepeat(const std::string& to, const SessionRecord& record, Pos
 Appends::Appends(Group* group, Sessions* sessions, Journal* journal, Outbox* outbox)
     : group_(group), sessions_(sessions), journal_(journal), outbox_(outbox) {}
 
-absl::Status Appends::CheckPlan(const Session& session, const v1::PlanAppendRequest& args, int64_t at) const {
+absl::Status Appends::CheckPlan(const SessionEntry& session, const v1::PlanAppendRequest& args,
+                                int64_t at) const {
   const int64_t length = session.record.length();
   const int64_t count = args.count();
   const std::string to = absl::StrCat("append to session '", session.record.name, "'");
@@ -86,7 +87,7 @@ absl::Status Appends::CheckPlan(const Session& session, const v1::PlanAppendRequ
   return absl::OkStatus();
 }
 
-v1::AppendPlan Appends::MakePlan(const Session& session, int64_t at, int64_t count) const {
+v1::AppendPlan Appends::MakePlan(const SessionEntry& session, int64_t at, int64_t count) const {
   v1::AppendPlan plan;
   plan.set_at(at);
   plan.set_count(count);
@@ -102,9 +103,9 @@ v1::AppendPlan Appends::MakePlan(const Session& session, int64_t at, int64_t cou
 
 // 1. Reserve.
 void Appends::Plan(RequestId request, const v1::PlanAppendRequest& args, int64_t now_ms) {
-  const absl::StatusOr<Session*> found = sessions_->FindTensor(args.session());
+  const absl::StatusOr<SessionEntry*> found = sessions_->FindTensor(args.session());
   if (!found.ok()) return outbox_->Respond(request, found.status());
-  const Session& session = **found;
+  const SessionEntry& session = **found;
   const int64_t at = args.has_at() ? args.at() : session.record.length();
   const absl::Status status = CheckPlan(session, args, at);
   if (!status.ok()) return outbox_->Respond(request, status);
@@ -229,7 +230,7 @@ void Appends::FinishComparison(Append* append, int64_t now_ms) {
 
 void Appends::OnRecorded(uint64_t id, uint64_t session_id, const AppendRecord& record,
                          const absl::Status& status, int64_t now_ms) {
-  Session* session = sessions_->ById(session_id);
+  SessionEntry* session = sessions_->ById(session_id);
   if (status.ok() && session != nullptr) session->record.appends.push_back(record);
   const auto it = appends_.find(id);
   // The epoch has ended meanwhile. In the next one workers publish what they sealed, if it is on record
@@ -281,7 +282,7 @@ void Appends::Abort(RequestId request, uint64_t id, int64_t now_ms) {
   outbox_->Respond(request, Answer(Done{}));
 }
 
-absl::Status Appends::Drop(const Session& session, int64_t now_ms) {
+absl::Status Appends::Drop(const SessionEntry& session, int64_t now_ms) {
   const auto it = of_session_.find(session.record.id);
   if (it == of_session_.end()) return absl::OkStatus();
   const uint64_t id = it->second;

@@ -38,7 +38,7 @@ class Appends {
   void OnActive() { next_ = 1; }
   void OnOver(const absl::Status& status);
   // The session's append is undone, because the session is deleted. ABORTED: it is being committed.
-  absl::Status Drop(const Session& session, int64_t now_ms);
+  absl::Status Drop(const SessionEntry& session, int64_t now_ms);
 
  private:
   enum class Phase { kBeginning, kOpen, kSealing, kRecording, kPublishing };
@@ -53,8 +53,8 @@ class Appends {
     std::string exponents;           // After the seal: the maximum over all workers.
   };
 
-  absl::Status CheckPlan(const Session& session, const v1::PlanAppendRequest& args, int64_t at) const;
-  v1::AppendPlan MakePlan(const Session& session, int64_t at, int64_t count) const;
+  absl::Status CheckPlan(const SessionEntry& session, const v1::PlanAppendRequest& args, int64_t at) const;
+  v1::AppendPlan MakePlan(const SessionEntry& session, int64_t at, int64_t count) const;
   void OnBegun(uint64_t append_id, const Answered& answered, int64_t now_ms);
   void OnSealed(uint64_t append_id, const Answered& answered, int64_t now_ms);
   void OnRecorded(uint64_t append_id, uint64_t session_id, const AppendRecord& record,

@@ -68,7 +68,7 @@ std::string Jobs::Difference(const Job& job, const Answered& answered) const {
   return "";
 }
 
-std::string Jobs::Nonsense(const Job& job, const Session& session, const v1::CommandResult& told) const {
+std::string Jobs::Nonsense(const Job& job, const SessionEntry& session, const v1::CommandResult& told) const {
   const v1::ModelResult& model = told.model();
   if (job.extends() && told.has_model()) {
     const int64_t before = session.record.length();
@@ -107,9 +107,9 @@ void Jobs::OnEnded(const Answered& answered, int64_t now_ms) {
                          differs, "; this is a fault of the machine or of Eduba: the group starts anew")));
     return group_->End(differs, now_ms);
   }
-  Session* session = sessions_->ById(job.session_id);
+  SessionEntry* session = sessions_->ById(job.session_id);
   // Deleted meanwhile; its calls have been told.
-  if (session == nullptr || session->phase == Session::Phase::kClosing) {
+  if (session == nullptr || session->phase == SessionEntry::Phase::kClosing) {
     extended_.erase(job.session_id);
     return;
   }
@@ -125,7 +125,7 @@ void Jobs::OnEnded(const Answered& answered, int64_t now_ms) {
   if (job.read > 0) {
     // Borders of appends mean nothing where the ids themselves are compared.
     session->record.appends = {{0, session->record.length() + job.read, {}}};
-    if (session->phase == Session::Phase::kReady) return Record(job, session, told);
+    if (session->phase == SessionEntry::Phase::kReady) return Record(job, session, told);
   }
   if (job.extends()) extended_.erase(job.session_id);
   Reply(job, *session, told, now_ms);
@@ -133,7 +133,7 @@ void Jobs::OnEnded(const Answered& answered, int64_t now_ms) {
 
 // Written down before the client hears of it, as for other appends: what it was told of is never forgotten
 // silently. What an earlier write could not store is stored with it.
-void Jobs::Record(Job job, Session* session, v1::CommandResult told) {
+void Jobs::Record(Job job, SessionEntry* session, v1::CommandResult told) {
   const uint64_t id = session->record.id;
   const int64_t length = session->record.length();
   recording_[id] = {job, std::move(told)};
@@ -146,7 +146,7 @@ void Jobs::OnRecorded(uint64_t session_id, int64_t length, const absl::Status& s
   const auto node = recording_.extract(session_id);
   const auto& [job, told] = node.mapped();
   extended_.erase(session_id);
-  Session* session = sessions_->ById(session_id);
+  SessionEntry* session = sessions_->ById(session_id);
   if (session == nullptr) return;
   if (status.ok()) {
     session->recorded = length;
@@ -159,7 +159,8 @@ void Jobs::OnRecorded(uint64_t session_id, int64_t length, const absl::Status& s
                                 " tokens now, but they are not on record: ", std::string(status.message()))));
 }
 
-absl::Status Jobs::FailureOf(const Job& job, const Session& session, const v1::CommandResult& told) const {
+absl::Status Jobs::FailureOf(const Job& job, const SessionEntry& session,
+                             const v1::CommandResult& told) const {
   const auto code = static_cast<absl::StatusCode>(told.code());
   const std::string& name = session.record.name;
   if (job.kind == Job::Kind::kAppend && code == absl::StatusCode::kAlreadyExists) {
@@ -173,7 +174,7 @@ absl::Status Jobs::FailureOf(const Job& job, const Session& session, const v1::C
   return absl::Status(code, absl::StrCat("session '", name, "': ", told.message(), how_far));
 }
 
-void Jobs::Reply(const Job& job, const Session& session, const v1::CommandResult& told, int64_t now_ms) {
+void Jobs::Reply(const Job& job, const SessionEntry& session, const v1::CommandResult& told, int64_t now_ms) {
   if (told.code() != 0) return outbox_->Respond(job.request, FailureOf(job, session, told));
   const int64_t length = session.record.length();
   switch (job.kind) {

@@ -42,7 +42,7 @@ absl::Status CheckIds(const std::vector<int32_t>& ids, int64_t vocab, const std:
 }
 
 // Whether there is something to go on after, the session's own sinks included.
-absl::Status CheckNotEmpty(const Session& session, const std::string& what) {
+absl::Status CheckNotEmpty(const SessionEntry& session, const std::string& what) {
   if (session.record.length() == 0) {
     return absl::FailedPreconditionError(
         absl::StrCat(what, ": it is empty, and a first token has nothing to follow: append one before"));
@@ -57,13 +57,13 @@ absl::Status CheckNotEmpty(const Session& session, const std::string& what) {
 }
 
 // How many of the session's own sink tokens are still to be read. They count as being there.
-int64_t MissingSinks(const Session& session) {
+int64_t MissingSinks(const SessionEntry& session) {
   return std::max<int64_t>(0, DedicatedSinks(*session.spec) - session.record.length());
 }
 
 // The ids that the workers get for the client's `ids` at `at`: sinks that are still to be read come between
 // those that are there and those that are new.
-std::vector<int32_t> WithSinks(const Session& session, int64_t at, const std::vector<int32_t>& ids) {
+std::vector<int32_t> WithSinks(const SessionEntry& session, int64_t at, const std::vector<int32_t>& ids) {
   const int64_t length = session.record.length();
   const int64_t sinks = MissingSinks(session);
   const auto count = static_cast<int64_t>(ids.size());
@@ -97,8 +97,8 @@ absl::Status CheckRanges(const std::vector<int64_t>& bounds, int64_t length, con
 
 }  // namespace
 
-absl::StatusOr<Session*> Jobs::FindIdle(const std::string& name) {
-  EDUBA_ASSIGN_OR_RETURN(Session * session, sessions_->FindModel(name));
+absl::StatusOr<SessionEntry*> Jobs::FindIdle(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, sessions_->FindModel(name));
   if (extended_.count(session->record.id) > 0) {
     return absl::AbortedError(absl::StrCat("session '", name,
                                            "' is being extended by another append or generation: retry when "
@@ -115,7 +115,8 @@ void Jobs::Start(Job job, v1::Command command, int64_t now_ms) {
   jobs_.emplace(message->command().ordinal(), job);
 }
 
-absl::Status Jobs::CheckAppend(const Session& session, int64_t at, const std::vector<int32_t>& ids) const {
+absl::Status Jobs::CheckAppend(const SessionEntry& session, int64_t at,
+                               const std::vector<int32_t>& ids) const {
   const std::string to = absl::StrCat("append to session '", session.record.name, "'");
   const int64_t length = session.record.length() + MissingSinks(session);
   const auto count = static_cast<int64_t>(ids.size());
@@ -144,9 +145,9 @@ absl::Status Jobs::CheckAppend(const Session& session, int64_t at, const std::ve
 
 void Jobs::Append(RequestId request, const std::string& name, std::optional<int64_t> given_at,
                   std::vector<int32_t> ids, int64_t now_ms) {
-  const absl::StatusOr<Session*> found = FindIdle(name);
+  const absl::StatusOr<SessionEntry*> found = FindIdle(name);
   if (!found.ok()) return outbox_->Respond(request, found.status());
-  const Session& session = **found;
+  const SessionEntry& session = **found;
   const int64_t length = session.record.length() + MissingSinks(session);
   const int64_t at = given_at.value_or(length);
   const absl::Status status = CheckAppend(session, at, ids);
@@ -178,7 +179,7 @@ absl::Status Jobs::CheckSinkMass(bool wanted, const std::string& what) const {
                                                  kSinkMassHeadsMax));
 }
 
-std::optional<int> Jobs::OwnerRankFor(const Session& session) const {
+std::optional<int> Jobs::OwnerRankFor(const SessionEntry& session) const {
   if (!EveryLayerSeesAWindow(*session.spec, *group_->model())) return std::nullopt;
   std::vector<int> generations(group_->size(), 0);
   for (const auto& [ordinal, job] : jobs_) {
@@ -188,9 +189,9 @@ std::optional<int> Jobs::OwnerRankFor(const Session& session) const {
 }
 
 void Jobs::Generate(RequestId request, const v1::GenerateRequest& args, int64_t now_ms) {
-  const absl::StatusOr<Session*> found = FindIdle(args.session());
+  const absl::StatusOr<SessionEntry*> found = FindIdle(args.session());
   if (!found.ok()) return outbox_->Respond(request, found.status());
-  const Session& session = **found;
+  const SessionEntry& session = **found;
   absl::Status status = CheckGenerateRequest(args, *group_->model());
   const int64_t length = session.record.length();
   const std::string from = absl::StrCat("generation from session '", args.session(), "'");
@@ -219,7 +220,7 @@ void Jobs::Generate(RequestId request, const v1::GenerateRequest& args, int64_t 
 }
 
 void Jobs::Score(RequestId request, const v1::ScoreRequest& args, int64_t now_ms) {
-  const absl::StatusOr<Session*> found = FindIdle(args.session());
+  const absl::StatusOr<SessionEntry*> found = FindIdle(args.session());
   if (!found.ok()) return outbox_->Respond(request, found.status());
   const std::string of = absl::StrCat("score on session '", args.session(), "'");
   const auto ids = Numbers<int32_t>(args.ids(), absl::StrCat(of, ": ids"));
@@ -243,7 +244,7 @@ void Jobs::Score(RequestId request, const v1::ScoreRequest& args, int64_t now_ms
 }
 
 void Jobs::Embed(RequestId request, const v1::EmbedRequest& args, int64_t now_ms) {
-  const absl::StatusOr<Session*> found = FindIdle(args.session());
+  const absl::StatusOr<SessionEntry*> found = FindIdle(args.session());
   if (!found.ok()) return outbox_->Respond(request, found.status());
   const std::string of = absl::StrCat("embedding of session '", args.session(), "'");
   const auto bounds = Numbers<int64_t>(args.ranges(), absl::StrCat(of, ": ranges"));

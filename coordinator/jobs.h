@@ -36,7 +36,7 @@ class Jobs {
   bool Cancel(RequestId request, int64_t now_ms);
 
   // A usable model session that no call extends; ABORTED when one does.
-  absl::StatusOr<Session*> FindIdle(const std::string& name);
+  absl::StatusOr<SessionEntry*> FindIdle(const std::string& name);
 
   // A job has made a step.
   void OnProgress(int rank, v1::ModelProgress progress, int64_t now_ms);
@@ -78,21 +78,21 @@ class Jobs {
     v1::CommandResult result;
   };
 
-  absl::Status CheckAppend(const Session& session, int64_t at, const std::vector<int32_t>& ids) const;
+  absl::Status CheckAppend(const SessionEntry& session, int64_t at, const std::vector<int32_t>& ids) const;
   absl::Status CheckSinkMass(bool wanted, const std::string& what) const;
   // The rank that computes a generation of the session alone: the one that computes the fewest. None: all
   // ranks do.
-  std::optional<int> OwnerRankFor(const Session& session) const;
+  std::optional<int> OwnerRankFor(const SessionEntry& session) const;
   void Start(Job job, v1::Command command, int64_t now_ms);
   void OnEnded(const Answered& answered, int64_t now_ms);
   // How the first rank that did not do the same as the reporting rank differs; "" when all did the same.
   std::string Difference(const Job& job, const Answered& answered) const;
   // What in the reporting rank's answer cannot be, or "".
-  std::string Nonsense(const Job& job, const Session& session, const v1::CommandResult& told) const;
-  void Record(Job job, Session* session, v1::CommandResult told);
+  std::string Nonsense(const Job& job, const SessionEntry& session, const v1::CommandResult& told) const;
+  void Record(Job job, SessionEntry* session, v1::CommandResult told);
   void OnRecorded(uint64_t session_id, int64_t length, const absl::Status& status, int64_t now_ms);
-  void Reply(const Job& job, const Session& session, const v1::CommandResult& told, int64_t now_ms);
-  absl::Status FailureOf(const Job& job, const Session& session, const v1::CommandResult& told) const;
+  void Reply(const Job& job, const SessionEntry& session, const v1::CommandResult& told, int64_t now_ms);
+  absl::Status FailureOf(const Job& job, const SessionEntry& session, const v1::CommandResult& told) const;
   void CancelJob(uint64_t ordinal, int64_t now_ms);
 
   Group* const group_;

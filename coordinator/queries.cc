@@ -34,7 +34,8 @@ bool HasSizesOf(const v1::AttendResult& result, int rows, const v1::SessionSpec&
 
 }  // namespace
 
-absl::Status Queries::CheckHeader(const Session& session, const v1::AttendRequest::Header& header) const {
+absl::Status Queries::CheckHeader(const SessionEntry& session,
+                                  const v1::AttendRequest::Header& header) const {
   const v1::SessionSpec& spec = *session.spec;
   const std::string query = absl::StrCat("query of session '", session.record.name, "'");
   if (header.layer() < 0 || header.layer() >= spec.layers()) {
@@ -57,11 +58,11 @@ absl::Status Queries::CheckHeader(const Session& session, const v1::AttendReques
 
 // 1. The call sees the length that is committed now.
 void Queries::Start(RequestId request, const v1::AttendRequest::Header& header) {
-  const absl::StatusOr<Session*> found = sessions_->FindTensor(header.session());
+  const absl::StatusOr<SessionEntry*> found = sessions_->FindTensor(header.session());
   absl::Status status = found.status();
   if (status.ok()) status = CheckHeader(**found, header);
   if (!status.ok()) return outbox_->Respond(request, status);
-  const Session& session = **found;
+  const SessionEntry& session = **found;
   const v1::SessionSpec& spec = *session.spec;
   BatchKey key;
   key.session_id = session.record.id;
@@ -195,7 +196,7 @@ void Queries::Deliver(const Step& step, int64_t now_ms) {
   AttendTotals totals;
   const absl::Status failure = Sum(step, &totals);
   if (!failure.ok()) return DeliverFailure(step, failure);
-  const Session* session = sessions_->ById(step.session_id);
+  const SessionEntry* session = sessions_->ById(step.session_id);
   if (session == nullptr) return;  // Deleted meanwhile; its calls have been told.
   const v1::AttendResult& result = step.answered.results[0].attend();
   if (!HasSizesOf(result, step.batch.rows, *session->spec)) {

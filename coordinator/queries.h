@@ -55,7 +55,7 @@ class Queries {
     bool complete = false;
   };
 
-  absl::Status CheckHeader(const Session& session, const v1::AttendRequest::Header& header) const;
+  absl::Status CheckHeader(const SessionEntry& session, const v1::AttendRequest::Header& header) const;
   static absl::Status CheckRows(const Call& call, const std::string& queries,
                                 const std::vector<int64_t>& positions);
   void Pump(int64_t now_ms);

@@ -16,10 +16,10 @@ constexpr int64_t kReadAgainMsPerToken = 100;
 
 void Reopening::OnActive(int64_t now_ms) {
   v1::Command command;
-  const std::vector<Session*> all = sessions_->All();
+  const std::vector<SessionEntry*> all = sessions_->All();
   // Of earlier epochs are only sessions that are ready or being struck out: whatever else was under way has
   // ended with its epoch, or with the writing down of this one (Journal).
-  for (Session* session : all) {
+  for (SessionEntry* session : all) {
     command.mutable_retain_sessions()->add_session_ids(session->record.id);
     session->open_epoch = group_->epoch();
     session->lost.clear();
@@ -28,7 +28,7 @@ void Reopening::OnActive(int64_t now_ms) {
   command.mutable_retain_sessions();
   group_->Send(std::move(command), now_ms);
   waiting_ = static_cast<int64_t>(all.size()) + 1;
-  for (Session* session : all) Begin(session, now_ms);
+  for (SessionEntry* session : all) Begin(session, now_ms);
   Ended();  // Of the loop itself: a coordinator without sessions serves at once.
 }
 
@@ -40,14 +40,14 @@ void Reopening::OnOver() {
 void Reopening::Tick(int64_t now_ms) {
   if (unplaced_.empty() || now_ms < place_at_ms_) return;
   for (const uint64_t id : std::exchange(unplaced_, {})) {
-    Session* session = sessions_->ById(id);
+    SessionEntry* session = sessions_->ById(id);
     if (session == nullptr) continue;
     ++waiting_;
     PlaceAnew(*session);
   }
 }
 
-void Reopening::Begin(Session* session, int64_t now_ms) {
+void Reopening::Begin(SessionEntry* session, int64_t now_ms) {
   const Placement& placement = session->record.placement;
   if (placement.nodes == group_->nodes()) return Open(session, now_ms);
   if (session->record.length() == 0) return PlaceAnew(*session);
@@ -59,15 +59,15 @@ void Reopening::Begin(Session* session, int64_t now_ms) {
   Lose(session, SettleWithout(session->record, absent));
 }
 
-void Reopening::PlaceAnew(const Session& session) {
+void Reopening::PlaceAnew(const SessionEntry& session) {
   const int64_t version = session.record.placement.nodes.empty() ? 1 : session.record.placement.version + 1;
   SessionPlaced change{session.record.id, sessions_->Place(session.record.id, session.record.spec, version)};
   // The record comes first: workers must not hold content where the record does not look for it.
   journal_->Write(change, [this, change, epoch = group_->epoch()](const absl::Status& status, int64_t now) {
-    Session* session = sessions_->ById(change.session_id);
+    SessionEntry* session = sessions_->ById(change.session_id);
     if (status.ok() && session != nullptr) session->record.placement = change.placement;
     if (!group_->active() || group_->epoch() != epoch) return;
-    if (status.ok() && session != nullptr && session->phase != Session::Phase::kClosing)
+    if (status.ok() && session != nullptr && session->phase != SessionEntry::Phase::kClosing)
       return Open(session, now);
     if (!status.ok()) {
       unplaced_.push_back(change.session_id);
@@ -77,7 +77,7 @@ void Reopening::PlaceAnew(const Session& session) {
   });
 }
 
-void Reopening::Open(Session* session, int64_t now_ms) {
+void Reopening::Open(SessionEntry* session, int64_t now_ms) {
   group_->Send(OpenCommand(session->record), now_ms,
                [this, id = session->record.id](const Answered& answered, int64_t now) {
                  OnOpened(id, answered, now);
@@ -85,8 +85,8 @@ void Reopening::Open(Session* session, int64_t now_ms) {
 }
 
 void Reopening::OnOpened(uint64_t id, const Answered& answered, int64_t now_ms) {
-  Session* session = sessions_->ById(id);
-  if (session == nullptr || session->phase == Session::Phase::kClosing) return Ended();
+  SessionEntry* session = sessions_->ById(id);
+  if (session == nullptr || session->phase == SessionEntry::Phase::kClosing) return Ended();
   const absl::Status status = group_->FirstFailure(answered);
   if (!status.ok()) {
     Settlement failed;
@@ -101,24 +101,24 @@ void Reopening::OnOpened(uint64_t id, const Answered& answered, int64_t now_ms) 
   SettleOnWorkers(session, settlement, now_ms);
 }
 
-void Reopening::Adopt(Session* session, const Settlement& settlement, int64_t now_ms) {
+void Reopening::Adopt(SessionEntry* session, const Settlement& settlement, int64_t now_ms) {
   const AppendCommitted change{session->record.id,
                                {session->recorded, settlement.length - session->recorded, {}}};
   session->record.appends = {{0, settlement.length, {}}};
   // A session that is being struck out has no record to add to.
-  if (session->phase == Session::Phase::kErasing) return SettleOnWorkers(session, settlement, now_ms);
+  if (session->phase == SessionEntry::Phase::kErasing) return SettleOnWorkers(session, settlement, now_ms);
   journal_->Write(change, [this, id = change.session_id, settlement, epoch = group_->epoch()](
                               const absl::Status& status, int64_t now) {
-    Session* session = sessions_->ById(id);
+    SessionEntry* session = sessions_->ById(id);
     // Otherwise it is written with the next tokens.
     if (status.ok() && session != nullptr) session->recorded = settlement.length;
     if (!group_->active() || group_->epoch() != epoch) return;
-    if (session == nullptr || session->phase == Session::Phase::kClosing) return Ended();
+    if (session == nullptr || session->phase == SessionEntry::Phase::kClosing) return Ended();
     SettleOnWorkers(session, settlement, now);
   });
 }
 
-void Reopening::SettleOnWorkers(Session* session, const Settlement& settlement, int64_t now_ms) {
+void Reopening::SettleOnWorkers(SessionEntry* session, const Settlement& settlement, int64_t now_ms) {
   v1::Command command;
   v1::SettleSession* settle = command.mutable_settle_session();
   settle->set_session_id(session->record.id);
@@ -131,7 +131,7 @@ void Reopening::SettleOnWorkers(Session* session, const Settlement& settlement, 
   group_->Send(
       std::move(command), now_ms,
       [this, id = session->record.id, waited = !settlement.read_again](const Answered& answered, int64_t) {
-        Session* settled = sessions_->ById(id);
+        SessionEntry* settled = sessions_->ById(id);
         const absl::Status status = group_->FirstFailure(answered);
         if (settled != nullptr && status.ok()) settled->here = true;
         if (settled != nullptr && !status.ok()) {
@@ -142,7 +142,7 @@ void Reopening::SettleOnWorkers(Session* session, const Settlement& settlement, 
       nullptr, extra_ms);
 }
 
-void Reopening::Lose(Session* session, const Settlement& settlement) {
+void Reopening::Lose(SessionEntry* session, const Settlement& settlement) {
   session->lost = settlement.why_lost;
   session->lost_stripes = settlement.lost;
   outbox_->Log(absl::StrCat("session '", session->record.name, "' is lost in epoch ", group_->epoch(), ": ",

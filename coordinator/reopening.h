@@ -33,15 +33,15 @@ class Reopening {
   void Tick(int64_t now_ms);
 
  private:
-  void Begin(Session* session, int64_t now_ms);
+  void Begin(SessionEntry* session, int64_t now_ms);
   // An empty session gets the nodes of this group.
-  void PlaceAnew(const Session& session);
-  void Open(Session* session, int64_t now_ms);
+  void PlaceAnew(const SessionEntry& session);
+  void Open(SessionEntry* session, int64_t now_ms);
   void OnOpened(uint64_t session_id, const Answered& answered, int64_t now_ms);
   // Writes down what a model session's ranks have read past the record.
-  void Adopt(Session* session, const Settlement& settlement, int64_t now_ms);
-  void SettleOnWorkers(Session* session, const Settlement& settlement, int64_t now_ms);
-  void Lose(Session* session, const Settlement& settlement);
+  void Adopt(SessionEntry* session, const Settlement& settlement, int64_t now_ms);
+  void SettleOnWorkers(SessionEntry* session, const Settlement& settlement, int64_t now_ms);
+  void Lose(SessionEntry* session, const Settlement& settlement);
   // The session waits no longer.
   void Ended();
 

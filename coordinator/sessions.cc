@@ -18,7 +18,7 @@ absl::Status NoModel() {
   return absl::FailedPreconditionError("the workers hold no model: start them with --model FOLDER");
 }
 
-absl::Status DataLoss(const Session& session) {
+absl::Status DataLoss(const SessionEntry& session) {
   const int64_t length = session.record.length();
   int64_t lost = 0;
   for (const LostStripes& share : session.lost_stripes) lost += share.positions;
@@ -44,14 +44,14 @@ Sessions::Sessions(StoredState stored, Group* group, Journal* journal, Outbox* o
     : group_(group), journal_(journal), outbox_(outbox), next_id_(stored.next_session_id) {
   for (SessionRecord& record : stored.sessions) {
     names_[record.id] = record.name;
-    Session& session = sessions_[record.name];
+    SessionEntry& session = sessions_[record.name];
     session.spec = std::make_shared<const v1::SessionSpec>(record.spec);
     session.recorded = record.length();
     session.record = std::move(record);
   }
 }
 
-absl::StatusOr<Session*> Sessions::Find(const std::string& name) {
+absl::StatusOr<SessionEntry*> Sessions::Find(const std::string& name) {
   EDUBA_RETURN_IF_ERROR(ValidateSessionName(name));
   const auto it = sessions_.find(name);
   if (it == sessions_.end()) {
@@ -59,21 +59,21 @@ absl::StatusOr<Session*> Sessions::Find(const std::string& name) {
         "there is no session '", name, "': create it first, or ask for one that the list of sessions has"));
   }
   switch (it->second.phase) {
-    case Session::Phase::kReady:
+    case SessionEntry::Phase::kReady:
       return &it->second;
-    case Session::Phase::kOpening:
-    case Session::Phase::kRecording:
+    case SessionEntry::Phase::kOpening:
+    case SessionEntry::Phase::kRecording:
       return absl::AbortedError(
           absl::StrCat("session '", name, "' is being created by another call: retry in a moment"));
-    case Session::Phase::kErasing:
-    case Session::Phase::kClosing:
+    case SessionEntry::Phase::kErasing:
+    case SessionEntry::Phase::kClosing:
       break;
   }
   return absl::NotFoundError(absl::StrCat("session '", name, "' is being deleted"));
 }
 
-absl::StatusOr<Session*> Sessions::FindUsable(const std::string& name) {
-  EDUBA_ASSIGN_OR_RETURN(Session * session, Find(name));
+absl::StatusOr<SessionEntry*> Sessions::FindUsable(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, Find(name));
   if (!session->lost.empty()) return DataLoss(*session);
   EDUBA_RETURN_IF_ERROR(group_->CheckActive());
   if (!session->here) {
@@ -83,8 +83,8 @@ absl::StatusOr<Session*> Sessions::FindUsable(const std::string& name) {
   return session;
 }
 
-absl::StatusOr<Session*> Sessions::FindTensor(const std::string& name) {
-  EDUBA_ASSIGN_OR_RETURN(Session * session, FindUsable(name));
+absl::StatusOr<SessionEntry*> Sessions::FindTensor(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, FindUsable(name));
   if (session->spec->has_model()) {
     return absl::FailedPreconditionError(
         absl::StrCat("session '", name,
@@ -93,8 +93,8 @@ absl::StatusOr<Session*> Sessions::FindTensor(const std::string& name) {
   return session;
 }
 
-absl::StatusOr<Session*> Sessions::FindModel(const std::string& name) {
-  EDUBA_ASSIGN_OR_RETURN(Session * session, FindUsable(name));
+absl::StatusOr<SessionEntry*> Sessions::FindModel(const std::string& name) {
+  EDUBA_ASSIGN_OR_RETURN(SessionEntry * session, FindUsable(name));
   if (!session->spec->has_model()) {
     return absl::FailedPreconditionError(absl::StrCat(
         "session '", name, "' holds keys and values, not a model's tokens: create one with a model part"));
@@ -103,13 +103,13 @@ absl::StatusOr<Session*> Sessions::FindModel(const std::string& name) {
   return session;
 }
 
-Session* Sessions::ById(uint64_t id) {
+SessionEntry* Sessions::ById(uint64_t id) {
   const auto it = names_.find(id);
   return it == names_.end() ? nullptr : &sessions_.at(it->second);
 }
 
-std::vector<Session*> Sessions::All() {
-  std::vector<Session*> all;
+std::vector<SessionEntry*> Sessions::All() {
+  std::vector<SessionEntry*> all;
   for (auto& [name, session] : sessions_) all.push_back(&session);
   return all;
 }
@@ -140,7 +140,7 @@ void Sessions::Create(RequestId request, const v1::CreateSessionRequest& args, i
   if (status.ok()) status = group_->CheckActive();
   if (status.ok() && args.spec().has_model() && model == nullptr) status = NoModel();
   if (!status.ok()) return outbox_->Respond(request, status);
-  Session* session = Add(request, args.name(), *std::move(spec), unix_ms);
+  SessionEntry* session = Add(request, args.name(), *std::move(spec), unix_ms);
   session->record.placement = Place(session->record.id, session->record.spec, 1);
   group_->Send(OpenCommand(session->record), now_ms,
                [this, id = session->record.id](const Answered& answered, int64_t now) {
@@ -148,11 +148,11 @@ void Sessions::Create(RequestId request, const v1::CreateSessionRequest& args, i
                });
 }
 
-void Sessions::Fork(RequestId request, const Session& parent, const std::string& name, int64_t unix_ms,
+void Sessions::Fork(RequestId request, const SessionEntry& parent, const std::string& name, int64_t unix_ms,
                     int64_t now_ms) {
   const absl::Status status = CheckNew(name);
   if (!status.ok()) return outbox_->Respond(request, status);
-  Session* fork = Add(request, name, parent.record.spec, unix_ms);
+  SessionEntry* fork = Add(request, name, parent.record.spec, unix_ms);
   fork->record.placement = parent.record.placement;  // It shares the parent's pages.
   fork->record.appends = parent.record.appends;
   fork->recorded = fork->record.length();
@@ -168,7 +168,7 @@ absl::Status Sessions::CheckNew(const std::string& name) const {
   EDUBA_RETURN_IF_ERROR(ValidateSessionName(name));
   const auto it = sessions_.find(name);
   if (it == sessions_.end()) return absl::OkStatus();
-  if (it->second.phase == Session::Phase::kReady) {
+  if (it->second.phase == SessionEntry::Phase::kReady) {
     return absl::AlreadyExistsError(
         absl::StrCat("session '", name, "' exists already: choose another name or delete it"));
   }
@@ -176,14 +176,15 @@ absl::Status Sessions::CheckNew(const std::string& name) const {
       absl::StrCat("session '", name, "' is being created or deleted by another call: retry in a moment"));
 }
 
-Session* Sessions::Add(RequestId waiter, const std::string& name, v1::SessionSpec spec, int64_t unix_ms) {
-  Session& session = sessions_[name];
+SessionEntry* Sessions::Add(RequestId waiter, const std::string& name, v1::SessionSpec spec,
+                            int64_t unix_ms) {
+  SessionEntry& session = sessions_[name];
   session.record.id = next_id_++;
   session.record.name = name;
   session.record.created_unix_ms = unix_ms;
   session.record.spec = std::move(spec);
   session.spec = std::make_shared<const v1::SessionSpec>(session.record.spec);
-  session.phase = Session::Phase::kOpening;
+  session.phase = SessionEntry::Phase::kOpening;
   session.open_epoch = group_->epoch();
   session.waiter = waiter;
   names_[session.record.id] = name;
@@ -191,20 +192,20 @@ Session* Sessions::Add(RequestId waiter, const std::string& name, v1::SessionSpe
 }
 
 void Sessions::OnOpened(uint64_t id, const Answered& answered, int64_t now_ms) {
-  Session* session = ById(id);
+  SessionEntry* session = ById(id);
   const absl::Status status = group_->FirstFailure(answered);
   if (!status.ok()) {
     CloseOnWorkers(id, now_ms);
     outbox_->Respond(session->waiter, status);
     return Forget(id);
   }
-  session->phase = Session::Phase::kRecording;
+  session->phase = SessionEntry::Phase::kRecording;
   journal_->Write(SessionCreated{session->record},
                   [this, id](const absl::Status& written, int64_t now) { OnRecorded(id, written, now); });
 }
 
 void Sessions::OnRecorded(uint64_t id, const absl::Status& status, int64_t now_ms) {
-  Session* session = ById(id);
+  SessionEntry* session = ById(id);
   // The epoch may have ended in between. Then no other one has begun (Journal), and it will open the session.
   const bool open = group_->active() && session->open_epoch == group_->epoch();
   if (!status.ok()) {
@@ -212,14 +213,14 @@ void Sessions::OnRecorded(uint64_t id, const absl::Status& status, int64_t now_m
     outbox_->Respond(session->waiter, status);
     return Forget(id);
   }
-  session->phase = Session::Phase::kReady;
+  session->phase = SessionEntry::Phase::kReady;
   session->here = open;
   outbox_->Respond(std::exchange(session->waiter, 0), Answer(Describe(*session)));
 }
 
 // ---- Questions
 
-v1::Session Sessions::Describe(const Session& session) const {
+v1::Session Sessions::Describe(const SessionEntry& session) const {
   v1::Session answer;
   answer.set_name(session.record.name);
   *answer.mutable_spec() = session.record.spec;
@@ -235,7 +236,7 @@ v1::Session Sessions::Describe(const Session& session) const {
 }
 
 void Sessions::Get(RequestId request, const v1::GetSessionRequest& args) {
-  const absl::StatusOr<Session*> session = Find(args.name());
+  const absl::StatusOr<SessionEntry*> session = Find(args.name());
   if (!session.ok()) return outbox_->Respond(request, session.status());
   outbox_->Respond(request, Answer(Describe(**session)));
 }
@@ -251,7 +252,7 @@ void Sessions::List(RequestId request, const v1::ListSessionsRequest& args) {
   int64_t bytes = 0;
   // The token is the last name of the page before.
   for (auto it = sessions_.upper_bound(args.page_token()); it != sessions_.end(); ++it) {
-    if (it->second.phase != Session::Phase::kReady) continue;
+    if (it->second.phase != SessionEntry::Phase::kReady) continue;
     v1::Session session = Describe(it->second);
     session.mutable_spec()->clear_notes();
     bytes += static_cast<int64_t>(session.ByteSizeLong());
@@ -266,8 +267,8 @@ void Sessions::List(RequestId request, const v1::ListSessionsRequest& args) {
 
 // ---- Deletion
 
-void Sessions::Delete(RequestId request, Session* session, std::function<void(int64_t now_ms)> on_kept) {
-  session->phase = Session::Phase::kErasing;
+void Sessions::Delete(RequestId request, SessionEntry* session, std::function<void(int64_t now_ms)> on_kept) {
+  session->phase = SessionEntry::Phase::kErasing;
   session->waiter = request;
   journal_->Write(SessionErased{session->record.id},
                   [this, id = session->record.id, on_kept = std::move(on_kept)](
@@ -276,13 +277,13 @@ void Sessions::Delete(RequestId request, Session* session, std::function<void(in
 
 void Sessions::OnErased(uint64_t id, const absl::Status& status,
                         const std::function<void(int64_t now_ms)>& on_kept, int64_t now_ms) {
-  Session* session = ById(id);
+  SessionEntry* session = ById(id);
   if (!status.ok()) {
-    session->phase = Session::Phase::kReady;
+    session->phase = SessionEntry::Phase::kReady;
     outbox_->Respond(std::exchange(session->waiter, 0), status);
     return on_kept(now_ms);
   }
-  session->phase = Session::Phase::kClosing;
+  session->phase = SessionEntry::Phase::kClosing;
   // Workers of a later epoch drop what they are not told of.
   if (!group_->active() || session->open_epoch != group_->epoch()) return OnClosed(id);
   CloseOnWorkers(id, now_ms);
@@ -295,8 +296,8 @@ void Sessions::CloseOnWorkers(uint64_t id, int64_t now_ms) {
 }
 
 void Sessions::OnClosed(uint64_t id) {
-  Session* session = ById(id);
-  if (session == nullptr || session->phase != Session::Phase::kClosing) return;
+  SessionEntry* session = ById(id);
+  if (session == nullptr || session->phase != SessionEntry::Phase::kClosing) return;
   outbox_->Respond(session->waiter, Answer(Done{}));
   Forget(id);
 }
@@ -318,8 +319,8 @@ void Sessions::OnOver(const std::string& why) {
   std::vector<uint64_t> opening;
   for (auto& [name, session] : sessions_) {
     session.here = false;
-    if (session.phase == Session::Phase::kOpening) opening.push_back(session.record.id);
-    if (session.phase == Session::Phase::kClosing) closing.push_back(session.record.id);
+    if (session.phase == SessionEntry::Phase::kOpening) opening.push_back(session.record.id);
+    if (session.phase == SessionEntry::Phase::kClosing) closing.push_back(session.record.id);
   }
   for (const uint64_t id : closing) OnClosed(id);
   for (const uint64_t id : opening) {

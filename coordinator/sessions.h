@@ -20,7 +20,7 @@
 
 namespace eduba {
 
-struct Session {
+struct SessionEntry {
   enum class Phase {
     kOpening,    // Workers are being told; it is not written down yet.
     kRecording,  // It is being written down.
@@ -54,10 +54,10 @@ class Sessions {
   void Get(RequestId request, const v1::GetSessionRequest& args);
   void List(RequestId request, const v1::ListSessionsRequest& args);
   // `parent` takes commands, and no call extends it.
-  void Fork(RequestId request, const Session& parent, const std::string& name, int64_t unix_ms,
+  void Fork(RequestId request, const SessionEntry& parent, const std::string& name, int64_t unix_ms,
             int64_t now_ms);
   // `on_kept` is called when it could not be struck out, and goes on.
-  void Delete(RequestId request, Session* session, std::function<void(int64_t now_ms)> on_kept);
+  void Delete(RequestId request, SessionEntry* session, std::function<void(int64_t now_ms)> on_kept);
   void Cancel(RequestId request);
 
   // ---- Epochs. Sessions that were being made have failed, what was being closed is closed.
@@ -65,20 +65,20 @@ class Sessions {
 
   // ---- For the other machines. Pointers hold until the next event.
   // Ready ones: NOT_FOUND, ABORTED while it is being created.
-  absl::StatusOr<Session*> Find(const std::string& name);
+  absl::StatusOr<SessionEntry*> Find(const std::string& name);
   // Also checks that its content is here: DATA_LOSS names what is missing, UNAVAILABLE asks to retry.
-  absl::StatusOr<Session*> FindUsable(const std::string& name);
-  absl::StatusOr<Session*> FindTensor(const std::string& name);  // FAILED_PRECONDITION: it is a model's.
-  absl::StatusOr<Session*> FindModel(const std::string& name);   // FAILED_PRECONDITION: it is not.
-  Session* ById(uint64_t id);                                    // Null: there is none.
-  std::vector<Session*> All();                                   // By name.
+  absl::StatusOr<SessionEntry*> FindUsable(const std::string& name);
+  absl::StatusOr<SessionEntry*> FindTensor(const std::string& name);  // FAILED_PRECONDITION: it is a model's.
+  absl::StatusOr<SessionEntry*> FindModel(const std::string& name);   // FAILED_PRECONDITION: it is not.
+  SessionEntry* ById(uint64_t id);                                    // Null: there is none.
+  std::vector<SessionEntry*> All();                                   // By name.
   // Over the group's nodes; sessions begin on different ones.
   Placement Place(uint64_t session_id, const v1::SessionSpec& spec, int64_t version) const;
 
  private:
   absl::Status CheckNew(const std::string& name) const;
-  Session* Add(RequestId waiter, const std::string& name, v1::SessionSpec spec, int64_t unix_ms);
-  v1::Session Describe(const Session& session) const;
+  SessionEntry* Add(RequestId waiter, const std::string& name, v1::SessionSpec spec, int64_t unix_ms);
+  v1::Session Describe(const SessionEntry& session) const;
   void OnOpened(uint64_t session_id, const Answered& answered, int64_t now_ms);
   void OnRecorded(uint64_t session_id, const absl::Status& status, int64_t now_ms);
   void OnErased(uint64_t session_id, const absl::Status& status,
@@ -90,7 +90,7 @@ class Sessions {
   Group* const group_;
   Journal* const journal_;
   Outbox* const outbox_;
-  std::map<std::string, Session> sessions_;  // By name.
+  std::map<std::string, SessionEntry> sessions_;  // By name.
   std::unordered_map<uint64_t, std::string> names_;
   uint64_t next_id_;
 };

@@ -354,7 +354,7 @@ class Simulation {
   }
 
   // Faults stop: everybody who waits must get an answer, the group must come back, and what clients left
-  // behind must be gone in the end. Sometimes the workers are new processes, mostly they are those that were
+  // unfinished must be gone in the end. Sometimes the workers are new processes, mostly they are those that were
   // there.
   void Heal() {
     cluster_.disk_failures = 0;
@@ -413,7 +413,12 @@ class Simulation {
     }
     for (const auto& [id, worker] : cluster_.workers) {
       if (!worker.connected) continue;
-      EXPECT_LE(worker.rank->sessions(), cluster_.stored().sessions.size());
+      for (const auto& [session_id, content] : worker.node->sessions) {
+        const auto& all = cluster_.stored().sessions;
+        EXPECT_TRUE(std::any_of(all.begin(), all.end(), [id = session_id](const auto& s) {
+          return s.id == id;
+        })) << "a deleted session is held";
+      }
       EXPECT_EQ(worker.rank->appends(), 0);
     }
   }

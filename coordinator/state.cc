@@ -67,7 +67,7 @@ void ClusterState::ListSessions(RequestId request, const v1::ListSessionsRequest
 }
 
 void ClusterState::DeleteSession(RequestId request, const v1::DeleteSessionRequest& args, int64_t now_ms) {
-  const absl::StatusOr<Session*> found = sessions_.Find(args.name());
+  const absl::StatusOr<SessionEntry*> found = sessions_.Find(args.name());
   absl::Status status = found.status();
   if (status.ok()) status = appends_.Drop(**found, now_ms);
   if (!status.ok()) return outbox_.Respond(request, status);
@@ -139,7 +139,7 @@ void ClusterState::Embed(RequestId request, const v1::EmbedRequest& args, int64_
 
 void ClusterState::ForkSession(RequestId request, const v1::ForkSessionRequest& args, int64_t unix_ms,
                                int64_t now_ms) {
-  const absl::StatusOr<Session*> parent = jobs_.FindIdle(args.session());
+  const absl::StatusOr<SessionEntry*> parent = jobs_.FindIdle(args.session());
   if (!parent.ok()) return outbox_.Respond(request, parent.status());
   sessions_.Fork(request, **parent, args.name(), unix_ms, now_ms);
 }

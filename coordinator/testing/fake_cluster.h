@@ -44,10 +44,17 @@ class FakeCluster {
     std::vector<v1::EmbedResponse> embedded;
   };
 
-  explicit FakeCluster(const ClusterState::Options& options, StoredState stored = {})
+  explicit FakeCluster(const ClusterState::Options& options, StoredState stored = NewState())
       : options_(options),
         stored_(std::move(stored)),
         state_(std::make_unique<ClusterState>(options, stored_)) {}
+
+  // Of a store that was made just now.
+  static StoredState NewState() {
+    StoredState state;
+    state.cluster = 77;
+    return state;
+  }
 
   ClusterState& state() { return *state_; }
   int64_t now() const { return now_; }
@@ -128,6 +135,7 @@ class FakeCluster {
       const v1::FormGroup& form = message->form();
       if (form.epoch() < worker.epoch) complaints_.push_back("an epoch came twice");
       worker.epoch = form.epoch();
+      if (form.cluster() != stored_.cluster) complaints_.push_back("a group of another cluster's sessions");
       worker.node->Join(form.cluster());
       if (form.nodes(form.rank()) != worker.hello.node()) complaints_.push_back("a rank is another node's");
       worker.rank = std::make_unique<FakeRank>(form.rank(), worker.node.get());
