@@ -6,23 +6,11 @@
 #include <variant>
 #include <vector>
 
+#include "base/digest.h"
 #include "base/placement.h"
 #include "eduba/v1/eduba.pb.h"
 
 namespace eduba {
-
-// A sum of 128-bit row hashes modulo 2^128: digests of neighbouring ranges add up to the digest of both.
-struct Digest {
-  uint64_t low = 0;
-  uint64_t high = 0;
-
-  Digest& operator+=(const Digest& other) {
-    low += other.low;
-    high += other.high + (low < other.low ? 1 : 0);
-    return *this;
-  }
-  bool operator==(const Digest&) const = default;
-};
 
 // One committed append. Of token ids, which workers keep and compare themselves, the digest is 0.
 struct AppendRecord {

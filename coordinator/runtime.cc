@@ -73,7 +73,7 @@ Runtime::~Runtime() {
 void Runtime::Ticks() {
   const MutexLock lock(mutex_);
   while (!stopped_) {
-    (void)changed_.WaitFor(mutex_, kTick);
+    changed_.WaitFor(mutex_, kTick);
     if (stopped_) break;
     state_.Tick(clock_.At(SteadyMs()));
     CarryOut();
@@ -210,7 +210,8 @@ absl::StatusOr<Answer> Runtime::Call(const Event& event, const std::function<boo
 absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
   const MutexLock lock(mutex_);
   const auto until = absl::ToChronoTime(deadline);
-  while (!active_ && !stopped_ && changed_.WaitUntil(mutex_, until)) {
+  while (!active_ && !stopped_) {
+    if (!changed_.WaitUntil(mutex_, until)) break;
   }
   if (active_) return absl::OkStatus();
   if (stopped_) return ShuttingDown();
@@ -220,8 +221,8 @@ absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
 bool Runtime::Drain(absl::Time deadline) {
   const MutexLock lock(mutex_);
   draining_ = true;
-  const auto until = absl::ToChronoTime(deadline);
-  while (!callers_.empty() && changed_.WaitUntil(mutex_, until)) {
+  while (!callers_.empty()) {
+    if (!changed_.WaitUntil(mutex_, absl::ToChronoTime(deadline))) break;
   }
   return callers_.empty();
 }
