@@ -10,6 +10,7 @@
 #include "base/placement.h"
 #include "base/status_macros.h"
 #include "rpc/limits.h"
+#include "worker/own_placement.h"
 
 namespace eduba {
 namespace {
@@ -40,16 +41,6 @@ ContextOptions ContextOptionsOf(const v1::ModelSpec& spec) {
   options.window = spec.window();
   options.clamp = spec.clamp();
   return options;
-}
-
-Placement PlacementOf(const v1::PagePlacement& given) {
-  Placement placement;
-  placement.version = given.version();
-  placement.nodes.assign(given.nodes().begin(), given.nodes().end());
-  placement.replicas = given.replicas();
-  placement.stripe_pages = given.stripe_pages();
-  placement.first = given.first();
-  return placement;
 }
 
 absl::StatusOr<JobRequest> RequestOf(const v1::ModelAppend& given) {
@@ -127,15 +118,10 @@ absl::StatusOr<v1::SessionContent> ModelSessions::Open(const v1::OpenSession& re
         absl::StrCat("the session was created for another model than ", options_.model->info().name(),
                      ", which the workers hold; start them with that one, or create the session anew"));
   }
-  const Placement placement = PlacementOf(request.placement());
-  EDUBA_RETURN_IF_ERROR(placement.Validate());
-  const int index = placement.IndexOf(options_.node);
-  if (index != options_.group->rank() || placement.size() != options_.group->size()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "the placement has node ", options_.node, " at index ", index, " of ", placement.size(),
-        ", and the group has it at rank ", options_.group->rank(), " of ", options_.group->size()));
-  }
-  EDUBA_RETURN_IF_ERROR(jobs_.Open(request.session_id(), ContextOptionsOf(spec), placement, index));
+  const int rank = options_.group->rank();
+  EDUBA_ASSIGN_OR_RETURN(const Placement placement,
+                         OwnPlacement(request.placement(), options_.node, rank, options_.group->size()));
+  EDUBA_RETURN_IF_ERROR(jobs_.Open(request.session_id(), ContextOptionsOf(spec), placement, rank));
   EDUBA_ASSIGN_OR_RETURN(const ModelContent::Description description,
                          options_.content->Describe(request.session_id()));
   v1::SessionContent content;
