@@ -16,8 +16,8 @@
 #include "eduba/v1/eduba.pb.h"
 #include "eduba/v1/group.pb.h"
 #include "kernels/backend.h"
-#include "worker/content.h"
 #include "worker/membership.h"
+#include "worker/node_content.h"
 
 namespace eduba {
 
@@ -30,7 +30,7 @@ class CommandLoop {
  public:
   struct Options {
     Backend* backend = nullptr;  // Both outlive the loop. No other loop uses the content at the same time.
-    Content* content = nullptr;
+    NodeContent* content = nullptr;
     ConnectGroup connect;
     // Answers to the coordinator. Called from the loop's thread.
     std::function<void(const v1::WorkerMessage& message)> send;

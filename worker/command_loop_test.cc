@@ -153,7 +153,7 @@ class Rank {
 
  public:
   PageStore store{backend_.get(), int64_t{16} << 20};
-  Content content{backend_.get(), &store, nullptr};
+  NodeContent content{backend_.get(), &store, nullptr};
 
  private:
   Mutex mutex_;

@@ -26,7 +26,7 @@ absl::Status Membership::Connect(const ConnectGroup& connect, absl::Time deadlin
   return absl::OkStatus();
 }
 
-void Membership::StartModels(Content* content, std::function<void(const v1::WorkerMessage&)> send) {
+void Membership::StartModels(NodeContent* content, std::function<void(const v1::WorkerMessage&)> send) {
   if (content->models() == nullptr) return;
   ModelSessions::Options options;
   options.content = content->models();

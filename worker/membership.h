@@ -14,8 +14,8 @@
 #include "base/mutex.h"
 #include "collective/communicator.h"
 #include "eduba/v1/group.pb.h"
-#include "worker/content.h"
 #include "worker/model_sessions.h"
+#include "worker/node_content.h"
 
 namespace eduba {
 
@@ -24,7 +24,7 @@ using ConnectGroup = std::function<absl::StatusOr<std::unique_ptr<Communicator>>
                                                                                  absl::Time deadline)>;
 
 // A worker's part in one group, from FormGroup to the end of its epoch: the communicator, the number of the
-// command that is due, and the jobs under way. The worker's content outlives it (worker/content.h).
+// command that is due, and the jobs under way. The worker's content outlives it (worker/node_content.h).
 //
 // End, over and cancelled may be called from any thread; all else belongs to the thread that runs commands.
 class Membership {
@@ -47,7 +47,7 @@ class Membership {
   // REQUIRES: connected.
   Communicator& communicator() { return *group_; }
   // Model sessions can be used from now on, if the content has a model. REQUIRES: connected.
-  void StartModels(Content* content, std::function<void(const v1::WorkerMessage&)> send);
+  void StartModels(NodeContent* content, std::function<void(const v1::WorkerMessage&)> send);
   // FAILED_PRECONDITION: this worker holds no model.
   absl::StatusOr<ModelSessions*> Models();
   // Ends all jobs with `status`.

@@ -194,7 +194,7 @@ absl::Status Worker::Init() {
   EDUBA_ASSIGN_OR_RETURN(identity_, NodeIdentity::Open(options_.node, options_.data_dir));
   incarnation_ = RandomId();
   EDUBA_RETURN_IF_ERROR(LoadKernels());
-  content_ = std::make_unique<Content>(backend_.get(), store_.get(), model_.get());
+  content_ = std::make_unique<NodeContent>(backend_.get(), store_.get(), model_.get());
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
   EDUBA_RETURN_IF_ERROR(Listen());
   thread_ = std::thread([this] { Run(); });

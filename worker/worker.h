@@ -19,7 +19,7 @@
 #include "eduba/v1/group.grpc.pb.h"
 #include "kernels/backend.h"
 #include "rpc/server.h"
-#include "worker/content.h"
+#include "worker/node_content.h"
 #include "worker/node_identity.h"
 #include "worker/pages_service.h"
 #include "worker/served_model.h"
@@ -102,7 +102,7 @@ class Worker {
   std::string backend_name_;  // And what the model's layers are computed by, where it is another.
   std::unique_ptr<PageStore> store_;
   std::unique_ptr<ServedModel> model_;  // Null without one.
-  std::unique_ptr<Content> content_;
+  std::unique_ptr<NodeContent> content_;
   PagesService pages_;
   std::unique_ptr<v1::Group::Stub> group_;
   std::unique_ptr<RpcServer> server_;

@@ -1,5 +1,5 @@
-#ifndef EDUBA_WORKER_CONTENT_H_
-#define EDUBA_WORKER_CONTENT_H_
+#ifndef EDUBA_WORKER_NODE_CONTENT_H_
+#define EDUBA_WORKER_NODE_CONTENT_H_
 
 #include <cstdint>
 #include <optional>
@@ -15,12 +15,12 @@ namespace eduba {
 
 // All that a node keeps. It lives as long as the worker's process; groups, and connections to coordinators,
 // come and go (worker/membership.h). Threads: as TensorContent says.
-class Content {
+class NodeContent {
  public:
   // All outlive the content. `model` null: there are no model sessions.
-  Content(Backend* backend, PageStore* store, ServedModel* model);
-  Content(const Content&) = delete;
-  Content& operator=(const Content&) = delete;
+  NodeContent(Backend* backend, PageStore* store, ServedModel* model);
+  NodeContent(const NodeContent&) = delete;
+  NodeContent& operator=(const NodeContent&) = delete;
 
   // Session ids mean the sessions of this cluster from now on (FormGroup.cluster); what is held of another
   // cluster's is dropped.
@@ -40,4 +40,4 @@ class Content {
 
 }  // namespace eduba
 
-#endif  // EDUBA_WORKER_CONTENT_H_
+#endif  // EDUBA_WORKER_NODE_CONTENT_H_
