@@ -33,13 +33,15 @@ absl::Span<const int16_t> Sequence::exponents(int layer, int64_t length) const {
   return absl::MakeConstSpan(version->values).subspan(layer * size, size);
 }
 
-void Sequence::Extend(int64_t length, std::vector<int16_t> exponents, std::vector<int16_t> owned_exponents) {
+void Sequence::Extend(int64_t length, std::vector<int16_t> exponents, std::vector<int16_t> owned_exponents,
+                      const Digest& appended) {
   EDUBA_CHECK(length > length_);
   EDUBA_CHECK_EQ(static_cast<int64_t>(exponents.size()), spec_.exponents());
   EDUBA_CHECK_EQ(static_cast<int64_t>(owned_exponents.size()), spec_.exponents());
   length_ = length;
   if (exponents != exponents_.back().values) exponents_.push_back({length, std::move(exponents)});
   owned_exponents_ = std::move(owned_exponents);
+  digest_ += appended;
 }
 
 }  // namespace eduba

@@ -7,6 +7,7 @@
 
 #include "absl/types/span.h"
 #include "attention/page_store.h"
+#include "base/digest.h"
 #include "kernels/backend.h"
 
 namespace eduba {
@@ -60,11 +61,14 @@ class Sequence {
   // [layers, kv_heads, value_dim]: the same over the rows that this worker owns; kNoExponent where all are
   // zero.
   const std::vector<int16_t>& owned_exponents() const { return owned_exponents_; }
+  // Of the rows that this worker owns, all of them committed: the sum of what its appends' seals said.
+  const Digest& digest() const { return digest_; }
 
   // A committed append. Pages are put in first, the length comes last.
   void PutOwned(int layer, int64_t index, Page page) { layers_[layer].owned.Put(index, std::move(page)); }
   void PutSink(int layer, int64_t index, Page page) { layers_[layer].sinks.Put(index, std::move(page)); }
-  void Extend(int64_t length, std::vector<int16_t> exponents, std::vector<int16_t> owned_exponents);
+  void Extend(int64_t length, std::vector<int16_t> exponents, std::vector<int16_t> owned_exponents,
+              const Digest& appended);
 
  private:
   struct Layer {
@@ -82,6 +86,7 @@ class Sequence {
   };
   std::vector<Exponents> exponents_;
   std::vector<int16_t> owned_exponents_;
+  Digest digest_;
 };
 
 }  // namespace eduba

@@ -293,14 +293,14 @@ void StagedAppend::Record(int layer, PositionRange rows, int64_t first, const ch
 
   constexpr int64_t kHead = 2 * sizeof(int64_t);
   const auto row = std::make_unique_for_overwrite<char[]>(kHead + key_bytes_ + value_bytes_);
-  unsigned __int128 sum = 0;
+  Digest sum;
   for (int64_t position = rows.begin; position < rows.end; ++position) {
     const int64_t head[2] = {position, layer};
     std::memcpy(row.get(), head, kHead);
     std::memcpy(row.get() + kHead, key, key_bytes_);
     std::memcpy(row.get() + kHead + key_bytes_, value, value_bytes_);
     const XXH128_hash_t hash = XXH3_128bits(row.get(), kHead + key_bytes_ + value_bytes_);
-    sum += (static_cast<unsigned __int128>(hash.high64) << 64) | hash.low64;
+    sum += Digest{hash.low64, hash.high64};
     key += key_bytes_;
     value += value_bytes_;
   }
@@ -319,11 +319,11 @@ absl::StatusOr<AppendSeal> StagedAppend::Seal() {
   const std::unique_lock closed(state_mutex_);
   const std::scoped_lock lock(mutex_);
   if (!failure_.ok()) return failure_;
+  if (sealed_) return seal_;
   EDUBA_RETURN_IF_ERROR(FirstMissing());
   sealed_ = true;
-  AppendSeal seal;
-  seal.digest_low = static_cast<uint64_t>(digest_);
-  seal.digest_high = static_cast<uint64_t>(digest_ >> 64);
+  AppendSeal& seal = seal_;
+  seal.digest = digest_;
   seal.exponents = sequence_->owned_exponents();
   if (!share_.compare_only) {
     const DType dtype = sequence_->spec().shape.value_dtype;
@@ -332,6 +332,17 @@ absl::StatusOr<AppendSeal> StagedAppend::Seal() {
     }
   }
   return seal;
+}
+
+bool StagedAppend::sealed() const {
+  const std::shared_lock open(state_mutex_);
+  return sealed_;
+}
+
+AppendSeal StagedAppend::seal() const {
+  const std::shared_lock open(state_mutex_);
+  EDUBA_CHECK(sealed_);
+  return seal_;
 }
 
 absl::Status StagedAppend::FirstMissing() const {
@@ -383,7 +394,7 @@ absl::Status StagedAppend::Publish(std::vector<int16_t> exponents) {
       sequence_->PutSink(layer, page, std::move(pages[slot++]));
     }
   }
-  sequence_->Extend(share_.at + share_.count, std::move(exponents), std::move(seal.exponents));
+  sequence_->Extend(share_.at + share_.count, std::move(exponents), std::move(seal.exponents), seal.digest);
   return absl::OkStatus();
 }
 

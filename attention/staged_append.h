@@ -14,6 +14,7 @@
 #include "absl/types/span.h"
 #include "attention/page_store.h"
 #include "attention/sequence.h"
+#include "base/digest.h"
 #include "base/pages.h"
 #include "kernels/backend.h"
 
@@ -32,8 +33,7 @@ struct AppendShare {
 struct AppendSeal {
   // Sum modulo 2^128, over the owned (layer, position) rows, of XXH3_128 of {position int64, layer int64,
   // stored K row, stored V row}: the same for any chunking and, added up over the workers, for any placement.
-  uint64_t digest_low = 0;
-  uint64_t digest_high = 0;
+  Digest digest;
   // Sequence::owned_exponents as they will be after the append.
   std::vector<int16_t> exponents;
 };
@@ -68,6 +68,11 @@ class StagedAppend {
   // Closes the append once all its rows are here. FAILED_PRECONDITION names the first one missing; more may
   // follow then. After a success: the same answer again.
   absl::StatusOr<AppendSeal> Seal();
+  // Whether Seal has succeeded. Rows and exponents are final from then on: the append may wait for its Publish as long
+  // as its sequence stays at `share().at`, through the end of a group and the next one's beginning.
+  bool sealed() const;
+  // What Seal returned. REQUIRES: sealed().
+  AppendSeal seal() const;
 
   // Puts the rows into the sequence, with the exponents that all workers agreed on ([layers, kv_heads,
   // value_dim], the largest of their seals'). Once, after Seal; compare_only changes nothing.
@@ -131,14 +136,15 @@ class StagedAppend {
       claimed_;  // [layers, words]: a bit per row that must come, set when it does.
 
   // Held shared while rows come in, alone while the state changes.
-  std::shared_mutex state_mutex_;
+  mutable std::shared_mutex state_mutex_;
   bool sealed_ = false;
+  AppendSeal seal_;  // Once sealed.
   // Rows of one page are written one after another: a layout may keep several rows in one word.
   std::array<std::mutex, 64> page_mutexes_;
 
   std::mutex mutex_;  // Guards all below.
   absl::Status failure_;
-  unsigned __int128 digest_ = 0;
+  Digest digest_;
   std::vector<uint32_t> magnitudes_;  // [layers, kv_heads, value_dim], of the owned rows.
 };
 

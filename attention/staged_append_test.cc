@@ -132,7 +132,7 @@ TEST_F(StagedAppendTest, AnyChunkingGivesTheSamePagesDigestAndExponents) {
     SCOPED_TRACE(absl::StrCat("seed ", seed));
     std::mt19937_64 random(seed);
     Sequence parts(spec);
-    unsigned __int128 digest = 0;
+    Digest digest;
     for (int64_t at = 0; at < kPositions;) {
       const int64_t n = std::min<int64_t>(kPositions - at, 1 + static_cast<int64_t>(random() % 400));
       auto append = Begin(parts, at, n, {{at, at + n}});
@@ -160,12 +160,12 @@ TEST_F(StagedAppendTest, AnyChunkingGivesTheSamePagesDigestAndExponents) {
       for (std::thread& thread : threads) thread.join();
       auto seal = (*append)->Seal();
       ASSERT_TRUE(seal.ok()) << seal.status();
-      digest += (static_cast<unsigned __int128>(seal->digest_high) << 64) | seal->digest_low;
+      digest += seal->digest;
       ASSERT_EQ((*append)->Publish(seal->exponents), absl::OkStatus());
       at += n;
     }
-    EXPECT_EQ(static_cast<uint64_t>(digest), one.digest_low);
-    EXPECT_EQ(static_cast<uint64_t>(digest >> 64), one.digest_high);
+    EXPECT_EQ(digest, one.digest);
+    EXPECT_EQ(parts.digest(), one.digest);
     EXPECT_EQ(parts.owned_exponents(), whole.owned_exponents());
     EXPECT_EQ(parts.length(), kPositions);
     EXPECT_TRUE(Stored(parts) == Stored(whole));
@@ -182,7 +182,7 @@ TEST_F(StagedAppendTest, SharesOfTheDigestAddUpForAnyPlacement) {
 
   // Worker 0: pages 0 and 2; worker 1: pages 1 and 3. Both take the sinks.
   const std::vector<std::vector<PositionRange>> owned = {{{0, 256}, {512, 768}}, {{256, 512}, {768, 1000}}};
-  unsigned __int128 digest = 0;
+  Digest digest;
   std::vector<int16_t> exponents(spec.exponents(), kNoExponent);
   for (int worker = 0; worker < 2; ++worker) {
     Sequence sequence(spec);
@@ -198,15 +198,14 @@ TEST_F(StagedAppendTest, SharesOfTheDigestAddUpForAnyPlacement) {
     }
     auto seal = (*append)->Seal();
     ASSERT_TRUE(seal.ok()) << seal.status();
-    digest += (static_cast<unsigned __int128>(seal->digest_high) << 64) | seal->digest_low;
+    digest += seal->digest;
     for (size_t i = 0; i < exponents.size(); ++i) exponents[i] = std::max(exponents[i], seal->exponents[i]);
     ASSERT_EQ((*append)->Publish(seal->exponents), absl::OkStatus());
     EXPECT_EQ(sequence.pages(1).refs().size(), 2u);
     EXPECT_EQ(sequence.sink_pages(1).refs().size(), 2u);
     EXPECT_EQ(sequence.sink_pages(1).refs()[1].index, 1);
   }
-  EXPECT_EQ(static_cast<uint64_t>(digest), one.digest_low);
-  EXPECT_EQ(static_cast<uint64_t>(digest >> 64), one.digest_high);
+  EXPECT_EQ(digest, one.digest);
   EXPECT_EQ(exponents, one.exponents);
 }
 
@@ -367,7 +366,7 @@ TEST_F(StagedAppendTest, ARetryIsDigestedAndStoresNothing) {
     }
     auto seal = (*append)->Seal();
     ASSERT_TRUE(seal.ok());
-    EXPECT_EQ(seal->digest_low == original.digest_low && seal->digest_high == original.digest_high, !changed);
+    EXPECT_EQ(seal->digest == original.digest, !changed);
     EXPECT_EQ((*append)->Publish(seal->exponents), absl::OkStatus());
     EXPECT_TRUE(Stored(sequence) == before);
     EXPECT_EQ(sequence.length(), 300);

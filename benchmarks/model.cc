@@ -22,7 +22,7 @@
 #include "benchmarks/measure/stream.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
-#include "model/engine.h"
+#include "model/testing/job_driver.h"
 
 namespace eduba {
 namespace {
@@ -98,19 +98,18 @@ int Run(int threads, bool nano, Activations activations) {
   options.store = &store;
   options.model = model.get();
   options.kv_dtype = DType::kBf16;
-  ModelEngine engine(options);
+  testing::JobDriver jobs(options, /*group=*/nullptr, /*stripe_pages=*/64);
   std::vector<int32_t> ids(4096);
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * 7919 % config.vocab_size);
 
   {
-    Context a = engine.Open({}).value();
-    Context b = engine.Open({}).value();
-    if (!engine.Step({Turn{&a, absl::MakeConstSpan(ids).first(64)}}).ok()) return 1;
-    const std::vector<float> together(engine.hidden().begin(), engine.hidden().end());
+    const auto a = jobs.Open({}).value();
+    const auto b = jobs.Open({}).value();
+    const std::vector<float> together = jobs.Append(a, absl::MakeConstSpan(ids).first(64)).hidden;
     for (int64_t i = 0; i < 64; ++i) {
-      if (!engine.Step({Turn{&b, absl::MakeConstSpan(ids).subspan(i, 1)}}).ok()) return 1;
-      if (std::memcmp(engine.hidden().data(), &together[i * config.hidden_size],
-                      config.hidden_size * sizeof(float)) != 0) {
+      const testing::JobOutcome alone = jobs.Append(b, absl::MakeConstSpan(ids).subspan(i, 1));
+      if (!alone.ok() || std::memcmp(alone.hidden.data(), &together[i * config.hidden_size],
+                                     config.hidden_size * sizeof(float)) != 0) {
         std::fprintf(stderr, "token %lld has other bits alone\n", static_cast<long long>(i));
         return 1;
       }
@@ -127,9 +126,9 @@ int Run(int threads, bool nano, Activations activations) {
               nano ? "nano" : "small", static_cast<int>(config.layers.size()),
               static_cast<long long>(config.hidden_size), weights / 2e6, threads, stream->gb_per_s);
 
-  Context context = engine.Open({}).value();
+  const auto session = jobs.Open({}).value();
   auto begin = std::chrono::steady_clock::now();
-  if (!engine.Append(context, ids).ok()) return 1;
+  if (!jobs.Append(session, ids).ok()) return 1;
   double seconds = Seconds(begin);
   const double head = 2.0 * static_cast<double>(config.vocab_size * config.hidden_size);
   std::printf("prefill %zu tokens: %.0f tokens/s, %.1f GFLOP/s of products\n", ids.size(),
@@ -137,22 +136,23 @@ int Run(int threads, bool nano, Activations activations) {
               1e-9 * static_cast<double>(ids.size()) * (weights - head) / seconds);
 
   for (const int contexts : {1, 8}) {
-    std::vector<Context> forks(contexts, context);
-    std::vector<Turn> turns;
-    turns.reserve(contexts);
+    const int steps = nano ? 200 : 24;
+    std::vector<testing::JobDriver::Session> forks;
+    GenerateJob generate;
+    generate.max_tokens = steps;
     for (int c = 0; c < contexts; ++c) {
-      turns.push_back({&forks[c], absl::MakeConstSpan(ids).subspan(c, 1), true});
+      forks.push_back(session.Fork());
+      jobs.Start(forks.back(), generate);
     }
     std::vector<double> times;
-    for (int i = 0; i < (nano ? 200 : 24); ++i) {
+    for (int i = 0; i < steps; ++i) {
       begin = std::chrono::steady_clock::now();
-      if (!engine.Step(turns).ok()) return 1;
-      if (!model->Logits(engine.hidden().data(), contexts).ok()) return 1;
+      if (!jobs.Step().ok()) return 1;
       times.push_back(Seconds(begin));
     }
     std::sort(times.begin(), times.end());
     seconds = times[times.size() / 2];
-    const double bytes = weights + static_cast<double>(engine.bytes_read());
+    const double bytes = weights + static_cast<double>(jobs.engine().bytes_read());
     std::printf("decode %d contexts: %.2f ms a step, %.0f tokens/s, %.1f GB/s = %.2f of stream\n", contexts,
                 1e3 * seconds, contexts / seconds, 1e-9 * bytes / seconds,
                 1e-9 * bytes / seconds / stream->gb_per_s);

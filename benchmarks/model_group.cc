@@ -2,14 +2,13 @@
 //   build/release/bin/model_group_bench [ranks, default 2] [local|gloo, default local] [sessions, default 8]
 //   [tokens of context, default 500]
 // Ranks are threads of this process, each with one thread of its own. Weights are random: this says nothing
-// about text. Checked first: a session's hidden state has the same bits in a step of all and alone.
+// about text. Checked: a session's hidden state has the same bits after generating together and alone.
 // Prints the time of a step as rank 0 sees it, and how many all-reduces it took.
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
@@ -23,7 +22,7 @@
 #include "collective/testing/counting_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
-#include "model/engine.h"
+#include "model/testing/job_driver.h"
 #include "model/testing/random_model.h"
 
 namespace eduba {
@@ -68,43 +67,40 @@ Outcome RunRank(const testing::RandomModel& random, Communicator* communicator, 
   options.store = &store;
   options.model = model.get();
   options.kv_dtype = DType::kBf16;
-  options.communicator = &counting;
-  options.stripe_pages = 1;
-  ModelEngine engine(options);
+  testing::JobDriver jobs(options, &counting, /*stripe_pages=*/1);
 
-  std::vector<Context> contexts;
-  std::vector<int32_t> ids(sessions);
-  std::vector<Turn> turns;
-  turns.reserve(sessions);
+  std::vector<testing::JobDriver::Session> all;
+  GenerateJob generate;
+  generate.max_tokens = kSteps + 1;
+  std::vector<uint64_t> alone;
+  std::vector<uint64_t> together;
   for (int s = 0; s < sessions; ++s) {
     std::vector<int32_t> text(tokens);
     for (int64_t i = 0; i < tokens; ++i) {
       text[i] = static_cast<int32_t>((i * 7919 + s) % random.config.vocab_size);
     }
-    ids[s] = s;
-    contexts.push_back(engine.Open({}).value());
-    if (!engine.Append(contexts.back(), text).ok()) return {};
+    all.push_back(jobs.Open({}).value());
+    if (!jobs.Append(all.back(), text).ok()) return {};
+    const testing::JobDriver::Session judge = all.back().Fork();
+    alone.push_back(jobs.Start(judge, generate));
+    if (!jobs.RunAll().ok()) return {};
   }
-  std::vector<Context> judges = contexts;
-  for (int s = 0; s < sessions; ++s) turns.push_back({&contexts[s], absl::MakeConstSpan(&ids[s], 1), true});
-  if (!engine.Step(turns).ok()) return {};
-  const std::vector<float> together(engine.hidden().begin(), engine.hidden().end());
-  for (int s = 0; s < sessions; ++s) {
-    if (!engine.Step({Turn{&judges[s], absl::MakeConstSpan(&ids[s], 1), true}}).ok()) return {};
-    if (std::memcmp(engine.hidden().data(), &together[s * random.config.hidden_size],
-                    random.config.hidden_size * sizeof(float)) != 0) {
-      std::fprintf(stderr, "session %d has other bits alone\n", s);
-      return {};
-    }
-  }
+  for (const testing::JobDriver::Session& session : all) together.push_back(jobs.Start(session, generate));
+  if (!jobs.Step().ok()) return {};
 
   counting.TakeReductions();
   std::vector<double> times;
   for (int i = 0; i < kSteps; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    if (!engine.Step(turns).ok()) return {};
+    if (!jobs.Step().ok()) return {};
     times.push_back(
         std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
+  }
+  for (int s = 0; s < sessions; ++s) {
+    if (jobs.OutcomeOf(together[s]).result.digest != jobs.OutcomeOf(alone[s]).result.digest) {
+      std::fprintf(stderr, "session %d has other bits alone\n", s);
+      return {};
+    }
   }
   const double reductions = static_cast<double>(counting.TakeReductions()) / kSteps;
   std::sort(times.begin(), times.end());
@@ -115,14 +111,14 @@ int Run(int ranks, bool gloo, int sessions, int64_t tokens) {
   const testing::RandomModel random(Shape(), DType::kBf16, 1);
   const absl::Time deadline = absl::Now() + absl::Seconds(60);
   LocalHub hub;
-  MapRendezvous board;
+  MapRendezvous rendezvous;
   std::vector<Outcome> outcomes(ranks);
   std::vector<std::thread> threads;
   threads.reserve(ranks);
   for (int rank = 0; rank < ranks; ++rank) {
     threads.emplace_back([&, rank] {
       auto group =
-          gloo ? ConnectGloo(rank, ranks, board, {}, deadline) : hub.Join(1, 1, rank, ranks, deadline);
+          gloo ? ConnectGloo(rank, ranks, rendezvous, {}, deadline) : hub.Join(1, 1, rank, ranks, deadline);
       if (group.ok()) outcomes[rank] = RunRank(random, group->get(), sessions, tokens);
     });
   }

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/placement.h"
 #include "base/status_macros.h"
 #include "cli/gpus.h"
 #include "cli/system.h"
@@ -21,8 +22,10 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Start(const Op
   coordinator.transport = "local";
   coordinator.version = options.version;
   EDUBA_ASSIGN_OR_RETURN(cluster->coordinator_, Coordinator::Start(coordinator));
+  const std::vector<std::string> nodes = Placement::OfRanks(options.workers).nodes;
   for (int i = 0; i < options.workers; ++i) {
     Worker::Options worker;
+    worker.node = nodes[i];
     worker.coordinator = cluster->address();
     worker.listen = absl::StrCat(host_and_port.first, ":0");
     worker.memory_bytes = options.memory_bytes / options.workers;

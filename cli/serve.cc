@@ -21,6 +21,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/pages.h"
+#include "base/placement.h"
 #include "base/status_macros.h"
 #include "cli/child_process.h"
 #include "cli/command.h"
@@ -195,6 +196,7 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
   children.push_back(std::move(coordinator));
   EDUBA_ASSIGN_OR_RETURN(const std::string address,
                          children.front()->WaitUntilReady(absl::Now() + kStartTimeout));
+  const std::vector<std::string> nodes = Placement::OfRanks(options.workers).nodes;
   for (int i = 0; i < options.workers; ++i) {
     std::vector<std::string> worker_arguments = {
         "worker",         "--child",
@@ -204,7 +206,8 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
         "--threads",      absl::StrCat(std::max(1, UsableCores() / options.workers)),
         "--device",       devices[i],
         "--precision",    options.precision,
-        "--transport",    transport};
+        "--transport",    transport,
+        "--node-id",      nodes[i]};
     if (!options.model.empty()) {
       worker_arguments.insert(worker_arguments.end(),
                               {"--model", options.model, "--activations", options.activations});
@@ -380,6 +383,8 @@ struct WorkerOptions {
   int threads = UsableCores();
   std::string model;
   std::string activations = "f32";
+  std::string data_dir;
+  std::string node_id;
   bool json = false;
   bool child = false;
 };
@@ -407,6 +412,12 @@ void AddWorkerOptions(CLI::App& command, WorkerOptions& options) {
       ->capture_default_str();
   AddModelOption(command, options.model);
   AddActivationsOption(command, options.activations);
+  command.add_option("--data-dir", options.data_dir,
+                     "Folder that keeps the worker's node id, one for each worker [a new id at each start]");
+  command.add_option(
+      "--node-id", options.node_id,
+      "Who the worker is for sessions that it keeps: 1 to 64 of a-z A-Z 0-9 . _ -, another for "
+      "each worker of a coordinator [the one in --data-dir, else random]");
   AddReadyJsonFlag(command, options.json);
   AddChildFlag(command, options.child);
 }
@@ -429,6 +440,8 @@ absl::Status Work(const WorkerOptions& options) {
   worker_options.version = EDUBA_VERSION;
   worker_options.model = options.model;
   worker_options.activations = ParseActivations(options.activations);
+  worker_options.node = options.node_id;
+  worker_options.data_dir = options.data_dir;
   EDUBA_RETURN_IF_ERROR(EquipWorker(worker_options));
   EDUBA_ASSIGN_OR_RETURN(const auto worker, Worker::Start(worker_options));
   PrintReady(worker->address(), options.json);

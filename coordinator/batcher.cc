@@ -21,18 +21,18 @@ void Batcher::Push(RequestId id, std::string queries, std::vector<int64_t> posit
   EDUBA_CHECK_EQ(rows * call.row_bytes, static_cast<int64_t>(queries.size()));
   EDUBA_CHECK_EQ(call.key.positions ? rows : 0, static_cast<int64_t>(positions.size()));
   if (rows == 0) return;
-  if (call.queued == 0) turns_.push_back(id);
+  if (call.queued == 0) waiting_.push_back(id);
   call.queued += rows;
-  call.pieces.push_back({std::move(queries), std::move(positions), rows, 0});
+  call.submitted.push_back({std::move(queries), std::move(positions), rows, 0});
 }
 
 void Batcher::Close(RequestId id) {
-  if (calls_.erase(id) > 0) std::erase(turns_, id);
+  if (calls_.erase(id) > 0) std::erase(waiting_, id);
 }
 
 Batch Batcher::Next() {
-  EDUBA_CHECK(!turns_.empty());
-  const Call& first = calls_.at(turns_.front());
+  EDUBA_CHECK(!waiting_.empty());
+  const Call& first = calls_.at(waiting_.front());
   Batch batch;
   batch.key = first.key;
 
@@ -42,7 +42,7 @@ Batch Batcher::Next() {
     int64_t rows;
   };
   std::vector<Share> shares;
-  for (const RequestId id : turns_) {
+  for (const RequestId id : waiting_) {
     Call& call = calls_.at(id);
     if (call.key == batch.key) shares.push_back({id, &call, 0});
   }
@@ -65,8 +65,8 @@ Batch Batcher::Next() {
     batch.parts.push_back({share.id, static_cast<int>(share.rows), share.call->left});
     Take(share.call, share.rows, &batch);
     batch.rows += static_cast<int>(share.rows);
-    std::erase(turns_, share.id);
-    if (share.call->queued > 0) turns_.push_back(share.id);
+    std::erase(waiting_, share.id);
+    if (share.call->queued > 0) waiting_.push_back(share.id);
   }
   return batch;
 }
@@ -75,18 +75,18 @@ void Batcher::Take(Call* call, int64_t rows, Batch* batch) {
   call->queued -= rows;
   call->left += rows;
   while (rows > 0) {
-    Piece& piece = call->pieces.front();
-    const int64_t count = std::min(rows, piece.rows - piece.taken);
-    batch->queries.append(piece.queries, piece.taken * call->row_bytes, count * call->row_bytes);
+    Submitted& front = call->submitted.front();
+    const int64_t count = std::min(rows, front.rows - front.taken);
+    batch->queries.append(front.queries, front.taken * call->row_bytes, count * call->row_bytes);
     if (call->key.positions) {
-      const auto begin = piece.positions.begin() + piece.taken;
+      const auto begin = front.positions.begin() + front.taken;
       batch->positions.insert(batch->positions.end(), begin, begin + count);
     } else {
       batch->positions.insert(batch->positions.end(), count, call->key.length - 1);
     }
-    piece.taken += count;
+    front.taken += count;
     rows -= count;
-    if (piece.taken == piece.rows) call->pieces.pop_front();
+    if (front.taken == front.rows) call->submitted.pop_front();
   }
 }
 

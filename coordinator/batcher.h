@@ -50,12 +50,12 @@ class Batcher {
   // Forgets the call and its queued rows. Unknown calls are ignored.
   void Close(RequestId call);
 
-  bool empty() const { return turns_.empty(); }
+  bool empty() const { return waiting_.empty(); }
   // REQUIRES: !empty().
   Batch Next();
 
  private:
-  struct Piece {
+  struct Submitted {
     std::string queries;
     std::vector<int64_t> positions;
     int64_t rows = 0;
@@ -65,7 +65,7 @@ class Batcher {
     BatchKey key;
     int64_t row_bytes = 0;
     int step_rows = 0;
-    std::deque<Piece> pieces;
+    std::deque<Submitted> submitted;
     int64_t queued = 0;
     int64_t left = 0;  // rows that have gone to steps
   };
@@ -73,7 +73,7 @@ class Batcher {
   static void Take(Call* call, int64_t rows, Batch* batch);
 
   std::unordered_map<RequestId, Call> calls_;
-  std::deque<RequestId> turns_;  // the calls with queued rows, longest wait first
+  std::deque<RequestId> waiting_;  // the calls with queued rows, longest wait first
 };
 
 }  // namespace eduba

@@ -79,13 +79,14 @@ struct Embedded {
   v1::EmbedResponse rows;
 };
 
-// To be written down durably, then ClusterState::Persisted(id, status) is called.
+// To be written down durably, in the order in which it was asked for; then, at any later time but in the same
+// order, ClusterState::Persisted(id, status) is called.
 struct Persist {
   uint64_t id = 0;
   Change change;
 };
 
-// Forget what was on the rendezvous board; from now on it belongs to this attempt, or (epoch 0) to none.
+// Forget what is in the rendezvous store; from now on it belongs to this attempt, or (epoch 0) to none.
 struct ResetRendezvous {
   uint64_t epoch = 0;
   uint32_t attempt = 0;

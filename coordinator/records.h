@@ -6,24 +6,13 @@
 #include <variant>
 #include <vector>
 
+#include "base/digest.h"
+#include "base/placement.h"
 #include "eduba/v1/eduba.pb.h"
 
 namespace eduba {
 
-// A sum of 128-bit row hashes modulo 2^128: digests of neighbouring ranges add up to the digest of both.
-struct Digest {
-  uint64_t low = 0;
-  uint64_t high = 0;
-
-  Digest& operator+=(const Digest& other) {
-    low += other.low;
-    high += other.high + (low < other.low ? 1 : 0);
-    return *this;
-  }
-  bool operator==(const Digest&) const = default;
-};
-
-// One committed append. Of token ids, which the coordinator keeps and compares themselves, the digest is 0.
+// One committed append. Of token ids, which workers keep and compare themselves, the digest is 0.
 struct AppendRecord {
   int64_t at = 0;
   int64_t count = 0;
@@ -37,6 +26,8 @@ struct SessionRecord {
   uint64_t id = 0;  // never reused
   std::string name;
   v1::SessionSpec spec;  // completed
+  // Which nodes keep its content. No nodes: it was recorded by a release that knew none.
+  Placement placement;
   int64_t created_unix_ms = 0;
   std::vector<AppendRecord> appends;
 
@@ -44,12 +35,13 @@ struct SessionRecord {
 };
 
 struct StoredState {
-  uint64_t epoch = 0;  // the last one that was begun
+  uint64_t cluster = 0;  // Drawn once for each store: whose session ids these are.
+  uint64_t epoch = 0;    // the last one that was begun
   uint64_t next_session_id = 1;
   std::vector<SessionRecord> sessions;
 };
 
-// The changes that are written down, each in one transaction.
+// The changes that are written down, each wholly or not at all.
 struct EpochBegun {
   uint64_t epoch = 0;
 };
@@ -63,7 +55,12 @@ struct AppendCommitted {
   uint64_t session_id = 0;
   AppendRecord append;
 };
-using Change = std::variant<EpochBegun, SessionCreated, SessionErased, AppendCommitted>;
+// An empty session gets other nodes.
+struct SessionPlaced {
+  uint64_t session_id = 0;
+  Placement placement;
+};
+using Change = std::variant<EpochBegun, SessionCreated, SessionErased, AppendCommitted, SessionPlaced>;
 
 }  // namespace eduba
 

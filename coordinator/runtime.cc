@@ -58,11 +58,11 @@ class BlockingCaller final : public Caller {
 
 }  // namespace
 
-Runtime::Runtime(ClusterState::Options options, std::unique_ptr<Store> store, StoredState stored,
+Runtime::Runtime(ClusterState::Options options, std::unique_ptr<Recorder> store, StoredState stored,
                  std::function<void(bool)> set_serving)
-    : store_(std::move(store)),
-      set_serving_(std::move(set_serving)),
+    : set_serving_(std::move(set_serving)),
       state_(std::move(options), std::move(stored)),
+      writer_(std::move(store), [this](const RecordWriter::Written& written) { OnWritten(written); }),
       ticker_([this] { Ticks(); }) {}
 
 Runtime::~Runtime() {
@@ -71,9 +71,9 @@ Runtime::~Runtime() {
 }
 
 void Runtime::Ticks() {
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   while (!stopped_) {
-    changed_.wait_for(lock, kTick);
+    changed_.WaitFor(mutex_, kTick);
     if (stopped_) break;
     state_.Tick(clock_.At(SteadyMs()));
     CarryOut();
@@ -86,15 +86,22 @@ void Runtime::Run(RequestId request, const Event& event) {
 }
 
 void Runtime::CarryOut() {
-  // Carrying one out may bring more (Persist): they come after those that were asked for before.
-  for (std::vector<Effect> effects = state_.TakeEffects(); !effects.empty(); effects = state_.TakeEffects()) {
-    for (Effect& effect : effects) CarryOutOne(std::move(effect));
+  for (Effect& effect : state_.TakeEffects()) CarryOutOne(std::move(effect));
+}
+
+void Runtime::OnWritten(const RecordWriter::Written& written) {
+  const MutexLock lock(mutex_);
+  for (const auto& [id, status] : written) {
+    if (!status.ok()) LogError(std::string(status.message()));
+    if (stopped_) continue;
+    state_.Persisted(id, status, clock_.At(SteadyMs()));
+    CarryOut();
   }
 }
 
 void Runtime::CarryOutOne(Effect any) {
   std::visit(
-      [this](auto&& effect) {
+      [this](auto&& effect) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
         using T = std::decay_t<decltype(effect)>;
         if constexpr (std::is_same_v<T, SendToWorker>) {
           if (const auto it = links_.find(effect.worker); it != links_.end()) {
@@ -107,7 +114,7 @@ void Runtime::CarryOutOne(Effect any) {
         } else if constexpr (std::is_same_v<T, Reply>) {
           if (const auto caller = callers_.extract(effect.request); !caller.empty()) {
             caller.mapped()->OnReply(std::move(effect.answer));
-            changed_.notify_all();
+            changed_.NotifyAll();
           }
         } else if constexpr (std::is_same_v<T, AttendStarted>) {
           if (const auto it = callers_.find(effect.request); it != callers_.end()) {
@@ -126,15 +133,13 @@ void Runtime::CarryOutOne(Effect any) {
             it->second->OnEmbedded(std::move(effect.rows));
           }
         } else if constexpr (std::is_same_v<T, Persist>) {
-          const absl::Status status = store_->Apply(effect.change);
-          if (!status.ok()) LogError(std::string(status.message()));
-          state_.Persisted(effect.id, status, clock_.At(SteadyMs()));
+          writer_.Add(std::move(effect));
         } else if constexpr (std::is_same_v<T, ResetRendezvous>) {
           board_.Reset(effect.epoch, effect.attempt);
         } else if constexpr (std::is_same_v<T, SetServing>) {
           active_ = effect.serving;
           set_serving_(effect.serving);
-          changed_.notify_all();
+          changed_.NotifyAll();
         } else {
           static_assert(std::is_same_v<T, Note>);
           LogInfo(effect.text);
@@ -144,7 +149,7 @@ void Runtime::CarryOutOne(Effect any) {
 }
 
 absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (stopped_) return ShuttingDown();
   const WorkerId id = next_worker_++;
   links_[id] = link;
@@ -154,21 +159,21 @@ absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
 }
 
 void Runtime::WorkerSaid(WorkerId worker, v1::WorkerMessage message) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (stopped_) return;
   state_.WorkerSaid(worker, std::move(message), clock_.At(SteadyMs()));
   CarryOut();
 }
 
 void Runtime::RemoveWorker(WorkerId worker, const std::string& why) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (links_.erase(worker) == 0) return;
   state_.WorkerGone(worker, why, clock_.At(SteadyMs()));
   CarryOut();
 }
 
 RequestId Runtime::Start(Caller* caller, const Event& event) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (draining_) {
     caller->OnReply(ShuttingDown());
     return 0;
@@ -180,16 +185,16 @@ RequestId Runtime::Start(Caller* caller, const Event& event) {
 }
 
 void Runtime::Continue(RequestId request, const Event& event) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (callers_.count(request) > 0) Run(request, event);
 }
 
 void Runtime::Cancel(RequestId request) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (callers_.erase(request) == 0) return;
   state_.Cancel(request, clock_.At(SteadyMs()));
   CarryOut();
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 absl::StatusOr<Answer> Runtime::Call(const Event& event, const std::function<bool()>& cancelled) {
@@ -203,31 +208,41 @@ absl::StatusOr<Answer> Runtime::Call(const Event& event, const std::function<boo
 }
 
 absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto until = absl::ToChronoTime(deadline);
-  if (changed_.wait_until(lock, until, [this] { return active_ || stopped_; }) && active_) {
-    return absl::OkStatus();
+  while (!active_ && !stopped_) {
+    if (!changed_.WaitUntil(mutex_, until)) break;
   }
+  if (active_) return absl::OkStatus();
   if (stopped_) return ShuttingDown();
   return absl::DeadlineExceededError("the group of workers is not complete");
 }
 
 bool Runtime::Drain(absl::Time deadline) {
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   draining_ = true;
-  return changed_.wait_until(lock, absl::ToChronoTime(deadline), [this] { return callers_.empty(); });
+  while (!callers_.empty()) {
+    if (!changed_.WaitUntil(mutex_, absl::ToChronoTime(deadline))) break;
+  }
+  return callers_.empty();
 }
 
 void Runtime::Stop() {
-  const std::lock_guard lock(mutex_);
-  if (stopped_) return;
+  {
+    const MutexLock lock(mutex_);
+    if (!stopped_) EndAll();
+  }
+  writer_.Drain();
+}
+
+void Runtime::EndAll() {
   draining_ = true;
   stopped_ = true;
   active_ = false;
   for (const auto& [id, caller] : std::exchange(callers_, {})) caller->OnReply(ShuttingDown());
   for (const auto& [id, link] : std::exchange(links_, {})) link->Close(ShuttingDown());
   board_.Reset(0, 0);
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 }  // namespace eduba

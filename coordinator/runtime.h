@@ -1,23 +1,23 @@
 #ifndef EDUBA_COORDINATOR_RUNTIME_H_
 #define EDUBA_COORDINATOR_RUNTIME_H_
 
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 #include "coordinator/effects.h"
+#include "coordinator/record_writer.h"
+#include "coordinator/recorder.h"
 #include "coordinator/rendezvous_board.h"
 #include "coordinator/running_clock.h"
 #include "coordinator/state.h"
-#include "coordinator/store.h"
 
 namespace eduba {
 
@@ -42,14 +42,15 @@ class WorkerLink {
   virtual void Close(const absl::Status& status) = 0;
 };
 
-// Runs one ClusterState: one mutex around it, a clock that stands while we do, the store, a thread that
-// ticks; hands events in and carries effects out. Thread-safe.
+// Runs one ClusterState: one mutex around it, a clock that stands while we do, a thread that writes down, a
+// thread that ticks; hands events in and carries effects out. Nothing waits for the disk with the mutex held.
+// Thread-safe.
 class Runtime {
  public:
   using Event = std::function<void(ClusterState& state, RequestId request, int64_t now_ms)>;
 
   // `set_serving` is called with the mutex held, whenever a group becomes active or ends.
-  Runtime(ClusterState::Options options, std::unique_ptr<Store> store, StoredState stored,
+  Runtime(ClusterState::Options options, std::unique_ptr<Recorder> store, StoredState stored,
           std::function<void(bool)> set_serving);
   // As Stop.
   ~Runtime();
@@ -76,32 +77,34 @@ class Runtime {
   absl::Status WaitUntilActive(absl::Time deadline);
   // Takes no new requests and waits until those under way have ended. False: not all have at `deadline`.
   bool Drain(absl::Time deadline);
-  // Ends all requests and all workers' streams with UNAVAILABLE. Idempotent.
+  // Ends all requests and all workers' streams with UNAVAILABLE, and returns when all changes that were asked
+  // for are written down. Idempotent.
   void Stop();
 
  private:
   void Ticks();
-  // With mutex_ held.
-  void Run(RequestId request, const Event& event);
-  void CarryOut();
-  void CarryOutOne(Effect effect);
+  void Run(RequestId request, const Event& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CarryOut() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CarryOutOne(Effect effect) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EndAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnWritten(const RecordWriter::Written& written);
 
-  const std::unique_ptr<Store> store_;
   const std::function<void(bool)> set_serving_;
   RendezvousBoard board_;
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  RunningClock clock_;  // Guarded by mutex_, as all below.
-  ClusterState state_;
-  std::map<WorkerId, WorkerLink*> links_;
-  std::map<RequestId, Caller*> callers_;
-  WorkerId next_worker_ = 1;
-  RequestId next_request_ = 1;
-  bool active_ = false;
-  bool draining_ = false;
-  bool stopped_ = false;
+  Mutex mutex_;
+  CondVar changed_;
+  RunningClock clock_ ABSL_GUARDED_BY(mutex_);
+  ClusterState state_ ABSL_GUARDED_BY(mutex_);
+  std::map<WorkerId, WorkerLink*> links_ ABSL_GUARDED_BY(mutex_);
+  std::map<RequestId, Caller*> callers_ ABSL_GUARDED_BY(mutex_);
+  WorkerId next_worker_ ABSL_GUARDED_BY(mutex_) = 1;
+  RequestId next_request_ ABSL_GUARDED_BY(mutex_) = 1;
+  bool active_ ABSL_GUARDED_BY(mutex_) = false;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopped_ ABSL_GUARDED_BY(mutex_) = false;
 
+  RecordWriter writer_;
   std::thread ticker_;
 };
 

@@ -1,4 +1,5 @@
 // The coordinator over real gRPC, with workers that answer without any attention.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
@@ -51,6 +52,7 @@ class FakeWorker final : public v1::Pages::Service {
     hello.mutable_hello()->set_protocol(kGroupProtocol);
     hello.mutable_hello()->set_incarnation(server_->address());
     hello.mutable_hello()->set_address(server_->address());
+    hello.mutable_hello()->set_node(server_->address());
     hello.mutable_hello()->set_fingerprint(fingerprint);
     hello.mutable_hello()->set_transport("local");
     stream_->Write(hello);
@@ -96,7 +98,7 @@ class FakeWorker final : public v1::Pages::Service {
         const int64_t position = piece.first_position() + i;
         const auto hash = static_cast<int64_t>(std::hash<std::string>()(absl::StrCat(position, row)));
         ++rows;
-        if (owned_(position)) rank_->AddRow(piece.append_id(), hash);
+        if (Owns(position)) rank_->AddRow(piece.append_id(), hash);
       }
       response->set_positions(response->positions() + piece.count());
     }
@@ -106,20 +108,26 @@ class FakeWorker final : public v1::Pages::Service {
   std::atomic<int64_t> rows{0};  // uploaded, of replicas too
 
  private:
+  // Whether the append that was begun last gives this worker the position.
+  bool Owns(int64_t position) const {
+    return std::any_of(begun_.owned().begin(), begun_.owned().end(), [position](const v1::Extent& extent) {
+      return position >= extent.first_position() && position < extent.first_position() + extent.count();
+    });
+  }
+
   void Serve() {
     v1::GroupMessage message;
     while (stream_->Read(&message)) {
       v1::WorkerMessage answer;
       std::unique_lock lock(mutex_);
       if (message.has_form()) {
-        const int rank = message.form().rank();
-        const int size = message.form().size();
-        rank_ = std::make_unique<FakeRank>(rank);
-        owned_ = [rank, size](int64_t position) { return position / 256 % size == rank; };
+        node_.Join(message.form().cluster());
+        rank_ = std::make_unique<FakeRank>(message.form().rank(), &node_);
         answer.mutable_formed()->set_epoch(message.form().epoch());
         answer.mutable_formed()->set_attempt(message.form().attempt());
       } else if (message.has_command()) {
         if (message.command().has_attend()) changed_.wait(lock, [this] { return !hold_; });
+        if (message.command().has_begin_append()) begun_ = message.command().begin_append();
         *answer.mutable_result() = rank_->Answer(message.command());
       } else {
         continue;
@@ -156,8 +164,9 @@ class FakeWorker final : public v1::Pages::Service {
   std::mutex write_mutex_;
   std::mutex mutex_;
   std::condition_variable changed_;
+  FakeNode node_;
   std::unique_ptr<FakeRank> rank_;
-  std::function<bool(int64_t)> owned_;
+  v1::BeginAppend begun_;
   bool hold_ = false;
   bool done_ = false;
   std::optional<absl::Status> end_;

@@ -115,6 +115,17 @@ class ModelStateTest : public testing::Test {
       cluster_.Collect();
     }
   }
+  // The connections break, and the same processes come again.
+  void Reform() {
+    for (WorkerId* worker : {&a_, &b_}) {
+      if (cluster_.workers[*worker].connected) cluster_.Leave(*worker);
+      *worker = cluster_.Reconnect(*worker);
+    }
+    cluster_.Advance(300);
+    cluster_.Settle();
+    ASSERT_TRUE(cluster_.serving);
+  }
+
   // All that the workers do without a disk.
   void DeliverAll() {
     while (cluster_.Deliver(a_) || cluster_.Deliver(b_)) {
@@ -202,7 +213,7 @@ TEST_F(ModelStateTest, ARepeatedAppendIsComparedIdByIdWhateverItsBorders) {
   EXPECT_EQ(Append("s", {}, {10}).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
-TEST_F(ModelStateTest, ASessionsOwnSinksComeAheadOfItsFirstTokens) {
+TEST_F(ModelStateTest, ASessionsOwnSinksComeBeforeItsFirstTokens) {
   v1::ModelSpec spec;
   spec.set_sink_tokens(3);
   spec.set_sink_token(7);
@@ -331,32 +342,32 @@ TEST_F(ModelStateTest, ASessionOfWindowsGeneratesOnTheWorkerWithTheFewestGenerat
     ASSERT_TRUE(Append(name, {}, {1}).ok());
   }
   ASSERT_TRUE(Append("s", {}, {1}).ok());
-  const auto home_of_last = [&] {
-    const auto& homes = cluster_.workers[b_].rank->homes;
-    EXPECT_EQ(homes, cluster_.workers[a_].rank->homes);
-    return homes.rbegin()->second;
+  const auto owner_rank_of_last = [&] {
+    const auto& owner_ranks = cluster_.workers[b_].rank->owner_ranks;
+    EXPECT_EQ(owner_ranks, cluster_.workers[a_].rank->owner_ranks);
+    return owner_ranks.rbegin()->second;
   };
   HoldJobs();
   const RequestId x = AskGenerate(5, 0, "x");
   cluster_.Settle();
-  EXPECT_EQ(home_of_last(), 0);
+  EXPECT_EQ(owner_rank_of_last(), 0);
   const RequestId y = AskGenerate(5, 0, "y");
   cluster_.Settle();
-  EXPECT_EQ(home_of_last(), 1);
+  EXPECT_EQ(owner_rank_of_last(), 1);
   cluster_.Cancel(x);
   cluster_.Settle();
   AskGenerate(5, 0, "z");
   cluster_.Settle();
-  EXPECT_EQ(home_of_last(), 0);
+  EXPECT_EQ(owner_rank_of_last(), 0);
   // Where a layer sees all keys, all generate.
   AskGenerate(5);
   cluster_.Settle();
-  EXPECT_EQ(cluster_.workers[a_].rank->homes.size(), 3U);
+  EXPECT_EQ(cluster_.workers[a_].rank->owner_ranks.size(), 3U);
   EXPECT_EQ(Show("x")->length(), 2);
   EXPECT_EQ(cluster_.requests[y].generated.size(), 4U);
 }
 
-TEST_F(ModelStateTest, WhatAGenerationBringsComesFromItsHome) {
+TEST_F(ModelStateTest, WhatAGenerationBringsComesFromItsOwnerRank) {
   v1::ModelSpec streaming;
   streaming.set_policy(v1::MODEL_POLICY_STREAMING);
   streaming.set_window(3);
@@ -375,7 +386,7 @@ TEST_F(ModelStateTest, WhatAGenerationBringsComesFromItsHome) {
   const auto summary = Get<v1::GenerateSummary>(
       [&](ClusterState& state, RequestId id) { state.Generate(id, request, cluster_.now()); });
   ASSERT_TRUE(summary.ok()) << summary.status();
-  EXPECT_EQ(cluster_.workers[a_].rank->homes.rbegin()->second, 1);
+  EXPECT_EQ(cluster_.workers[a_].rank->owner_ranks.rbegin()->second, 1);
   EXPECT_EQ(summary->tokens(), 3);
   EXPECT_EQ(summary->sink_mass().size(), size_t{4} * 2 * 2);
   EXPECT_EQ(Show("y")->length(), 4);
@@ -386,7 +397,7 @@ TEST_F(ModelStateTest, WhatAGenerationBringsComesFromItsHome) {
   EXPECT_FALSE(cluster_.serving);
 }
 
-TEST_F(ModelStateTest, TokensFromAnotherWorkerThanTheHomeEndTheEpoch) {
+TEST_F(ModelStateTest, TokensFromAnotherRankThanTheReportingOneEndTheEpoch) {
   ASSERT_TRUE(Append("s", {}, {1}).ok());
   HoldJobs();
   const RequestId generation = AskGenerate(5);
@@ -396,7 +407,7 @@ TEST_F(ModelStateTest, TokensFromAnotherWorkerThanTheHomeEndTheEpoch) {
   cluster_.state().WorkerSaid(b_, message, cluster_.now());  // Of a job that has ended.
   cluster_.Collect();
   EXPECT_TRUE(cluster_.serving);
-  message.mutable_progress()->set_ordinal(3);
+  message.mutable_progress()->set_ordinal(4);
   message.mutable_progress()->mutable_tokens()->set_ids(std::string(4, '\0'));
   message.mutable_progress()->mutable_tokens()->set_log_probs(std::string(4, '\0'));
   cluster_.state().WorkerSaid(b_, message, cluster_.now());
@@ -527,12 +538,70 @@ TEST_F(ModelStateTest, AnEpochsEndEndsItsJobs) {
   const RequestId generation = AskGenerate(5);
   cluster_.Leave(b_);
   EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnavailable);
-  // The session cannot go on, and says so.
+  // A new process has none of the session's tokens: it cannot go on, and says so.
   const v1::Model model = TinyModel();
   cluster_.Join("b:1", 7, "", &model);
   cluster_.Advance(1000);
   cluster_.Settle();
-  EXPECT_EQ(StatusOf(AskGenerate(1)).code(), absl::StatusCode::kDataLoss);
+  const absl::Status status = StatusOf(AskGenerate(1));
+  EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("node b:1 does not hold its part"));
+}
+
+TEST_F(ModelStateTest, RanksThatStandAtOnePlaceGoOnFromThere) {
+  ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  // Both ranks have read the token, and the epoch ends before it is written down.
+  const RequestId append = AskAppend("s", {}, {3});
+  DeliverAll();
+  cluster_.Leave(b_);
+  EXPECT_EQ(StatusOf(append).code(), absl::StatusCode::kUnknown);  // It is being written down.
+  cluster_.Settle();
+  EXPECT_TRUE(StatusOf(append).ok()) << StatusOf(append);
+  // Here nothing says that both have read it but themselves.
+  Reform();
+  const RequestId second = AskAppend("s", {}, {4});
+  HoldJobs();
+  DeliverAll();
+  Reform();
+  EXPECT_EQ(StatusOf(second).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(Show("s")->length(), 4);
+  EXPECT_EQ(cluster_.stored().sessions[0].length(), 4);
+  EXPECT_EQ(Append("s", 0, {1, 2, 3, 4})->already_stored(), 4);
+  EXPECT_TRUE(Append("s", 4, {5}).ok());
+}
+
+TEST_F(ModelStateTest, RanksThatStoppedAtDifferentPlacesGoBackToTheRecord) {
+  ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  AskAppend("s", {}, {3, 4});
+  while (cluster_.Deliver(a_)) {
+  }
+  EXPECT_EQ(cluster_.workers[a_].node->sessions.begin()->second.ids.size(), 4U);
+  EXPECT_EQ(cluster_.workers[b_].node->sessions.begin()->second.ids.size(), 2U);
+  Reform();
+  EXPECT_EQ(Show("s")->length(), 2);
+  EXPECT_FALSE(Show("s")->lost());
+  EXPECT_EQ(cluster_.workers[a_].node->sessions.begin()->second.ids.size(), 2U);
+  const auto again = Append("s", 2, {3, 4});
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->already_stored(), 0);
+  EXPECT_EQ(again->length(), 4);
+}
+
+TEST_F(ModelStateTest, TokensAreWrittenDownAndToldOfAlthoughTheirEpochIsOver) {
+  ASSERT_TRUE(Append("s", {}, {1}).ok());
+  v1::GenerateRequest request;
+  request.set_session("s");
+  request.set_max_tokens(2);
+  request.set_sink_mass(true);
+  const RequestId generation =
+      cluster_.Ask([&](ClusterState& state, RequestId id) { state.Generate(id, request, cluster_.now()); });
+  DeliverAll();
+  cluster_.Leave(a_);
+  cluster_.Leave(b_);
+  EXPECT_EQ(StatusOf(generation).code(), absl::StatusCode::kUnknown);
+  ASSERT_TRUE(cluster_.FinishWrite());
+  ASSERT_TRUE(StatusOf(generation).ok()) << StatusOf(generation);
+  EXPECT_EQ(SummaryOf(generation).length(), 3);
 }
 
 TEST_F(ModelStateTest, TokensThatCouldNotBeWrittenDownAreWrittenWithTheNextOnes) {
@@ -658,6 +727,7 @@ TEST_F(ModelStateTest, AnAppendThatEndedAmongTheSinksGoesOnFromThere) {
   cluster_.Settle();
   v1::ModelResult result;
   result.set_done(1);
+  result.set_length(1);
   EndHeldJob(absl::ResourceExhaustedError("full"), result);
   cluster_.Settle();
   EXPECT_EQ(StatusOf(append).code(), absl::StatusCode::kResourceExhausted);
@@ -757,6 +827,7 @@ TEST_F(ModelStateTest, AGenerationIsCancelledOnce) {
 TEST_F(ModelStateTest, ADeletedSessionsGenerationMayEndAtAnyMoment) {
   v1::ModelResult result;
   result.set_done(1);
+  result.set_length(2);
   for (const bool ends_first : {true, false}) {
     const std::string name = ends_first ? "x" : "y";
     ASSERT_TRUE(Create(name).ok());
@@ -828,8 +899,13 @@ TEST_F(ModelStateTest, EachKindOfSessionRefusesTheOthersCalls) {
       absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(ModelStateTest, ARestartedCoordinatorKnowsThatTokensAreLost) {
+TEST_F(ModelStateTest, ARestartedCoordinatorFindsTheTokensThatItsWorkersKept) {
   ASSERT_TRUE(Append("s", {}, {1, 2}).ok());
+  cluster_.Restart();
+  Reform();
+  EXPECT_FALSE(Show("s")->lost());
+  EXPECT_EQ(Append("s", 0, {1, 2, 3})->already_stored(), 2);
+  // New processes have none.
   cluster_.Restart();
   StartGroup();
   EXPECT_TRUE(Show("s")->lost());

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
+#include "rpc/placement.h"
 #include "rpc/spec.h"
 #include "sqlite3.h"
 
@@ -15,7 +16,7 @@ namespace eduba {
 namespace {
 
 // One more with every change of the tables.
-constexpr int kSchemaVersion = 1;
+constexpr int kSchemaVersion = 2;
 // "Edub": another program's database is not to be taken for ours.
 constexpr int kApplicationId = 0x45647562;
 
@@ -25,7 +26,8 @@ constexpr char kSchema[] = R"sql(
     id INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
     spec BLOB NOT NULL,             -- eduba.v1.SessionSpec, completed
-    created_unix_ms INTEGER NOT NULL
+    created_unix_ms INTEGER NOT NULL,
+    placement BLOB NOT NULL DEFAULT x''   -- eduba.v1.PagePlacement; empty: of a release that knew no nodes
   );
   CREATE TABLE appends (
     session_id INTEGER NOT NULL REFERENCES sessions (id) ON DELETE CASCADE,
@@ -35,8 +37,29 @@ constexpr char kSchema[] = R"sql(
     digest_high INTEGER NOT NULL,
     PRIMARY KEY (session_id, at)
   ) WITHOUT ROWID;
-  INSERT INTO meta VALUES ('epoch', 0), ('next_session_id', 1);
+  INSERT INTO meta VALUES ('epoch', 0), ('next_session_id', 1), ('cluster', random());
 )sql";
+
+// From schema 1, whose sessions had no placement: those that are empty get one when a group forms; content of
+// the others was in the memory of workers that are gone.
+constexpr char kFromSchema1[] = R"sql(
+  ALTER TABLE sessions ADD COLUMN placement BLOB NOT NULL DEFAULT x'';
+  INSERT INTO meta VALUES ('cluster', random());
+)sql";
+
+// Empty bytes: there is no placement.
+std::string PlacementBytes(const Placement& placement) {
+  return placement.nodes.empty() ? std::string() : PlacementToProto(placement).SerializeAsString();
+}
+bool ParsePlacement(const std::string& bytes, Placement* placement) {
+  if (bytes.empty()) return true;
+  v1::PagePlacement proto;
+  if (!proto.ParseFromString(bytes)) return false;
+  absl::StatusOr<Placement> parsed = PlacementFromProto(proto);
+  if (!parsed.ok()) return false;
+  *placement = *std::move(parsed);
+  return true;
+}
 
 }  // namespace
 
@@ -146,12 +169,11 @@ absl::Status Store::Prepare() {
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA journal_mode = WAL"));
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA synchronous = FULL"));
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA foreign_keys = ON"));
-  if (version == 0) {
-    const absl::Status created =
-        Execute(absl::StrCat("BEGIN;", kSchema, "PRAGMA user_version = ", kSchemaVersion,
-                             "; PRAGMA application_id = ", kApplicationId, "; COMMIT")
-                    .c_str());
-    EDUBA_RETURN_IF_ERROR(created);
+  if (version < kSchemaVersion) {
+    EDUBA_RETURN_IF_ERROR(Execute(absl::StrCat("BEGIN;", version == 0 ? kSchema : kFromSchema1,
+                                               "PRAGMA user_version = ", kSchemaVersion,
+                                               "; PRAGMA application_id = ", kApplicationId, "; COMMIT")
+                                      .c_str()));
   }
   Statement check(this, "PRAGMA quick_check(1)");
   EDUBA_RETURN_IF_ERROR(check.Run("check"));
@@ -195,14 +217,15 @@ absl::StatusOr<StoredState> Store::Load() {
   StoredState state;
   Statement meta(this,
                  "SELECT (SELECT value FROM meta WHERE key = 'epoch'), (SELECT value FROM meta WHERE key = "
-                 "'next_session_id')");
+                 "'next_session_id'), (SELECT value FROM meta WHERE key = 'cluster')");
   EDUBA_RETURN_IF_ERROR(meta.Run("read"));
   state.epoch = static_cast<uint64_t>(meta.Int(0));
   state.next_session_id = static_cast<uint64_t>(meta.Int(1));
+  state.cluster = static_cast<uint64_t>(meta.Int(2));
   if (state.next_session_id == 0) return damaged("it has no next session id");
 
   std::unordered_map<uint64_t, size_t> index;
-  Statement sessions(this, "SELECT id, name, spec, created_unix_ms FROM sessions ORDER BY id");
+  Statement sessions(this, "SELECT id, name, spec, created_unix_ms, placement FROM sessions ORDER BY id");
   for (;;) {
     EDUBA_ASSIGN_OR_RETURN(const bool row, sessions.Step("read"));
     if (!row) break;
@@ -211,7 +234,8 @@ absl::StatusOr<StoredState> Store::Load() {
     record.name = sessions.Bytes(1);
     record.created_unix_ms = sessions.Int(3);
     if (!record.spec.ParseFromString(sessions.Bytes(2)) || !CompleteSpec(record.spec).ok() ||
-        !ValidateSessionName(record.name).ok() || record.id >= state.next_session_id) {
+        !ValidateSessionName(record.name).ok() || record.id >= state.next_session_id ||
+        !ParsePlacement(sessions.Bytes(4), &record.placement)) {
       return damaged(absl::StrCat("session ", record.id, " cannot be read"));
     }
     index[record.id] = state.sessions.size();
@@ -236,26 +260,42 @@ absl::StatusOr<StoredState> Store::Load() {
   return state;
 }
 
-absl::Status Store::Apply(const Change& change) {
+absl::Status Store::Apply(const Change& change) { return ApplyAll({change})[0]; }
+
+std::vector<absl::Status> Store::ApplyAll(const std::vector<Change>& changes) {
+  const absl::Status together = ApplyInTransaction(changes);
+  if (together.ok() || changes.size() == 1) return std::vector<absl::Status>(changes.size(), together);
+  std::vector<absl::Status> statuses;
+  for (const Change& change : changes) statuses.push_back(ApplyInTransaction({change}));
+  return statuses;
+}
+
+absl::Status Store::ApplyInTransaction(const std::vector<Change>& changes) {
   EDUBA_RETURN_IF_ERROR(Execute("BEGIN"));
-  absl::Status status = ApplyInTransaction(change);
+  absl::Status status;
+  for (const Change& change : changes) {
+    if (status.ok()) status = ApplyOne(change);
+  }
   if (status.ok()) status = Execute("COMMIT");
   // After some errors (a full disk) SQLite has rolled back by itself.
   if (!status.ok() && sqlite3_get_autocommit(db_) == 0) (void)Execute("ROLLBACK");
   return status;
 }
 
-absl::Status Store::ApplyInTransaction(const Change& change) {
+absl::Status Store::ApplyOne(const Change& change) {
   if (const auto* begun = std::get_if<EpochBegun>(&change)) return SetMeta("epoch", begun->epoch);
   if (const auto* created = std::get_if<SessionCreated>(&change)) {
     const SessionRecord& session = created->session;
     const std::string spec = session.spec.SerializeAsString();
+    const std::string placement = PlacementBytes(session.placement);
     EDUBA_RETURN_IF_ERROR(
-        Statement(this, "INSERT INTO sessions (id, name, spec, created_unix_ms) VALUES (?, ?, ?, ?)")
+        Statement(this,
+                  "INSERT INTO sessions (id, name, spec, created_unix_ms, placement) VALUES (?, ?, ?, ?, ?)")
             .Bind(session.id)
             .BindText(session.name)
             .BindBlob(spec)
             .Bind(session.created_unix_ms)
+            .BindBlob(placement)
             .Run("add a session to"));
     for (const AppendRecord& append : session.appends) EDUBA_RETURN_IF_ERROR(AddAppend(session.id, append));
     return SetMeta("next_session_id", session.id + 1);
@@ -264,6 +304,14 @@ absl::Status Store::ApplyInTransaction(const Change& change) {
     return Statement(this, "DELETE FROM sessions WHERE id = ?")
         .Bind(erased->session_id)
         .Run("erase a session from");
+  }
+  if (const auto* placed = std::get_if<SessionPlaced>(&change)) {
+    // Of a session that has been erased meanwhile it changes nothing.
+    const std::string placement = PlacementBytes(placed->placement);
+    return Statement(this, "UPDATE sessions SET placement = ? WHERE id = ?")
+        .BindBlob(placement)
+        .Bind(placed->session_id)
+        .Run("place a session in");
   }
   const auto& committed = std::get<AppendCommitted>(change);
   return AddAppend(committed.session_id, committed.append);

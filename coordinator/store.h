@@ -3,9 +3,11 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "coordinator/recorder.h"
 #include "coordinator/records.h"
 
 struct sqlite3;
@@ -14,14 +16,14 @@ namespace eduba {
 
 // The coordinator's memory beyond its life: an SQLite database, DIR/eduba.db. A change is on the disk when
 // Apply returns OK (WAL, synchronous=FULL), and wholly absent otherwise. Not thread-safe.
-class Store {
+class Store final : public Recorder {
  public:
   // Creates the folder and the database when they are missing; an empty `dir` keeps all in memory.
   //   UNAVAILABLE          another coordinator has the database open
   //   FAILED_PRECONDITION  a newer release wrote it
   //   DATA_LOSS            it cannot be read
   static absl::StatusOr<std::unique_ptr<Store>> Open(const std::string& dir);
-  ~Store();
+  ~Store() override;
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
@@ -29,6 +31,9 @@ class Store {
   absl::StatusOr<StoredState> Load();
   // RESOURCE_EXHAUSTED when the disk is full.
   absl::Status Apply(const Change& change);
+  // All changes in one transaction, so that they cost one wait for the disk. If that fails, each is tried by
+  // itself.
+  std::vector<absl::Status> ApplyAll(const std::vector<Change>& changes) override;
 
  private:
   Store(std::string path, sqlite3* db);
@@ -36,7 +41,8 @@ class Store {
   absl::Status Prepare();
   absl::Status Execute(const char* sql);
   absl::Status Error(int code, const std::string& doing) const;
-  absl::Status ApplyInTransaction(const Change& change);
+  absl::Status ApplyInTransaction(const std::vector<Change>& changes);
+  absl::Status ApplyOne(const Change& change);
   absl::Status AddAppend(uint64_t session_id, const AppendRecord& append);
   absl::Status SetMeta(const char* key, uint64_t value);
 

@@ -44,6 +44,7 @@ class StoreTest : public testing::Test {
     spec.set_notes("line\nwith \"quotes\"");
     session.spec = *CompleteSpec(spec);
     session.created_unix_ms = 1234567890123;
+    session.placement = Placement::OfRanks(3, 64, 2);
     return session;
   }
 
@@ -72,6 +73,7 @@ TEST_F(StoreTest, KeepsEverythingOverARestart) {
   EXPECT_EQ(session.spec.SerializeAsString(), Session(3, "a").spec.SerializeAsString());
   EXPECT_THAT(session.appends, testing::ElementsAre(first, second));
   EXPECT_EQ(session.length(), 15);
+  EXPECT_EQ(session.placement, Placement::OfRanks(3, 64, 2));
   EXPECT_EQ(state->sessions[1].length(), 0);
 }
 
@@ -98,6 +100,71 @@ TEST_F(StoreTest, ARefusedChangeLeavesNothingBehind) {
   EXPECT_EQ(state->sessions.size(), 1);
   EXPECT_EQ(state->next_session_id, 2);
   EXPECT_TRUE(store->Apply(AppendCommitted{1, {0, 1, {}}}).ok());
+}
+
+TEST_F(StoreTest, ManyChangesAreWrittenTogetherAndABadOneFailsAlone) {
+  const auto store = Open();
+  const std::vector<absl::Status> statuses =
+      store->ApplyAll({EpochBegun{3}, SessionCreated{Session(1, "a")}, AppendCommitted{9, {0, 1, {}}},
+                       AppendCommitted{1, {0, 4, {}}}});
+  ASSERT_EQ(statuses.size(), 4);
+  EXPECT_TRUE(statuses[0].ok() && statuses[1].ok() && statuses[3].ok());
+  EXPECT_FALSE(statuses[2].ok());
+  for (const absl::Status& status : store->ApplyAll({EpochBegun{4}, AppendCommitted{1, {4, 2, {}}}})) {
+    EXPECT_TRUE(status.ok()) << status;
+  }
+  const auto state = store->Load();
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_EQ(state->epoch, 4);
+  EXPECT_EQ(state->sessions[0].length(), 6);
+}
+
+TEST_F(StoreTest, ASessionMayBePlacedAnew) {
+  const Placement other = [] {
+    Placement placement = Placement::OfRanks(2, 64, 1);
+    placement.version = 2;
+    return placement;
+  }();
+  {
+    const auto store = Open();
+    ASSERT_TRUE(store->Apply(SessionCreated{Session(1, "a")}).ok());
+    ASSERT_TRUE(store->Apply(SessionPlaced{1, other}).ok());
+    ASSERT_TRUE(store->Apply(SessionPlaced{7, other}).ok());  // It was erased meanwhile.
+  }
+  EXPECT_EQ(Open()->Load()->sessions[0].placement, other);
+}
+
+TEST_F(StoreTest, AClusterKeepsItsNumberAndOthersHaveAnother) {
+  const uint64_t cluster = Open()->Load()->cluster;
+  EXPECT_EQ(Open()->Load()->cluster, cluster);
+  EXPECT_NE((*Store::Open(""))->Load()->cluster, cluster);
+  EXPECT_NE((*Store::Open(""))->Load()->cluster, (*Store::Open(""))->Load()->cluster);
+}
+
+TEST_F(StoreTest, TakesOverTheFirstSchemaWithoutPlacements) {
+  std::filesystem::create_directories(dir_);
+  Sql("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;"
+      "CREATE TABLE sessions (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, spec BLOB NOT NULL,"
+      " created_unix_ms INTEGER NOT NULL);"
+      "CREATE TABLE appends (session_id INTEGER NOT NULL REFERENCES sessions (id) ON DELETE CASCADE,"
+      " at INTEGER NOT NULL, count INTEGER NOT NULL, digest_low INTEGER NOT NULL, digest_high INTEGER NOT "
+      "NULL,"
+      " PRIMARY KEY (session_id, at)) WITHOUT ROWID;"
+      "INSERT INTO meta VALUES ('epoch', 5), ('next_session_id', 8);"
+      "PRAGMA user_version = 1; PRAGMA application_id = 1164211554");
+  {
+    const auto store = Open();
+    ASSERT_NE(store, nullptr);
+    const auto state = store->Load();
+    ASSERT_TRUE(state.ok()) << state.status();
+    EXPECT_EQ(state->epoch, 5);
+    EXPECT_NE(state->cluster, 0);
+    ASSERT_TRUE(store->Apply(SessionCreated{Session(8, "new")}).ok());
+  }
+  Sql("UPDATE sessions SET placement = x''");
+  const auto state = Open()->Load();
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_TRUE(state->sessions[0].placement.nodes.empty());
 }
 
 TEST_F(StoreTest, LetsOnlyOneCoordinatorIn) {
@@ -140,7 +207,9 @@ TEST_F(StoreTest, RefusesRecordsThatMakeNoSense) {
   }
   Sql("INSERT INTO appends VALUES (1, 5, 5, 0, 0)");
   EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
-  Sql("DELETE FROM appends; UPDATE sessions SET spec = x'ff'");
+  Sql("DELETE FROM appends; UPDATE sessions SET placement = x'ff'");
+  EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
+  Sql("UPDATE sessions SET placement = x'', spec = x'ff'");
   EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
 }
 

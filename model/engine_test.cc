@@ -32,11 +32,14 @@ namespace {
 
 using testing::DenseAttention;
 using testing::Fixture;
+using testing::FixtureOptions;
 using ::testing::HasSubstr;
+using testing::JobOutcome;
 using testing::RandomModel;
 using testing::RandomOptions;
 using testing::RunGroup;
 using testing::SameBits;
+using testing::Session;
 using testing::ToString;
 
 double Error(const std::vector<float>& got, const std::vector<float>& wanted) {
@@ -94,10 +97,9 @@ TEST(ModelEngine, EveryPolicySeesExactlyItsKeysAtItsPositions) {
     }
     const int64_t asks_from = length - 20;
     const std::vector<int32_t> ids = f.Text(length, seed);
-    Context context = f.Open(options);
-    std::vector<float> got = f.Hidden(context, absl::MakeConstSpan(ids).subspan(0, asks_from), 64);
-    const std::vector<float> asked =
-        f.Hidden(context, absl::MakeConstSpan(ids).subspan(asks_from), 64, /*asks=*/true);
+    const Session session = f.Open(options);
+    std::vector<float> got = f.Hidden(session, absl::MakeConstSpan(ids).subspan(0, asks_from), 64);
+    const std::vector<float> asked = f.Score(session, absl::MakeConstSpan(ids).subspan(asks_from)).hidden;
     got.insert(got.end(), asked.begin(), asked.end());
 
     DenseAttention oracle = Oracle(f.random.config, options, asks_from);
@@ -118,15 +120,20 @@ TEST(ModelEngine, EveryPolicySeesExactlyItsKeysAtItsPositions) {
 
 TEST(ModelEngine, AnyChunkingGivesTheSameBits) {
   for (uint64_t seed = 100; seed < 116; ++seed) {
-    Fixture f(seed, seed % 2 == 0 ? DType::kBf16 : DType::kF32);
+    FixtureOptions how;
+    how.kv_dtype = seed % 2 == 0 ? DType::kBf16 : DType::kF32;
+    how.stripe_pages = 64;
+    how.chunk_rows = 1000;  // What is appended at once is one step.
+    Fixture f(seed, how);
     const ContextOptions options = RandomOptions(seed);
     SCOPED_TRACE(absl::StrCat(f.random.ToString(), " ", ToString(options)));
     const std::vector<int32_t> ids = f.Text(530, seed);
-    Context whole = f.Open(options);
+    const Session whole = f.Open(options);
     const std::vector<float> wanted = f.Hidden(whole, ids, ids.size());
+    ASSERT_EQ(wanted.size(), ids.size() * f.random.config.hidden_size);
     for (const size_t chunk : {size_t{1}, size_t{3}, size_t{100}, size_t{256}, size_t{257}}) {
-      Context context = f.Open(options);
-      ASSERT_TRUE(SameBits(f.Hidden(context, ids, chunk), wanted)) << "chunks of " << chunk;
+      const Session session = f.Open(options);
+      ASSERT_TRUE(SameBits(f.Hidden(session, ids, chunk), wanted)) << "chunks of " << chunk;
     }
   }
 }
@@ -134,52 +141,60 @@ TEST(ModelEngine, AnyChunkingGivesTheSameBits) {
 TEST(ModelEngine, ThreadsDoNotChangeABit) {
   for (uint64_t seed = 200; seed < 206; ++seed) {
     Fixture one(seed);
-    Fixture three(seed, DType::kF32, 3);
+    FixtureOptions how;
+    how.threads = 3;
+    Fixture three(seed, how);
     const std::vector<int32_t> ids = one.Text(300, seed);
-    Context a = one.Open();
-    Context b = three.Open();
+    const Session a = one.Open();
+    const Session b = three.Open();
     ASSERT_TRUE(SameBits(one.Hidden(a, ids, 200), three.Hidden(b, ids, 200))) << seed;
   }
 }
 
-// Contexts of every kind, going on together in random company.
-TEST(ModelEngine, AContextIsTheSameAloneAndInABatch) {
+// Sessions of every kind, which append, generate and score in random company.
+TEST(ModelEngine, ASessionIsTheSameAloneAndInABatch) {
   for (uint64_t seed = 300; seed < 308; ++seed) {
     Fixture f(seed);
     SCOPED_TRACE(f.random.ToString());
-    constexpr int kContexts = 5;
-    std::vector<Context> contexts;
-    std::vector<std::vector<int32_t>> texts;
-    std::vector<std::vector<float>> wanted;
-    for (int c = 0; c < kContexts; ++c) {
-      const ContextOptions options = RandomOptions(seed * kContexts + c);
-      texts.push_back(f.Text(290 + c, seed + c));
-      Context alone = f.Open(options);
-      wanted.push_back(f.Hidden(alone, texts.back(), 64));
-      contexts.push_back(f.Open(options));
+    constexpr uint64_t kSessions = 5;
+    constexpr size_t kJobs = 5;
+    const auto job = [&](uint64_t s, size_t n) -> JobRequest {
+      if (n == 0) return AppendJob{f.Text(90 + 40 * static_cast<int64_t>(s), seed + s), 0};
+      if (n == 2) return ScoreJob{f.Text(120, seed + s + 9), false};
+      if (n == 3) return AppendJob{f.Text(150, seed + s + 20), 90 + 40 * static_cast<int64_t>(s) + 70};
+      GenerateJob generate;
+      generate.max_tokens = n == 1 ? 70 : 20;
+      generate.sampling = {/*temperature=*/1, /*top_k=*/0, /*top_p=*/1, seed + s};
+      return generate;
+    };
+    std::vector<std::vector<JobOutcome>> wanted(kSessions);
+    std::vector<Session> sessions;
+    for (uint64_t s = 0; s < kSessions; ++s) {
+      const ContextOptions options = RandomOptions(seed * kSessions + s);
+      const Session alone = f.Open(options);
+      for (size_t n = 0; n < kJobs; ++n) wanted[s].push_back(f.jobs->Run(alone, job(s, n)));
+      sessions.push_back(f.Open(options));
     }
     std::mt19937_64 random(seed);
-    const auto width = static_cast<size_t>(f.random.config.hidden_size);
-    std::vector<size_t> done(kContexts);
-    for (bool more = true; more;) {
-      more = false;
-      std::vector<Turn> turns;
-      for (int c = 0; c < kContexts; ++c) {
-        const size_t left = texts[c].size() - done[c];
-        more |= left > 0;
-        const size_t count = std::min<size_t>(left, random() % 3 == 0 ? 0 : 1 + random() % 90);
-        if (count > 0) turns.push_back({&contexts[c], absl::MakeConstSpan(texts[c]).subspan(done[c], count)});
+    std::vector<uint64_t> under_way(kSessions);
+    std::vector<size_t> next(kSessions);
+    for (size_t ended = 0; ended < kSessions * kJobs;) {
+      for (uint64_t s = 0; s < kSessions; ++s) {
+        if (under_way[s] != 0 || next[s] == kJobs || random() % 3 != 0) continue;
+        under_way[s] = f.jobs->Start(sessions[s], job(s, next[s]));
       }
-      ASSERT_TRUE(f.engine->Step(turns).ok());
-      size_t row = 0;
-      for (const Turn& turn : turns) {
-        const size_t c = turn.context - contexts.data();
-        ASSERT_TRUE(
-            SameBits(f.engine->hidden().subspan(row * width, turn.ids.size() * width),
-                     absl::MakeConstSpan(wanted[c]).subspan(done[c] * width, turn.ids.size() * width)))
-            << "context " << c << " at " << done[c];
-        row += turn.ids.size();
-        done[c] += turn.ids.size();
+      if (f.jobs->busy()) {
+        ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
+      }
+      for (uint64_t s = 0; s < kSessions; ++s) {
+        if (under_way[s] == 0 || !f.jobs->OutcomeOf(under_way[s]).ended) continue;
+        const JobOutcome& got = f.jobs->OutcomeOf(std::exchange(under_way[s], 0));
+        const JobOutcome& alone = wanted[s][next[s]++];
+        ++ended;
+        ASSERT_TRUE(got.ok() && alone.ok()) << got.status() << alone.status();
+        ASSERT_EQ(got.result.digest, alone.result.digest) << "session " << s << " job " << next[s];
+        ASSERT_EQ(got.ids(), alone.ids());
+        ASSERT_TRUE(SameBits(got.result.log_probs, alone.result.log_probs));
       }
     }
   }
@@ -195,16 +210,17 @@ TEST(ModelEngine, AForkAndItsOriginalGoOnAsIfAlone) {
     std::vector<int32_t> other = text;
     for (int64_t i = split; i < split + 300; ++i) other[i] = (text[i] + 1) % f.random.config.vocab_size;
 
-    Context alone = f.Open(options);
-    const std::vector<float> wanted_text = f.Hidden(alone, text, 90);
-    alone = f.Open(options);
-    const std::vector<float> wanted_other = f.Hidden(alone, other, 90);
+    const auto alone = [&](const std::vector<int32_t>& ids) {
+      const Session session = f.Open(options);
+      return f.Hidden(session, ids, 90);
+    };
+    const std::vector<float> wanted_text = alone(text);
+    const std::vector<float> wanted_other = alone(other);
 
-    Context original = f.Open(options);
-    const auto begin = absl::MakeConstSpan(text).subspan(0, split);
-    f.Hidden(original, begin, 90);
+    const Session original = f.Open(options);
+    f.Hidden(original, absl::MakeConstSpan(text).subspan(0, split), 90);
     const int64_t used = f.store->used_bytes();
-    Context fork = original.Fork();
+    const Session fork = original.Fork();
     EXPECT_EQ(f.store->used_bytes(), used);
     const auto width = static_cast<size_t>(f.random.config.hidden_size);
     std::vector<float> got_text;
@@ -230,12 +246,16 @@ TEST(ModelEngine, AnyNumberOfWorkersGivesTheSameBits) {
       const auto part = [&](int64_t begin, int64_t count) {
         return absl::MakeConstSpan(ids).subspan(begin, count);
       };
-      Context context = f.Open(options);
-      std::vector<float> hidden = f.Hidden(context, part(0, 600), chunk);
-      Context fork = context.Fork();
+      const Session session = f.Open(options);
+      std::vector<float> hidden = f.Hidden(session, part(0, 600), chunk);
+      const Session fork = session.Fork();
+      const auto generate = [&](const Session& from, int64_t tokens) {
+        f.Generate(from, tokens);
+        return std::vector<float>(from.last().begin(), from.last().end());
+      };
       for (const auto& more :
-           {f.Hidden(context, part(600, 20), 1, true), f.Hidden(fork, part(700, 200), chunk),
-            f.Hidden(fork, part(650, 9), 3, true), f.Hidden(context, part(620, 50), chunk)}) {
+           {generate(session, 20), f.Hidden(fork, part(700, 200), chunk), f.Score(fork, part(650, 9)).hidden,
+            generate(fork, 9), f.Hidden(session, part(620, 50), chunk)}) {
         hidden.insert(hidden.end(), more.begin(), more.end());
       }
       return hidden;
@@ -244,7 +264,7 @@ TEST(ModelEngine, AnyNumberOfWorkersGivesTheSameBits) {
     const std::vector<float> wanted = run(alone, 170);
     for (const int size : {1, 2, 3, 4}) {
       RunGroup(size, [&](int rank, Communicator* communicator) {
-        Fixture f(seed, DType::kF32, 1, int64_t{256} << 20, communicator);
+        Fixture f(seed, {.group = communicator});
         EXPECT_TRUE(SameBits(run(f, 100), wanted)) << "rank " << rank << " of " << size;
       });
       if (HasFailure()) return;
@@ -254,12 +274,12 @@ TEST(ModelEngine, AnyNumberOfWorkersGivesTheSameBits) {
 
 // RunGroup over sockets.
 void RunGlooGroup(int size, const std::function<void(int, Communicator*)>& body) {
-  MapRendezvous board;
+  MapRendezvous rendezvous;
   std::vector<std::thread> threads;
   threads.reserve(size);
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
-      const auto communicator = ConnectGloo(rank, size, board, {}, absl::Now() + absl::Seconds(60));
+      const auto communicator = ConnectGloo(rank, size, rendezvous, {}, absl::Now() + absl::Seconds(60));
       ASSERT_TRUE(communicator.ok()) << communicator.status();
       body(rank, communicator->get());
     });
@@ -267,8 +287,9 @@ void RunGlooGroup(int size, const std::function<void(int, Communicator*)>& body)
   for (std::thread& thread : threads) thread.join();
 }
 
-// Contexts of every kind in one step: the sums of all those that see all keys come in one message a layer.
-TEST(ModelEngine, TheTurnsOfAStepShareTheirCollectives) {
+// Sessions of every kind generate in one step: the sums of all those that see all keys come in one message a
+// layer.
+TEST(ModelEngine, TheEntriesOfAStepShareTheirCollectives) {
   constexpr uint64_t kSeed = 3;
   constexpr int kSteps = 4;
   ModelConfig config = RandomModel::RandomConfig(kSeed);
@@ -282,47 +303,42 @@ TEST(ModelEngine, TheTurnsOfAStepShareTheirCollectives) {
   kinds[3] = {ContextPolicy::kStar, PositionMode::kAbsolute, 4, 40, 0};
   kinds[4].sink_tokens = 260;
   kinds[6].sink_tokens = 0;  // No sinks: everything takes the maximum path.
-  const auto new_fixture = [&](Communicator* communicator) {
-    return Fixture(RandomModel(config, DType::kF32, kSeed), DType::kF32, 1, int64_t{256} << 20, communicator);
-  };
+  GenerateJob generate;
+  generate.max_tokens = kSteps;
   // What has been read before differs in length, too.
   const auto open = [&](Fixture& f, size_t kind) {
-    Context context = f.Open(kinds[kind]);
-    EXPECT_TRUE(f.engine->Append(context, f.Text(200 + 90 * kind, kind)).ok());
-    return context;
+    Session session = f.Open(kinds[kind]);
+    f.Append(session, f.Text(200 + 90 * kind, kind));
+    return session;
   };
-  std::vector<std::vector<float>> wanted;
+  std::vector<JobOutcome> wanted;
   {
-    Fixture f = new_fixture(nullptr);
+    Fixture f(RandomModel(config, DType::kF32, kSeed));
     for (size_t kind = 0; kind < kinds.size(); ++kind) {
-      Context context = open(f, kind);
-      wanted.push_back(f.Hidden(context, f.Text(kSteps, 50 + kind), 1, true));
+      const Session session = open(f, kind);
+      wanted.push_back(f.Generate(session, generate));
     }
   }
-  const auto check = [&](int /*rank*/, Communicator* communicator) {
+  const auto check = [&](int rank, Communicator* communicator) {
     testing::CountingCommunicator counting(communicator);
-    Fixture f = new_fixture(&counting);
-    const auto width = static_cast<size_t>(config.hidden_size);
+    Fixture f(RandomModel(config, DType::kF32, kSeed), {.group = &counting});
     for (const size_t count : {kinds.size() - 1, kinds.size()}) {
-      std::vector<Context> contexts;
-      std::vector<std::vector<int32_t>> texts;
-      for (size_t kind = 0; kind < count; ++kind) {
-        contexts.push_back(open(f, kind));
-        texts.push_back(f.Text(kSteps, 50 + kind));
-      }
+      std::vector<Session> sessions;
+      std::vector<uint64_t> jobs;
+      for (size_t kind = 0; kind < count; ++kind) sessions.push_back(open(f, kind));
+      for (const Session& session : sessions) jobs.push_back(f.jobs->Start(session, generate));
       counting.TakeReductions();
       for (int step = 0; step < kSteps; ++step) {
-        std::vector<Turn> turns;
-        for (size_t kind = 0; kind < count; ++kind) {
-          turns.push_back({&contexts[kind], absl::MakeConstSpan(texts[kind]).subspan(step, 1), true});
-        }
-        ASSERT_TRUE(f.engine->Step(turns).ok());
+        ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
         // The step's own, and one for each of two layers; three where anything takes the maximum path.
         EXPECT_EQ(counting.TakeReductions(), count == kinds.size() ? 1 + 2 * 3 : 1 + 2);
-        for (size_t kind = 0; kind < count; ++kind) {
-          ASSERT_TRUE(SameBits(f.engine->hidden().subspan(kind * width, width),
-                               absl::MakeConstSpan(wanted[kind]).subspan(step * width, width)))
-              << "context " << kind << " at " << step;
+      }
+      for (size_t kind = 0; kind < count; ++kind) {
+        const JobOutcome& got = f.jobs->OutcomeOf(jobs[kind]);
+        ASSERT_TRUE(got.ok()) << got.status();
+        EXPECT_EQ(got.result.digest, wanted[kind].result.digest) << "session " << kind;
+        if (rank == 0) {
+          EXPECT_EQ(got.ids(), wanted[kind].ids());
         }
       }
     }
@@ -335,28 +351,17 @@ TEST(ModelEngine, TheTurnsOfAStepShareTheirCollectives) {
   }
 }
 
-// Tokens that rank `home` of the group chooses and computes, while the others follow; then all have them.
-std::vector<int32_t> GoOnAtHome(Fixture& f, Context& context, int64_t count, int home, Communicator& group) {
-  std::vector<int32_t> ids(count);
-  for (int32_t& id : ids) {
-    const Turn turn{&context, absl::MakeConstSpan(&id, 1), /*asks=*/true};
-    if (group.rank() == home) id = ChooseToken(*f.engine->NextLogits(context), {}, context.length()).id;
-    EXPECT_TRUE(f.engine->Prepare(turn).ok());
-    if (group.rank() != home) {
-      f.engine->Follow(context);
-    } else {
-      const absl::Status status = f.engine->StepPrepared({turn}, absl::Now() + absl::Seconds(60));
-      EXPECT_TRUE(status.ok()) << status;
-    }
-  }
-  if (group.rank() != home) ids.assign(count, -1);
-  const absl::Status status =
-      f.engine->HandOver(context, home, absl::MakeSpan(ids), absl::Now() + absl::Seconds(60));
-  EXPECT_TRUE(status.ok()) << status;
-  return ids;
+// Tokens that an owner rank of the group generates alone, greedily; then all ranks have them.
+std::vector<int32_t> GenerateOn(Fixture& f, const Session& session, int64_t count, int owner_rank) {
+  const int64_t begin = session.length();
+  GenerateJob job;
+  job.max_tokens = count;
+  job.owner_rank = owner_rank % f.jobs->group().size();
+  f.Generate(session, job);
+  return session.Ids(begin);
 }
 
-TEST(ModelEngine, WhatOneRankComputedAloneIsTheSameOnAllBehindTheHandOver) {
+TEST(ModelEngine, WhatOneRankGeneratedAloneIsTheSameOnAllRanksAfterwards) {
   int windowed_by_themselves = 0;
   for (uint64_t seed = 700; seed < 724; ++seed) {
     ContextOptions options = RandomOptions(seed);
@@ -372,34 +377,32 @@ TEST(ModelEngine, WhatOneRankComputedAloneIsTheSameOnAllBehindTheHandOver) {
     SCOPED_TRACE(absl::StrCat("seed ", seed, " ", ToString(options), " ", prompt, " + ", count));
     struct Answers {
       std::vector<int32_t> ids, more_ids, fork_ids;
-      std::vector<float> last, scores, hidden;
+      std::vector<float> last, hidden;
+      std::vector<uint64_t> scores;  // Digests.
       int64_t page_bytes = 0;
       bool operator==(const Answers&) const = default;
     };
     const auto run = [&](Communicator* group) {
-      Fixture f(RandomModel(config, DType::kF32, seed), DType::kF32, 1, int64_t{256} << 20, group);
-      const auto go_on = [&](Context& context, int64_t tokens, int home) {
-        return GoOnAtHome(f, context, tokens, home % group->size(), *group);
-      };
+      Fixture f(RandomModel(config, DType::kF32, seed), {.group = group});
+      const int owner = static_cast<int>(seed);
       Answers answers;
-      Context context = f.Open(options);
-      EXPECT_TRUE(context.windowed());
-      f.Hidden(context, f.Text(prompt, seed), 100);
-      const Context before = context.Fork();
-      answers.ids = go_on(context, count, static_cast<int>(seed));
-      answers.page_bytes = context.page_bytes();
-      answers.last.assign(context.last().begin(), context.last().end());
-      answers.scores = *f.engine->Score(context, f.Text(20, 2));
-      Context fork = context.Fork();
-      answers.hidden = f.Hidden(context, f.Text(30, 3), 100);
-      // Another home, and several hand-overs into one page.
-      answers.more_ids = go_on(context, 5, static_cast<int>(seed) + 1);
-      answers.fork_ids = go_on(fork, 3, static_cast<int>(seed) + 2);
-      const std::vector<int32_t> more = go_on(fork, 4, static_cast<int>(seed) + 2);
+      const Session session = f.Open(options);
+      EXPECT_TRUE(session.context().every_layer_sees_a_window());
+      f.Hidden(session, f.Text(prompt, seed), 100);
+      const Session before = session.Fork();
+      answers.ids = GenerateOn(f, session, count, owner);
+      answers.page_bytes = session.page_bytes();
+      answers.last.assign(session.last().begin(), session.last().end());
+      answers.scores.push_back(f.Score(session, f.Text(20, 2)).result.digest);
+      const Session fork = session.Fork();
+      answers.hidden = f.Hidden(session, f.Text(30, 3), 100);
+      // Another owner rank, and several generations into one page.
+      answers.more_ids = GenerateOn(f, session, 5, owner + 1);
+      answers.fork_ids = GenerateOn(f, fork, 3, owner + 2);
+      const std::vector<int32_t> more = GenerateOn(f, fork, 4, owner + 2);
       answers.fork_ids.insert(answers.fork_ids.end(), more.begin(), more.end());
-      // Who shared pages with what has gone on is as it was.
-      const std::vector<float> old_scores = *f.engine->Score(before, f.Text(10, 4));
-      answers.scores.insert(answers.scores.end(), old_scores.begin(), old_scores.end());
+      // A session that shared pages with one that has grown is as it was.
+      answers.scores.push_back(f.Score(before, f.Text(10, 4)).result.digest);
       return answers;
     };
     Answers wanted;
@@ -427,7 +430,7 @@ class MeasuringCommunicator final : public testing::ForwardingCommunicator {
 };
 
 // Nobody has counted the memory that they pass through.
-TEST(ModelEngine, AHandOverOfManyRowsGoesInMessagesOfSome) {
+TEST(ModelEngine, ManyRowsAreSharedInMessagesOfSome) {
   ModelConfig config = RandomModel::RandomConfig(1);
   config.layers.resize(1);
   ContextOptions options;
@@ -435,11 +438,11 @@ TEST(ModelEngine, AHandOverOfManyRowsGoesInMessagesOfSome) {
   options.window = 6000;
   config.layers[0].window = 0;
   const auto run = [&](Communicator* group) {
-    Fixture f(RandomModel(config, DType::kF32, 1), DType::kF32, 1, int64_t{256} << 20, group);
-    Context context = f.Open(options);
-    f.Hidden(context, f.Text(10), 10);
-    GoOnAtHome(f, context, 5000, group->size() - 1, *group);
-    return f.Hidden(context, f.Text(9), 9);
+    Fixture f(RandomModel(config, DType::kF32, 1), {.group = group});
+    const Session session = f.Open(options);
+    f.Hidden(session, f.Text(10), 10);
+    GenerateOn(f, session, 5000, group->size() - 1);
+    return f.Hidden(session, f.Text(9), 9);
   };
   std::vector<float> wanted;
   RunGroup(1, [&](int /*rank*/, Communicator* group) { wanted = run(group); });
@@ -450,42 +453,42 @@ TEST(ModelEngine, AHandOverOfManyRowsGoesInMessagesOfSome) {
   });
 }
 
-TEST(ModelEngine, AFollowedRowThatDidNotComeAboutLeavesNoTrace) {
+TEST(ModelEngine, ASkippedRowThatIsTakenBackLeavesNoTrace) {
   ContextOptions options;
   options.policy = ContextPolicy::kStreaming;
   options.sink_tokens = 0;
   options.window = 2;
   RunGroup(2, [&](int rank, Communicator* group) {
-    Fixture f(5, DType::kF32, 1, int64_t{256} << 20, group);
-    Context context = f.Open(options);
-    // Around the end of a page, which the row behind it does not see any more.
-    f.Hidden(context, f.Text(kPageRows), 100);
+    Fixture f(5, {.group = group});
+    const ModelEngine& engine = f.jobs->engine();
+    const Session session = f.Open(options);
+    Context& context = session.context();
+    // Around the end of a page, which the row after it does not see any more.
+    f.Hidden(session, f.Text(kPageRows), 100);
     for (int64_t length = kPageRows; length < kPageRows + 4; ++length) {
       const std::vector<int32_t> ids = {3};
       const int64_t bytes = context.page_bytes();
-      ASSERT_TRUE(f.engine->Prepare({&context, ids, true}).ok());
+      ASSERT_TRUE(engine.Prepare({&context, ids, true}).ok());
       if (rank == 0) {
-        f.engine->Unprepare(context);
+        engine.ReleaseReservation(context);
       } else {
-        f.engine->Follow(context);
-        ASSERT_TRUE(f.engine->Prepare({&context, ids, true}).ok());
-        f.engine->Unfollow(context);
+        engine.SkipRow(context);
+        ASSERT_TRUE(engine.Prepare({&context, ids, true}).ok());
+        engine.UnskipRow(context);
       }
       EXPECT_EQ(context.length(), length);
       EXPECT_EQ(context.page_bytes(), bytes);
-      GoOnAtHome(f, context, 1, /*home=*/0, *group);
+      GenerateOn(f, session, 1, /*owner_rank=*/0);
       int64_t difference = rank == 0 ? context.page_bytes() : -context.page_bytes();
       ASSERT_TRUE(group->SumI64(absl::MakeSpan(&difference, 1), absl::Now() + absl::Seconds(60)).ok());
       EXPECT_EQ(difference, 0);
     }
-    const std::vector<float> got = f.Hidden(context, f.Text(9), 9);
-    RunGroup(1, [&](int /*rank*/, Communicator* self) {
-      Fixture other(5, DType::kF32, 1, int64_t{256} << 20, self);
-      Context alone = other.Open(options);
-      other.Hidden(alone, other.Text(kPageRows), 100);
-      GoOnAtHome(other, alone, 4, 0, *self);
-      EXPECT_TRUE(SameBits(got, other.Hidden(alone, other.Text(9), 9)));
-    });
+    const std::vector<float> got = f.Hidden(session, f.Text(9), 9);
+    Fixture alone(5);
+    const Session other = alone.Open(options);
+    alone.Hidden(other, alone.Text(kPageRows), 100);
+    alone.Generate(other, 4);
+    EXPECT_TRUE(SameBits(got, alone.Hidden(other, alone.Text(9), 9)));
   });
 }
 
@@ -494,10 +497,10 @@ TEST(ModelEngine, WorkersShareThePagesOfLayersThatSeeAll) {
   config.layers.resize(1);
   config.layers[0].window = 0;
   const auto bytes_for = [&](Communicator* communicator) {
-    Fixture f(RandomModel(config, DType::kF32, 1), DType::kF32, 1, int64_t{256} << 20, communicator);
-    Context context = f.Open();
-    f.Hidden(context, f.Text(12 * kPageRows), 512);
-    return context.page_bytes();
+    Fixture f(RandomModel(config, DType::kF32, 1), {.group = communicator});
+    const Session session = f.Open();
+    f.Hidden(session, f.Text(12 * kPageRows), 512);
+    return session.page_bytes();
   };
   const int64_t page = bytes_for(nullptr) / 12;
   RunGroup(3, [&](int rank, Communicator* communicator) {
@@ -506,24 +509,34 @@ TEST(ModelEngine, WorkersShareThePagesOfLayersThatSeeAll) {
   });
 }
 
-TEST(ModelEngine, AWorkerWithoutRoomEndsTheStepForAllAndTheGroupLivesOn) {
+TEST(ModelEngine, AWorkerWithoutRoomEndsTheJobForAllAndTheGroupLivesOn) {
   ModelConfig config = RandomModel::RandomConfig(9);
   config.layers.resize(1);
   config.layers[0].window = 0;
   config.query_heads = 2;
   config.kv_heads = 1;
   RunGroup(3, [&](int rank, Communicator* communicator) {
-    Fixture f(RandomModel(config, DType::kF32, 9), DType::kF32, 1,
-              rank == 1 ? int64_t{1} << 18 : int64_t{1} << 26, communicator);
-    Context context = f.Open();
-    f.Hidden(context, f.Text(100), 100);
-    const absl::Status status = f.engine->Step({Turn{&context, f.Text(20'000)}});
-    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
-    EXPECT_THAT(std::string(status.message()),
-                HasSubstr(rank == 1 ? "bytes free" : "1 of the other workers"));
-    EXPECT_EQ(context.length(), 100);
-    f.Hidden(context, f.Text(100), 100);
-    EXPECT_EQ(context.length(), 200);
+    FixtureOptions how;
+    how.store_bytes = rank == 1 ? int64_t{1} << 18 : int64_t{1} << 26;
+    how.group = communicator;
+    Fixture f(RandomModel(config, DType::kF32, 9), how);
+    const Session session = f.Open();
+    f.Append(session, f.Text(100));
+    {
+      const Session large = f.Open();
+      const JobOutcome outcome = f.jobs->Append(large, f.Text(20'000));
+      EXPECT_EQ(outcome.status().code(), absl::StatusCode::kResourceExhausted) << outcome.status();
+      EXPECT_THAT(std::string(outcome.status().message()),
+                  HasSubstr(rank == 1 ? "bytes free" : "1 of the other workers"));
+      EXPECT_GT(outcome.result.done, 0);
+      EXPECT_EQ(large.length(), outcome.result.done);
+      int64_t sum = large.length();
+      ASSERT_TRUE(communicator->SumI64(absl::MakeSpan(&sum, 1), absl::Now() + absl::Seconds(60)).ok());
+      EXPECT_EQ(sum, 3 * large.length());
+      EXPECT_EQ(large.Ids(0).size(), static_cast<size_t>(large.length()));
+    }
+    f.Append(session, f.Text(100));
+    EXPECT_EQ(session.length(), 200);
   });
 }
 
@@ -533,205 +546,186 @@ TEST(ModelEngine, StreamingKeepsItsMemoryConstant) {
   options.policy = ContextPolicy::kStreaming;
   options.positions = PositionMode::kRolling;
   options.window = 300;
-  Context context = f.Open(options);
-  ASSERT_TRUE(f.engine->Append(context, f.Text(1000)).ok());
+  const Session session = f.Open(options);
+  f.Append(session, f.Text(1000));
   int64_t most = 0;
   for (int i = 0; i < 30; ++i) {
-    ASSERT_TRUE(f.engine->Append(context, f.Text(111, i)).ok());
+    f.Append(session, f.Text(111, i));
     most = std::max(most, f.store->used_bytes());
   }
-  EXPECT_EQ(context.length(), 4330);
+  EXPECT_EQ(session.length(), 4330);
   // A page of sinks, and what a window of 300 and a chunk of 100 can touch, in each layer.
   AttentionShape shape{f.random.config.query_heads, f.random.config.kv_heads, f.random.config.head_dim,
                        f.random.config.head_dim, DType::kF32};
   const auto layers = static_cast<int64_t>(f.random.config.layers.size());
   EXPECT_LE(most, 4 * layers * f.backend->PageBytes(shape));
-  EXPECT_EQ(f.store->used_bytes(), context.page_bytes());
+  EXPECT_EQ(f.store->used_bytes(), session.page_bytes());
 }
 
 TEST(ModelEngine, GreedyGenerationTakesTheLikeliestTokenAndItsLogProb) {
   Fixture f(5);
-  Context context = f.Open();
-  ASSERT_TRUE(f.engine->Append(context, f.Text(40)).ok());
-  Context again = context.Fork();
-  GenerateOptions options;
-  options.max_tokens = 30;
-  const auto generation = f.engine->Generate(context, options);
-  ASSERT_TRUE(generation.ok()) << generation.status();
-  ASSERT_EQ(generation->tokens.size(), 30U);
-  EXPECT_EQ(generation->reason, FinishReason::kLength);
-  EXPECT_EQ(context.length(), 70);
-  std::vector<int32_t> ids;
-  for (const TokenChoice& token : generation->tokens) {
-    const std::vector<float> logits = f.engine->NextLogits(again).value();
+  const Session session = f.Open();
+  f.Append(session, f.Text(40));
+  const Session again = session.Fork();
+  const Session prompt = session.Fork();
+  const JobOutcome generation = f.Generate(session, 30);
+  ASSERT_EQ(generation.tokens.size(), 30U);
+  EXPECT_EQ(generation.result.finish_reason, FinishReason::kLength);
+  EXPECT_EQ(session.length(), 70);
+  for (const TokenChoice& token : generation.tokens) {
+    const std::vector<float> logits = f.NextLogits(again).value();
     EXPECT_EQ(token.id, std::max_element(logits.begin(), logits.end()) - logits.begin());
-    f.Hidden(again, {token.id}, 1);
-    ids.push_back(token.id);
+    f.Append(again, {token.id});
   }
-  // Score says the same bits of the same tokens, and leaves the context as it is.
-  Context prompt = f.Open();
-  ASSERT_TRUE(f.engine->Append(prompt, f.Text(40)).ok());
-  const auto scores = f.engine->Score(prompt, ids);
-  ASSERT_TRUE(scores.ok()) << scores.status();
+  EXPECT_EQ(session.Ids(40), generation.ids());
+  // Score says the same bits of the same tokens, and leaves the session as it is.
+  const JobOutcome scores = f.Score(prompt, generation.ids());
   EXPECT_EQ(prompt.length(), 40);
-  for (size_t i = 0; i < ids.size(); ++i) EXPECT_EQ((*scores)[i], generation->tokens[i].log_prob);
+  ASSERT_EQ(scores.result.log_probs.size(), 30U);
+  for (size_t i = 0; i < 30; ++i) EXPECT_EQ(scores.result.log_probs[i], generation.tokens[i].log_prob);
 }
 
-TEST(ModelEngine, GenerationIsTheSameInOneCallAndInMany) {
+TEST(ModelEngine, GenerationIsTheSameInOneJobAndInMany) {
   Fixture f(6);
-  GenerateOptions options;
-  options.sampling = {/*temperature=*/1.5F, /*top_k=*/20, /*top_p=*/0.95F, /*seed=*/42};
-  Context whole = f.Open();
-  ASSERT_TRUE(f.engine->Append(whole, f.Text(10)).ok());
-  Context parts = whole.Fork();
-  Context other = whole.Fork();
-  options.max_tokens = 60;
-  const auto all = f.engine->Generate(whole, options);
-  ASSERT_TRUE(all.ok());
+  GenerateJob job;
+  job.sampling = {/*temperature=*/1.5F, /*top_k=*/20, /*top_p=*/0.95F, /*seed=*/42};
+  const Session whole = f.Open();
+  f.Append(whole, f.Text(10));
+  const Session parts = whole.Fork();
+  const Session other = whole.Fork();
+  job.max_tokens = 60;
+  const std::vector<int32_t> wanted = f.Generate(whole, job).ids();
   std::vector<int32_t> got;
-  for (const int count : {1, 0, 20, 39}) {
-    options.max_tokens = count;
-    const auto some = f.engine->Generate(parts, options);
-    ASSERT_TRUE(some.ok());
-    for (const TokenChoice& token : some->tokens) got.push_back(token.id);
+  for (const int count : {1, 20, 39}) {
+    job.max_tokens = count;
+    for (const int32_t id : f.Generate(parts, job).ids()) got.push_back(id);
   }
-  std::vector<int32_t> wanted;
-  for (const TokenChoice& token : all->tokens) wanted.push_back(token.id);
   EXPECT_EQ(got, wanted);
-  options.max_tokens = 60;
-  options.sampling.seed = 43;
-  const auto differently = f.engine->Generate(other, options);
-  ASSERT_TRUE(differently.ok());
-  std::vector<int32_t> others;
-  for (const TokenChoice& token : differently->tokens) others.push_back(token.id);
-  EXPECT_NE(others, wanted);
+  job.max_tokens = 60;
+  job.sampling.seed = 43;
+  EXPECT_NE(f.Generate(other, job).ids(), wanted);
 }
 
-TEST(ModelEngine, GenerationEndsAtStopTokensCallersAndDeadlines) {
+TEST(ModelEngine, GenerationEndsAtStopTokensAndWhenItIsCancelled) {
   Fixture f(6);
-  Context context = f.Open();
-  ASSERT_TRUE(f.engine->Append(context, f.Text(10)).ok());
-  GenerateOptions options;
-  options.max_tokens = 50;
-  options.sampling.temperature = 1;
-  Context first = context.Fork();
-  const auto all = f.engine->Generate(first, options);
-  ASSERT_TRUE(all.ok());
+  const Session session = f.Open();
+  f.Append(session, f.Text(10));
+  GenerateJob job;
+  job.max_tokens = 50;
+  job.sampling.temperature = 1;
+  const Session first = session.Fork();
+  const JobOutcome all = f.Generate(first, job);
 
-  options.stop_ids = {all->tokens[7].id};
-  Context second = context.Fork();
-  const auto stopped = f.engine->Generate(second, options);
-  ASSERT_TRUE(stopped.ok());
-  EXPECT_EQ(stopped->reason, FinishReason::kStop);
-  EXPECT_EQ(stopped->tokens.back().id, options.stop_ids[0]);
-  EXPECT_LE(stopped->tokens.size(), 8U);
-  EXPECT_EQ(second.length(), 10 + static_cast<int64_t>(stopped->tokens.size()));
+  job.stop_ids = {all.tokens[7].id};
+  const Session second = session.Fork();
+  const JobOutcome stopped = f.Generate(second, job);
+  EXPECT_EQ(stopped.result.finish_reason, FinishReason::kStop);
+  EXPECT_EQ(stopped.tokens.back().id, job.stop_ids[0]);
+  EXPECT_LE(stopped.tokens.size(), 8U);
+  EXPECT_EQ(second.length(), 10 + static_cast<int64_t>(stopped.tokens.size()));
 
-  options.stop_ids.clear();
-  int seen = 0;
-  options.on_token = [&](const TokenChoice&) { return ++seen < 5; };
-  Context third = context.Fork();
-  const auto cancelled = f.engine->Generate(third, options);
-  ASSERT_TRUE(cancelled.ok());
-  EXPECT_EQ(cancelled->reason, FinishReason::kCancelled);
-  EXPECT_EQ(cancelled->tokens.size(), 5U);
+  job.stop_ids.clear();
+  const Session third = session.Fork();
+  const uint64_t cancelled = f.jobs->Start(third, job);
+  for (int step = 0; step < 5; ++step) ASSERT_EQ(f.jobs->Step(), absl::OkStatus());
+  f.jobs->loop().Cancel(cancelled);
+  EXPECT_FALSE(f.jobs->busy());
+  EXPECT_TRUE(f.jobs->OutcomeOf(cancelled).result.cancelled);
+  EXPECT_EQ(f.jobs->OutcomeOf(cancelled).tokens.size(), 5U);
   EXPECT_EQ(third.length(), 15);
-
-  options.on_token = nullptr;
-  options.deadline = absl::InfinitePast();
-  Context fourth = context.Fork();
-  const auto late = f.engine->Generate(fourth, options);
-  ASSERT_TRUE(late.ok());
-  EXPECT_EQ(late->reason, FinishReason::kDeadline);
-  EXPECT_EQ(fourth.length(), 10);
 }
 
 TEST(ModelEngine, PooledStatesAreThoseOfThePositions) {
   Fixture f(8);
   const std::vector<int32_t> ids = f.Text(250);
-  Context context = f.Open();
-  const std::vector<float> hidden = f.Hidden(context, ids, ids.size());
+  const Session session = f.Open();
+  const std::vector<float> hidden = f.Hidden(session, ids, ids.size());
   const int64_t width = f.random.config.hidden_size;
   const std::vector<PositionRange> ranges = {{0, 1}, {3, 120}, {120, 121}, {249, 250}};
-  Context empty = f.Open();
-  const auto last = f.engine->Embed(empty, ids, ranges, Pool::kLast);
-  const auto mean = f.engine->Embed(empty, ids, ranges, Pool::kMean);
+  const auto embed = [&](std::vector<PositionRange> some, Pool pool) {
+    return f.jobs->Run(session, EmbedJob{std::move(some), pool});
+  };
+  const JobOutcome last = embed(ranges, Pool::kLast);
+  const JobOutcome mean = embed(ranges, Pool::kMean);
   ASSERT_TRUE(last.ok() && mean.ok());
-  EXPECT_EQ(empty.length(), 0);
+  EXPECT_EQ(session.length(), 250);
   for (size_t r = 0; r < ranges.size(); ++r) {
     for (int64_t c = 0; c < width; ++c) {
-      EXPECT_EQ((*last)[r * width + c], hidden[(ranges[r].end - 1) * width + c]);
+      EXPECT_EQ(last.result.vectors[r * width + c], hidden[(ranges[r].end - 1) * width + c]);
       double sum = 0;
       for (int64_t i = ranges[r].begin; i < ranges[r].end; ++i) sum += hidden[i * width + c];
       // (An element that cancels out keeps what is left of the others' size.)
       const double wanted = sum / static_cast<double>(ranges[r].size());
-      EXPECT_NEAR((*mean)[r * width + c], wanted, std::abs(wanted) * std::ldexp(1, -23) + 1e-12);
+      EXPECT_NEAR(mean.result.vectors[r * width + c], wanted, std::abs(wanted) * std::ldexp(1, -23) + 1e-12);
     }
   }
-  EXPECT_THAT(std::string(f.engine->Embed(empty, ids, {{5, 5}}, Pool::kMean).status().message()),
-              HasSubstr("range 0 is [5, 5)"));
-  EXPECT_THAT(std::string(f.engine->Embed(empty, ids, {{5, 9}, {8, 10}}, Pool::kMean).status().message()),
+  EXPECT_THAT(std::string(embed({{5, 5}}, Pool::kMean).status().message()), HasSubstr("range 0 is [5, 5)"));
+  EXPECT_THAT(std::string(embed({{5, 9}, {8, 10}}, Pool::kMean).status().message()),
               HasSubstr("range 1 is [8, 10)"));
-  EXPECT_THAT(std::string(f.engine->Embed(empty, ids, {{240, 260}}, Pool::kMean).status().message()),
-              HasSubstr("10 of its positions"));
+  EXPECT_EQ(embed({{240, 260}}, Pool::kMean).status().code(), absl::StatusCode::kOutOfRange);
 }
 
-TEST(ModelEngine, AStepThatFailsChangesNothing) {
+TEST(ModelEngine, AJobThatFailsKeepsWhatWasReadAndNothingElse) {
   ModelConfig config = RandomModel::RandomConfig(9);
   for (LayerConfig& layer : config.layers) layer.window = 0;  // Nothing is given back on the way.
-  Fixture f(RandomModel(config, DType::kF32, 9), DType::kF32, 1, int64_t{1} << 20);
+  FixtureOptions how;
+  how.store_bytes = int64_t{1} << 20;
+  Fixture f(RandomModel(config, DType::kF32, 9), how);
   const std::vector<int32_t> ids = f.Text(200);
-  Context context = f.Open();
-  f.Hidden(context, ids, 50);
-  Context judge = context.Fork();
-  const std::vector<float> wanted = f.Hidden(judge, f.Text(60, 2), 60);
-
+  const Session session = f.Open();
+  f.Hidden(session, ids, 50);
+  std::vector<float> wanted;
+  {
+    const Session judge = session.Fork();
+    wanted = f.Hidden(judge, f.Text(60, 2), 60);
+  }
   const int64_t used = f.store->used_bytes();
   std::vector<int32_t> bad = f.Text(400);
   bad[399] = static_cast<int32_t>(f.random.config.vocab_size);
-  const absl::Status unknown = f.engine->Step({Turn{&context, bad}});
+  const absl::Status unknown = f.jobs->Append(session, bad).status();
   EXPECT_EQ(unknown.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(unknown.message()), HasSubstr("token 399"));
   bad[399] = -1;
-  EXPECT_EQ(f.engine->Step({Turn{&context, bad}}).code(), absl::StatusCode::kInvalidArgument);
-  const absl::Status full = f.engine->Step({Turn{&context, f.Text(100'000)}});
-  EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(context.length(), 200);
-
+  EXPECT_EQ(f.jobs->Append(session, bad).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(session.length(), 200);
+  EXPECT_EQ(f.store->used_bytes(), used);
+  {
+    // A long append keeps as many tokens as it had memory for, and says how many.
+    const Session large = session.Fork();
+    const JobOutcome part = f.jobs->Append(large, f.Text(100'000));
+    EXPECT_EQ(part.status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_GT(part.result.done, 0);
+    EXPECT_EQ(part.result.length, 200 + part.result.done);
+    EXPECT_EQ(large.length(), part.result.length);
+    // (They share no page, because the first is not full.)
+    EXPECT_EQ(f.store->used_bytes(), large.page_bytes() + session.page_bytes());
+  }
   // Forks of what failed share nothing that is not filled.
-  Context fork = context.Fork();
+  const Session fork = session.Fork();
   EXPECT_TRUE(SameBits(f.Hidden(fork, f.Text(60, 2), 60), wanted));
-  EXPECT_TRUE(SameBits(f.Hidden(context, f.Text(60, 2), 60), wanted));
+  EXPECT_TRUE(SameBits(f.Hidden(session, f.Text(60, 2), 60), wanted));
   EXPECT_GE(f.store->used_bytes(), used);
-
-  // A long append says how far it came.
-  Context big = f.Open();
-  const absl::Status part = f.engine->Append(big, f.Text(100'000)).status();
-  EXPECT_EQ(part.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(part.message()),
-              HasSubstr(absl::StrCat(big.length(), " of which are in the context")));
-  EXPECT_GT(big.length(), 0);
 }
 
 TEST(ModelEngine, WeightsThatOverflowAreAnErrorNamingTheLayer) {
   RandomModel random(RandomModel::RandomConfig(4), DType::kF32, 4);
   auto* weight = static_cast<float*>(const_cast<void*>(random.weights.layers[0].k.weight.data));
   weight[0] = std::numeric_limits<float>::infinity();
-  Fixture f(std::move(random), DType::kF32, 1, int64_t{1} << 24);
-  Context context = f.Open();
-  const absl::Status status = f.engine->Append(context, f.Text(3)).status();
+  Fixture f(std::move(random));
+  const Session session = f.Open();
+  const absl::Status status = f.jobs->Append(session, f.Text(3)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()), HasSubstr("layer 0"));
-  EXPECT_EQ(context.length(), 0);
+  EXPECT_EQ(session.length(), 0);
   EXPECT_EQ(f.store->used_bytes(), 0);
 }
 
 TEST(ModelEngine, OptionsThatContradictAreRefusedByName) {
   Fixture f(4);
   const auto refused = [&](const ContextOptions& options) {
-    const auto context = f.engine->Open(options);
-    EXPECT_EQ(context.status().code(), absl::StatusCode::kInvalidArgument);
-    return std::string(context.status().message());
+    const auto session = f.jobs->Open(options);
+    EXPECT_EQ(session.status().code(), absl::StatusCode::kInvalidArgument);
+    return std::string(session.status().message());
   };
   ContextOptions options;
   options.sink_tokens = -1;
@@ -751,13 +745,12 @@ TEST(ModelEngine, OptionsThatContradictAreRefusedByName) {
   options.clamp = -3;
   EXPECT_THAT(refused(options), HasSubstr("clamp is -3"));
 
-  Context empty = f.Open();
-  EXPECT_EQ(f.engine->Generate(empty, {}).status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(f.engine->Score(empty, f.Text(2)).status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_TRUE(f.engine->Append(empty, {}).ok());
-  ContextAppendOptions late;
-  late.deadline = absl::InfinitePast();
-  EXPECT_EQ(f.engine->Append(empty, f.Text(2), late).status().code(), absl::StatusCode::kDeadlineExceeded);
+  const Session empty = f.Open();
+  GenerateJob generate;
+  generate.max_tokens = 1;
+  EXPECT_EQ(f.jobs->Run(empty, generate).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(f.jobs->Score(empty, f.Text(2)).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(f.jobs->Append(empty, {}).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 // The merge's unit for values comes from weights alone: no input may exceed it.

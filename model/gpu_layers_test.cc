@@ -1,4 +1,4 @@
-// A model whose layers are computed on a GPU: played on the host over a fake cuBLASLt, and on a GPU where
+// A model whose layers are computed on a GPU: emulated on the host over a fake cuBLASLt, and on a GPU where
 // there is one. Attention is a CPU's.
 
 #include <algorithm>
@@ -21,17 +21,18 @@ namespace eduba {
 namespace {
 
 using testing::Fixture;
+using testing::FixtureOptions;
 using testing::RandomModel;
 using testing::RandomOptions;
 using testing::RunGroup;
 using testing::SameBits;
+using testing::Session;
 using testing::ToString;
 
-constexpr int64_t kStoreBytes = int64_t{256} << 20;
 constexpr int64_t kDeviceBytes = int64_t{1} << 30;
 
-std::unique_ptr<LayerKernels> Played(std::shared_ptr<cuda::Device> device,
-                                     Activations activations = Activations::kF32) {
+std::unique_ptr<LayerKernels> OverEmulation(std::shared_ptr<cuda::Device> device,
+                                            Activations activations = Activations::kF32) {
   return *MakeCudaLayerKernelsWith(std::move(device), cuda::FakeCublasLtApi(), activations);
 }
 
@@ -52,10 +53,10 @@ class GpuLayers : public ::testing::TestWithParam<std::string> {
     }
   }
   static std::unique_ptr<LayerKernels> Make() {
-    return GetParam() == "cuda" ? *Real() : Played(cuda::MakeEmulatedDevice(kDeviceBytes));
+    return GetParam() == "cuda" ? *Real() : OverEmulation(cuda::MakeEmulatedDevice(kDeviceBytes));
   }
-  static Fixture OnGpu(uint64_t seed, Communicator* communicator = nullptr) {
-    return {RandomModel(seed), DType::kF32, 1, kStoreBytes, communicator, 1, Make()};
+  static Fixture OnGpu(uint64_t seed, const FixtureOptions& options = {}) {
+    return Fixture(RandomModel(seed), options, Make());
   }
 };
 INSTANTIATE_TEST_SUITE_P(All, GpuLayers, ::testing::Values("emulated", "cuda"),
@@ -80,13 +81,19 @@ TEST_P(GpuLayers, StatesAndLogitsAreNearACpus) {
     const ContextOptions options = RandomOptions(seed);
     SCOPED_TRACE(absl::StrCat(gpu.random.ToString(), " ", ToString(options)));
     const std::vector<int32_t> ids = cpu.Text(120, seed);
-    Context a = cpu.Open(options);
-    Context b = gpu.Open(options);
-    const std::vector<float> wanted = cpu.Hidden(a, ids, 50, /*asks=*/true);
-    const std::vector<float> got = gpu.Hidden(b, ids, 50, /*asks=*/true);
-    EXPECT_LE(Error(got, wanted), 1e-4);
-    const auto wanted_logits = cpu.engine->NextLogits(a);
-    const auto logits = gpu.engine->NextLogits(b);
+    const Session a = cpu.Open(options);
+    const Session b = gpu.Open(options);
+    // Some rows that are appended, and some that are asked.
+    const auto states = [&](Fixture& f, const Session& session) {
+      std::vector<float> hidden = f.Hidden(session, absl::MakeConstSpan(ids).first(70), 50);
+      const std::vector<float> asked = f.Score(session, absl::MakeConstSpan(ids).subspan(70)).hidden;
+      hidden.insert(hidden.end(), asked.begin(), asked.end());
+      return hidden;
+    };
+    const std::vector<float> wanted = states(cpu, a);
+    EXPECT_LE(Error(states(gpu, b), wanted), 1e-4);
+    const auto wanted_logits = cpu.NextLogits(a);
+    const auto logits = gpu.NextLogits(b);
     ASSERT_TRUE(wanted_logits.ok() && logits.ok()) << logits.status();
     EXPECT_LE(Error(*logits, *wanted_logits), 1e-4);
     if (HasFailure()) return;
@@ -95,45 +102,49 @@ TEST_P(GpuLayers, StatesAndLogitsAreNearACpus) {
 
 TEST_P(GpuLayers, AnyChunkingGivesTheSameBits) {
   for (uint64_t seed = 100; seed < 104; ++seed) {
-    Fixture f = OnGpu(seed);
+    FixtureOptions how;
+    how.stripe_pages = 64;
+    how.chunk_rows = 1000;  // What is appended at once is one step.
+    Fixture f = OnGpu(seed, how);
     const ContextOptions options = RandomOptions(seed);
     SCOPED_TRACE(absl::StrCat(f.random.ToString(), " ", ToString(options)));
     const std::vector<int32_t> ids = f.Text(70, seed);
-    Context whole = f.Open(options);
+    const Session whole = f.Open(options);
     const std::vector<float> wanted = f.Hidden(whole, ids, ids.size());
     for (const size_t chunk : {size_t{1}, size_t{3}, size_t{43}}) {
-      Context context = f.Open(options);
-      ASSERT_TRUE(SameBits(f.Hidden(context, ids, chunk), wanted)) << "chunks of " << chunk;
+      const Session session = f.Open(options);
+      ASSERT_TRUE(SameBits(f.Hidden(session, ids, chunk), wanted)) << "chunks of " << chunk;
     }
-    // More rows than memory was taken for.
-    Context beside = f.Open(options);
-    Context again = f.Open(options);
+    // More rows in a step than memory was taken for.
     const std::vector<int32_t> many = f.Text(Transformer::kReservedRows + 9, seed + 1);
-    ASSERT_TRUE(f.engine->Step({Turn{&beside, many, false}, Turn{&again, ids, false}}).ok());
-    ASSERT_TRUE(SameBits(f.engine->hidden().subspan(many.size() * f.random.config.hidden_size), wanted));
+    const Session large = f.Open(options);
+    const Session small = f.Open(options);
+    const std::vector<float> at_once = f.Hidden(large, many, many.size());
+    ASSERT_TRUE(SameBits(f.Hidden(small, many, 100), at_once));
   }
 }
 
-TEST_P(GpuLayers, WavesOfSeveralWorkersGiveTheBitsOfOne) {
+TEST_P(GpuLayers, PrefillsOfSeveralWorkersGiveTheBitsOfOne) {
   for (uint64_t seed = 200; seed < 203; ++seed) {
     const ContextOptions options = RandomOptions(seed);
     Fixture one = OnGpu(seed);
     const std::vector<int32_t> ids = one.Text(700, seed);
-    ContextAppendOptions append;
-    append.log_probs = true;
-    Context context = one.Open(options);
-    ASSERT_TRUE(one.engine->Append(context, absl::MakeConstSpan(ids).first(1)).ok());
-    const auto wanted = one.engine->Append(context, absl::MakeConstSpan(ids).subspan(1), append);
-    ASSERT_TRUE(wanted.ok()) << wanted.status();
+    const auto run = [&](Fixture& f, const Session& session) {
+      f.Append(session, absl::MakeConstSpan(ids).first(1));
+      const uint64_t digest = f.Score(session, absl::MakeConstSpan(ids).subspan(1)).result.digest;
+      f.Append(session, absl::MakeConstSpan(ids).subspan(1));
+      return digest;
+    };
+    const Session session = one.Open(options);
+    const uint64_t wanted = run(one, session);
     RunGroup(2, [&](int rank, Communicator* communicator) {
-      Fixture f = OnGpu(seed, communicator);
+      FixtureOptions how;
+      how.group = communicator;
+      Fixture f = OnGpu(seed, how);
       SCOPED_TRACE(absl::StrCat(f.random.ToString(), " ", ToString(options), " rank ", rank));
-      Context mine = f.Open(options);
-      ASSERT_TRUE(f.engine->Append(mine, absl::MakeConstSpan(ids).first(1)).ok());
-      const auto got = f.engine->Append(mine, absl::MakeConstSpan(ids).subspan(1), append);
-      ASSERT_TRUE(got.ok()) << got.status();
-      EXPECT_TRUE(SameBits(*got, *wanted));
-      EXPECT_TRUE(SameBits(mine.last(), context.last()));
+      const Session mine = f.Open(options);
+      EXPECT_EQ(run(f, mine), wanted);
+      EXPECT_TRUE(SameBits(mine.last(), session.last()));
     });
   }
 }
@@ -175,11 +186,11 @@ class Waits final : public LayerKernels {
 
 TEST_P(GpuLayers, AStepWaitsOnceALayer) {
   int count = 0;
-  Fixture f(RandomModel(1), DType::kF32, 1, kStoreBytes, nullptr, 1, std::make_unique<Waits>(Make(), &count));
-  Context context = f.Open();
+  Fixture f(RandomModel(1), {}, std::make_unique<Waits>(Make(), &count));
+  const Session session = f.Open();
   for (const int64_t rows : {1, 90}) {
     count = 0;
-    ASSERT_TRUE(f.engine->Step({Turn{&context, f.Text(rows), true}}).ok());
+    f.Append(session, f.Text(rows));
     EXPECT_EQ(count, static_cast<int>(f.random.config.layers.size()) + 1);
   }
 }
@@ -194,36 +205,37 @@ class BrokenGpuLayers : public ::testing::Test {
 TEST_F(BrokenGpuLayers, ADeviceThatFailsEndsTheStep) {
   for (const int calls : {0, 1, 5, 20, 40}) {
     std::shared_ptr<cuda::Device> device = cuda::MakeEmulatedDevice(kDeviceBytes);
-    Fixture f(RandomModel(2), DType::kF32, 1, kStoreBytes, nullptr, 1, Played(device));
-    Context context = f.Open();
+    Fixture f(RandomModel(2), {}, OverEmulation(device));
+    const Session session = f.Open();
     const std::vector<int32_t> ids = f.Text(5);
-    ASSERT_TRUE(f.engine->Step({Turn{&context, ids, true}}).ok());
+    f.Append(session, ids);
     cuda::BreakEmulatedDevice(*device, calls);
-    const absl::Status status = f.engine->Step({Turn{&context, ids, true}});
+    const absl::Status status = f.jobs->Append(session, ids).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << calls << ": " << status;
-    EXPECT_EQ(context.length(), 5);
-    EXPECT_EQ(f.engine->NextLogits(context).status().code(), absl::StatusCode::kUnavailable);
+    EXPECT_EQ(session.length(), 5);
+    EXPECT_EQ(f.NextLogits(session).status().code(), absl::StatusCode::kUnavailable);
   }
 }
 
-// A launch may find no memory: that step ends, and the next is computed.
-TEST_F(BrokenGpuLayers, ACallWithoutMemoryEndsItsStepAlone) {
+// A launch may find no memory: that ends the group, whose other ranks have computed the step, but neither the
+// device nor the session.
+TEST_F(BrokenGpuLayers, ACallWithoutMemoryEndsItsGroupAndTheSessionGoesOn) {
   std::shared_ptr<cuda::Device> device = cuda::MakeEmulatedDevice(kDeviceBytes);
-  Fixture f(RandomModel(2), DType::kF32, 1, kStoreBytes, nullptr, 1, Played(device));
-  const std::vector<int32_t> ids = f.Text(5);
-  Context whole = f.Open();
-  ASSERT_TRUE(f.engine->Step({Turn{&whole, ids, true}}).ok());
+  const std::vector<int32_t> ids = {1, 2, 3, 4, 5};
+  Fixture f(RandomModel(2), {}, OverEmulation(device));
+  const Session whole = f.Open();
+  f.Append(whole, ids);
   for (const int calls : {0, 1, 5, 20, 40}) {
     SCOPED_TRACE(calls);
-    Context context = f.Open();
+    const Session session = f.Open();
     cuda::ExhaustEmulatedDevice(*device, calls);
-    const absl::Status status = f.engine->Step({Turn{&context, ids, true}});
+    const absl::Status status = f.jobs->Append(session, ids).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
     EXPECT_EQ(device->health(), absl::OkStatus());
-    EXPECT_EQ(context.length(), 0);
-    const absl::Status again = f.engine->Step({Turn{&context, ids, true}});
-    ASSERT_EQ(again, absl::OkStatus());
-    EXPECT_TRUE(SameBits(context.last(), whole.last()));
+    EXPECT_EQ(session.length(), 0);
+    f.jobs->JoinGroupOfOne();
+    f.Append(session, ids);
+    EXPECT_TRUE(SameBits(session.last(), whole.last()));
   }
 }
 
@@ -232,7 +244,7 @@ TEST_F(BrokenGpuLayers, WhatDoesNotFitIsSaidAtTheStart) {
   int64_t refused = 0;
   absl::Status status;
   for (int64_t bytes = 50'000; bytes < kDeviceBytes; bytes += bytes / 4) {
-    const auto kernels = Played(cuda::MakeEmulatedDevice(bytes));
+    const auto kernels = OverEmulation(cuda::MakeEmulatedDevice(bytes));
     status = Transformer::Create(random.config, random.weights, kernels.get()).status();
     if (status.ok()) break;
     EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;

@@ -57,7 +57,7 @@ TEST(Pooler, PiecesAndRanksDoNotChangeABit) {
     whole.Add(0, rows, states.data());
     const std::vector<float> wanted = whole.Finish().value();
     for (uint64_t seed = 1; seed <= 20; ++seed) {
-      // Some alone, some as a wave of which each of three ranks has every third piece.
+      // Some alone, some as a prefill of which each of three ranks has every third piece.
       std::mt19937_64 random(seed);
       Pooler pooler = Pooler::Create(ranges, pool, kExponents).value();
       for (int64_t at = 0; at < rows;) {

@@ -21,20 +21,6 @@ std::array<PositionRange, 3> Needed(const WavePlan& plan, const LayerView& view,
 
 }  // namespace
 
-std::vector<PositionRange> Union(std::vector<PositionRange> ranges) {
-  std::sort(ranges.begin(), ranges.end(),
-            [](const PositionRange& a, const PositionRange& b) { return a.begin < b.begin; });
-  std::vector<PositionRange> apart;
-  for (const PositionRange& range : ranges) {
-    if (!apart.empty() && range.begin <= apart.back().end) {
-      apart.back().end = std::max(apart.back().end, range.end);
-    } else {
-      apart.push_back(range);
-    }
-  }
-  return apart;
-}
-
 std::optional<WavePlan> PlanWave(PositionRange left, int ranks, int64_t stripe_pages) {
   WavePlan plan;
   plan.slices.resize(ranks);

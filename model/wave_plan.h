@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/pages.h"
+#include "base/position_ranges.h"
 #include "model/kv_pages.h"
 #include "model/paged_attention.h"
 
@@ -26,9 +27,6 @@ struct WavePlan {
 
   bool operator==(const WavePlan&) const = default;
 };
-
-// What is in any of the ranges, ascending and apart.
-std::vector<PositionRange> Union(std::vector<PositionRange> ranges);
 
 // The next wave of an append that has positions `left` before it; none where two ranks would not get rows.
 std::optional<WavePlan> PlanWave(PositionRange left, int ranks, int64_t stripe_pages);

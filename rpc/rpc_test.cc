@@ -106,18 +106,18 @@ TEST(CompleteSpec, NamesTheFieldThatIsWrong) {
   expect_refused([](auto& s) { s.set_query_heads(1024), s.set_head_dim(1024); }, "query_heads * max");
 }
 
-TEST(IsWindowed, AsksThePolicyAndEveryLayer) {
+TEST(EveryLayerSeesAWindow, AsksThePolicyAndEveryLayer) {
   v1::SessionSpec spec;
   v1::Model model;
   model.add_layer_windows(5);
   spec.mutable_model()->set_policy(v1::MODEL_POLICY_STAR);
-  EXPECT_TRUE(IsWindowed(spec, model));
+  EXPECT_TRUE(EveryLayerSeesAWindow(spec, model));
   model.add_layer_windows(0);
-  EXPECT_FALSE(IsWindowed(spec, model));
+  EXPECT_FALSE(EveryLayerSeesAWindow(spec, model));
   spec.mutable_model()->set_policy(v1::MODEL_POLICY_MODEL);
-  EXPECT_FALSE(IsWindowed(spec, model));
+  EXPECT_FALSE(EveryLayerSeesAWindow(spec, model));
   spec.mutable_model()->set_policy(v1::MODEL_POLICY_STREAMING);
-  EXPECT_TRUE(IsWindowed(spec, model));
+  EXPECT_TRUE(EveryLayerSeesAWindow(spec, model));
 }
 
 TEST(SessionName, AllowsOnlyPlainNames) {

@@ -97,7 +97,7 @@ int64_t ModelSessionBytes(const v1::SessionSpec& spec, const v1::Model& model, i
   return positions * PositionBytes(spec);
 }
 
-bool IsWindowed(const v1::SessionSpec& spec, const v1::Model& model) {
+bool EveryLayerSeesAWindow(const v1::SessionSpec& spec, const v1::Model& model) {
   return spec.model().policy() == v1::MODEL_POLICY_STREAMING ||
          std::all_of(model.layer_windows().begin(), model.layer_windows().end(),
                      [](int64_t window) { return window > 0; });

@@ -38,9 +38,10 @@ v1::DType DTypeToProto(DType dtype);
 // REQUIRES: a completed spec.
 int64_t ModelSessionBytes(const v1::SessionSpec& spec, const v1::Model& model, int64_t length);
 
-// Of a model session: whether all rows see a window at most in every layer, besides token sinks. REQUIRES: as
-// above.
-bool IsWindowed(const v1::SessionSpec& spec, const v1::Model& model);
+// Of a model session: whether every layer lets a row see a window at most, besides token sinks. Only then may
+// one rank generate alone, without the keys of the others. Coordinator and workers both ask this function.
+// REQUIRES: as above.
+bool EveryLayerSeesAWindow(const v1::SessionSpec& spec, const v1::Model& model);
 
 // Bytes of one position of one layer, as stored: keys and values of all KV heads. REQUIRES: a completed spec.
 int64_t PositionBytes(const v1::SessionSpec& spec);

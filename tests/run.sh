@@ -61,7 +61,8 @@ run_tests dev -L 'unit|contract|cluster|golden' -LE slow
 
 # Where our own threads meet. Not what lives inside gRPC's: Debian's gRPC is not instrumented, and its hand-overs look like races.
 threaded=(base_test id_log_test page_store_test staged_append_test sharded_attention_test engine_test model_sessions_test local_communicator_test
-  gloo_communicator_test nccl_communicator_test communicator_contract_test wave_test)
+  gloo_communicator_test nccl_communicator_test communicator_contract_test
+  job_loop_test sequence_parallel_prefill_test)
 say "Sanitizers: tsan"
 cmake --preset tsan >/dev/null
 cmake --build --preset tsan -j "$jobs" --target "${threaded[@]}"

@@ -137,28 +137,46 @@ class Rank {
         model_(ServedModel::Load(folder, std::make_unique<CountingKernels>(&products_)).value()),
         group_(hub.Join(1, 1, rank, ranks, absl::Now() + absl::Seconds(30)).value()),
         counting_(group_.get()) {
-    ModelSessions::Options options;
-    options.backend = &backend_;
-    options.store = &store_;
-    options.model = model_.get();
-    options.group = &counting_;
-    options.epoch = 1;
-    options.chunk_rows = 50;
-    options.send = [this](const v1::WorkerMessage& message) { said_.push_back(message); };
-    sessions_ = std::make_unique<ModelSessions>(std::move(options));
+    ModelEngine::Options content = ModelContentOptions(&backend_, &store_, model_.get());
+    content.chunk_rows = 50;
+    content_ = std::make_unique<ModelContent>(content);
+    JoinGroup(1);
     Open(1);
     Open(2);
   }
 
-  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4,
-            v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) {
-    v1::SessionSpec spec;
+  // Begins a membership, whose commands count from 1.
+  void JoinGroup(uint64_t epoch) {
+    ModelSessions::Options options;
+    options.content = content_.get();
+    options.model = model_.get();
+    options.group = &counting_;
+    options.epoch = epoch;
+    options.node = Placement::OfRanks(group_->size()).nodes[group_->rank()];
+    options.send = [this](const v1::WorkerMessage& message) { said_.push_back(message); };
+    sessions_ = std::make_unique<ModelSessions>(std::move(options));
+  }
+  v1::OpenSession OpenRequest(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1,
+                              int64_t sink_tokens = 4,
+                              v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) const {
+    v1::OpenSession open;
+    open.set_session_id(id);
+    v1::SessionSpec& spec = *open.mutable_spec();
     spec.set_stripe_pages(stripe_pages);
     spec.mutable_model()->set_model_hash(model_->info().hash());
     spec.mutable_model()->set_sink_tokens(sink_tokens);
     if (window > 0) spec.mutable_model()->set_policy(policy);
     spec.mutable_model()->set_window(window);
-    EXPECT_TRUE(sessions_->Open(id, spec).ok());
+    v1::PagePlacement& placement = *open.mutable_placement();
+    placement.set_version(1);
+    for (const std::string& node : Placement::OfRanks(group_->size()).nodes) placement.add_nodes(node);
+    placement.set_replicas(1);
+    placement.set_stripe_pages(stripe_pages);
+    return open;
+  }
+  void Open(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1, int64_t sink_tokens = 4,
+            v1::ModelPolicy policy = v1::MODEL_POLICY_STREAMING) {
+    EXPECT_TRUE(sessions_->Open(OpenRequest(id, window, stripe_pages, sink_tokens, policy)).ok());
   }
   v1::Command NewCommand() {
     v1::Command command;
@@ -170,22 +188,24 @@ class Rank {
     v1::Command command = NewCommand();
     command.mutable_model_append()->set_session_id(session);
     command.mutable_model_append()->set_ids(ids.data(), ids.size() * 4);
+    // Appends of one session come one after another, and the coordinator knows how long it is.
+    command.mutable_model_append()->set_at(content_->Find(session).value()->ids.size());
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
   uint64_t Generate(uint64_t session, int64_t tokens, const std::vector<std::string>& stop = {},
-                    std::optional<int> home = {}) {
+                    std::optional<int> owner = {}) {
     v1::GenerateRequest request;
     request.set_max_tokens(tokens);
     for (const std::string& string : stop) request.add_stop_strings(string);
-    return Generate(session, request, home);
+    return Generate(session, request, owner);
   }
-  // `home`: modulo the ranks; none: all generate.
-  uint64_t Generate(uint64_t session, const v1::GenerateRequest& request, std::optional<int> home) {
+  // `owner`: the owner rank, modulo the ranks; none: all generate.
+  uint64_t Generate(uint64_t session, const v1::GenerateRequest& request, std::optional<int> owner) {
     v1::Command command = NewCommand();
     command.mutable_model_generate()->set_session_id(session);
     *command.mutable_model_generate()->mutable_request() = request;
-    if (home) command.mutable_model_generate()->set_owner_rank(*home % group_->size());
+    if (owner) command.mutable_model_generate()->set_owner_rank(*owner % group_->size());
     EXPECT_TRUE(sessions_->Start(command).ok());
     return ordinal_;
   }
@@ -268,6 +288,7 @@ class Rank {
   std::unique_ptr<Communicator> group_;
   testing::CountingCommunicator counting_;
   std::vector<v1::WorkerMessage> said_;
+  std::unique_ptr<ModelContent> content_;
   std::unique_ptr<ModelSessions> sessions_;
   uint64_t ordinal_ = 0;
 };
@@ -473,12 +494,12 @@ TEST_F(ModelSessionsTest, AStarSessionsScoreSeesAllKeys) {
 TEST_F(ModelSessionsTest, CommandsThatContradictTheSessionsAreRefused) {
   Append(1, {1, 2, 3});
   RunAll();
-  v1::SessionSpec spec;
-  spec.set_stripe_pages(1);
-  spec.mutable_model()->set_model_hash(model_->info().hash());
-  EXPECT_EQ(sessions_->Open(1, spec).code(), absl::StatusCode::kAlreadyExists);
-  spec.mutable_model()->set_model_hash(model_->info().hash() + 1);
-  EXPECT_EQ(sessions_->Open(3, spec).code(), absl::StatusCode::kFailedPrecondition);
+  v1::OpenSession open = OpenRequest(3);
+  open.mutable_spec()->mutable_model()->set_model_hash(model_->info().hash() + 1);
+  EXPECT_EQ(sessions_->Open(open).status().code(), absl::StatusCode::kFailedPrecondition);
+  open = OpenRequest(3);
+  open.mutable_placement()->set_nodes(0, "another node");
+  EXPECT_EQ(sessions_->Open(open).status().code(), absl::StatusCode::kInvalidArgument);
   v1::ForkSession fork;
   fork.set_session_id(1);
   fork.set_fork_id(2);
@@ -519,9 +540,11 @@ TEST_F(ModelSessionsTest, CommandsThatContradictTheSessionsAreRefused) {
            [&](auto& r) { r.set_top_p(1.5F); },
            [&](auto& r) { r.set_top_p(-0.5F); },
            [&](auto& r) { r.set_top_k(-1); },
+           [&](auto& r) { r.set_max_tokens(0); },
        }) {
     EXPECT_EQ(start([&](v1::Command& c) {
                 c.mutable_model_generate()->set_session_id(1);
+                c.mutable_model_generate()->mutable_request()->set_max_tokens(1);
                 change(*c.mutable_model_generate()->mutable_request());
               }),
               absl::StatusCode::kInvalidArgument);
@@ -546,6 +569,56 @@ TEST_F(ModelSessionsTest, AClosedSessionsJobsEnd) {
   sessions_->Close(1);
   EXPECT_EQ(ResultOf(append).code(), static_cast<int>(absl::StatusCode::kNotFound));
   EXPECT_EQ(store_.used_bytes(), 0);
+}
+
+TEST_F(ModelSessionsTest, SessionsOutliveTheMembershipAndAreFoundInTheNextOne) {
+  Append(1, {1, 2, 3});
+  Append(2, {4, 5});
+  RunAll();
+  const uint64_t wanted = Score(1, {7, 8, 9});
+  RunAll();
+  const std::string log_probs = ResultOf(wanted).model().log_probs();
+  sessions_->FailAll(absl::AbortedError("the epoch is over"));
+  JoinGroup(2);
+  v1::RetainSessions retain;
+  retain.add_session_ids(1);
+  sessions_->Retain(retain);
+  EXPECT_FALSE(sessions_->Holds(2));
+  const auto held = sessions_->Open(OpenRequest(1));
+  ASSERT_TRUE(held.ok()) << held.status();
+  EXPECT_EQ(held->length(), 3);
+  EXPECT_NE(held->digest_low(), 0U);
+  v1::Command command = NewCommand();
+  command.mutable_settle_session()->set_session_id(2);
+  EXPECT_FALSE(sessions_->IsJob(command));
+  for (const bool read_again : {false, true}) {
+    command = NewCommand();
+    command.mutable_settle_session()->set_session_id(1);
+    command.mutable_settle_session()->set_length(3);
+    command.mutable_settle_session()->set_read_again(read_again);
+    ASSERT_TRUE(sessions_->IsJob(command));
+    ASSERT_TRUE(sessions_->Start(command).ok());
+    RunAll();
+    EXPECT_EQ(ResultOf(ordinal_).code(), 0) << ResultOf(ordinal_).message();
+    EXPECT_EQ(ResultOf(ordinal_).epoch(), 2U);
+    EXPECT_EQ(ResultOf(ordinal_).model().done(), read_again ? 3 : 0);
+    const uint64_t score = Score(1, {7, 8, 9});
+    RunAll();
+    EXPECT_EQ(ResultOf(score).model().log_probs(), log_probs);
+  }
+  // What is there is compared, and the rest is read.
+  command = NewCommand();
+  const std::vector<int32_t> ids = {2, 3, 6};
+  command.mutable_model_append()->set_session_id(1);
+  command.mutable_model_append()->set_ids(ids.data(), ids.size() * 4);
+  command.mutable_model_append()->set_at(1);
+  ASSERT_TRUE(sessions_->Start(command).ok());
+  RunAll();
+  EXPECT_EQ(ResultOf(ordinal_).model().done(), 3);
+  EXPECT_EQ(ResultOf(ordinal_).model().already_stored(), 2);
+  EXPECT_EQ(ResultOf(ordinal_).model().length(), 4);
+  // Under another placement or spec it is another session.
+  EXPECT_EQ(sessions_->Open(OpenRequest(1, 0, /*stripe_pages=*/2))->length(), 0);
 }
 
 TEST(ServedModel, SaysWhichTokenizerItHas) {
@@ -615,7 +688,7 @@ TEST(ModelSessionsOfTwo, AStepSaysWhatRankZeroHasReceived) {
   });
 }
 
-TEST(ModelSessionsOfTwo, OnePromptAtATimeHoldsTheMemoryOfAWave) {
+TEST(ModelSessionsOfTwo, OnePromptAtATimeHoldsTheMemoryOfAPrefill) {
   OnTwoRanks([](Rank& rank) {
     for (const uint64_t id : {3, 4}) rank.Open(id, /*window=*/20, /*stripe_pages=*/8);
     rank.Append(3, std::vector<int32_t>(5000, 7));
@@ -661,7 +734,7 @@ TEST(ModelSessionsOfTwo, SessionsThatGenerateTogetherShareTheirCollectives) {
   });
 }
 
-TEST(ModelSessionsOfTwo, AJobThatIsCancelledInMidWaveLeavesTheSessionAsItWas) {
+TEST(ModelSessionsOfTwo, AJobThatIsCancelledInMidPrefillLeavesTheSessionAsItWas) {
   OnTwoRanks([](Rank& rank) {
     rank.Append(1, std::vector<int32_t>(300, 5));
     rank.RunAll();
@@ -691,7 +764,7 @@ TEST(ModelSessionsOfTwo, AJobWhoseArithmeticLeavesTheFiniteNumbersSaysHowFarItCa
     const uint64_t append = rank.Append(1, ids);
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(append).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
-    // Two pages as a wave; of the next one, the third rank-wise, nothing.
+    // Two pages by a prefill; of the next one nothing.
     EXPECT_EQ(rank.ResultOf(append).model().done(), 512);
     EXPECT_EQ(rank.ResultOf(append).model().length(), 512);
   });
@@ -725,7 +798,7 @@ TEST(ModelSessionsOfAny, AnAppendThatFailsHasReadAsMuchOnAnyNumberOfRanksAndSays
 
 // Whoever has no memory says so in a step; who has a broken device ends the group, with that error.
 TEST(ModelSessionsOfTwo, ABrokenDeviceIsNotAWantOfMemory) {
-  for (const int64_t length : {300, 1500}) {  // By a chunk, by a wave.
+  for (const int64_t length : {300, 1500}) {  // By a chunk, by a prefill.
     OnTwoRanks([&](Rank& rank) {
       rank.Append(1, std::vector<int32_t>(300, 5));
       rank.RunAll();
@@ -781,16 +854,16 @@ TEST(ModelSessionsOfTwo, AnEmbeddingNeedsMemoryForWhatItAnswers) {
   }
 }
 
-// A prompt of 5000 tokens goes by waves; then `ask` wants `done` tokens of another session, for which rank 1
+// A prompt of 5000 tokens is read by prefills; then `ask` wants `done` tokens of another session, for which rank 1
 // has nothing left in the second run.
-void ExpectThatWavesGiveWay(const std::function<uint64_t(Rank&)>& ask, int64_t done) {
-  const auto run = [&](Rank& rank, int64_t* used_in_wave) {
+void ExpectThatPrefillsGiveWay(const std::function<uint64_t(Rank&)>& ask, int64_t done) {
+  const auto run = [&](Rank& rank, int64_t* used_in_prefill) {
     rank.Open(3, /*window=*/20, /*stripe_pages=*/8);
     rank.Append(1, std::vector<int32_t>(250, 5));
     rank.RunAll();
     const uint64_t prompt = rank.Append(3, std::vector<int32_t>(5000, 7));
     ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
-    if (rank.group_->rank() == 1 && used_in_wave != nullptr) *used_in_wave = rank.store_.used_bytes();
+    if (rank.group_->rank() == 1 && used_in_prefill != nullptr) *used_in_prefill = rank.store_.used_bytes();
     const uint64_t asked = ask(rank);
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(asked).code(), 0) << rank.ResultOf(asked).message();
@@ -798,19 +871,19 @@ void ExpectThatWavesGiveWay(const std::function<uint64_t(Rank&)>& ask, int64_t d
     EXPECT_EQ(rank.ResultOf(prompt).code(), 0) << rank.ResultOf(prompt).message();
     EXPECT_EQ(rank.ResultOf(prompt).model().done(), 5000);
   };
-  int64_t used_in_wave = 0;
-  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_wave); });
-  OnTwoRanks([&](Rank& rank) { run(rank, nullptr); }, used_in_wave);
+  int64_t used_in_prefill = 0;
+  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_prefill); });
+  OnTwoRanks([&](Rank& rank) { run(rank, nullptr); }, used_in_prefill);
 }
 
 // It soon needs a page in each layer.
-TEST(ModelSessionsOfTwo, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
-  ExpectThatWavesGiveWay([](Rank& rank) { return rank.Generate(1, 30); }, 30);
+TEST(ModelSessionsOfTwo, PrefillsGiveWayToAGenerationThatNeedsTheirMemory) {
+  ExpectThatPrefillsGiveWay([](Rank& rank) { return rank.Generate(1, 30); }, 30);
 }
 
-// Its memory is taken when a wave has given way, not at the start alone.
-TEST(ModelSessionsOfTwo, WavesGiveWayToAnEmbeddingThatNeedsTheirMemory) {
-  ExpectThatWavesGiveWay([](Rank& rank) { return rank.Embed(1, 250); }, 250);
+// Its memory is taken when a prefill has given way, not at the start alone.
+TEST(ModelSessionsOfTwo, PrefillsGiveWayToAnEmbeddingThatNeedsTheirMemory) {
+  ExpectThatPrefillsGiveWay([](Rank& rank) { return rank.Embed(1, 250); }, 250);
 }
 
 // What a client hears of every job, and what all ranks must agree on.
@@ -847,17 +920,17 @@ std::map<uint64_t, std::string> Answers(const std::vector<std::vector<v1::Worker
   return answers;
 }
 
-// Runs body on one rank without homes, and then on 1 to 4 with them: the answers are the same.
+// Runs body on one rank without owner ranks, and then on 1 to 4 with them: the answers are the same.
 void ExpectAnswersOfOneRank(const std::function<void(Rank&, std::function<std::optional<int>(int)>)>& body,
                             Faults faults = Faults::kNone) {
   std::map<uint64_t, std::string> wanted;
   for (int ranks = 0; ranks <= 4; ++ranks) {
-    const auto home = [&](int any) { return ranks == 0 ? std::nullopt : std::optional(any); };
+    const auto owner = [&](int any) { return ranks == 0 ? std::nullopt : std::optional(any); };
     std::vector<std::vector<v1::WorkerMessage>> said(std::max(1, ranks));
     OnRanksWith(
         std::vector<int64_t>(said.size(), kPlenty),
         [&](Rank& rank) {
-          body(rank, home);
+          body(rank, owner);
           said[rank.group_->rank()] = rank.said_;
         },
         faults);
@@ -870,8 +943,8 @@ void ExpectAnswersOfOneRank(const std::function<void(Rank&, std::function<std::o
   }
 }
 
-TEST(ModelSessionsWithHomes, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
-  ExpectAnswersOfOneRank([](Rank& rank, const auto& home) {
+TEST(ModelSessionsWithOwnerRanks, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
+  ExpectAnswersOfOneRank([](Rank& rank, const auto& owner) {
     rank.Open(3, /*window=*/20);
     rank.Open(4, /*window=*/300);
     rank.Open(5, /*window=*/9, /*stripe_pages=*/1, /*sink_tokens=*/64);
@@ -883,18 +956,18 @@ TEST(ModelSessionsWithHomes, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
     v1::GenerateRequest request;
     request.set_max_tokens(30);
     request.set_sink_mass(true);
-    rank.Generate(3, request, home(0));
-    rank.Generate(5, request, home(1));
+    rank.Generate(3, request, owner(0));
+    rank.Generate(5, request, owner(1));
     rank.Generate(1, request, std::nullopt);  // Sees all keys.
     request.set_max_tokens(330);
     request.set_temperature(1);
     request.set_seed(4);
-    rank.Generate(4, request, home(1));
+    rank.Generate(4, request, owner(1));
     rank.RunSteps(3);
     rank.Append(2, std::vector<int32_t>(500, 3));  // A prompt beside them.
     rank.RunAll();
 
-    // The sessions are like any others behind it, for every rank.
+    // Afterwards the sessions are like any others, for every rank.
     rank.Fork(4, 14);
     rank.Fork(5, 15);
     rank.Score(3, {1, 2, 3, 4}, /*sink_mass=*/true);
@@ -904,7 +977,7 @@ TEST(ModelSessionsWithHomes, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
     rank.RunAll();
     request.set_max_tokens(50);
     for (const uint64_t session : {3, 4, 5, 14, 15}) {
-      rank.Generate(session, request, home(static_cast<int>(session)));
+      rank.Generate(session, request, owner(static_cast<int>(session)));
     }
     rank.RunAll();
     for (const uint64_t session : {1, 2, 3, 4, 5, 14, 15}) {
@@ -915,8 +988,8 @@ TEST(ModelSessionsWithHomes, ManyGenerationsAtOnceGiveTheAnswersOfOneRank) {
   });
 }
 
-TEST(ModelSessionsWithHomes, WhatIsReadByWavesGivesTheAnswersOfOneRank) {
-  ExpectAnswersOfOneRank([](Rank& rank, const auto& /*home*/) {
+TEST(ModelSessionsWithOwnerRanks, WhatPrefillsReadGivesTheAnswersOfOneRank) {
+  ExpectAnswersOfOneRank([](Rank& rank, const auto& /*owner*/) {
     std::vector<int32_t> ids(900);
     for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * i % 97);
     rank.Open(3, /*window=*/20, /*stripe_pages=*/1, /*sink_tokens=*/4, v1::MODEL_POLICY_STAR);
@@ -934,22 +1007,22 @@ TEST(ModelSessionsWithHomes, WhatIsReadByWavesGivesTheAnswersOfOneRank) {
   });
 }
 
-TEST(ModelSessionsWithHomes, OnlyTheHomeComputes) {
+TEST(ModelSessionsWithOwnerRanks, OnlyTheOwnerRankComputes) {
   OnRanks(3, [](Rank& rank) {
     rank.Open(3, /*window=*/20);
     rank.Append(3, {5, 6, 7});
     rank.RunAll();
     const int64_t before = rank.products_;
-    const uint64_t generation = rank.Generate(3, 40, {}, /*home=*/1);
+    const uint64_t generation = rank.Generate(3, 40, {}, /*owner=*/1);
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(generation).model().done(), 40);
-    const bool at_home = rank.group_->rank() == 1;
-    EXPECT_EQ(rank.products_ > before, at_home);
-    EXPECT_EQ(rank.TokensOf(generation), at_home ? 40 : 0);
+    const bool is_owner = rank.group_->rank() == 1;
+    EXPECT_EQ(rank.products_ > before, is_owner);
+    EXPECT_EQ(rank.TokensOf(generation), is_owner ? 40 : 0);
   });
 }
 
-TEST(ModelSessionsWithHomes, AHomeMustBeARankAndTheSessionOneOfWindows) {
+TEST(ModelSessionsWithOwnerRanks, AnOwnerRankMustBeARankAndTheSessionOneOfWindows) {
   OnTwoRanks([](Rank& rank) {
     rank.Open(3, /*window=*/20);
     for (const uint64_t session : {1, 3}) rank.Append(session, {5, 6, 7});
@@ -968,13 +1041,13 @@ TEST(ModelSessionsWithHomes, AHomeMustBeARankAndTheSessionOneOfWindows) {
   });
 }
 
-TEST(ModelSessionsWithHomes, ACancelledGenerationLeavesItsTokensWithAllRanks) {
+TEST(ModelSessionsWithOwnerRanks, ACancelledGenerationLeavesItsTokensWithAllRanks) {
   for (const int steps : {0, 1, 9}) {
-    ExpectAnswersOfOneRank([steps](Rank& rank, const auto& home) {
+    ExpectAnswersOfOneRank([steps](Rank& rank, const auto& owner) {
       rank.Open(3, /*window=*/6);
       rank.Append(3, {5, 6, 7});
       rank.RunAll();
-      const uint64_t generation = rank.Generate(3, 20, {}, home(1));
+      const uint64_t generation = rank.Generate(3, 20, {}, owner(1));
       rank.RunSteps(steps);
       rank.sessions_->Cancel(generation);
       rank.sessions_->Cancel(generation);
@@ -984,7 +1057,7 @@ TEST(ModelSessionsWithHomes, ACancelledGenerationLeavesItsTokensWithAllRanks) {
       rank.Score(3, {1, 2, 3});
       rank.RunAll();
       // One that has ended already, of which the others have not heard yet.
-      const uint64_t ended = rank.Generate(3, 4, {}, home(0));
+      const uint64_t ended = rank.Generate(3, 4, {}, owner(0));
       rank.RunSteps(4);
       rank.sessions_->Cancel(ended);
       rank.RunAll();
@@ -996,13 +1069,13 @@ TEST(ModelSessionsWithHomes, ACancelledGenerationLeavesItsTokensWithAllRanks) {
   }
 }
 
-TEST(ModelSessionsWithHomes, AClosedSessionsGenerationEndsWithNothing) {
+TEST(ModelSessionsWithOwnerRanks, AClosedSessionsGenerationEndsWithNothing) {
   OnRanks(3, [](Rank& rank) {
-    for (const int64_t tokens : {3, 100}) {  // It has ended at home, or not.
+    for (const int64_t tokens : {3, 100}) {  // It has ended on its owner rank, or not.
       rank.Open(3, /*window=*/20);
       rank.Append(3, {5, 6, 7});
       rank.RunAll();
-      const uint64_t generation = rank.Generate(3, tokens, {}, /*home=*/2);
+      const uint64_t generation = rank.Generate(3, tokens, {}, /*owner=*/2);
       rank.RunSteps(3);
       rank.sessions_->Close(3);
       EXPECT_FALSE(rank.sessions_->busy());
@@ -1013,7 +1086,7 @@ TEST(ModelSessionsWithHomes, AClosedSessionsGenerationEndsWithNothing) {
   });
 }
 
-TEST(ModelSessionsWithHomes, StopsEndIt) {
+TEST(ModelSessionsWithOwnerRanks, StopsEndIt) {
   std::string stop;
   OnRanks(1, [&](Rank& rank) {
     rank.Open(3, /*window=*/20);
@@ -1024,16 +1097,16 @@ TEST(ModelSessionsWithHomes, StopsEndIt) {
     const std::string text = rank.TextOf(whole);
     stop = text.substr(text.size() / 2 - 2, 4);
   });
-  ExpectAnswersOfOneRank([&](Rank& rank, const auto& home) {
+  ExpectAnswersOfOneRank([&](Rank& rank, const auto& owner) {
     rank.Open(3, /*window=*/20);
     rank.Append(3, {5, 6, 7});
     rank.RunAll();
     rank.Fork(3, 4);
-    const uint64_t by_string = rank.Generate(3, 12, {"never", stop}, home(2));
+    const uint64_t by_string = rank.Generate(3, 12, {"never", stop}, owner(2));
     v1::GenerateRequest request;
     request.set_max_tokens(12);
     for (int id = 0; id < 97; ++id) request.add_stop_ids(id);
-    const uint64_t by_id = rank.Generate(4, request, home(1));
+    const uint64_t by_id = rank.Generate(4, request, owner(1));
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(by_string).model().finish_reason(), v1::FINISH_REASON_STOP);
     EXPECT_LT(rank.ResultOf(by_string).model().done(), 12);
@@ -1046,8 +1119,8 @@ TEST(ModelSessionsWithHomes, StopsEndIt) {
   });
 }
 
-TEST(ModelSessionsWithHomes, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
-  const auto body = [](Rank& rank, const auto& home) {
+TEST(ModelSessionsWithOwnerRanks, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEndsAlone) {
+  const auto body = [](Rank& rank, const auto& owner) {
     for (const uint64_t session : {3, 4, 5}) {
       rank.Open(session, /*window=*/2);
       rank.Append(session, {5, 6, 7});
@@ -1058,18 +1131,18 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEnd
     request.set_max_tokens(1000);
     request.set_temperature(1e6F);  // Any token, the poison among them.
     request.set_seed(1);
-    const uint64_t poisoned = rank.Generate(3, request, home(1));
+    const uint64_t poisoned = rank.Generate(3, request, owner(1));
     v1::GenerateRequest plain;
     plain.set_max_tokens(20);
     plain.set_sink_mass(true);
-    const uint64_t same_home = rank.Generate(4, plain, home(1));
-    const uint64_t other_home = rank.Generate(5, plain, home(0));
+    const uint64_t same_owner = rank.Generate(4, plain, owner(1));
+    const uint64_t other_owner = rank.Generate(5, plain, owner(0));
     const uint64_t everywhere = rank.Generate(1, plain, std::nullopt);
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(poisoned).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
     EXPECT_GT(rank.ResultOf(poisoned).model().done(), 0);
     EXPECT_LT(rank.ResultOf(poisoned).model().done(), 20);
-    for (const uint64_t job : {same_home, other_home, everywhere}) {
+    for (const uint64_t job : {same_owner, other_owner, everywhere}) {
       EXPECT_EQ(rank.ResultOf(job).code(), 0)
           << rank.ResultOf(job).message() << " " << rank.ResultOf(job).model().done();
     }
@@ -1079,13 +1152,13 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseArithmeticLeavesTheFiniteNumbersEnd
     rank.Score(3, {1, 2, 3});
     rank.RunAll();
   };
-  // Ahead of all messages, and between those that the ranks make together.
+  // Before all messages, and between those that the ranks exchange.
   for (const Faults faults : {Faults::kPoison, Faults::kLayerOverflows}) ExpectAnswersOfOneRank(body, faults);
 }
 
-TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) {
+TEST(ModelSessionsWithOwnerRanks, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) {
   ExpectAnswersOfOneRank(
-      [](Rank& rank, const auto& home) {
+      [](Rank& rank, const auto& owner) {
         rank.Open(3, /*window=*/2);
         rank.Append(3, {5, 6, 7});
         rank.RunAll();
@@ -1094,7 +1167,7 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) 
         request.set_max_tokens(50);
         request.set_temperature(1e6F);
         request.set_seed(2);
-        const uint64_t failed = rank.Generate(3, request, home(1));
+        const uint64_t failed = rank.Generate(3, request, owner(1));
         rank.RunAll();
         EXPECT_EQ(rank.ResultOf(failed).code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
         EXPECT_GT(rank.ResultOf(failed).model().done(), 1);
@@ -1104,9 +1177,9 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) 
         // One that ended there, or was cancelled there, does not hear of it.
         const int64_t done = rank.ResultOf(failed).model().done();
         request.set_max_tokens(done);
-        const uint64_t ended = rank.Generate(4, request, home(1));
+        const uint64_t ended = rank.Generate(4, request, owner(1));
         request.set_max_tokens(50);
-        const uint64_t cancelled = rank.Generate(5, request, home(1));
+        const uint64_t cancelled = rank.Generate(5, request, owner(1));
         rank.RunSteps(static_cast<int>(done));
         rank.sessions_->Cancel(cancelled);
         rank.RunAll();
@@ -1122,12 +1195,12 @@ TEST(ModelSessionsWithHomes, AGenerationWhoseLogitsAreNotFiniteKeepsItsLastRow) 
       Faults::kHeadOverflows);
 }
 
-TEST(ModelSessionsWithHomes, ADeviceThatFailsInAHandOverEndsTheGroup) {
+TEST(ModelSessionsWithOwnerRanks, ADeviceThatFailsWhileRowsAreSharedEndsTheGroup) {
   OnTwoRanks([](Rank& rank) {
     rank.Open(3, /*window=*/20);
     rank.Append(3, {5, 6, 7});
     rank.RunAll();
-    rank.Generate(3, 4, {}, /*home=*/1);
+    rank.Generate(3, 4, {}, /*owner=*/1);
     rank.RunSteps(4);
     rank.backend_.broken = rank.group_->rank() == 1;
     const absl::Status status = rank.sessions_->Step(rank.ordinal_).status();
@@ -1135,20 +1208,20 @@ TEST(ModelSessionsWithHomes, ADeviceThatFailsInAHandOverEndsTheGroup) {
   });
 }
 
-TEST(ModelSessionsWithHomes, OneThatAnyRankHasNoMemoryForEndsWithWhatItHas) {
-  const auto run = [](Rank& rank, int home, int64_t* used) {
+TEST(ModelSessionsWithOwnerRanks, OneThatAnyRankHasNoMemoryForEndsWithWhatItHas) {
+  const auto run = [](Rank& rank, int owner, int64_t* used) {
     rank.Open(3, /*window=*/5000);
     rank.Append(1, {1, 2, 3});
     rank.Append(3, std::vector<int32_t>(250, 5));
     rank.RunAll();
     if (used != nullptr) *used = rank.store_.used_bytes();
-    const uint64_t generation = rank.Generate(3, 20, {}, home);
+    const uint64_t generation = rank.Generate(3, 20, {}, owner);
     rank.RunAll();
     if (used != nullptr) return;
     EXPECT_EQ(rank.ResultOf(generation).code(), static_cast<int>(absl::StatusCode::kResourceExhausted));
     EXPECT_EQ(rank.ResultOf(generation).model().done(), 6);
     rank.sessions_->Close(1);
-    const uint64_t more = rank.Generate(3, 14, {}, home + 1);
+    const uint64_t more = rank.Generate(3, 14, {}, owner + 1);
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(more).code(), 0) << rank.ResultOf(more).message();
     EXPECT_EQ(rank.ResultOf(more).model().length(), 270);
@@ -1159,39 +1232,39 @@ TEST(ModelSessionsWithHomes, OneThatAnyRankHasNoMemoryForEndsWithWhatItHas) {
     run(rank, 0, &used);
     wanted = rank.IdsOf(rank.ordinal_);
   });
-  for (const int home : {0, 1}) {
+  for (const int owner : {0, 1}) {
     for (const std::vector<int64_t>& memory : {std::vector{used, kPlenty}, std::vector{kPlenty, used}}) {
       std::vector<std::string> first(2);
       std::vector<std::string> second(2);
       OnRanksWith(memory, [&](Rank& rank) {
-        run(rank, home, nullptr);
+        run(rank, owner, nullptr);
         first[rank.group_->rank()] = rank.IdsOf(rank.ordinal_ - 1);
         second[rank.group_->rank()] = rank.IdsOf(rank.ordinal_);
       });
-      EXPECT_EQ(first[home] + second[1 - home], wanted);
-      EXPECT_EQ(first[1 - home] + second[home], "");
+      EXPECT_EQ(first[owner] + second[1 - owner], wanted);
+      EXPECT_EQ(first[1 - owner] + second[owner], "");
     }
   }
 }
 
-TEST(ModelSessionsWithHomes, WavesGiveWayToAGenerationThatNeedsTheirMemory) {
-  const auto run = [](Rank& rank, int64_t* used_in_wave) {
+TEST(ModelSessionsWithOwnerRanks, PrefillsGiveWayToAGenerationThatNeedsTheirMemory) {
+  const auto run = [](Rank& rank, int64_t* used_in_prefill) {
     rank.Open(3, /*window=*/20, /*stripe_pages=*/8);
     rank.Open(4, /*window=*/5000);
     rank.Append(4, std::vector<int32_t>(250, 5));
     rank.RunAll();
     const uint64_t prompt = rank.Append(3, std::vector<int32_t>(5000, 7));
     ASSERT_TRUE(rank.sessions_->Step(rank.ordinal_).ok());
-    if (rank.group_->rank() == 1 && used_in_wave != nullptr) *used_in_wave = rank.store_.used_bytes();
-    const uint64_t generation = rank.Generate(4, 30, {}, /*home=*/0);
+    if (rank.group_->rank() == 1 && used_in_prefill != nullptr) *used_in_prefill = rank.store_.used_bytes();
+    const uint64_t generation = rank.Generate(4, 30, {}, /*owner=*/0);
     rank.RunAll();
     EXPECT_EQ(rank.ResultOf(generation).code(), 0) << rank.ResultOf(generation).message();
     EXPECT_EQ(rank.ResultOf(generation).model().done(), 30);
     EXPECT_EQ(rank.ResultOf(prompt).model().done(), 5000);
   };
-  int64_t used_in_wave = 0;
-  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_wave); });
-  OnRanksWith({kPlenty, used_in_wave}, [&](Rank& rank) { run(rank, nullptr); });
+  int64_t used_in_prefill = 0;
+  OnTwoRanks([&](Rank& rank) { run(rank, &used_in_prefill); });
+  OnRanksWith({kPlenty, used_in_prefill}, [&](Rank& rank) { run(rank, nullptr); });
 }
 
 }  // namespace

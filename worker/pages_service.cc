@@ -17,20 +17,20 @@ PagesService::PagesService() {
           this));
 }
 
-void PagesService::SetEngine(std::shared_ptr<Engine> engine) {
+void PagesService::SetCommandLoop(std::shared_ptr<CommandLoop> loop) {
   const std::scoped_lock lock(mutex_);
-  engine_ = std::move(engine);
+  loop_ = std::move(loop);
 }
 
 grpc::Status PagesService::UploadEncoded(grpc::ServerContext* context,
                                          grpc::ServerReader<grpc::ByteBuffer>* reader,
                                          v1::UploadResponse* response) {
-  std::shared_ptr<Engine> engine;
+  std::shared_ptr<CommandLoop> loop;
   {
     const std::scoped_lock lock(mutex_);
-    engine = engine_;
+    loop = loop_;
   }
-  if (engine == nullptr) {
+  if (loop == nullptr) {
     return ToGrpc(absl::UnavailableError("this worker is in no group at the moment; plan the append again"));
   }
   grpc::ByteBuffer bytes;
@@ -38,7 +38,7 @@ grpc::Status PagesService::UploadEncoded(grpc::ServerContext* context,
   int64_t positions = 0;
   while (reader->Read(&bytes)) {
     absl::Status status = Decode(&bytes, &request);
-    if (status.ok()) status = engine->Upload(request);
+    if (status.ok()) status = loop->Upload(request);
     if (!status.ok()) return ToGrpc(status);
     positions += request.count();
   }

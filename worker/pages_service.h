@@ -8,17 +8,17 @@
 #include "grpcpp/server_context.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/sync_stream.h"
-#include "worker/engine.h"
+#include "worker/command_loop.h"
 
 namespace eduba {
 
-// The door of the bulk path: messages of an upload go to the engine's staged appends.
+// The door of the bulk path: messages of an upload go to the worker's staged appends.
 class PagesService final : public v1::Pages::Service {
  public:
   PagesService();
 
   // Where uploads go from now on; null: nowhere (UNAVAILABLE).
-  void SetEngine(std::shared_ptr<Engine> engine);
+  void SetCommandLoop(std::shared_ptr<CommandLoop> loop);
 
  private:
   // Upload, its messages still encoded (rpc/raw.h says why).
@@ -26,7 +26,7 @@ class PagesService final : public v1::Pages::Service {
                              v1::UploadResponse* response);
 
   std::mutex mutex_;
-  std::shared_ptr<Engine> engine_;  // Guarded by mutex_.
+  std::shared_ptr<CommandLoop> loop_;  // Guarded by mutex_.
 };
 
 }  // namespace eduba

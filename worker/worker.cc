@@ -3,11 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/log.h"
@@ -27,6 +25,7 @@
 #include "rpc/channel.h"
 #include "rpc/limits.h"
 #include "rpc/status.h"
+#include "worker/command_loop.h"
 #include "worker/rendezvous_client.h"
 
 namespace eduba {
@@ -89,11 +88,6 @@ absl::StatusOr<std::unique_ptr<LayerKernels>> MakeLayerKernels(const Worker::Opt
   return MakeCpuLayerKernels(options.threads, options.activations);
 }
 
-std::string RandomName() {
-  std::random_device random;
-  return absl::StrFormat("%08x%08x", random(), random());
-}
-
 // This machine's name, for an address that others can use where we listen on all interfaces.
 std::string MachineName() {
   char name[256] = {};
@@ -107,7 +101,7 @@ std::string WithoutBrackets(const std::string& host) {
   return host;
 }
 
-// A Join stream that the engine, the heartbeat and the reader share.
+// A Join stream that the command loop, the heartbeat and the reader share.
 class Uplink {
  public:
   using Stream = grpc::ClientReaderWriterInterface<v1::WorkerMessage, v1::GroupMessage>;
@@ -115,53 +109,64 @@ class Uplink {
 
   // False when the stream is broken; its reader finds out why.
   bool Send(const v1::WorkerMessage& message) {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     return stream_->Write(message);
   }
 
  private:
-  std::mutex mutex_;
-  Stream* const stream_;
+  Mutex mutex_;
+  Stream* const stream_ ABSL_PT_GUARDED_BY(mutex_);  // For writes; its reader is one thread.
 };
 
-// Sends a heartbeat each interval from a thread of its own, whatever the engine is busy with.
+// Sends a heartbeat each interval from a thread of its own, whatever the command loop is busy with.
 class Heart {
  public:
-  // `goes_on` is asked before each beat; false ends them.
-  Heart(Uplink& uplink, const PageStore& store, Engine& engine, std::function<bool()> goes_on)
-      : goes_on_(std::move(goes_on)),
-        thread_([this, &uplink, &store, &engine] { Beat(uplink, store, engine); }) {}
+  // `goes_on` is asked before each beat; false ends them. All outlive the heart.
+  Heart(Uplink* uplink, const PageStore* store, TensorContent* tensors, std::function<bool()> goes_on)
+      : uplink_(uplink), store_(store), tensors_(tensors), goes_on_(std::move(goes_on)), thread_([this] {
+          Run();
+        }) {}
   ~Heart() {
     {
-      const std::scoped_lock lock(mutex_);
+      const MutexLock lock(mutex_);
       stopping_ = true;
-      changed_.notify_one();
+      changed_.NotifyOne();
     }
     thread_.join();
   }
 
  private:
-  void Beat(Uplink& uplink, const PageStore& store, Engine& engine) {
-    std::unique_lock lock(mutex_);
-    while (!stopping_) {
-      lock.unlock();
-      if (!goes_on_()) return;
-      v1::WorkerMessage message;
-      message.mutable_heartbeat()->set_memory_used_bytes(store.used_bytes());
-      for (const uint64_t append : engine.TakeTouchedAppends()) {
-        message.mutable_heartbeat()->add_appends(append);
-      }
-      const bool sent = uplink.Send(message);
-      lock.lock();
-      if (!sent) return;
-      changed_.wait_for(lock, std::chrono::milliseconds(kHeartbeatIntervalMs), [this] { return stopping_; });
+  void Run() {
+    while (goes_on_() && Beat() && AwaitNextBeat()) {
     }
   }
 
+  // False: the stream is broken.
+  bool Beat() {
+    v1::WorkerMessage message;
+    message.mutable_heartbeat()->set_memory_used_bytes(store_->used_bytes());
+    for (const uint64_t append : tensors_->TakeTouchedAppends()) {
+      message.mutable_heartbeat()->add_appends(append);
+    }
+    return uplink_->Send(message);
+  }
+
+  // False: there is to be none.
+  bool AwaitNextBeat() {
+    const auto time = std::chrono::steady_clock::now() + std::chrono::milliseconds(kHeartbeatIntervalMs);
+    const MutexLock lock(mutex_);
+    while (!stopping_ && changed_.WaitUntil(mutex_, time)) {
+    }
+    return !stopping_;
+  }
+
+  Uplink* const uplink_;
+  const PageStore* const store_;
+  TensorContent* const tensors_;
   const std::function<bool()> goes_on_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool stopping_ = false;  // Guarded by mutex_.
+  Mutex mutex_;
+  CondVar changed_;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;
 };
 
@@ -186,58 +191,68 @@ absl::Status Worker::Init() {
   EDUBA_RETURN_IF_ERROR(ParseAddress(options_.coordinator).status());
   EDUBA_RETURN_IF_ERROR(CheckTransport(options_));
   EDUBA_RETURN_IF_ERROR(CheckPrecision(options_));
+  EDUBA_ASSIGN_OR_RETURN(identity_, NodeIdentity::Open(options_.node, options_.data_dir));
+  incarnation_ = RandomId();
+  EDUBA_RETURN_IF_ERROR(LoadKernels());
+  content_ = std::make_unique<NodeContent>(backend_.get(), store_.get(), model_.get());
+  group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
+  EDUBA_RETURN_IF_ERROR(Listen());
+  thread_ = std::thread([this] { Run(); });
+  return absl::OkStatus();
+}
+
+absl::Status Worker::LoadKernels() {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<cuda::Device> device, OpenDevice(options_));
   EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_, device));
   backend_name_ = backend_->name();
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
   EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
-  if (!options_.model.empty()) {
-    EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<LayerKernels> kernels, MakeLayerKernels(options_, device));
-    if (kernels->name() != backend_name_) absl::StrAppend(&backend_name_, "+", kernels->name());
-    if (!kernels->library().empty()) absl::StrAppend(&backend_name_, ", ", kernels->library());
-    EDUBA_ASSIGN_OR_RETURN(const uint64_t layers, LayerFingerprint(*kernels));
-    fingerprint_ ^= layers;
-    EDUBA_ASSIGN_OR_RETURN(model_, ServedModel::Load(options_.model, std::move(kernels)));
-  }
-  incarnation_ = RandomName();
-  group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
-  EDUBA_ASSIGN_OR_RETURN(server_, RpcServer::Start(options_.listen, {&pages_}));
+  if (options_.model.empty()) return absl::OkStatus();
+  EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<LayerKernels> kernels, MakeLayerKernels(options_, device));
+  if (kernels->name() != backend_name_) absl::StrAppend(&backend_name_, "+", kernels->name());
+  if (!kernels->library().empty()) absl::StrAppend(&backend_name_, ", ", kernels->library());
+  EDUBA_ASSIGN_OR_RETURN(const uint64_t layers, LayerFingerprint(*kernels));
+  fingerprint_ ^= layers;
+  EDUBA_ASSIGN_OR_RETURN(model_, ServedModel::Load(options_.model, std::move(kernels)));
+  return absl::OkStatus();
+}
 
+absl::Status Worker::Listen() {
+  EDUBA_ASSIGN_OR_RETURN(server_, RpcServer::Start(options_.listen, {&pages_}));
   EDUBA_ASSIGN_OR_RETURN(auto bound, ParseAddress(server_->address()));
   if (bound.first == "0.0.0.0" || bound.first == "[::]") bound.first = MachineName();
   address_ = options_.advertise.empty() ? absl::StrCat(bound.first, ":", bound.second) : options_.advertise;
   EDUBA_ASSIGN_OR_RETURN(const auto advertised, ParseAddress(address_));
   host_ = WithoutBrackets(advertised.first);
-  thread_ = std::thread([this] { Run(); });
   return absl::OkStatus();
 }
 
 Worker::~Worker() { Shutdown(absl::ZeroDuration()); }
 
 absl::Status Worker::Wait() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return done_; });
+  const MutexLock lock(mutex_);
+  while (!done_) changed_.Wait(mutex_);
   return result_;
 }
 
 void Worker::Shutdown(absl::Duration grace) {
-  const std::scoped_lock only(shutdown_mutex_);
+  const MutexLock only(shutdown_mutex_);
   {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     draining_ = true;
   }
   if (server_ != nullptr) server_->Shutdown(grace);
   {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     stopping_ = true;
     if (stream_context_ != nullptr) stream_context_->TryCancel();
-    changed_.notify_all();
+    changed_.NotifyAll();
   }
   if (thread_.joinable()) thread_.join();
 }
 
 void Worker::SetServing(bool serving) {
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!draining_) server_->SetServing(serving);
 }
 
@@ -245,32 +260,38 @@ void Worker::Run() {
   absl::Duration backoff = kBackoffMin;
   while (true) {
     bool joined = false;
-    absl::Status status = ServeStream(joined);
-    std::unique_lock lock(mutex_);
-    if (!stopping_ && absl::IsFailedPrecondition(status)) {
-      result_ =
-          Annotate(status, absl::StrCat("the coordinator at ", options_.coordinator, " refused this worker"));
-      stopping_ = true;
-    }
-    if (stopping_) break;
-    // Once for every connection that was lost, and once for the first that could not be made.
-    if (joined || backoff == kBackoffMin) {
-      LogWarning(absl::StrCat("not connected to the coordinator at ", options_.coordinator, ": ",
-                              std::string(status.message()), "; trying again"));
-    }
-    backoff = joined ? kBackoffMin : std::min(2 * backoff, kBackoffMax);
-    changed_.wait_for(lock, absl::ToChronoNanoseconds(backoff), [this] { return stopping_; });
-    if (stopping_) break;
+    const absl::Status status = ServeStream(joined);
+    if (!AwaitNextJoin(status, joined, backoff)) break;
   }
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   done_ = true;
-  changed_.notify_all();
+  changed_.NotifyAll();
+}
+
+bool Worker::AwaitNextJoin(const absl::Status& status, bool joined, absl::Duration& backoff) {
+  const MutexLock lock(mutex_);
+  if (!stopping_ && absl::IsFailedPrecondition(status)) {
+    result_ =
+        Annotate(status, absl::StrCat("the coordinator at ", options_.coordinator, " refused this worker"));
+    stopping_ = true;
+  }
+  if (stopping_) return false;
+  // Once for every connection that was lost, and once for the first that could not be made.
+  if (joined || backoff == kBackoffMin) {
+    LogWarning(absl::StrCat("not connected to the coordinator at ", options_.coordinator, ": ",
+                            std::string(status.message()), "; trying again"));
+  }
+  backoff = joined ? kBackoffMin : std::min(2 * backoff, kBackoffMax);
+  const auto time = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(backoff);
+  while (!stopping_ && changed_.WaitUntil(mutex_, time)) {
+  }
+  return !stopping_;
 }
 
 absl::Status Worker::ServeStream(bool& joined) {
   grpc::ClientContext context;
   {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (stopping_) return absl::CancelledError("the worker stops");
     stream_context_ = &context;
   }
@@ -281,29 +302,28 @@ absl::Status Worker::ServeStream(bool& joined) {
     *hello.mutable_hello() = Hello();
     uplink.Send(hello);
   }
-  Engine::Options options;
+  CommandLoop::Options options;
   options.backend = backend_.get();
-  options.store = store_.get();
-  options.model = model_.get();
+  options.content = content_.get();
   options.connect = [this](const v1::FormGroup& form, absl::Time deadline) {
     return Connect(form, deadline);
   };
   options.send = [&uplink](const v1::WorkerMessage& message) { uplink.Send(message); };
   options.on_active = [this](bool active) { SetServing(active); };
-  const auto engine = std::make_shared<Engine>(std::move(options));
-  pages_.SetEngine(engine);
+  const auto loop = std::make_shared<CommandLoop>(std::move(options));
+  pages_.SetCommandLoop(loop);
   {
-    const Heart heart(uplink, *store_, *engine, [this] { return CheckDevice(); });
+    const Heart heart(&uplink, store_.get(), &content_->tensors(), [this] { return CheckDevice(); });
     v1::GroupMessage message;
     while (stream->Read(&message)) {
       joined = true;
-      engine->Handle(std::move(message));
+      loop->Handle(std::move(message));
     }
-    pages_.SetEngine(nullptr);
-    engine->Stop();
+    pages_.SetCommandLoop(nullptr);
+    loop->Stop();
   }
   absl::Status status = FromGrpc(stream->Finish());
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   stream_context_ = nullptr;
   return status;
 }
@@ -312,6 +332,7 @@ v1::WorkerHello Worker::Hello() const {
   v1::WorkerHello hello;
   hello.set_protocol(kGroupProtocol);
   hello.set_version(options_.version);
+  hello.set_node(identity_->id());
   hello.set_incarnation(incarnation_);
   hello.set_address(address_);
   hello.set_backend(backend_name_);
@@ -326,12 +347,12 @@ v1::WorkerHello Worker::Hello() const {
 bool Worker::CheckDevice() {
   const absl::Status health = backend_->health();
   if (health.ok()) return true;
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!stopping_) {
     result_ = Annotate(health, "this worker has left its group, and ends");
     LogError(std::string(result_.message()));
     stopping_ = true;
-    changed_.notify_all();
+    changed_.NotifyAll();
   }
   if (stream_context_ != nullptr) stream_context_->TryCancel();
   return false;

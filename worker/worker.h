@@ -1,30 +1,33 @@
 #ifndef EDUBA_WORKER_WORKER_H_
 #define EDUBA_WORKER_WORKER_H_
 
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "attention/page_store.h"
+#include "base/mutex.h"
 #include "collective/communicator.h"
 #include "collective/local/local_communicator.h"
 #include "eduba/v1/group.grpc.pb.h"
 #include "kernels/backend.h"
 #include "rpc/server.h"
-#include "worker/engine.h"
+#include "worker/node_content.h"
+#include "worker/node_identity.h"
 #include "worker/pages_service.h"
 #include "worker/served_model.h"
 
 namespace eduba {
 
-// A whole worker: its Pages server, its place in the coordinator's group, and the engine between them.
+// A whole worker: its content, its Pages server, and its connection to the coordinator, over which it takes part
+// in groups. The connection may break and come back; content stays for as long as the worker lives.
 class Worker {
  public:
   struct Options {
@@ -46,6 +49,9 @@ class Worker {
     Activations activations =
         Activations::kF32;  // Of the model's products and of attention's queries. The same in all of a group.
     std::string version;    // Of the program.
+    // Who it is, and where that is kept (worker/node_identity.h). Both empty: a node for this object alone.
+    std::string node;
+    std::string data_dir;
     // Where the workers of this process meet; outlives them. Null: the ranks are processes, and `transport`
     // connects them.
     LocalHub* hub = nullptr;
@@ -55,7 +61,7 @@ class Worker {
   };
 
   // Serves, and keeps asking the coordinator to be taken in. INVALID_ARGUMENT for bad options, UNAVAILABLE
-  // when the port is taken, and what ServedModel::Load says of the model. FAILED_PRECONDITION or
+  // when the port is taken, and what NodeIdentity::Open and ServedModel::Load say. FAILED_PRECONDITION or
   // RESOURCE_EXHAUSTED where the device, CUDA or NCCL is missing, too old or full.
   static absl::StatusOr<std::unique_ptr<Worker>> Start(Options options);
   // As Shutdown(absl::ZeroDuration()).
@@ -75,9 +81,15 @@ class Worker {
   explicit Worker(Options options);
 
   absl::Status Init();
+  // Backend, page store and model, and with them what the worker says of its arithmetic.
+  absl::Status LoadKernels();
+  // The Pages server, and the address by which others reach it.
+  absl::Status Listen();
   void SetServing(bool serving);
   // Joins again and again, until Shutdown or a refusal.
   void Run();
+  // A Join stream has ended with `status`. False: for good.
+  bool AwaitNextJoin(const absl::Status& status, bool joined, absl::Duration& backoff);
   // One Join stream, from hello to its end. Sets `joined` once the coordinator has answered.
   absl::Status ServeStream(bool& joined);
   v1::WorkerHello Hello() const;
@@ -90,22 +102,24 @@ class Worker {
   std::string backend_name_;  // And what the model's layers are computed by, where it is another.
   std::unique_ptr<PageStore> store_;
   std::unique_ptr<ServedModel> model_;  // Null without one.
+  std::unique_ptr<NodeContent> content_;
   PagesService pages_;
   std::unique_ptr<v1::Group::Stub> group_;
   std::unique_ptr<RpcServer> server_;
   std::string address_;
-  std::string host_;  // Of address_, as sockets want it.
-  std::string incarnation_;
+  std::string host_;         // Of address_, as sockets want it.
+  std::string incarnation_;  // New for every start.
+  std::optional<NodeIdentity> identity_;
   uint64_t fingerprint_ = 0;
 
-  std::mutex shutdown_mutex_;  // Held by the one Shutdown that does the work.
-  std::mutex mutex_;           // Guards all below but the thread.
-  std::condition_variable changed_;
-  bool draining_ = false;  // The server is going: it is told nothing more.
-  bool stopping_ = false;
-  bool done_ = false;
-  absl::Status result_;
-  grpc::ClientContext* stream_context_ = nullptr;  // Of the Join under way.
+  Mutex shutdown_mutex_;  // Held by the one Shutdown that does the work.
+  Mutex mutex_;
+  CondVar changed_;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;  // The server is going: it is told nothing more.
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status result_ ABSL_GUARDED_BY(mutex_);
+  grpc::ClientContext* stream_context_ ABSL_GUARDED_BY(mutex_) = nullptr;  // Of the Join under way.
   std::thread thread_;
 };
 

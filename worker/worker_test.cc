@@ -1,6 +1,7 @@
 #include "worker/worker.h"
 
 #include <deque>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <string>
@@ -18,6 +19,7 @@
 #include "kernels/cuda/fake_cublaslt.h"
 #include "rpc/channel.h"
 #include "rpc/limits.h"
+#include "rpc/placement.h"
 #include "rpc/status.h"
 
 namespace eduba {
@@ -171,6 +173,7 @@ class WorkerTest : public ::testing::Test {
     message.mutable_form()->set_rank(rank);
     message.mutable_form()->set_size(size);
     message.mutable_form()->set_timeout_ms(30000);
+    for (int i = 0; i < size; ++i) message.mutable_form()->add_nodes(absl::StrCat("node-", i));
     return message;
   }
 
@@ -215,6 +218,7 @@ TEST_F(WorkerTest, SaysWhoItIsAndThatItLives) {
   EXPECT_EQ(hello.memory_bytes(), 4 << 20);
   EXPECT_EQ(hello.transport(), "local");
   EXPECT_FALSE(hello.incarnation().empty());
+  EXPECT_FALSE(hello.node().empty());
   EXPECT_NE(hello.fingerprint(), 0u);
   coordinator_.AwaitHeartbeats(2);
 }
@@ -253,6 +257,28 @@ TEST_F(WorkerTest, WorkersOfSeveralProcessesMeetOnTheBoard) {
   }
 }
 
+TEST_F(WorkerTest, IsTheSameNodeInAnotherProcess) {
+  Worker::Options options;
+  options.data_dir = ::testing::TempDir() + "/worker_test_node";
+  std::filesystem::remove_all(options.data_dir);
+  StartWorker(&hub_, options);
+  const v1::WorkerHello first = coordinator_.Hellos(1)[0];
+  workers_.clear();
+  StartWorker(&hub_, options);
+  const v1::WorkerHello second = coordinator_.Hellos(2)[1];
+  EXPECT_EQ(second.node(), first.node());
+  EXPECT_NE(second.incarnation(), first.incarnation());
+
+  options.coordinator = server_->address();
+  options.memory_bytes = 1 << 20;
+  EXPECT_EQ(Worker::Start(options).status().code(), absl::StatusCode::kFailedPrecondition);
+  options.data_dir.clear();
+  options.node = "given";
+  StartWorker(&hub_, options);
+  EXPECT_EQ(coordinator_.Hellos(3)[2].node(), "given");
+  std::filesystem::remove_all(::testing::TempDir() + "/worker_test_node");
+}
+
 TEST_F(WorkerTest, ARefusalForGoodEndsIt) {
   coordinator_.RefuseNext(absl::FailedPreconditionError("its arithmetic differs"));
   const absl::Status status = StartWorker(&hub_).Wait();
@@ -286,6 +312,7 @@ TEST_F(WorkerTest, UploadsGoToTheirAppendAndErrorsComeBack) {
   open.mutable_open_session()->mutable_spec()->set_query_heads(1);
   open.mutable_open_session()->mutable_spec()->set_kv_heads(1);
   open.mutable_open_session()->mutable_spec()->set_head_dim(1);
+  *open.mutable_open_session()->mutable_placement() = PlacementToProto({.nodes = {"node-0"}});
   ASSERT_EQ(run(open).code(), 0);
   v1::Command begin;
   begin.mutable_begin_append()->set_append_id(3);

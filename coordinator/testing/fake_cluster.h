@@ -26,6 +26,8 @@ class FakeCluster {
  public:
   struct Worker {
     bool connected = true;
+    v1::WorkerHello hello;
+    std::shared_ptr<FakeNode> node = std::make_shared<FakeNode>();  // What its process keeps.
     std::deque<std::shared_ptr<const v1::GroupMessage>> inbox;
     std::unique_ptr<FakeRank> rank;  // of the epoch below
     uint64_t epoch = 0;
@@ -42,10 +44,17 @@ class FakeCluster {
     std::vector<v1::EmbedResponse> embedded;
   };
 
-  explicit FakeCluster(const ClusterState::Options& options, StoredState stored = {})
+  explicit FakeCluster(const ClusterState::Options& options, StoredState stored = NewState())
       : options_(options),
         stored_(std::move(stored)),
         state_(std::make_unique<ClusterState>(options, stored_)) {}
+
+  // Of a store that was made just now.
+  static StoredState NewState() {
+    StoredState state;
+    state.cluster = 77;
+    return state;
+  }
 
   ClusterState& state() { return *state_; }
   int64_t now() const { return now_; }
@@ -59,32 +68,35 @@ class FakeCluster {
     return all;
   }
 
-  // A new coordinator on the same disk; all workers' streams are gone.
+  // A new coordinator on the same disk; all workers' streams are gone. Writes that were under way have not
+  // happened.
   void Restart() {
     state_ = std::make_unique<ClusterState>(options_, stored_);
-    workers.clear();
+    for (auto& [id, worker] : workers) {
+      worker.connected = false;
+      worker.inbox.clear();
+    }
     requests.clear();
     pending_persists_.clear();
     serving = false;
   }
 
+  // A new process of a node, which is named as its address unless it has a name.
   WorkerId Join(const std::string& address, uint64_t fingerprint = 7, const std::string& incarnation = "",
-                const v1::Model* model = nullptr) {
-    const WorkerId id = next_id_++;
-    workers[id];
-    state_->WorkerConnected(id, now_);
-    v1::WorkerMessage message;
-    v1::WorkerHello* hello = message.mutable_hello();
-    hello->set_protocol(kGroupProtocol);
-    hello->set_transport(options_.transport);
-    hello->set_address(address);
-    hello->set_incarnation(incarnation.empty() ? absl::StrCat("i", id) : incarnation);
-    hello->set_fingerprint(fingerprint);
-    if (model != nullptr) *hello->mutable_model() = *model;
-    state_->WorkerSaid(id, message, now_);
-    Collect();
-    return id;
+                const v1::Model* model = nullptr, const std::string& node = "") {
+    v1::WorkerHello hello;
+    hello.set_protocol(kGroupProtocol);
+    hello.set_transport(options_.transport);
+    hello.set_address(address);
+    hello.set_node(node.empty() ? address : node);
+    hello.set_incarnation(incarnation.empty() ? absl::StrCat("i", next_id_) : incarnation);
+    hello.set_fingerprint(fingerprint);
+    if (model != nullptr) *hello.mutable_model() = *model;
+    return Connect(hello, std::make_shared<FakeNode>());
   }
+  // The process of an earlier connection, which need not be seen to be broken, comes again with what it
+  // keeps.
+  WorkerId Reconnect(WorkerId old) { return Connect(workers.at(old).hello, workers.at(old).node); }
   void Leave(WorkerId id) {
     workers[id].connected = false;
     workers[id].inbox.clear();
@@ -123,7 +135,10 @@ class FakeCluster {
       const v1::FormGroup& form = message->form();
       if (form.epoch() < worker.epoch) complaints_.push_back("an epoch came twice");
       worker.epoch = form.epoch();
-      worker.rank = std::make_unique<FakeRank>(form.rank());
+      if (form.cluster() != stored_.cluster) complaints_.push_back("a group of another cluster's sessions");
+      worker.node->Join(form.cluster());
+      if (form.nodes(form.rank()) != worker.hello.node()) complaints_.push_back("a rank is another node's");
+      worker.rank = std::make_unique<FakeRank>(form.rank(), worker.node.get());
       worker.rank->content = content;
       answer.mutable_formed()->set_epoch(form.epoch());
       answer.mutable_formed()->set_attempt(form.attempt());
@@ -169,6 +184,14 @@ class FakeCluster {
     return true;
   }
 
+  // The disk finishes the oldest write, and nobody hears of it any more. False: there is none.
+  bool FinishWriteUnheard() {
+    if (pending_persists_.empty()) return false;
+    Apply(pending_persists_.front().change);
+    pending_persists_.pop_front();
+    return true;
+  }
+
   // Until nothing is left to do at this time.
   void Settle() {
     for (bool busy = true; busy;) {
@@ -209,7 +232,7 @@ class FakeCluster {
       if (auto* send = std::get_if<SendToWorker>(&effect)) {
         const v1::FormGroup& form = send->message->form();
         if (send->message->has_form() && std::make_pair(form.epoch(), form.attempt()) != rendezvous) {
-          complaints_.push_back("workers were told to meet at a board that is not theirs");
+          complaints_.push_back("workers were told to meet in a rendezvous store that is not theirs");
         }
         const auto it = workers.find(send->worker);
         if (it != workers.end() && it->second.connected) it->second.inbox.push_back(std::move(send->message));
@@ -267,6 +290,14 @@ class FakeCluster {
       if (std::erase_if(stored_.sessions, [&](const auto& s) { return s.id == erased->session_id; }) != 1) {
         complaints_.push_back("a session that is not there was erased");
       }
+    } else if (const auto* placed = std::get_if<SessionPlaced>(&change)) {
+      for (SessionRecord& session : stored_.sessions) {
+        if (session.id != placed->session_id) continue;
+        if (session.length() > 0) complaints_.push_back("a session with content was placed anew");
+        if (placed->placement.version <= session.placement.version)
+          complaints_.push_back("a placement came twice");
+        session.placement = placed->placement;
+      }
     } else {
       const auto& committed = std::get<AppendCommitted>(change);
       for (SessionRecord& session : stored_.sessions) {
@@ -277,6 +308,18 @@ class FakeCluster {
       }
       complaints_.push_back("an append to a session that is not there");
     }
+  }
+
+  WorkerId Connect(const v1::WorkerHello& hello, std::shared_ptr<FakeNode> node) {
+    const WorkerId id = next_id_++;
+    workers[id].hello = hello;
+    workers[id].node = std::move(node);
+    state_->WorkerConnected(id, now_);
+    v1::WorkerMessage message;
+    *message.mutable_hello() = hello;
+    state_->WorkerSaid(id, message, now_);
+    Collect();
+    return id;
   }
 
   // Every rank must see the same commands.

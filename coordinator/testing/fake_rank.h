@@ -6,21 +6,24 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/records.h"
+#include "coordinator/testing/fake_node.h"
 #include "eduba/v1/group.pb.h"
 
 namespace eduba {
 
 // What a worker of one epoch answers, without any attention: outputs are twice the queries, lse is the row's
 // position, so that a test can see which row went where. Notes what it was asked, and what should not have
-// been.
+// been. What it keeps is the node's.
 class FakeRank {
  public:
-  explicit FakeRank(int rank) : rank_(rank) {}
+  // `node` must outlive it.
+  FakeRank(int rank, FakeNode* node) : rank_(rank), node_(node) {}
 
   // Content of what is uploaded, where no rows are added one by one: enters the digest.
   uint64_t content = 1;
@@ -55,9 +58,9 @@ class FakeRank {
   bool hold_jobs = false;  // Jobs end only when they are cancelled.
   bool omit_sink_mass = false;
   bool omit_embeddings = false;
-  uint64_t digest = 5;            // Of what it computes.
-  int64_t misses = 0;             // Tokens of a job that it says it did not do.
-  std::map<uint64_t, int> homes;  // Of generations that one rank computes, by ordinal.
+  uint64_t digest = 5;                  // Of what it computes.
+  int64_t misses = 0;                   // Tokens of a job that it says it did not do.
+  std::map<uint64_t, int> owner_ranks;  // Of generations that one rank computes, by ordinal.
 
   v1::CommandResult Answer(const v1::Command& command) {
     if (command.ordinal() != ++ordinal_) {
@@ -70,51 +73,62 @@ class FakeRank {
     result.set_ordinal(command.ordinal());
     const auto failure = failures.extract(command.kind_case());
     if (!failure.empty()) {
-      result.set_code(static_cast<int>(failure.mapped().code()));
-      result.set_message(std::string(failure.mapped().message()));
+      Fail(failure.mapped(), &result);
       return result;
     }
     if (command.has_attend() && overflowing.has_value() && Overflows(command.attend(), &result)) {
       return result;
     }
     switch (command.kind_case()) {
+      case v1::Command::kRetainSessions:
+        Retain(command.retain_sessions());
+        break;
       case v1::Command::kOpenSession:
-        if (!sessions_.emplace(command.open_session().session_id(), command.open_session().spec()).second) {
+        if (!opened_.insert(command.open_session().session_id()).second) {
           complaints.push_back("a session was opened twice");
         }
+        *result.mutable_content() = node_->Open(command.open_session());
         break;
+      case v1::Command::kSettleSession: {
+        const std::string complaint = node_->Settle(command.settle_session());
+        if (!complaint.empty()) complaints.push_back(complaint);
+        break;
+      }
       case v1::Command::kCloseSession:
-        if (sessions_.erase(command.close_session().session_id()) == 0) {
+        if (node_->sessions.erase(command.close_session().session_id()) == 0 &&
+            retained_.count(command.close_session().session_id()) == 0) {
           complaints.push_back("no session to close");
         }
         break;
       case v1::Command::kBeginAppend:
         appends_[command.begin_append().append_id()] = command.begin_append();
+        if (!command.begin_append().compare_only() &&
+            command.begin_append().at() != node_->sessions.at(command.begin_append().session_id()).length) {
+          complaints.push_back("an append begins where the session does not end");
+        }
         break;
       case v1::Command::kSealAppend:
         Seal(appends_.at(command.seal_append().append_id()), result.mutable_seal());
         break;
       case v1::Command::kCommitAppend:
-        if (appends_.erase(command.commit_append().append_id()) == 0) {
-          complaints.push_back("no append to publish");
-        }
-        exponents = command.commit_append().exponents();
+        Commit(command.commit_append());
         break;
       case v1::Command::kAbortAppend:
-        appends_.erase(command.abort_append().append_id());
+        Abort(command.abort_append().append_id());
         break;
       case v1::Command::kAttend:
         Attend(command.attend(), result.mutable_attend());
         break;
       case v1::Command::kModelAppend:
-        RunJob(static_cast<int64_t>(command.model_append().ids().size() / 4), result.mutable_model());
+        Read(command.model_append(), &result);
         break;
       case v1::Command::kModelGenerate:
-        RunJob(hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
-               result.mutable_model());
+        Generate(command,
+                 hold_jobs ? 1 : std::min<int64_t>(100, command.model_generate().request().max_tokens()),
+                 result.mutable_model());
         result.mutable_model()->set_finish_reason(v1::FINISH_REASON_LENGTH);
         if (command.model_generate().has_owner_rank()) {
-          homes[command.ordinal()] = command.model_generate().owner_rank();
+          owner_ranks[command.ordinal()] = command.model_generate().owner_rank();
           if (!Tells(command)) result.mutable_model()->clear_digest();
         }
         AddSinkMass(command, command.model_generate().request().sink_mass(),
@@ -134,10 +148,11 @@ class FakeRank {
       case v1::Command::kCancelJob:
         break;
       case v1::Command::kForkSession:
-        if (sessions_.count(command.fork_session().session_id()) == 0) {
+        if (node_->sessions.count(command.fork_session().session_id()) == 0) {
           complaints.push_back("no session to fork");
         }
-        sessions_[command.fork_session().fork_id()] = sessions_[command.fork_session().session_id()];
+        node_->sessions[command.fork_session().fork_id()] =
+            node_->sessions[command.fork_session().session_id()];
         break;
       case v1::Command::KIND_NOT_SET:
         complaints.push_back("an empty command");
@@ -146,8 +161,17 @@ class FakeRank {
     return result;
   }
 
+  // As a worker does: some errors mean that the communicator is dead.
+  static void Fail(const absl::Status& status, v1::CommandResult* result) {
+    result->set_code(static_cast<int>(status.code()));
+    result->set_message(std::string(status.message()));
+    result->set_ends_group(status.code() == absl::StatusCode::kUnavailable ||
+                           status.code() == absl::StatusCode::kDeadlineExceeded ||
+                           status.code() == absl::StatusCode::kAborted);
+  }
+
   size_t appends() const { return appends_.size(); }
-  size_t sessions() const { return sessions_.size(); }
+  size_t sessions() const { return node_->sessions.size(); }
 
   std::vector<v1::Command::KindCase> commands;
   std::vector<std::string> complaints;
@@ -167,9 +191,63 @@ class FakeRank {
     return false;
   }
 
+  void Retain(const v1::RetainSessions& retain) {
+    if (ordinal_ != 1) complaints.push_back("RetainSessions is not the first command");
+    retained_ = std::set<uint64_t>(retain.session_ids().begin(), retain.session_ids().end());
+    std::erase_if(node_->sessions,
+                  [this](const auto& session) { return retained_.count(session.first) == 0; });
+  }
+
+  void Commit(const v1::CommitAppend& commit) {
+    const auto append = appends_.extract(commit.append_id());
+    if (append.empty()) return complaints.push_back("no append to publish");
+    FakeNode::Session& session = node_->sessions.at(append.mapped().session_id());
+    if (!session.sealed.has_value())
+      return complaints.push_back("an append was published before it was sealed");
+    exponents = commit.exponents();
+    session.Publish(commit.exponents());
+  }
+
+  void Abort(uint64_t append_id) {
+    const auto append = appends_.extract(append_id);
+    if (append.empty()) return;
+    const auto session = node_->sessions.find(append.mapped().session_id());
+    if (session != node_->sessions.end() && session->second.sealed.has_value() &&
+        session->second.sealed->append_id == append_id) {
+      session->second.sealed.reset();
+    }
+  }
+
   void RunJob(int64_t done, v1::ModelResult* result) const {
     result->set_done(done - misses);
     result->set_digest(digest);
+  }
+
+  // Compares what is there, and reads the rest.
+  void Read(const v1::ModelAppend& append, v1::CommandResult* result) {
+    std::vector<int32_t>& held = node_->sessions.at(append.session_id()).ids;
+    std::vector<int32_t> ids(append.ids().size() / 4);
+    std::memcpy(ids.data(), append.ids().data(), append.ids().size());
+    if (append.at() > static_cast<int64_t>(held.size()))
+      complaints.push_back("an append of tokens leaves a gap");
+    for (size_t i = 0; i < ids.size() && append.at() + i < held.size(); ++i) {
+      const int64_t position = append.at() + static_cast<int64_t>(i);
+      if (held[position] == ids[i]) continue;
+      return Fail(absl::AlreadyExistsError(absl::StrCat("position ", position, " holds token ",
+                                                        held[position], " already, not ", ids[i])),
+                  result);
+    }
+    for (size_t i = held.size() - append.at(); i < ids.size(); ++i) held.push_back(ids[i]);
+    RunJob(static_cast<int64_t>(ids.size()), result->mutable_model());
+    result->mutable_model()->set_length(static_cast<int64_t>(held.size()));
+  }
+
+  // A generated token is the command's ordinal modulo 10.
+  void Generate(const v1::Command& command, int64_t count, v1::ModelResult* result) {
+    std::vector<int32_t>& held = node_->sessions.at(command.model_generate().session_id()).ids;
+    held.insert(held.end(), count, static_cast<int32_t>(command.ordinal() % 10));
+    RunJob(count, result);
+    result->set_length(static_cast<int64_t>(held.size()));
   }
 
   // Whether what comes of the job is this rank's to say.
@@ -180,11 +258,11 @@ class FakeRank {
   void AddSinkMass(const v1::Command& command, bool wanted, uint64_t session_id,
                    v1::ModelResult* result) const {
     if (!Tells(command) || !wanted || omit_sink_mass) return;
-    const v1::SessionSpec& spec = sessions_.at(session_id);
+    const v1::SessionSpec& spec = node_->sessions.at(session_id).spec;
     result->set_sink_mass(std::string(size_t{4} * spec.layers() * spec.query_heads(), '\1'));
   }
 
-  // A generated token is the command's ordinal modulo 10; a vector has 4 numbers.
+  // A vector has 4 numbers.
   void AddProgress(const v1::Command& command, std::vector<v1::WorkerMessage>& said) const {
     const int64_t tokens = command.has_model_generate() ? said[0].result().model().done() : 0;
     for (int64_t i = 0; i < tokens; ++i) {
@@ -221,13 +299,16 @@ class FakeRank {
     }
     seal->set_digest_low(digest.low);
     seal->set_digest_high(digest.high);
-    const v1::SessionSpec& spec = sessions_.at(append.session_id());
+    FakeNode::Session& session = node_->sessions.at(append.session_id());
+    const v1::SessionSpec& spec = session.spec;
     std::string bytes(size_t{2} * spec.layers() * spec.kv_heads() * spec.value_dim(), '\0');
     for (size_t i = 0; i < bytes.size() / 2; ++i) {
       const auto exponent = static_cast<int16_t>(i % 2 == 0 ? rank_ : -rank_);
       std::memcpy(bytes.data() + 2 * i, &exponent, 2);
     }
     seal->set_exponents(bytes);
+    if (append.compare_only()) return;
+    session.sealed = FakeNode::Sealed{append.append_id(), append.count(), digest, bytes};
   }
 
   void Attend(const v1::AttendStep& step, v1::AttendResult* result) {
@@ -235,7 +316,7 @@ class FakeRank {
     result->set_collectives(1);
     if (step.positions_size() != step.rows()) complaints.push_back("a step without a position for every row");
     if (rank_ != 0) return;
-    const v1::SessionSpec& spec = sessions_.at(step.session_id());
+    const v1::SessionSpec& spec = node_->sessions.at(step.session_id()).spec;
     const int64_t heads = spec.query_heads();
     std::vector<float> queries(step.queries().size() / 4);
     std::memcpy(queries.data(), step.queries().data(), step.queries().size());
@@ -258,8 +339,10 @@ class FakeRank {
   }
 
   const int rank_;
+  FakeNode* const node_;
   uint64_t ordinal_ = 0;
-  std::map<uint64_t, v1::SessionSpec> sessions_;
+  std::set<uint64_t> retained_;
+  std::set<uint64_t> opened_;
   std::map<uint64_t, v1::BeginAppend> appends_;
   std::map<uint64_t, Digest> uploads_;
   std::map<uint64_t, v1::WorkerMessage> held_;  // Results of jobs, by ordinal.

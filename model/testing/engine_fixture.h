@@ -19,49 +19,54 @@
 #include "collective/local/local_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
-#include "model/engine.h"
+#include "model/testing/job_driver.h"
 #include "model/testing/random_model.h"
 
 namespace eduba::testing {
 
-// A random model and everything to run it with.
+using Session = JobDriver::Session;
+
+struct FixtureOptions {
+  DType kv_dtype = DType::kF32;
+  int threads = 1;
+  int64_t store_bytes = int64_t{256} << 20;
+  Communicator* group = nullptr;  // Null: alone.
+  int64_t stripe_pages = 1;
+  int64_t chunk_rows = 100;
+};
+
+// A random model and everything to run jobs on it.
 struct Fixture {
   RandomModel random;
   std::unique_ptr<Backend> backend;
   std::unique_ptr<LayerKernels> kernels;
   std::unique_ptr<PageStore> store;
   std::unique_ptr<Transformer> model;
-  std::unique_ptr<ModelEngine> engine;
+  std::unique_ptr<JobDriver> jobs;
 
-  explicit Fixture(uint64_t seed, DType kv_dtype = DType::kF32, int threads = 1,
-                   int64_t store_bytes = int64_t{256} << 20, Communicator* communicator = nullptr,
-                   int64_t stripe_pages = 1)
-      : Fixture(RandomModel(seed), kv_dtype, threads, store_bytes, communicator, stripe_pages) {}
-  Fixture(RandomModel&& random_model, DType kv_dtype, int threads, int64_t store_bytes,
-          Communicator* communicator = nullptr, int64_t stripe_pages = 1,
-          std::unique_ptr<LayerKernels> layers = nullptr)
+  explicit Fixture(uint64_t seed, const FixtureOptions& options = {}) : Fixture(RandomModel(seed), options) {}
+  explicit Fixture(RandomModel&& random_model, const FixtureOptions& options = {},
+                   std::unique_ptr<LayerKernels> layers = nullptr)
       : random(std::move(random_model)),
-        backend(MakeCpuBackend(threads)),
-        kernels(layers != nullptr ? std::move(layers) : MakeCpuLayerKernels(threads)),
-        store(std::make_unique<PageStore>(backend.get(), store_bytes)) {
+        backend(MakeCpuBackend(options.threads)),
+        kernels(layers != nullptr ? std::move(layers) : MakeCpuLayerKernels(options.threads)),
+        store(std::make_unique<PageStore>(backend.get(), options.store_bytes)) {
     auto made = Transformer::Create(random.config, random.weights, kernels.get());
     EXPECT_TRUE(made.ok()) << made.status();
     model = std::move(made).value();
-    ModelEngine::Options options;
-    options.backend = backend.get();
-    options.store = store.get();
-    options.model = model.get();
-    options.kv_dtype = kv_dtype;
-    options.chunk_rows = 100;
-    options.communicator = communicator;
-    options.stripe_pages = stripe_pages;
-    engine = std::make_unique<ModelEngine>(options);
+    ModelEngine::Options engine;
+    engine.backend = backend.get();
+    engine.store = store.get();
+    engine.model = model.get();
+    engine.kv_dtype = options.kv_dtype;
+    engine.chunk_rows = options.chunk_rows;
+    jobs = std::make_unique<JobDriver>(engine, options.group, options.stripe_pages);
   }
 
-  Context Open(const ContextOptions& options = {}) {
-    auto context = engine->Open(options);
-    EXPECT_TRUE(context.ok()) << context.status();
-    return std::move(context).value();
+  Session Open(const ContextOptions& options = {}) {
+    auto session = jobs->Open(options);
+    EXPECT_TRUE(session.ok()) << session.status();
+    return std::move(session).value();
   }
   // A tiny random text.
   std::vector<int32_t> Text(int64_t length, uint64_t seed = 1) const {
@@ -70,16 +75,41 @@ struct Fixture {
     for (int32_t& id : ids) id = static_cast<int32_t>(generator() % random.config.vocab_size);
     return ids;
   }
-  // Hidden states of `ids` behind the context, in steps of `chunk`.
-  std::vector<float> Hidden(Context& context, absl::Span<const int32_t> ids, size_t chunk,
-                            bool asks = false) {
+  // Appends, which succeeds.
+  void Append(const Session& session, absl::Span<const int32_t> ids) {
+    const JobOutcome outcome = jobs->Append(session, ids);
+    EXPECT_TRUE(outcome.ok()) << outcome.status();
+  }
+  // Appends of `chunk` ids each, with every row computed by every rank. Returns the hidden states of all rows.
+  std::vector<float> Hidden(const Session& session, absl::Span<const int32_t> ids, size_t chunk) {
     std::vector<float> hidden;
     for (size_t at = 0; at < ids.size(); at += chunk) {
-      const absl::Status status = engine->Step({Turn{&context, ids.subspan(at, chunk), asks}});
-      EXPECT_TRUE(status.ok()) << status;
-      hidden.insert(hidden.end(), engine->hidden().begin(), engine->hidden().end());
+      const JobOutcome outcome = jobs->AppendInChunks(session, ids.subspan(at, chunk));
+      EXPECT_TRUE(outcome.ok()) << outcome.status();
+      hidden.insert(hidden.end(), outcome.hidden.begin(), outcome.hidden.end());
     }
     return hidden;
+  }
+  // The scores of ids, and the hidden states of all their rows but for those that a prefill computed.
+  JobOutcome Score(const Session& session, absl::Span<const int32_t> ids) {
+    JobOutcome outcome = jobs->Score(session, ids);
+    EXPECT_TRUE(outcome.ok()) << outcome.status();
+    return outcome;
+  }
+  JobOutcome Generate(const Session& session, GenerateJob job) {
+    JobOutcome outcome = jobs->Run(session, std::move(job));
+    EXPECT_TRUE(outcome.ok()) << outcome.status();
+    return outcome;
+  }
+  // Greedy.
+  JobOutcome Generate(const Session& session, int64_t tokens) {
+    GenerateJob job;
+    job.max_tokens = tokens;
+    return Generate(session, job);
+  }
+  // The logits of the token after the session.
+  absl::StatusOr<std::vector<float>> NextLogits(const Session& session) {
+    return jobs->engine().Logits(session.last());
   }
 };
 

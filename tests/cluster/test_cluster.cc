@@ -4,6 +4,7 @@
 
 #include "absl/time/clock.h"
 #include "base/check.h"
+#include "base/placement.h"
 
 namespace eduba {
 namespace {
@@ -47,6 +48,7 @@ void TestCluster::AwaitActive() {
 std::unique_ptr<Worker> TestCluster::StartWorker(int index) {
   Worker::Options worker;
   worker.coordinator = address();
+  worker.node = Placement::OfRanks(options_.workers).nodes[index];
   worker.memory_bytes = options_.memory_bytes;
   // Unequal on purpose: threads are no part of an answer.
   worker.threads = 1 + index % 2;

@@ -16,7 +16,7 @@
 #include "kernels/cpu/cpu_layer_kernels.h"
 #include "kernels/reference/reference_backend.h"
 #include "kernels/reference/reference_layer_kernels.h"
-#include "model/engine.h"
+#include "model/testing/job_driver.h"
 #include "model/transformer.h"
 #include "model/weights.h"
 
@@ -43,6 +43,8 @@ std::vector<T> ReadNpy(const std::string& path) {
   return values;
 }
 
+using Session = eduba::testing::JobDriver::Session;
+
 // A model folder and everything to run it with.
 struct Fixture {
   std::string folder;
@@ -51,7 +53,7 @@ struct Fixture {
   std::unique_ptr<LayerKernels> kernels;
   std::unique_ptr<PageStore> store;
   std::unique_ptr<Transformer> model;
-  std::unique_ptr<ModelEngine> engine;
+  std::unique_ptr<eduba::testing::JobDriver> jobs;
 
   explicit Fixture(const std::string& family, int threads = 2, bool reference = false)
       : Fixture(std::string(EDUBA_GOLDEN_MODELS) + "/" + family,
@@ -73,26 +75,30 @@ struct Fixture {
     options.store = store.get();
     options.model = model.get();
     options.kv_dtype = kv_dtype.value_or(model->weight_dtype());
-    engine = std::make_unique<ModelEngine>(options);
+    options.chunk_rows = 300;
+    jobs = std::make_unique<eduba::testing::JobDriver>(options, nullptr, /*stripe_pages=*/64);
   }
 
-  Context Open(const ContextOptions& options = {}) {
-    auto context = engine->Open(options);
-    EXPECT_TRUE(context.ok()) << context.status();
-    return std::move(context).value();
+  Session Open(const ContextOptions& options = {}) {
+    auto session = jobs->Open(options);
+    EXPECT_TRUE(session.ok()) << session.status();
+    return std::move(session).value();
   }
-  // Logits [ids, vocabulary] of ids that go on behind the context, `chunk` at a time.
-  std::vector<float> Logits(Context& context, const std::vector<int32_t>& ids, size_t chunk) {
-    std::vector<float> logits;
+  // Appends ids, `chunk` at a time. Returns the hidden states of their rows.
+  std::vector<float> Hidden(const Session& session, const std::vector<int32_t>& ids, size_t chunk) {
+    std::vector<float> hidden;
     for (size_t at = 0; at < ids.size(); at += chunk) {
-      const auto some = absl::MakeConstSpan(ids).subspan(at, chunk);
-      const absl::Status status = engine->Step({Turn{&context, some, false}});
-      EXPECT_TRUE(status.ok()) << status;
-      const auto more = model->Logits(engine->hidden().data(), static_cast<int64_t>(some.size()));
-      EXPECT_TRUE(more.ok()) << more.status();
-      logits.insert(logits.end(), more->begin(), more->end());
+      const auto outcome = jobs->Append(session, absl::MakeConstSpan(ids).subspan(at, chunk));
+      EXPECT_TRUE(outcome.ok()) << outcome.status();
+      hidden.insert(hidden.end(), outcome.hidden.begin(), outcome.hidden.end());
     }
-    return logits;
+    return hidden;
+  }
+  // Likewise the logits [ids, vocabulary].
+  std::vector<float> Logits(const Session& session, const std::vector<int32_t>& ids, size_t chunk) {
+    const auto logits = jobs->engine().Logits(Hidden(session, ids, chunk));
+    EXPECT_TRUE(logits.ok()) << logits.status();
+    return *logits;
   }
 };
 
@@ -111,8 +117,8 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-class Golden : public testing::TestWithParam<std::string> {};
-INSTANTIATE_TEST_SUITE_P(Families, Golden, testing::ValuesIn(Families()),
+class Golden : public ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Families, Golden, ::testing::ValuesIn(Families()),
                          [](const auto& info) { return info.param; });
 
 TEST(Golden, EveryFamilyIsHere) {
@@ -126,8 +132,8 @@ TEST_P(Golden, LogitsOfThePromptEqualTransformers) {
   Fixture f(GetParam());
   const auto ids = ReadNpy<int32_t>(f.folder + "/ids.npy");
   const auto wanted = ReadNpy<float>(f.folder + "/logits_f64.npy");
-  Context context = f.Open();
-  const std::vector<float> logits = f.Logits(context, ids, ids.size());
+  const Session session = f.Open();
+  const std::vector<float> logits = f.Logits(session, ids, ids.size());
   ASSERT_EQ(logits.size(), wanted.size());
   const double error = Error(logits.data(), wanted);
   EXPECT_LE(error, 1e-4);
@@ -139,23 +145,21 @@ TEST_P(Golden, TheReferenceKernelsAgree) {
   Fixture f(GetParam(), 1, /*reference=*/true);
   const auto ids = ReadNpy<int32_t>(f.folder + "/ids.npy");
   const auto wanted = ReadNpy<float>(f.folder + "/logits_f64.npy");
-  Context context = f.Open();
-  EXPECT_LE(Error(f.Logits(context, ids, ids.size()).data(), wanted), 1e-4);
+  const Session session = f.Open();
+  EXPECT_LE(Error(f.Logits(session, ids, ids.size()).data(), wanted), 1e-4);
 }
 
 TEST_P(Golden, TheGreedyContinuationEqualsTransformers) {
   Fixture f(GetParam());
   const auto ids = ReadNpy<int32_t>(f.folder + "/ids.npy");
   const auto wanted = ReadNpy<int32_t>(f.folder + "/continuation.npy");
-  Context context = f.Open();
-  ASSERT_TRUE(f.engine->Append(context, ids).ok());
-  GenerateOptions options;
-  options.max_tokens = static_cast<int64_t>(wanted.size());
-  const auto generation = f.engine->Generate(context, options);
+  const Session session = f.Open();
+  f.Hidden(session, ids, ids.size());
+  GenerateJob generate;
+  generate.max_tokens = static_cast<int64_t>(wanted.size());
+  const auto generation = f.jobs->Run(session, generate);
   ASSERT_TRUE(generation.ok()) << generation.status();
-  std::vector<int32_t> got;
-  for (const TokenChoice& token : generation->tokens) got.push_back(token.id);
-  EXPECT_EQ(got, wanted);
+  EXPECT_EQ(generation.ids(), wanted);
 }
 
 TEST_P(Golden, LogitsFarBehindThePromptEqualTransformers) {
@@ -164,8 +168,8 @@ TEST_P(Golden, LogitsFarBehindThePromptEqualTransformers) {
   const auto more = ReadNpy<int32_t>(f.folder + "/continuation.npy");
   ids.insert(ids.end(), more.begin(), more.end());
   const auto wanted = ReadNpy<float>(f.folder + "/tail_logits_f64.npy");
-  Context context = f.Open();
-  const std::vector<float> logits = f.Logits(context, ids, 50);
+  const Session session = f.Open();
+  const std::vector<float> logits = f.Logits(session, ids, 50);
   EXPECT_LE(Error(logits.data() + logits.size() - wanted.size(), wanted), 1e-4);
 }
 
@@ -173,11 +177,13 @@ TEST_P(Golden, PooledHiddenStatesEqualTransformers) {
   Fixture f(GetParam());
   const auto ids = ReadNpy<int32_t>(f.folder + "/ids.npy");
   const auto wanted = ReadNpy<float>(f.folder + "/hidden_mean_f64.npy");
-  const Context context = f.Open();
-  const auto pooled = f.engine->Embed(context, ids, {{0, static_cast<int64_t>(ids.size())}}, Pool::kMean);
-  ASSERT_TRUE(pooled.ok()) << pooled.status();
-  ASSERT_EQ(pooled->size(), wanted.size());
-  EXPECT_LE(Error(pooled->data(), wanted), 1e-4);
+  const Session session = f.Open();
+  f.Hidden(session, ids, ids.size());
+  const auto pooled =
+      f.jobs->Run(session, EmbedJob{{{0, static_cast<int64_t>(ids.size())}}, Pool::kMean}).result;
+  ASSERT_TRUE(pooled.status.ok()) << pooled.status;
+  ASSERT_EQ(pooled.vectors.size(), wanted.size());
+  EXPECT_LE(Error(pooled.vectors.data(), wanted), 1e-4);
 }
 
 // Any chunking, any number of threads: the same bits.
@@ -187,11 +193,11 @@ TEST_P(Golden, ChunksAndThreadsDoNotChangeABit) {
   auto ids = ReadNpy<int32_t>(one.folder + "/ids.npy");
   const auto more = ReadNpy<int32_t>(one.folder + "/continuation.npy");
   ids.insert(ids.end(), more.begin(), more.end());
-  Context context = one.Open();
-  const std::vector<float> whole = one.Logits(context, ids, ids.size());
+  const Session session = one.Open();
+  const std::vector<float> whole = one.Logits(session, ids, ids.size());
   for (const size_t chunk : {1, 7, 64, 255, 257}) {
-    Context a = one.Open();
-    Context b = three.Open();
+    const Session a = one.Open();
+    const Session b = three.Open();
     EXPECT_TRUE(SameBits(one.Logits(a, ids, chunk), whole)) << "chunks of " << chunk;
     EXPECT_TRUE(SameBits(three.Logits(b, ids, chunk), whole)) << "chunks of " << chunk << ", 3 threads";
   }
@@ -217,18 +223,12 @@ NanoErrors ErrorsOfNano(DType kv_dtype, Activations activations) {
   options.positions = PositionMode::kRolling;
   options.sink_tokens = 4;
   options.window = 256;
-  Context context = f.Open(options);
+  const Session session = f.Open(options);
   const std::vector<int32_t> sinks(4, 0);
-  EXPECT_TRUE(f.engine->Append(context, sinks).ok());
+  f.Hidden(session, sinks, sinks.size());
 
   const int64_t width = f.model->config().hidden_size;
-  std::vector<float> hidden;
-  for (size_t at = 0; at < ids.size(); at += 200) {
-    const auto some = absl::MakeConstSpan(ids).subspan(at, 200);
-    EXPECT_TRUE(f.engine->Step({Turn{&context, some, false}}).ok());
-    const auto rows = f.engine->hidden();
-    hidden.insert(hidden.end(), rows.begin(), rows.end());
-  }
+  const std::vector<float> hidden = f.Hidden(session, ids, 200);
   std::vector<float> chosen;
   for (const int32_t position : positions) {
     chosen.insert(chosen.end(), hidden.begin() + position * width, hidden.begin() + (position + 1) * width);
@@ -239,7 +239,7 @@ NanoErrors ErrorsOfNano(DType kv_dtype, Activations activations) {
     for (size_t i = 0; i < ids.size(); ++i) sum += hidden[i * width + c];
     mean.push_back(static_cast<float>(sum / static_cast<double>(ids.size())));
   }
-  const std::vector<float> logits = f.engine->Logits(chosen).value();
+  const std::vector<float> logits = f.jobs->engine().Logits(chosen).value();
   const int64_t vocab = f.model->config().vocab_size;
   const auto top = static_cast<int64_t>(top_ids.size() / positions.size());
   std::vector<float> top_logits;

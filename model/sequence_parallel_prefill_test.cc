@@ -1,4 +1,4 @@
-#include "model/wave.h"
+#include "model/sequence_parallel_prefill.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -22,10 +23,13 @@ namespace eduba {
 namespace {
 
 using testing::Fixture;
+using testing::FixtureOptions;
+using testing::JobOutcome;
 using testing::RandomModel;
 using testing::RandomOptions;
 using testing::RunGroup;
 using testing::SameBits;
+using testing::Session;
 using testing::ToString;
 
 absl::Time Far() { return absl::Now() + absl::Seconds(60); }
@@ -79,93 +83,97 @@ RandomModel ModelOf(uint64_t seed) {
 }
 
 struct Answers {
-  std::vector<float> floats;  // Everything that was answered, in order.
-  std::vector<int32_t> ids;   // Generated.
-  bool operator==(const Answers& other) const { return SameBits(floats, other.floats) && ids == other.ids; }
-  void Add(absl::Span<const float> more) { floats.insert(floats.end(), more.begin(), more.end()); }
+  std::vector<float> floats;      // The last hidden states, in order.
+  std::vector<uint64_t> digests;  // Of every job.
+  std::vector<float> reported;    // What the reporting rank alone has: log-probabilities and embeddings.
+  std::vector<int32_t> ids;       // Generated.
 };
 
-// Long and short appends in pieces that depend on the rank's group, with a fork between, then every kind of
-// question to both. The answers are a function of `seed` and `options` alone.
+// Long and short appends in pieces that `chunking` draws, with a fork between, then every kind of question to
+// both. The answers are a function of `seed` and `options` alone.
 Answers RunAll(Fixture& f, const ContextOptions& options, uint64_t seed, uint64_t chunking) {
   Answers answers;
   std::mt19937_64 random(chunking);
-  const auto append = [&](Context& context, absl::Span<const int32_t> ids, bool log_probs) {
-    std::vector<float> all;
+  const auto add = [&](const JobOutcome& outcome) {
+    ASSERT_TRUE(outcome.ok()) << outcome.status();
+    answers.digests.push_back(outcome.result.digest);
+    for (const auto* more : {&outcome.result.log_probs, &outcome.result.vectors}) {
+      answers.reported.insert(answers.reported.end(), more->begin(), more->end());
+    }
+  };
+  const auto append = [&](const Session& session, absl::Span<const int32_t> ids, bool scores) {
+    if (scores) add(f.jobs->Score(session, ids));
     while (!ids.empty()) {
       const size_t count = std::min<size_t>(ids.size(), 1 + random() % 1400);
-      ContextAppendOptions how;
-      how.log_probs = log_probs;
-      const auto some = f.engine->Append(context, ids.first(count), how);
-      ASSERT_TRUE(some.ok()) << some.status();
-      all.insert(all.end(), some->begin(), some->end());
+      f.Append(session, ids.first(count));
       ids.remove_prefix(count);
     }
-    answers.Add(all);
-    answers.Add(context.last());
+    answers.floats.insert(answers.floats.end(), session.last().begin(), session.last().end());
   };
-  const auto ask = [&](Context& context) {
-    const auto scores = f.engine->Score(context, f.Text(900, seed + 5));
-    ASSERT_TRUE(scores.ok()) << scores.status();
-    answers.Add(*scores);
-    const int64_t at = context.length();
+  const auto ask = [&](const Session& session) {
+    add(f.jobs->Score(session, f.Text(900, seed + 5)));
+    const int64_t at = session.length() - 1100;
     for (const Pool pool : {Pool::kMean, Pool::kLast}) {
-      const auto vectors = f.engine->Embed(context, f.Text(1100, seed + 6),
-                                           {{at, at + 3}, {at + 200, at + 900}, {at + 900, at + 1100}}, pool);
-      ASSERT_TRUE(vectors.ok()) << vectors.status();
-      answers.Add(*vectors);
+      add(f.jobs->Run(session, EmbedJob{{{at, at + 3}, {at + 200, at + 900}, {at + 900, at + 1100}}, pool}));
     }
-    GenerateOptions how;
-    how.max_tokens = 5;
-    how.sampling = {/*temperature=*/1, /*top_k=*/0, /*top_p=*/1, seed};
-    const auto generated = f.engine->Generate(context, how);
-    ASSERT_TRUE(generated.ok()) << generated.status();
-    for (const TokenChoice& token : generated->tokens) answers.ids.push_back(token.id);
-    answers.Add(context.last());
+    GenerateJob generate;
+    generate.max_tokens = 5;
+    generate.sampling = {/*temperature=*/1, /*top_k=*/0, /*top_p=*/1, seed};
+    add(f.jobs->Run(session, generate));
+    for (const int32_t id : session.Ids(session.length() - 5)) answers.ids.push_back(id);
   };
   const std::vector<int32_t> ids = f.Text(3600, seed);
   const absl::Span<const int32_t> all = ids;
-  Context context = f.Open(options);
-  append(context, all.subspan(0, 1900), false);
-  Context fork = context.Fork();
-  append(context, all.subspan(1900, 1000), true);
-  ask(context);
+  const Session session = f.Open(options);
+  append(session, all.subspan(0, 1900), false);
+  const Session fork = session.Fork();
+  append(session, all.subspan(1900, 1000), true);
+  ask(session);
   append(fork, all.subspan(2500, 700), true);
   append(fork, all.subspan(3200), false);
   ask(fork);
-  append(context, all.subspan(2900), true);
+  append(session, all.subspan(2900), true);
   return answers;
 }
 
-TEST(Wave, AnyNumberOfWorkersAndAnyChunksGiveTheBitsOfOneWorker) {
+TEST(SequenceParallelPrefill, AnyNumberOfWorkersAndAnyChunksGiveTheBitsOfOneWorker) {
   for (uint64_t seed = 1; seed <= 9; ++seed) {
     const ContextOptions options = RandomOptions(seed + 700);
-    const DType kv_dtype = seed % 4 == 0 ? DType::kBf16 : DType::kF32;
-    Fixture alone(ModelOf(seed), kv_dtype, 1, int64_t{256} << 20);
+    FixtureOptions how;
+    how.kv_dtype = seed % 4 == 0 ? DType::kBf16 : DType::kF32;
+    Fixture alone(ModelOf(seed), how);
     SCOPED_TRACE(absl::StrCat("seed ", seed, " ", alone.random.ToString(), " ", ToString(options)));
     const Answers wanted = RunAll(alone, options, seed, 1);
     if (HasFatalFailure()) return;
     const int size = 2 + static_cast<int>(seed % 3);
     RunGroup(size, [&](int rank, Communicator* communicator) {
       Courier courier(communicator);
-      Fixture f(ModelOf(seed), kv_dtype, 1, int64_t{256} << 20, &courier,
-                /*stripe_pages=*/1 + static_cast<int64_t>(seed % 2));
-      EXPECT_TRUE(RunAll(f, options, seed, size) == wanted) << "rank " << rank << " of " << size;
-      EXPECT_GT(courier.received(), 5) << "no waves?";
+      FixtureOptions here = how;
+      here.group = &courier;
+      here.stripe_pages = 1 + static_cast<int64_t>(seed % 2);
+      Fixture f(ModelOf(seed), here);
+      const Answers got = RunAll(f, options, seed, size);
+      EXPECT_TRUE(SameBits(got.floats, wanted.floats)) << "rank " << rank << " of " << size;
+      EXPECT_EQ(got.digests, wanted.digests) << "rank " << rank << " of " << size;
+      EXPECT_EQ(got.ids, wanted.ids) << "rank " << rank << " of " << size;
+      if (rank == 0) {
+        EXPECT_TRUE(SameBits(got.reported, wanted.reported));
+      }
+      EXPECT_GT(courier.received(), 5) << "no prefill was shared out?";
     });
     if (HasFailure()) return;
   }
 }
 
 // The test above would notice: one bit of a halo that is wrong is seen in the answer.
-TEST(Wave, WhatARankIsSentIsWhatItSees) {
+TEST(SequenceParallelPrefill, WhatARankIsSentIsWhatItSees) {
   ModelConfig config = RandomModel::RandomConfig(2);
   config.layers.resize(2);
   config.layers[0].window = config.layers[1].window = 100;
   const auto last = [&](Communicator* communicator) {
-    Fixture f(RandomModel(config, DType::kF32, 2), DType::kF32, 1, int64_t{64} << 20, communicator);
-    Context context = f.Open();
-    EXPECT_TRUE(f.engine->Append(context, f.Text(2 * kPageRows - 190)).ok());
+    Fixture f(RandomModel(config, DType::kF32, 2), {.group = communicator});
+    const Session context = f.Open();
+    f.Append(context, f.Text(2 * kPageRows - 190));
     return std::vector<float>(context.last().begin(), context.last().end());
   };
   const std::vector<float> wanted = last(nullptr);
@@ -189,22 +197,22 @@ RandomModel ModelOfEqualKeys() {
   return RandomModel(config, DType::kF32, 7);
 }
 
-// Rounds of a wave with rows of the one path, of the other, and of both.
-TEST(Wave, RowsOfBothPathsGiveTheBitsOfOneWorker) {
+// Rounds of a prefill with rows of the one path, of the other, and of both.
+TEST(SequenceParallelPrefill, RowsOfBothPathsGiveTheBitsOfOneWorker) {
   for (const int64_t sinks : {0, 4}) {
     ContextOptions options;
     options.sink_tokens = sinks;
-    Fixture alone(ModelOfEqualKeys(), DType::kF32, 1, int64_t{256} << 20);
+    Fixture alone(ModelOfEqualKeys());
     const std::vector<int32_t> ids = alone.Text(2300);
-    Context judge = alone.Open(options);
+    const Session judge = alone.Open(options);
     alone.Hidden(judge, ids, 100);
     for (const int ranks : {2, 3, 4}) {
       SCOPED_TRACE(absl::StrCat(sinks, " sinks, ", ranks, " ranks"));
       RunGroup(ranks, [&](int rank, Communicator* communicator) {
         Courier courier(communicator);
-        Fixture f(ModelOfEqualKeys(), DType::kF32, 1, int64_t{256} << 20, &courier);
-        Context context = f.Open(options);
-        ASSERT_TRUE(f.engine->Append(context, ids).ok());
+        Fixture f(ModelOfEqualKeys(), {.group = &courier});
+        const Session context = f.Open(options);
+        f.Append(context, ids);
         EXPECT_TRUE(SameBits(context.last(), judge.last())) << "rank " << rank;
         const int64_t sink_scatters = courier.scatters() - courier.maximum_scatters();
         EXPECT_GT(courier.maximum_scatters(), 0);
@@ -220,15 +228,15 @@ TEST(Wave, RowsOfBothPathsGiveTheBitsOfOneWorker) {
 }
 
 // Whichever round it is in: in a sink path's sum, or in a maximum path's.
-TEST(Wave, ARankThatFailsInARoundIsAnErrorOnAll) {
+TEST(SequenceParallelPrefill, ARankThatFailsInARoundIsAnErrorOnAll) {
   for (const int64_t fail : {0, 1, 40, 61}) {
     SCOPED_TRACE(absl::StrCat("reduce-scatter ", fail));
     RunGroup(3, [&](int rank, Communicator* communicator) {
       Courier courier(communicator);
       if (rank == 1) courier.fail = fail;
-      Fixture f(ModelOfEqualKeys(), DType::kF32, 1, int64_t{256} << 20, &courier);
-      Context context = f.Open();
-      const absl::Status status = f.engine->Append(context, f.Text(2300)).status();
+      Fixture f(ModelOfEqualKeys(), {.group = &courier});
+      const Session context = f.Open();
+      const absl::Status status = f.jobs->Append(context, f.Text(2300)).status();
       if (rank == 1) {
         EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
       } else {
@@ -240,101 +248,112 @@ TEST(Wave, ARankThatFailsInARoundIsAnErrorOnAll) {
   }
 }
 
-// A group's wave as its ranks would make it behind one another, for what happens between two units of it.
-class WaveStepper {
+// A prefill of a session unit by unit, for what happens between two of them.
+class PrefillStepper {
  public:
-  WaveStepper(Fixture& f, Context& context, const std::vector<int32_t>& ids)
-      : wave(f.engine->StartWave(context, ids, false, false, nullptr)) {
-    EXPECT_TRUE(wave != nullptr);
-    const absl::Status reserved = wave->Reserve();
+  PrefillStepper(Fixture& f, const Session& session, absl::Span<const int32_t> ids)
+      : f_(f),
+        context_(session.context()),
+        prefill(f.jobs->engine().StartPrefill(context_, ids, false, false, nullptr, f.jobs->group())) {
+    EXPECT_TRUE(prefill != nullptr);
+    const absl::Status reserved = prefill->Reserve();
     EXPECT_TRUE(reserved.ok()) << reserved;
   }
   bool Step() {
-    const absl::Status status = wave->Run(1, Far());
+    const absl::Status status = prefill->Run(1, Far());
     EXPECT_TRUE(status.ok()) << status;
-    return status.ok() && !wave->done();
+    return status.ok() && !prefill->done();
   }
-  std::unique_ptr<Wave> wave;
+  void Finish() {
+    ASSERT_EQ(prefill->status(), absl::OkStatus());
+    f_.jobs->engine().FinishPrefill(*prefill, context_, nullptr);
+  }
+
+ private:
+  Fixture& f_;
+  Context& context_;
+
+ public:
+  std::unique_ptr<SequenceParallelPrefill> prefill;
 };
 
-TEST(Wave, LeavesThePagesThatChunksWouldHaveLeft) {
+TEST(SequenceParallelPrefill, LeavesThePagesThatChunksWouldHaveLeft) {
   for (uint64_t seed = 1; seed <= 12; ++seed) {
     const ContextOptions options = RandomOptions(seed + 900);
     SCOPED_TRACE(absl::StrCat("seed ", seed, " ", ToString(options)));
     RunGroup(3, [&](int /*rank*/, Communicator* communicator) {
-      Fixture f(ModelOf(seed), DType::kF32, 1, int64_t{256} << 20, communicator);
+      Fixture f(ModelOf(seed), {.group = communicator});
       const std::vector<int32_t> ids = f.Text(2100, seed);
-      Context chunks = f.Open(options);
+      const Session chunks = f.Open(options);
       f.Hidden(chunks, ids, 100);
-      Context waves = f.Open(options);
-      ASSERT_TRUE(f.engine->Append(waves, absl::MakeConstSpan(ids).subspan(0, 300)).ok());
-      ASSERT_TRUE(f.engine->Append(waves, absl::MakeConstSpan(ids).subspan(300)).ok());
-      EXPECT_EQ(waves.page_bytes(), chunks.page_bytes());
+      const Session prefilled = f.Open(options);
+      f.Append(prefilled, absl::MakeConstSpan(ids).subspan(0, 300));
+      f.Append(prefilled, absl::MakeConstSpan(ids).subspan(300));
+      EXPECT_EQ(prefilled.page_bytes(), chunks.page_bytes());
       EXPECT_EQ(f.store->used_bytes(), 2 * chunks.page_bytes());
-      EXPECT_TRUE(SameBits(waves.last(), chunks.last()));
+      EXPECT_TRUE(SameBits(prefilled.last(), chunks.last()));
     });
     if (HasFailure()) return;
   }
 }
 
-TEST(Wave, OneThatIsGivenUpAtAnyMomentLeavesNoTrace) {
+TEST(SequenceParallelPrefill, OneThatIsGivenUpAtAnyMomentLeavesNoTrace) {
   const ContextOptions options;
-  Fixture alone(ModelOf(6), DType::kF32, 1, int64_t{64} << 20);
+  Fixture alone(ModelOf(6));
   const std::vector<int32_t> ids = alone.Text(1500);
-  Context judge = alone.Open(options);
+  const Session judge = alone.Open(options);
   alone.Hidden(judge, ids, ids.size());
   RunGroup(3, [&](int /*rank*/, Communicator* communicator) {
-    Fixture f(ModelOf(6), DType::kF32, 1, int64_t{64} << 20, communicator);
-    Context context = f.Open(options);
+    Fixture f(ModelOf(6), {.group = communicator});
+    const Session context = f.Open(options);
     f.Hidden(context, absl::MakeConstSpan(ids).subspan(0, 300), 100);
     const int64_t used = f.store->used_bytes();
     const std::vector<int32_t> rest(ids.begin() + 300, ids.end());
     for (int units = 0;; units += 3) {
-      WaveStepper stepper(f, context, rest);
+      PrefillStepper stepper(f, context, rest);
       EXPECT_GT(f.store->used_bytes(), used);
       bool more = true;
       for (int i = 0; i < units && more; ++i) more = stepper.Step();
-      stepper.wave.reset();
+      stepper.prefill.reset();
       EXPECT_EQ(f.store->used_bytes(), used);
       EXPECT_EQ(context.length(), 300);
       if (!more) break;
     }
-    ASSERT_TRUE(f.engine->Append(context, rest).ok());
+    f.Append(context, rest);
     EXPECT_TRUE(SameBits(context.last(), judge.last()));
   });
 }
 
-TEST(Wave, OtherContextsAndForksGoOnBetweenItsUnits) {
+TEST(SequenceParallelPrefill, OtherContextsAndForksGoOnBetweenItsUnits) {
   for (const ContextPolicy policy :
        {ContextPolicy::kModel, ContextPolicy::kStreaming, ContextPolicy::kStar}) {
     ContextOptions options;
     options.policy = policy;
     if (policy != ContextPolicy::kModel) options.window = 300;
-    Fixture alone(ModelOf(3), DType::kF32, 1, int64_t{64} << 20);
+    Fixture alone(ModelOf(3));
     const std::vector<int32_t> ids = alone.Text(1800);
     const std::vector<int32_t> other = alone.Text(400, 2);
-    Context judge = alone.Open(options);
+    const Session judge = alone.Open(options);
     alone.Hidden(judge, absl::MakeConstSpan(ids).subspan(0, 400), 400);
-    Context forked_judge = judge.Fork();
+    const Session forked_judge = judge.Fork();
     alone.Hidden(judge, absl::MakeConstSpan(ids).subspan(400, kPageRows * 4 - 400), 1000);
     const std::vector<float> wanted = alone.Hidden(forked_judge, other, 400);
     RunGroup(3, [&](int rank, Communicator* communicator) {
-      Fixture f(ModelOf(3), DType::kF32, 1, int64_t{64} << 20, communicator);
-      Context context = f.Open(options);
+      Fixture f(ModelOf(3), {.group = communicator});
+      const Session context = f.Open(options);
       f.Hidden(context, absl::MakeConstSpan(ids).subspan(0, 400), 100);
-      WaveStepper stepper(f, context, std::vector<int32_t>(ids.begin() + 400, ids.end()));
+      PrefillStepper stepper(f, context, absl::MakeConstSpan(ids).subspan(400));
       std::vector<float> got;
-      std::unique_ptr<Context> fork;
+      std::optional<Session> fork;
       for (size_t at = 0; stepper.Step();) {
-        if (fork == nullptr) fork = std::make_unique<Context>(context.Fork());
+        if (!fork) fork.emplace(context.Fork());
         const size_t count = std::min<size_t>(19, other.size() - at);
         if (count == 0) continue;
         const auto some = f.Hidden(*fork, absl::MakeConstSpan(other).subspan(at, count), count);
         got.insert(got.end(), some.begin(), some.end());
         at += count;
       }
-      ASSERT_EQ(stepper.wave->status(), absl::OkStatus());
-      f.engine->FinishWave(*stepper.wave, context, nullptr);
+      stepper.Finish();
       EXPECT_EQ(context.length(), 4 * kPageRows);
       EXPECT_TRUE(SameBits(context.last(), judge.last())) << "rank " << rank;
       EXPECT_GT(got.size(), 0U);
@@ -344,25 +363,24 @@ TEST(Wave, OtherContextsAndForksGoOnBetweenItsUnits) {
   }
 }
 
-TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
+TEST(SequenceParallelPrefill, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
   ModelConfig config = RandomModel::RandomConfig(1);
   config.layers.resize(3, config.layers[0]);
   for (LayerConfig& layer : config.layers) layer.window = 0;
   RunGroup(4, [&](int /*rank*/, Communicator* communicator) {
-    Fixture f(RandomModel(config, DType::kF32, 1), DType::kF32, 1, int64_t{256} << 20, communicator,
-              /*stripe_pages=*/4);
+    Fixture f(RandomModel(config, DType::kF32, 1), {.group = communicator, .stripe_pages = 4});
     AttentionShape shape{config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32};
     const int64_t page = f.backend->PageBytes(shape);
     const std::vector<int32_t> ids = f.Text(32 * kPageRows);
     const auto most_while_reading = [&](const ContextOptions& options) {
-      Context context = f.Open(options);
+      const Session context = f.Open(options);
       int64_t most = 0;
       while (context.length() < 32 * kPageRows) {
-        WaveStepper stepper(f, context, std::vector<int32_t>(ids.begin() + context.length(), ids.end()));
-        const auto page_bytes = [&] { return f.store->used_bytes() - stepper.wave->buffer_bytes(); };
+        PrefillStepper stepper(f, context, absl::MakeConstSpan(ids).subspan(context.length()));
+        const auto page_bytes = [&] { return f.store->used_bytes() - stepper.prefill->buffer_bytes(); };
         most = std::max(most, page_bytes());
         while (stepper.Step()) most = std::max(most, page_bytes());
-        f.engine->FinishWave(*stepper.wave, context, nullptr);
+        stepper.Finish();
       }
       EXPECT_EQ(f.store->used_bytes(), context.page_bytes());
       return most / page;
@@ -378,64 +396,69 @@ TEST(Wave, NeedsAShareOfAllKeysAndOfWindowsNoMoreThanTheStripeOfOneLayer) {
   });
 }
 
-// One byte makes the difference between a wave and chunks, and not for want of pages.
-TEST(Wave, WithoutRoomForItsBuffersAnAppendGoesOnInChunksToTheSameBits) {
+// One byte makes the difference between a prefill and chunks, and not for want of pages.
+TEST(SequenceParallelPrefill, WithoutRoomForItsBuffersAnAppendGoesOnInChunksToTheSameBits) {
   ModelConfig config = RandomModel::RandomConfig(4);
   config.layers.resize(1);
-  Fixture alone(RandomModel(config, DType::kF32, 4), DType::kF32, 1, int64_t{64} << 20);
-  const std::vector<int32_t> ids = alone.Text(8 * kPageRows);  // One wave.
-  Context judge = alone.Open();
-  ASSERT_TRUE(alone.engine->Append(judge, ids).ok());
+  Fixture alone(RandomModel(config, DType::kF32, 4));
+  const std::vector<int32_t> ids = alone.Text(8 * kPageRows);  // One prefill.
+  const Session judge = alone.Open();
+  alone.Append(judge, ids);
   int64_t needed = 0;  // By rank 1.
   for (const int64_t short_of : {-1, 0, 1}) {
     RunGroup(2, [&](int rank, Communicator* communicator) {
       Courier courier(communicator);
       const bool small = rank == 1 && short_of >= 0;
-      Fixture f(RandomModel(config, DType::kF32, 4), DType::kF32, 1,
-                small ? needed - short_of : int64_t{64} << 20, &courier, /*stripe_pages=*/4);
-      Context context = f.Open();
+      FixtureOptions how;
+      if (small) how.store_bytes = needed - short_of;
+      how.group = &courier;
+      how.stripe_pages = 4;
+      Fixture f(RandomModel(config, DType::kF32, 4), how);
+      const Session context = f.Open();
       if (short_of < 0 && rank == 1) {
-        const auto wave = f.engine->StartWave(context, ids, false, false, nullptr);
-        ASSERT_TRUE(wave->Reserve().ok());
+        const auto prefill =
+            f.jobs->engine().StartPrefill(context.context(), ids, false, false, nullptr, courier);
+        ASSERT_TRUE(prefill->Reserve().ok());
         needed = f.store->used_bytes();
-        EXPECT_GT(wave->buffer_bytes(),
+        EXPECT_GT(prefill->buffer_bytes(),
                   4 * kPageRows * 4 * (config.hidden_size + config.query_heads * config.head_dim));
       }
-      const auto appended = f.engine->Append(context, ids);
-      ASSERT_TRUE(appended.ok()) << appended.status();
+      f.Append(context, ids);
       EXPECT_TRUE(SameBits(context.last(), judge.last()));
       EXPECT_EQ(courier.received() > 0, short_of <= 0) << "short of " << short_of;
     });
   }
 }
 
-TEST(Wave, WithoutRoomForItAnAppendGoesOnInChunksToTheSameBits) {
+TEST(SequenceParallelPrefill, WithoutRoomForItAnAppendGoesOnInChunksToTheSameBits) {
   ModelConfig config = RandomModel::RandomConfig(4);
   config.layers.resize(1);
   ContextOptions options;
   options.policy = ContextPolicy::kStreaming;
   options.window = 20;
-  Fixture alone(RandomModel(config, DType::kF32, 4), DType::kF32, 1, int64_t{64} << 20);
+  Fixture alone(RandomModel(config, DType::kF32, 4));
   const std::vector<int32_t> ids = alone.Text(20 * kPageRows);
-  Context judge = alone.Open(options);
-  ASSERT_TRUE(alone.engine->Append(judge, ids).ok());
+  const Session judge = alone.Open(options);
+  alone.Append(judge, ids);
   RunGroup(2, [&](int rank, Communicator* communicator) {
     Courier courier(communicator);
     // 8 pages of a stripe do not fit, sinks and a window do.
     const int64_t small = int64_t{1} << 20;
-    Fixture f(RandomModel(config, DType::kF32, 4), DType::kF32, 1, rank == 1 ? small : 64 * small, &courier,
-              /*stripe_pages=*/8);
+    FixtureOptions how;
+    how.store_bytes = rank == 1 ? small : 64 * small;
+    how.group = &courier;
+    how.stripe_pages = 8;
+    Fixture f(RandomModel(config, DType::kF32, 4), how);
     AttentionShape shape{config.query_heads, config.kv_heads, config.head_dim, config.head_dim, DType::kF32};
     ASSERT_GT(8 * f.backend->PageBytes(shape), small);
-    Context context = f.Open(options);
-    const auto appended = f.engine->Append(context, ids);
-    ASSERT_TRUE(appended.ok()) << appended.status();
+    const Session context = f.Open(options);
+    f.Append(context, ids);
     EXPECT_TRUE(SameBits(context.last(), judge.last()));
     EXPECT_EQ(courier.received(), 0);
   });
 }
 
-TEST(Wave, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheGroupLivesOn) {
+TEST(SequenceParallelPrefill, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheGroupLivesOn) {
   for (const int64_t window : {0, 30}) {
     const auto model = [&] {
       ModelConfig config = RandomModel::RandomConfig(5);
@@ -447,26 +470,26 @@ TEST(Wave, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheGroupLivesOn) {
       return random;
     };
     RunGroup(3, [&](int /*rank*/, Communicator* communicator) {
-      Fixture f(model(), DType::kF32, 1, int64_t{64} << 20, communicator);
+      Fixture f(model(), {.group = communicator});
       std::vector<int32_t> ids = f.Text(1000);
       for (int32_t& id : ids) id = std::max(id, 1);
-      Context whole = f.Open();
-      ASSERT_TRUE(f.engine->Append(whole, ids).ok());
-      Context context = f.Open();
+      const Session whole = f.Open();
+      f.Append(whole, ids);
+      const Session context = f.Open();
       std::vector<int32_t> poisoned = ids;
       poisoned[600] = 0;
-      const absl::Status status = f.engine->Append(context, poisoned).status();
+      const absl::Status status = f.jobs->Append(context, poisoned).status();
       EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
       EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("layer 0"));
       EXPECT_EQ(context.length(), 512);  // In chunks, as far as there is nothing wrong.
-      ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(512)).ok());
+      f.Append(context, absl::MakeConstSpan(ids).subspan(512));
       EXPECT_TRUE(SameBits(context.last(), whole.last()));
     });
   }
 }
 
 // Three ways for arithmetic to fail at one token: its embedding, its attention, the logits behind it.
-TEST(Wave, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
+TEST(SequenceParallelPrefill, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
   enum class Poison { kEmbedding, kAttention, kLogits };
   const auto model = [](Poison poison, int64_t window) {
     ModelConfig config = RandomModel::RandomConfig(5);
@@ -518,29 +541,29 @@ TEST(Wave, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
         for (const int ranks : {1, 2, 3}) {
           RunGroup(ranks, [&](int rank, Communicator* communicator) {
             Courier courier(communicator);
-            Fixture f(model(poison, window), DType::kF32, 1, int64_t{64} << 20,
-                      ranks == 1 ? nullptr : &courier);
+            Fixture f(model(poison, window), {.group = ranks == 1 ? nullptr : &courier});
             std::vector<int32_t> ids = f.Text(1400);
             for (int32_t& id : ids) id = std::max(id, 1);
-            Context context = f.Open();
-            ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).first(3)).ok());
+            const Session context = f.Open();
+            f.Append(context, absl::MakeConstSpan(ids).first(3));
             ids[at] = 0;
-            ContextAppendOptions how;
-            how.log_probs = poison == Poison::kLogits;
-            const absl::Status status =
-                f.engine->Append(context, absl::MakeConstSpan(ids).subspan(3), how).status();
+            const auto rest = absl::MakeConstSpan(ids).subspan(3);
+            const absl::Status status = poison == Poison::kLogits ? f.jobs->Score(context, rest).status()
+                                                                  : f.jobs->Append(context, rest).status();
             ASSERT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
             if (ranks == 1) {
               length = context.length();
               message = std::string(status.message());
             }
+            // (A score leaves the session as it was.)
             EXPECT_EQ(context.length(), length) << "rank " << rank << " of " << ranks;
             // A rank that others told says so.
             if (poison != Poison::kAttention) {
               EXPECT_EQ(std::string(status.message()), message);
             }
-            if (ranks > 1) {
-              EXPECT_GT(courier.received(), 0) << "no waves?";
+            // (A prefill that fails in its first units is given up before any message.)
+            if (ranks > 1 && at >= 1000) {
+              EXPECT_GT(courier.received(), 0) << "no prefill was shared out?";
             }
           });
           if (HasFailure()) return;
@@ -552,7 +575,7 @@ TEST(Wave, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
 
 // The last product overflows behind some rows. All ranks say so, whoever computed them, and leave the context
 // as it was; a softcap does not hide it.
-TEST(Wave, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
+TEST(SequenceParallelPrefill, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
   for (const float softcap : {0.0F, 30.0F}) {
     const auto model = [&] {
       ModelConfig config = RandomModel::RandomConfig(5);
@@ -565,26 +588,26 @@ TEST(Wave, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
     std::string alone;
     for (const int ranks : {1, 3}) {
       RunGroup(ranks, [&](int rank, Communicator* communicator) {
-        Fixture f(model(), DType::kF32, 1, int64_t{64} << 20, ranks == 1 ? nullptr : communicator);
+        Fixture f(model(), {.group = ranks == 1 ? nullptr : communicator});
         const std::vector<int32_t> ids = f.Text(1000);
-        Context context = f.Open();
-        ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).first(1)).ok());
+        const Session context = f.Open();
+        f.Append(context, absl::MakeConstSpan(ids).first(1));
         int64_t at = 0;  // Behind which the logits are not finite.
-        while (at < 1000 && f.engine->NextLogits(context).ok()) {
-          ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(++at, 1)).ok());
+        while (at < 1000 && f.NextLogits(context).ok()) {
+          f.Append(context, absl::MakeConstSpan(ids).subspan(++at, 1));
         }
         ASSERT_LT(at, 20);
-        const absl::Status next = f.engine->NextLogits(context).status();
+        const absl::Status next = f.NextLogits(context).status();
         EXPECT_EQ(next.code(), absl::StatusCode::kInvalidArgument) << next;
         EXPECT_THAT(std::string(next.message()), ::testing::HasSubstr("a logit is not finite"));
-        GenerateOptions how;
-        how.max_tokens = 3;
-        EXPECT_EQ(f.engine->Generate(context, how).status().code(), absl::StatusCode::kInvalidArgument);
-        const absl::Status score = f.engine->Score(context, ids).status();
+        GenerateJob generate;
+        generate.max_tokens = 3;
+        EXPECT_EQ(f.jobs->Run(context, generate).status().code(), absl::StatusCode::kInvalidArgument);
+        const absl::Status score = f.jobs->Score(context, ids).status();
         EXPECT_EQ(score.code(), absl::StatusCode::kInvalidArgument) << score;
         EXPECT_THAT(std::string(score.message()), ::testing::HasSubstr("a logit is not finite"));
         EXPECT_EQ(context.length(), at + 1);
-        ASSERT_TRUE(f.engine->Append(context, absl::MakeConstSpan(ids).subspan(at + 1)).ok());
+        f.Append(context, absl::MakeConstSpan(ids).subspan(at + 1));
         EXPECT_EQ(context.length(), 1000);
         if (ranks == 1) alone = std::string(score.message());
         EXPECT_EQ(std::string(score.message()), alone) << "rank " << rank;

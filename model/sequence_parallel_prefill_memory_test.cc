@@ -1,4 +1,4 @@
-// What a wave allocates beside its pages is what it has reserved.
+// What a sequence-parallel prefill allocates beside its pages is what it has reserved.
 #include <gtest/gtest.h>
 #include <malloc.h>
 
@@ -48,6 +48,7 @@ namespace {
 using testing::Fixture;
 using testing::RandomModel;
 using testing::RunGroup;
+using testing::Session;
 
 struct Case {
   int64_t window;  // Of the model's layers, 0: none.
@@ -57,7 +58,7 @@ struct Case {
   int ranks = 3;
 };
 
-TEST(WaveMemory, IsWhatItReserves) {
+TEST(SequenceParallelPrefillMemory, IsWhatItReserves) {
   ContextOptions rolling;
   rolling.policy = ContextPolicy::kStreaming;
   rolling.positions = PositionMode::kRolling;
@@ -82,12 +83,13 @@ TEST(WaveMemory, IsWhatItReserves) {
     config.layers.resize(2, config.layers[0]);
     for (LayerConfig& layer : config.layers) layer.window = c.window;
     RunGroup(c.ranks, [&](int rank, Communicator* communicator) {
-      Fixture f(RandomModel(config, DType::kF32, 5), DType::kF32, 1, int64_t{256} << 20, communicator,
-                /*stripe_pages=*/12);
+      Fixture f(RandomModel(config, DType::kF32, 5), {.group = communicator, .stripe_pages = 12});
       const std::vector<int32_t> ids = f.Text(c.ranks * 12 * kPageRows);
-      Context context = f.Open(c.options);
-      // The first chunk makes the workspace of a step, which is not the wave's.
-      f.Hidden(context, absl::MakeConstSpan(ids).first(100), 100);
+      const Session session = f.Open(c.options);
+      // The first chunk makes the workspace of a step, which is not the prefill's.
+      f.Hidden(session, absl::MakeConstSpan(ids).first(100), 100);
+      const ModelEngine& engine = f.jobs->engine();
+      Context& context = session.context();
       std::optional<Pooler> pooler;
       if (c.pools) {
         std::vector<PositionRange> ranges;
@@ -96,21 +98,23 @@ TEST(WaveMemory, IsWhatItReserves) {
       }
       const int64_t before = in_use;
       most_in_use = in_use;
-      const auto wave = f.engine->StartWave(context, absl::MakeConstSpan(ids).subspan(100), false,
-                                            c.log_probs, pooler ? &*pooler : nullptr);
-      ASSERT_TRUE(wave != nullptr && wave->Reserve().ok());
-      while (!wave->done()) ASSERT_TRUE(wave->Run(1, absl::Now() + absl::Seconds(60)).ok());
-      ASSERT_TRUE(wave->status().ok());
+      const auto prefill = engine.StartPrefill(context, absl::MakeConstSpan(ids).subspan(100), false,
+                                               c.log_probs, pooler ? &*pooler : nullptr, *communicator);
+      ASSERT_TRUE(prefill != nullptr && prefill->Reserve().ok());
+      while (!prefill->done()) ASSERT_TRUE(prefill->Run(1, absl::Now() + absl::Seconds(60)).ok());
+      ASSERT_TRUE(prefill->status().ok());
       const int64_t most = most_in_use - before;
       // What a step of a chunk takes while it runs, at this length.
-      f.engine->FinishWave(*wave, context, nullptr);
+      engine.FinishPrefill(*prefill, context, nullptr);
       const int64_t idle = in_use;
       most_in_use = in_use;
-      ASSERT_TRUE(f.engine->Step({Turn{&context, absl::MakeConstSpan(ids).first(100)}}).ok());
+      const BatchEntry chunk_entry{&context, absl::MakeConstSpan(ids).first(100), false};
+      ASSERT_TRUE(engine.Prepare(chunk_entry).ok());
+      ASSERT_TRUE(f.jobs->engine().Step({chunk_entry}, *communicator, absl::Now() + absl::Seconds(60)).ok());
       const int64_t chunk = most_in_use - idle;
-      EXPECT_LE(most, wave->buffer_bytes() + chunk + (int64_t{64} << 10)) << "rank " << rank;
-      EXPECT_GE(most, wave->buffer_bytes() / 2) << "rank " << rank;
-      EXPECT_GT(wave->buffer_bytes(), 3 * chunk) << "rank " << rank;
+      EXPECT_LE(most, prefill->buffer_bytes() + chunk + (int64_t{64} << 10)) << "rank " << rank;
+      EXPECT_GE(most, prefill->buffer_bytes() / 2) << "rank " << rank;
+      EXPECT_GT(prefill->buffer_bytes(), 3 * chunk) << "rank " << rank;
     });
     if (HasFailure()) return;
   }

@@ -1,5 +1,5 @@
-#ifndef EDUBA_MODEL_WAVE_H_
-#define EDUBA_MODEL_WAVE_H_
+#ifndef EDUBA_MODEL_SEQUENCE_PARALLEL_PREFILL_H_
+#define EDUBA_MODEL_SEQUENCE_PARALLEL_PREFILL_H_
 
 #include <cstdint>
 #include <optional>
@@ -19,21 +19,21 @@
 
 namespace eduba {
 
-// One wave of an append: every rank takes the rows of its own stripe through the model, layer by layer
-// (docs/adr/0007-model-sessions.md, "striped rows"). In each layer, all make queries, keys and values of
-// their rows; then the ranks send each other the keys and values that their windows and what they keep need;
-// then all attend, where a row sees all keys with everybody's help, and do the rest of the layer. A row's
-// bits are those of every other way.
+// A part of a long append that the ranks of a group share out: every rank takes the rows of its own stripe through the
+// model, layer by layer (docs/adr/0007-model-sessions.md, "striped rows"). In each layer all ranks first compute the
+// queries, keys and values of their rows. Then they send each other the keys and values that their windows need, and
+// those that every rank keeps. Then all attend, with everybody's help where a row sees all keys, and compute the rest
+// of the layer. A row has the same bits as in a step that every rank computes.
 //
-// It works on pages of its own, a fork of the context's, so that one that is given up leaves no trace. It is
-// done in small units, between which other contexts may go on. The ranks of the group make the same calls at
-// the same time.
-class Wave {
+// It works on pages of its own, a fork of the context's, so that a prefill that is given up leaves no trace. Its work is
+// done in small units, between which other contexts may grow. The ranks of the group make the same calls at the same
+// time.
+class SequenceParallelPrefill {
  public:
-  // All outlive the wave.
+  // All outlive the prefill.
   struct Options {
     Backend* backend = nullptr;
-    PageStore* store = nullptr;  // Whose budget the wave's buffers count in, beside its pages.
+    PageStore* store = nullptr;  // The prefill's buffers count in its budget, as its pages do.
     Transformer* model = nullptr;
     Communicator* communicator = nullptr;
     int64_t chunk_rows = 256;
@@ -47,16 +47,17 @@ class Wave {
     bool log_probs = false;      // Wanted.
     std::optional<Pooler> part;  // Takes the hidden states.
   };
-  Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows);
+  SequenceParallelPrefill(const Options& options, WavePlan plan, KvPages pages, Rows rows);
 
   const WavePlan& plan() const { return plan_; }
 
-  // Takes all the memory that the wave needs: pages, and buffer_bytes() beside them. RESOURCE_EXHAUSTED: this
-  // rank has not enough, and took none. No rank may go on then. Any other error is that of its device; the
-  // communicator is dead then.
+  // Takes all the memory that the prefill needs: pages, and buffer_bytes() beside them. RESOURCE_EXHAUSTED: this
+  // rank has not enough, and took none; no rank may go on then. Any other error is that of its device, and the
+  // communicator is dead.
   absl::Status Reserve();
 
-  // Of hidden states and queries of this rank's rows, of messages, and of all else that grows with the wave.
+  // The bytes of hidden states and queries of this rank's rows, of messages, and of all else that grows with the
+  // prefill.
   int64_t buffer_bytes() const;
 
   // Goes on by `units` at least: each is a chunk's way through one half of a layer, or as much work. Errors
@@ -66,12 +67,12 @@ class Wave {
   int64_t units_of_a_chunk() const { return 2 * static_cast<int64_t>(rows_.views.size()); }
   bool done() const { return stage_ == Stage::kDone; }
 
-  // Not OK: arithmetic left the finite numbers, INVALID_ARGUMENT. Before the wave is done it is only this
-  // rank that knows, and goes on with its part in what the others do; behind it, all do.
+  // Not OK: arithmetic left the finite numbers, INVALID_ARGUMENT. Before the prefill is done, only
+  // this rank knows, and still takes part in what the others do; afterwards all ranks know.
   const absl::Status& status() const { return status_; }
 
-  // What came of it; done() and status() is OK. Pages of a context that ends with the wave, but for what is
-  // not needed any more of those before.
+  // What came of it, once done() with an OK status(): the pages of a context that ends with the prefill, but for
+  // those that no later row sees.
   KvPages TakePages() { return std::move(pages_); }
   const std::vector<float>& last() const { return last_; }            // [hidden_size]
   const std::vector<float>& log_probs() const { return log_probs_; }  // [ids], where wanted; or nothing
@@ -143,4 +144,4 @@ class Wave {
 
 }  // namespace eduba
 
-#endif  // EDUBA_MODEL_WAVE_H_
+#endif  // EDUBA_MODEL_SEQUENCE_PARALLEL_PREFILL_H_

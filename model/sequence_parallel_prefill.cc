@@ -1,4 +1,4 @@
-#include "model/wave.h"
+#include "model/sequence_parallel_prefill.h"
 
 #include <algorithm>
 #include <bit>
@@ -33,7 +33,8 @@ int64_t Count(absl::Span<const PositionRange> ranges) {
 
 }  // namespace
 
-Wave::Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows)
+SequenceParallelPrefill::SequenceParallelPrefill(const Options& options, WavePlan plan, KvPages pages,
+                                                 Rows rows)
     : options_(options),
       plan_(std::move(plan)),
       own_(plan_.slices[options.communicator->rank()]),
@@ -50,7 +51,7 @@ Wave::Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows)
   }
 }
 
-int64_t Wave::ExchangeRows(int layer) const {
+int64_t SequenceParallelPrefill::ExchangeRows(int layer) const {
   const auto rows_between = [&](int from, int to) {
     return Count(RowsToSend(plan_, rows_.views[layer], rows_.keeping[layer], from, to));
   };
@@ -66,7 +67,7 @@ int64_t Wave::ExchangeRows(int layer) const {
   return outgoing + message;
 }
 
-int64_t Wave::buffer_bytes() const {
+int64_t SequenceParallelPrefill::buffer_bytes() const {
   const auto tokens = static_cast<int64_t>(rows_.ids.size());
   const bool sinks = !rows_.sink_positions.empty();
   // Hidden states, queries, angles and positions of a row.
@@ -87,7 +88,7 @@ int64_t Wave::buffer_bytes() const {
   return bytes;
 }
 
-absl::Status Wave::Reserve() {
+absl::Status SequenceParallelPrefill::Reserve() {
   std::vector<std::vector<int64_t>> kept;
   int64_t spare = 0;
   for (const WavePages& pages : layer_pages_) {
@@ -117,21 +118,21 @@ absl::Status Wave::Reserve() {
   return absl::OkStatus();
 }
 
-absl::Status Wave::Run(int64_t units, absl::Time deadline) {
+absl::Status SequenceParallelPrefill::Run(int64_t units, absl::Time deadline) {
   absl::Status status = RunUnits(units, deadline);
   // An error ahead of a collective: no rank shall wait for one that will not come.
   if (!status.ok()) options_.communicator->Abort(status);
   return status;
 }
 
-absl::Status Wave::Note(const absl::Status& status) {
+absl::Status SequenceParallelPrefill::Note(const absl::Status& status) {
   if (!absl::IsInvalidArgument(status)) return status;
   if (status_.ok()) status_ = status;
   return absl::OkStatus();
 }
 
 // A round's queries, and what its steps have in progress that those of one chunk have not.
-int64_t Wave::RoundBytes() const {
+int64_t SequenceParallelPrefill::RoundBytes() const {
   int64_t sink_tokens = -1;
   for (const LayerView& view : rows_.views) {
     if (view.policy == Policy::kGlobal) sink_tokens = std::max(sink_tokens, view.sink_tokens);
@@ -144,18 +145,18 @@ int64_t Wave::RoundBytes() const {
          (ranks() - 1) * sink_tokens * 4 * shape.kv_heads * (shape.head_dim + shape.value_dim);
 }
 
-int64_t Wave::RoundRows() const {
+int64_t SequenceParallelPrefill::RoundRows() const {
   const int64_t share = (options_.chunk_rows / 2 + ranks() - 1) / ranks();
   return std::min({options_.chunk_rows, LongestSlice(plan_), std::max(share, kFewestRows)});
 }
 
-PositionRange Wave::ChunkOf(int rank) const {
+PositionRange SequenceParallelPrefill::ChunkOf(int rank) const {
   const PositionRange& slice = plan_.slices[rank];
   const int64_t begin = slice.begin + chunk_ * options_.chunk_rows;
   return PositionRange{begin, begin + options_.chunk_rows}.Intersect(slice);
 }
 
-absl::Status Wave::RunUnits(int64_t units, absl::Time deadline) {
+absl::Status SequenceParallelPrefill::RunUnits(int64_t units, absl::Time deadline) {
   while (units > 0 && !done()) {
     const bool last_chunk = chunk_ + 1 == chunks_;
     Stage next = stage_;
@@ -205,7 +206,7 @@ absl::Status Wave::RunUnits(int64_t units, absl::Time deadline) {
   return absl::OkStatus();
 }
 
-void Wave::BeginLayer() {
+void SequenceParallelPrefill::BeginLayer() {
   pages_.Lend(layer_, layer_pages_[layer_].lent, spare_);
   std::vector<PositionRange> wanted;
   for (int to = 0; to < ranks(); ++to) {
@@ -219,12 +220,12 @@ void Wave::BeginLayer() {
   }
 }
 
-void Wave::EndLayer() {
+void SequenceParallelPrefill::EndLayer() {
   pages_.TakeBack(layer_, layer_pages_[layer_].lent, spare_);
   outgoing_.clear();
 }
 
-absl::Status Wave::Project() {
+absl::Status SequenceParallelPrefill::Project() {
   const PositionRange chunk = ChunkOf(rank());
   if (chunk.empty() || !status_.ok()) return absl::OkStatus();
   const int64_t first = chunk.begin - own_.begin;
@@ -258,7 +259,7 @@ absl::Status Wave::Project() {
   return absl::OkStatus();
 }
 
-absl::Status Wave::Exchange(absl::Time deadline) {
+absl::Status SequenceParallelPrefill::Exchange(absl::Time deadline) {
   const auto rows_between = [&](int from, int to) {
     return Count(RowsToSend(plan_, view(), rows_.keeping[layer_], from, to));
   };
@@ -279,7 +280,7 @@ absl::Status Wave::Exchange(absl::Time deadline) {
 }
 
 // The rows' keys and then their values, range by range.
-std::vector<char> Wave::Message(int to) const {
+std::vector<char> SequenceParallelPrefill::Message(int to) const {
   std::vector<char> message;
   for (const PositionRange& range : RowsToSend(plan_, view(), rows_.keeping[layer_], rank(), to)) {
     const auto holds = [&](const Outgoing& out) {
@@ -297,7 +298,7 @@ std::vector<char> Wave::Message(int to) const {
   return message;
 }
 
-absl::Status Wave::TakeIn(int from, absl::Span<const char> message) {
+absl::Status SequenceParallelPrefill::TakeIn(int from, absl::Span<const char> message) {
   const char* at = message.data();
   for (const PositionRange& range : RowsToSend(plan_, view(), rows_.keeping[layer_], from, rank())) {
     const auto take = [&](int64_t bytes) {
@@ -312,7 +313,7 @@ absl::Status Wave::TakeIn(int from, absl::Span<const char> message) {
   return absl::OkStatus();
 }
 
-absl::Status Wave::AttendWindow(absl::Time deadline) {
+absl::Status SequenceParallelPrefill::AttendWindow(absl::Time deadline) {
   const PositionRange chunk = ChunkOf(rank());
   if (chunk.empty() || !status_.ok()) return absl::OkStatus();
   const int64_t first = (chunk.begin - own_.begin) * query_row_;
@@ -330,7 +331,7 @@ absl::Status Wave::AttendWindow(absl::Time deadline) {
   return absl::OkStatus();
 }
 
-absl::Status Wave::AttendAll(absl::Time deadline) {
+absl::Status SequenceParallelPrefill::AttendAll(absl::Time deadline) {
   EDUBA_CHECK(sink_queries_.empty());  // Every key would need a query of its own.
   EDUBA_ASSIGN_OR_RETURN(const std::vector<float> queries, GatherQueries(deadline));
   const PositionRange own = ChunkOf(rank());
@@ -366,7 +367,7 @@ absl::Status Wave::AttendAll(absl::Time deadline) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<float>> Wave::GatherQueries(absl::Time deadline) const {
+absl::StatusOr<std::vector<float>> SequenceParallelPrefill::GatherQueries(absl::Time deadline) const {
   std::vector<int64_t> begins(ranks() + 1);
   for (int r = 0; r < ranks(); ++r) begins[r + 1] = begins[r] + ChunkOf(r).size() * query_row_;
   std::vector<float> queries(begins.back());
@@ -387,7 +388,7 @@ absl::StatusOr<std::vector<float>> Wave::GatherQueries(absl::Time deadline) cons
   return queries;
 }
 
-absl::Status Wave::Outputs() {
+absl::Status SequenceParallelPrefill::Outputs() {
   const PositionRange chunk = ChunkOf(rank());
   if (chunk.empty() || !status_.ok()) return absl::OkStatus();
   EDUBA_RETURN_IF_ERROR(Note(options_.model->FinalNorm(chunk.begin - own_.begin, chunk.size(), hidden_)));
@@ -407,7 +408,7 @@ absl::Status Wave::Outputs() {
     EDUBA_CHECK(!rows_.before.empty());
     EDUBA_RETURN_IF_ERROR(Note(predict(rows_.before, {begin, begin + 1})));
   }
-  // A row predicts the token behind it; the wave's last one is for who comes next.
+  // A row predicts the token after it; the last row's prediction is for whoever reads on.
   const PositionRange tokens = PositionRange{chunk.begin + 1, chunk.end + 1}.Intersect(plan_.positions);
   if (!tokens.empty()) {
     const auto hidden = absl::MakeConstSpan(Hidden(chunk.begin), tokens.size() * width_);
@@ -417,7 +418,7 @@ absl::Status Wave::Outputs() {
 }
 
 // Everything has one owner, and the others add zeros: a sum of bits is a gathering.
-absl::Status Wave::Combine(absl::Time deadline) {
+absl::Status SequenceParallelPrefill::Combine(absl::Time deadline) {
   std::vector<int64_t> words(1 + width_);
   words[0] = status_.ok() ? 0 : 1;
   if (own_.end == plan_.positions.end && status_.ok()) {

@@ -1,0 +1,24 @@
+#ifndef EDUBA_COORDINATOR_ADMISSION_H_
+#define EDUBA_COORDINATOR_ADMISSION_H_
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "eduba/v1/group.pb.h"
+
+namespace eduba {
+
+// Whether a worker may be in this coordinator's group, and beside which others. FAILED_PRECONDITION refuses
+// it for good, UNAVAILABLE for now.
+
+// The worker alone: its protocol, its transport, its node id. `transport`, `version`: the coordinator's.
+absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transport,
+                        const std::string& version);
+
+// Beside a worker that has been admitted, and is another node: one group has one arithmetic, one model, and
+// an address for each worker.
+absl::Status CheckBeside(const v1::WorkerHello& hello, const v1::WorkerHello& other);
+
+}  // namespace eduba
+
+#endif  // EDUBA_COORDINATOR_ADMISSION_H_

@@ -1,0 +1,88 @@
+#ifndef EDUBA_MODEL_MODEL_CONTENT_H_
+#define EDUBA_MODEL_MODEL_CONTENT_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/id_log.h"
+#include "base/placement.h"
+#include "model/context.h"
+#include "model/engine.h"
+
+namespace eduba {
+
+// A session as one node keeps it: the ids of its tokens, and the context that has read them.
+//   context.length() == ids.size(), or it is smaller where an interruption left keys and values that have to be
+//   read again from the ids (ModelContent::BeginSettle).
+struct ModelSession {
+  ContextOptions options;  // As given to Open.
+  Context context;
+  IdLog ids;
+  // Positions of generated tokens, ascending and apart. They were read with BatchEntry::asks, and have to be
+  // read so again.
+  std::vector<PositionRange> generated;
+
+  bool is_read() const { return context.length() == ids.size(); }
+};
+
+// What a node keeps of model sessions. It lives as long as the node's process, and knows no group: a group's
+// jobs (model/job_loop.h) come and go, and leave the sessions where they stopped. One thread.
+class ModelContent {
+ public:
+  // What `options` points to outlives the content.
+  explicit ModelContent(const ModelEngine::Options& options) : engine_(options) {}
+  ModelContent(const ModelContent&) = delete;
+  ModelContent& operator=(const ModelContent&) = delete;
+
+  ModelEngine& engine() { return engine_; }
+
+  // Makes an empty session, or keeps the one that is there with the same options and placement; one with others
+  // is dropped first. `index` is this node's in the placement. INVALID_ARGUMENT as ModelEngine::Open; the session
+  // is gone then.
+  absl::Status Open(uint64_t session_id, const ContextOptions& options, const Placement& placement,
+                    int index);
+  // Whether Open would keep what is there.
+  bool Holds(uint64_t session_id, const ContextOptions& options, const Placement& placement) const;
+  bool Holds(uint64_t session_id) const { return sessions_.count(session_id) > 0; }
+  // Unknown sessions are ignored.
+  void Close(uint64_t session_id) { sessions_.erase(session_id); }
+  // Drops the sessions that are not in `session_ids`.
+  void Retain(const std::set<uint64_t>& session_ids);
+  // The same session under another id. NOT_FOUND, ALREADY_EXISTS.
+  absl::Status Fork(uint64_t session_id, uint64_t fork_id);
+
+  // NOT_FOUND. The session stays where it is until it is closed or dropped.
+  absl::StatusOr<ModelSession*> Find(uint64_t session_id);
+
+  // How far the session came. Ranks with equal descriptions stand at the same place: they have the same ids, and
+  // have read as many of them, to the same hidden state.
+  struct Description {
+    int64_t length = 0;  // Ids.
+    uint64_t digest = 0;
+    bool operator==(const Description&) const = default;
+  };
+  // NOT_FOUND; UNAVAILABLE where the disk does not give the ids.
+  absl::StatusOr<Description> Describe(uint64_t session_id);
+
+  // The session is `length` tokens long from now on. `read_again`: keys and values are dropped, all of them.
+  // Afterwards is_read(), or ids are to be read from context.length() on, by all ranks together, before anything
+  // else happens to the session (JobLoop::Settle). Without `read_again` ranks stand at the same place, and nothing
+  // is dropped.
+  //   NOT_FOUND
+  //   FAILED_PRECONDITION  the session has fewer ids; or, without `read_again`, another length. Nothing changed.
+  //   UNAVAILABLE          the disk does not give the ids. Nothing changed.
+  absl::Status BeginSettle(uint64_t session_id, int64_t length, bool read_again);
+
+ private:
+  ModelEngine engine_;
+  std::map<uint64_t, ModelSession> sessions_;
+};
+
+}  // namespace eduba
+
+#endif  // EDUBA_MODEL_MODEL_CONTENT_H_
