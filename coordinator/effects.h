@@ -85,7 +85,7 @@ struct Persist {
   Change change;
 };
 
-// Forget what was on the rendezvous board; from now on it belongs to this attempt, or (epoch 0) to none.
+// Forget what is in the rendezvous store; from now on it belongs to this attempt, or (epoch 0) to none.
 struct ResetRendezvous {
   uint64_t epoch = 0;
   uint32_t attempt = 0;

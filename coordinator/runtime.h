@@ -14,7 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "coordinator/effects.h"
-#include "coordinator/rendezvous_board.h"
+#include "coordinator/rendezvous_store.h"
 #include "coordinator/running_clock.h"
 #include "coordinator/state.h"
 #include "coordinator/store.h"
@@ -67,10 +67,8 @@ class Runtime {
   // A further event of a request that may have ended already.
   void Continue(RequestId request, const Event& event);
   void Cancel(RequestId request);
-  // Start, and wait for the reply; `cancelled` is asked now and then.
-  absl::StatusOr<Answer> Call(const Event& event, const std::function<bool()>& cancelled);
 
-  RendezvousBoard& board() { return board_; }
+  RendezvousStore& rendezvous() { return rendezvous_; }
 
   // Waits until a group is active.
   absl::Status WaitUntilActive(absl::Time deadline);
@@ -88,7 +86,7 @@ class Runtime {
 
   const std::unique_ptr<Store> store_;
   const std::function<void(bool)> set_serving_;
-  RendezvousBoard board_;
+  RendezvousStore rendezvous_;
 
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -12,7 +12,7 @@
 #include "base/check.h"
 #include "coordinator/attend_stream.h"
 #include "coordinator/testing/fake_cluster.h"
-#include "coordinator/thin_upload.h"
+#include "coordinator/proxied_upload.h"
 #include "rpc/spec.h"
 
 namespace eduba {
