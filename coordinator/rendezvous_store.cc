@@ -54,6 +54,9 @@ uint64_t RendezvousStore::Get(uint64_t epoch, uint32_t attempt, const std::strin
   const absl::Status current = CheckAttempt(epoch, attempt);
   if (!current.ok()) {
     waiter(current);
+  } else if (key.size() > kKeyBytesMax) {
+    waiter(absl::InvalidArgumentError(
+        absl::StrCat("rendezvous key of ", key.size(), " bytes, at most ", kKeyBytesMax)));
   } else if (const auto it = values_.find(key); it != values_.end()) {
     waiter(it->second);
   } else {

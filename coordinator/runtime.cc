@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/log.h"
+#include "rpc/limits.h"
 
 namespace eduba {
 namespace {
@@ -139,6 +140,11 @@ RequestId Runtime::Start(Caller* caller, const Event& event) {
   const std::lock_guard lock(mutex_);
   if (draining_) {
     caller->OnReply(ShuttingDown());
+    return 0;
+  }
+  if (callers_.size() >= kCallsMax) {
+    caller->OnReply(absl::ResourceExhaustedError(
+        absl::StrCat("the coordinator works on ", kCallsMax, " calls, the most it can: retry later")));
     return 0;
   }
   const RequestId id = next_request_++;
