@@ -40,9 +40,9 @@ Runtime::~Runtime() {
 }
 
 void Runtime::Ticks() {
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   while (!stopped_) {
-    changed_.wait_for(lock, kTick);
+    changed_.WaitFor(mutex_, kTick);
     if (stopped_) break;
     state_.Tick(clock_.At(SteadyMs()));
     CarryOut();
@@ -63,7 +63,7 @@ void Runtime::CarryOut() {
 
 void Runtime::CarryOutOne(Effect any) {
   std::visit(
-      [this](auto&& effect) {
+      [this](auto&& effect) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
         using T = std::decay_t<decltype(effect)>;
         if constexpr (std::is_same_v<T, SendToWorker>) {
           if (const auto it = links_.find(effect.worker); it != links_.end()) {
@@ -76,7 +76,7 @@ void Runtime::CarryOutOne(Effect any) {
         } else if constexpr (std::is_same_v<T, Reply>) {
           if (const auto caller = callers_.extract(effect.request); !caller.empty()) {
             caller.mapped()->OnReply(std::move(effect.answer));
-            changed_.notify_all();
+            changed_.NotifyAll();
           }
         } else if constexpr (std::is_same_v<T, AttendStarted>) {
           if (const auto it = callers_.find(effect.request); it != callers_.end()) {
@@ -103,7 +103,7 @@ void Runtime::CarryOutOne(Effect any) {
         } else if constexpr (std::is_same_v<T, SetServing>) {
           active_ = effect.serving;
           set_serving_(effect.serving);
-          changed_.notify_all();
+          changed_.NotifyAll();
         } else {
           static_assert(std::is_same_v<T, Note>);
           LogInfo(effect.text);
@@ -113,7 +113,7 @@ void Runtime::CarryOutOne(Effect any) {
 }
 
 absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (stopped_) return ShuttingDown();
   const WorkerId id = next_worker_++;
   links_[id] = link;
@@ -123,21 +123,21 @@ absl::StatusOr<WorkerId> Runtime::AddWorker(WorkerLink* link) {
 }
 
 void Runtime::WorkerSaid(WorkerId worker, v1::WorkerMessage message) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (stopped_) return;
   state_.WorkerSaid(worker, std::move(message), clock_.At(SteadyMs()));
   CarryOut();
 }
 
 void Runtime::RemoveWorker(WorkerId worker, const std::string& why) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (links_.erase(worker) == 0) return;
   state_.WorkerGone(worker, why, clock_.At(SteadyMs()));
   CarryOut();
 }
 
 RequestId Runtime::Start(Caller* caller, const Event& event) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (draining_) {
     caller->OnReply(ShuttingDown());
     return 0;
@@ -154,36 +154,40 @@ RequestId Runtime::Start(Caller* caller, const Event& event) {
 }
 
 void Runtime::Continue(RequestId request, const Event& event) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (callers_.count(request) > 0) Run(request, event);
 }
 
 void Runtime::Cancel(RequestId request) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (callers_.erase(request) == 0) return;
   state_.Cancel(request, clock_.At(SteadyMs()));
   CarryOut();
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto until = absl::ToChronoTime(deadline);
-  if (changed_.wait_until(lock, until, [this] { return active_ || stopped_; }) && active_) {
-    return absl::OkStatus();
+  while (!active_ && !stopped_) {
+    if (!changed_.WaitUntil(mutex_, until)) break;
   }
+  if (active_) return absl::OkStatus();
   if (stopped_) return ShuttingDown();
   return absl::DeadlineExceededError("the group of workers is not complete");
 }
 
 bool Runtime::Drain(absl::Time deadline) {
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   draining_ = true;
-  return changed_.wait_until(lock, absl::ToChronoTime(deadline), [this] { return callers_.empty(); });
+  while (!callers_.empty()) {
+    if (!changed_.WaitUntil(mutex_, absl::ToChronoTime(deadline))) break;
+  }
+  return callers_.empty();
 }
 
 void Runtime::Stop() {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (stopped_) return;
   draining_ = true;
   stopped_ = true;
@@ -191,7 +195,7 @@ void Runtime::Stop() {
   for (const auto& [id, caller] : std::exchange(callers_, {})) caller->OnReply(ShuttingDown());
   for (const auto& [id, link] : std::exchange(links_, {})) link->Close(ShuttingDown());
   rendezvous_.Reset(0, 0);
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 }  // namespace eduba

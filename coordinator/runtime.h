@@ -1,18 +1,18 @@
 #ifndef EDUBA_COORDINATOR_RUNTIME_H_
 #define EDUBA_COORDINATOR_RUNTIME_H_
 
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 #include "coordinator/effects.h"
 #include "coordinator/rendezvous_store.h"
 #include "coordinator/running_clock.h"
@@ -80,26 +80,25 @@ class Runtime {
 
  private:
   void Ticks();
-  // With mutex_ held.
-  void Run(RequestId request, const Event& event);
-  void CarryOut();
-  void CarryOutOne(Effect effect);
+  void Run(RequestId request, const Event& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CarryOut() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CarryOutOne(Effect effect) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const std::unique_ptr<Store> store_;
   const std::function<void(bool)> set_serving_;
   RendezvousStore rendezvous_;
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  RunningClock clock_;  // Guarded by mutex_, as all below.
-  ClusterState state_;
-  std::map<WorkerId, WorkerLink*> links_;
-  std::map<RequestId, Caller*> callers_;
-  WorkerId next_worker_ = 1;
-  RequestId next_request_ = 1;
-  bool active_ = false;
-  bool draining_ = false;
-  bool stopped_ = false;
+  Mutex mutex_;
+  CondVar changed_;
+  RunningClock clock_ ABSL_GUARDED_BY(mutex_);
+  ClusterState state_ ABSL_GUARDED_BY(mutex_);
+  std::map<WorkerId, WorkerLink*> links_ ABSL_GUARDED_BY(mutex_);
+  std::map<RequestId, Caller*> callers_ ABSL_GUARDED_BY(mutex_);
+  WorkerId next_worker_ ABSL_GUARDED_BY(mutex_) = 1;
+  RequestId next_request_ ABSL_GUARDED_BY(mutex_) = 1;
+  bool active_ ABSL_GUARDED_BY(mutex_) = false;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopped_ ABSL_GUARDED_BY(mutex_) = false;
 
   std::thread ticker_;
 };
