@@ -601,12 +601,18 @@ class WaitingGeneration final : public grpc::ClientReadReactor<v1::GenerateRespo
       : calls_(calls), index_(index) {
     request_.set_session(session);
     request_.set_max_tokens(5);
+    // gRPC calls OnDone on other threads.
+    const std::lock_guard lock(mutex_);
     stub->async()->Generate(&(*calls)[index].context, &request_, this);
     StartCall();
   }
-  void OnDone(const grpc::Status& status) override { calls_->Ended(index_, status); }
+  void OnDone(const grpc::Status& status) override {
+    { const std::lock_guard lock(mutex_); }
+    calls_->Ended(index_, status);
+  }
 
  private:
+  std::mutex mutex_;
   v1::GenerateRequest request_;
   ManyCalls* const calls_;
   const size_t index_;
