@@ -777,7 +777,9 @@ class ModelServiceTest : public ServiceTest {
     }
     writer->WritesDone();
     const absl::Status status = FromGrpc(writer->Finish());
-    if (status.ok()) EXPECT_EQ(receipt.count(), 3 * messages);
+    if (status.ok()) {
+      EXPECT_EQ(receipt.count(), 3 * messages);
+    }
     return status;
   }
   absl::Status AppendTokens(const std::string& name, int messages = 1) {
@@ -799,7 +801,9 @@ class ModelServiceTest : public ServiceTest {
     }
     const absl::Status status = FromGrpc(reader->Finish());
     EXPECT_EQ(status.ok(), summary);
-    if (status.ok()) EXPECT_EQ(received, tokens);
+    if (status.ok()) {
+      EXPECT_EQ(received, tokens);
+    }
     return status;
   }
   absl::Status Embed(grpc::ClientContext* context, const std::string& name) {
@@ -813,7 +817,9 @@ class ModelServiceTest : public ServiceTest {
     int count = 0;
     while (reader->Read(&response)) count += response.count();
     const absl::Status status = FromGrpc(reader->Finish());
-    if (status.ok()) EXPECT_EQ(count, 1);
+    if (status.ok()) {
+      EXPECT_EQ(count, 1);
+    }
     return status;
   }
   absl::Status Score(grpc::ClientContext* context, const std::string& name) {
