@@ -44,7 +44,7 @@ absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpe
 
 AttendStream::AttendStream(Runtime* runtime) : runtime_(runtime), start_(absl::Now()) {
   // Once a read has been started, reactions come on other threads.
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   StartRead(&bytes_);
 }
 
@@ -52,7 +52,7 @@ void AttendStream::OnReadDone(bool ok) {
   RequestId id = 0;
   std::shared_ptr<const v1::SessionSpec> spec;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (!ok) read_all_ = true;
     if (finished_ || ending_) return;
     id = id_;
@@ -78,21 +78,21 @@ void AttendStream::OnReadDone(bool ok) {
       static_cast<int64_t>(rows.queries().size()) / (int64_t{4} * spec->query_heads() * spec->head_dim());
   received_rows_ += count;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     outstanding_rows_ += count;
   }
   runtime_->Continue(id, [&rows](ClusterState& state, RequestId request, int64_t now) {
     state.SubmitRows(request, std::move(*rows.mutable_queries()),
                      std::vector<int64_t>(rows.positions().begin(), rows.positions().end()), now);
   });
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   reading_ = false;
   ReadMore();
 }
 
 void AttendStream::Begin(bool ok) {
   if (!ok || !incoming_.has_header()) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     return EndWith(absl::InvalidArgumentError("the first message must be `header`"));
   }
   const v1::AttendRequest::Header header = incoming_.header();
@@ -101,7 +101,7 @@ void AttendStream::Begin(bool ok) {
   });
   bool cancelled = false;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     id_ = id;
     cancelled = cancelled_;
     reading_ = false;
@@ -111,7 +111,7 @@ void AttendStream::Begin(bool ok) {
 }
 
 void AttendStream::OnStarted(const AttendStarted& started) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   spec_ = started.spec;
   row_bytes_ = int64_t{4} * spec_->query_heads() * std::max(spec_->head_dim(), spec_->value_dim() + 2);
 }
@@ -119,12 +119,12 @@ void AttendStream::OnStarted(const AttendStarted& started) {
 void AttendStream::OnRows(v1::AttendResponse::Rows&& rows) {
   v1::AttendResponse response;
   *response.mutable_rows() = std::move(rows);
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   Enqueue(response);
 }
 
 void AttendStream::OnReply(absl::StatusOr<Answer> answer) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!answer.ok()) return EndWith(answer.status());
   const auto& totals = std::get<AttendTotals>(*answer);
   v1::AttendResponse response;
@@ -144,24 +144,24 @@ void AttendStream::OnReply(absl::StatusOr<Answer> answer) {
 void AttendStream::Fail(const absl::Status& status) {
   RequestId id = 0;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     id = id_;
   }
   if (id != 0) runtime_->Cancel(id);
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   EndWith(status);
 }
 
 void AttendStream::OnCancel() {
   RequestId id = 0;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     cancelled_ = true;
     id = id_;
   }
   if (id != 0) runtime_->Cancel(id);
-  const std::lock_guard lock(mutex_);
-  EndWith(absl::CancelledError("the caller gave up or its deadline passed"));
+  const MutexLock lock(mutex_);
+  EndWith(CallerGone());
 }
 
 void AttendStream::Enqueue(const v1::AttendResponse& response) {
@@ -183,7 +183,7 @@ void AttendStream::EndWith(const absl::Status& status) {
 }
 
 void AttendStream::OnWriteDone(bool ok) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   outstanding_rows_ -= queue_.front().rows;
   queue_.pop_front();
   if (!ok) queue_.clear();  // The call is cancelled; OnCancel ends it.
@@ -197,7 +197,7 @@ void AttendStream::OnWriteDone(bool ok) {
 
 void AttendStream::OnDone() {
   // Whoever called Finish may not have let go of the mutex yet.
-  { const std::lock_guard lock(mutex_); }
+  { const MutexLock lock(mutex_); }
   delete this;
 }
 

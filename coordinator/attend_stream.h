@@ -4,11 +4,12 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <string>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 #include "coordinator/runtime.h"
 #include "eduba/v1/eduba.pb.h"
 #include "grpcpp/support/byte_buffer.h"
@@ -45,10 +46,9 @@ class AttendStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
 
   void Begin(bool ok);
   void Fail(const absl::Status& status);
-  // With mutex_ held.
-  void Enqueue(const v1::AttendResponse& response);
-  void EndWith(const absl::Status& status);
-  void ReadMore();
+  void Enqueue(const v1::AttendResponse& response) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EndWith(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void ReadMore() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   Runtime* const runtime_;
   const absl::Time start_;
@@ -57,18 +57,21 @@ class AttendStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
   int64_t received_rows_ = 0;
 
   // Never held while the runtime is called: the runtime calls On... with its own mutex held.
-  std::mutex mutex_;
-  RequestId id_ = 0;  // Guarded by mutex_, as all below; 0 until the header has been handed in.
-  std::shared_ptr<const v1::SessionSpec> spec_;
-  int64_t row_bytes_ = 0;         // of a query or of an answer, whichever is more
-  int64_t outstanding_rows_ = 0;  // read from the client and not yet answered to it
-  bool reading_ = true;           // a message is awaited or being worked on: bytes_ and incoming_ are taken
-  bool read_all_ = false;
-  std::deque<Outgoing> queue_;  // the front is being written
-  bool ending_ = false;
-  absl::Status end_;
-  bool finished_ = false;
-  bool cancelled_ = false;
+  Mutex mutex_;
+  RequestId id_ ABSL_GUARDED_BY(mutex_) = 0;  // 0 until the header has been handed in
+  std::shared_ptr<const v1::SessionSpec> spec_ ABSL_GUARDED_BY(mutex_);
+  // Bytes of a query or of an answer, whichever is more.
+  int64_t row_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  // Read from the client and not yet answered to it.
+  int64_t outstanding_rows_ ABSL_GUARDED_BY(mutex_) = 0;
+  // A message is awaited or being worked on: bytes_ and incoming_ are taken.
+  bool reading_ ABSL_GUARDED_BY(mutex_) = true;
+  bool read_all_ ABSL_GUARDED_BY(mutex_) = false;
+  std::deque<Outgoing> queue_ ABSL_GUARDED_BY(mutex_);  // the front is being written
+  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status end_ ABSL_GUARDED_BY(mutex_);
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace eduba

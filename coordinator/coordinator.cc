@@ -37,21 +37,21 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Options& o
                                              [self](bool serving) { self->SetServing(serving); });
   self->eduba_ = std::make_unique<EdubaService>(self->runtime_.get());
   self->group_ = std::make_unique<GroupService>(self->runtime_.get());
-  EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<RpcServer> server,
+  EDUBA_ASSIGN_OR_RETURN(self->server_,
                          RpcServer::Start(options.listen, {self->eduba_.get(), self->group_.get()}));
-  self->address_ = server->address();
-  const std::lock_guard lock(self->health_mutex_);
-  self->server_ = std::move(server);
-  self->server_->SetServing(self->serving_);
+  self->address_ = self->server_->address();
+  const MutexLock lock(self->health_mutex_);
+  self->health_ = self->server_.get();
+  self->health_->SetServing(self->serving_);
   return coordinator;
 }
 
 Coordinator::~Coordinator() { Shutdown(absl::ZeroDuration()); }
 
 void Coordinator::SetServing(bool serving) {
-  const std::lock_guard lock(health_mutex_);
+  const MutexLock lock(health_mutex_);
   serving_ = serving;
-  if (server_ != nullptr) server_->SetServing(serving);
+  if (health_ != nullptr) health_->SetServing(serving);
 }
 
 void Coordinator::Shutdown(absl::Duration grace) {
@@ -59,6 +59,10 @@ void Coordinator::Shutdown(absl::Duration grace) {
   SetServing(false);
   runtime_->Drain(absl::Now() + grace);
   runtime_->Stop();
+  {
+    const MutexLock lock(health_mutex_);
+    health_ = nullptr;
+  }
   server_->Shutdown(kFlush);
   server_.reset();
 }

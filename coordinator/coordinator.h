@@ -2,12 +2,13 @@
 #define EDUBA_COORDINATOR_COORDINATOR_H_
 
 #include <memory>
-#include <mutex>
 #include <string>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 #include "coordinator/runtime.h"
 #include "coordinator/service.h"
 #include "rpc/server.h"
@@ -47,10 +48,12 @@ class Coordinator {
   std::unique_ptr<EdubaService> eduba_;
   std::unique_ptr<GroupService> group_;
 
-  std::mutex health_mutex_;
-  bool serving_ = false;  // Guarded by health_mutex_.
-  std::unique_ptr<RpcServer>
-      server_;  // Set under health_mutex_; the runtime says SetServing from any thread.
+  std::unique_ptr<RpcServer> server_;
+
+  // The runtime says SetServing from any thread, also before the server is there.
+  Mutex health_mutex_;
+  bool serving_ ABSL_GUARDED_BY(health_mutex_) = false;
+  RpcServer* health_ ABSL_GUARDED_BY(health_mutex_) = nullptr;  // The server, as long as it may be told.
 };
 
 }  // namespace eduba

@@ -14,20 +14,20 @@ JoinStream::JoinStream(Runtime* runtime, grpc::CallbackServerContext* context)
     return;
   }
   // Once a read has been started, reactions come on other threads.
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   id_ = *id;
   if (!finished_) StartRead(&incoming_);
 }
 
 void JoinStream::Send(std::shared_ptr<const v1::GroupMessage> message) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (closing_.has_value() || finished_) return;
   queue_.push_back(std::move(message));
   if (queue_.size() == 1) StartWrite(queue_.front().get());
 }
 
 void JoinStream::Close(const absl::Status& status) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (closing_.has_value() || finished_) return;
   if (queue_.empty()) {
     finished_ = true;
@@ -39,7 +39,7 @@ void JoinStream::Close(const absl::Status& status) {
 }
 
 WorkerId JoinStream::id() {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return id_;
 }
 
@@ -52,17 +52,17 @@ void JoinStream::OnReadDone(bool ok) {
   v1::WorkerMessage message;
   {
     // The last reaction ran on another thread.
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     worker = id_;
     message.Swap(&incoming_);
   }
   runtime_->WorkerSaid(worker, std::move(message));
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!finished_ && !closing_.has_value()) StartRead(&incoming_);
 }
 
 void JoinStream::OnWriteDone(bool ok) {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   queue_.pop_front();
   if (!ok) queue_.clear();  // The read side ends too, and says so to the runtime.
   if (!queue_.empty()) return StartWrite(queue_.front().get());
@@ -78,7 +78,7 @@ void JoinStream::OnCancel() {
 
 void JoinStream::OnDone() {
   // Whoever called Finish may not have let go of the mutex yet.
-  { const std::lock_guard lock(mutex_); }
+  { const MutexLock lock(mutex_); }
   delete this;
 }
 

@@ -3,9 +3,11 @@
 
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <optional>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "base/mutex.h"
 #include "coordinator/runtime.h"
 #include "eduba/v1/group.pb.h"
 #include "grpcpp/server_context.h"
@@ -37,12 +39,12 @@ class JoinStream final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::G
   v1::WorkerMessage incoming_;
 
   // Never held while the runtime is called: the runtime calls Send and Close with its own mutex held.
-  std::mutex mutex_;
-  WorkerId id_ = 0;  // Guarded by mutex_.
-  std::deque<std::shared_ptr<const v1::GroupMessage>>
-      queue_;                            // Guarded by mutex_; the front is being written.
-  std::optional<absl::Status> closing_;  // Guarded by mutex_.
-  bool finished_ = false;                // Guarded by mutex_.
+  Mutex mutex_;
+  WorkerId id_ ABSL_GUARDED_BY(mutex_) = 0;
+  // The front is being written.
+  std::deque<std::shared_ptr<const v1::GroupMessage>> queue_ ABSL_GUARDED_BY(mutex_);
+  std::optional<absl::Status> closing_ ABSL_GUARDED_BY(mutex_);
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace eduba

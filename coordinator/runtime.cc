@@ -1,7 +1,6 @@
 #include "coordinator/runtime.h"
 
 #include <chrono>
-#include <optional>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -10,12 +9,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/log.h"
+#include "rpc/limits.h"
 
 namespace eduba {
 namespace {
 
 constexpr std::chrono::milliseconds kTick{100};
-constexpr std::chrono::milliseconds kCancelPoll{20};
 
 int64_t SteadyMs() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
@@ -25,36 +24,6 @@ int64_t SteadyMs() {
 absl::Status ShuttingDown() {
   return absl::UnavailableError("the coordinator is shutting down: retry later");
 }
-
-// A caller that is a waiting thread.
-class BlockingCaller final : public Caller {
- public:
-  explicit BlockingCaller(std::function<bool()> cancelled) : cancelled_(std::move(cancelled)) {}
-
-  void OnReply(absl::StatusOr<Answer> answer) override {
-    const std::lock_guard lock(mutex_);
-    answer_ = std::move(answer);
-    done_.notify_one();
-  }
-  // False: cancelled first.
-  bool Wait() {
-    std::unique_lock lock(mutex_);
-    while (!done_.wait_for(lock, kCancelPoll, [this] { return answer_.has_value(); })) {
-      if (cancelled_()) return false;
-    }
-    return true;
-  }
-  std::optional<absl::StatusOr<Answer>> Take() {
-    const std::lock_guard lock(mutex_);
-    return std::move(answer_);
-  }
-
- private:
-  const std::function<bool()> cancelled_;
-  std::mutex mutex_;
-  std::condition_variable done_;
-  std::optional<absl::StatusOr<Answer>> answer_;  // Guarded by mutex_.
-};
 
 }  // namespace
 
@@ -135,7 +104,7 @@ void Runtime::CarryOutOne(Effect any) {
         } else if constexpr (std::is_same_v<T, Persist>) {
           writer_.Add(std::move(effect));
         } else if constexpr (std::is_same_v<T, ResetRendezvous>) {
-          board_.Reset(effect.epoch, effect.attempt);
+          rendezvous_.Reset(effect.epoch, effect.attempt);
         } else if constexpr (std::is_same_v<T, SetServing>) {
           active_ = effect.serving;
           set_serving_(effect.serving);
@@ -178,6 +147,11 @@ RequestId Runtime::Start(Caller* caller, const Event& event) {
     caller->OnReply(ShuttingDown());
     return 0;
   }
+  if (callers_.size() >= kCallsMax) {
+    caller->OnReply(absl::ResourceExhaustedError(
+        absl::StrCat("the coordinator works on ", kCallsMax, " calls, the most it can: retry later")));
+    return 0;
+  }
   const RequestId id = next_request_++;
   callers_[id] = caller;
   Run(id, event);
@@ -195,16 +169,6 @@ void Runtime::Cancel(RequestId request) {
   state_.Cancel(request, clock_.At(SteadyMs()));
   CarryOut();
   changed_.NotifyAll();
-}
-
-absl::StatusOr<Answer> Runtime::Call(const Event& event, const std::function<bool()>& cancelled) {
-  BlockingCaller caller(cancelled);
-  const RequestId id = Start(&caller, event);
-  if (!caller.Wait()) Cancel(id);
-  // The reply may have come between the two.
-  std::optional<absl::StatusOr<Answer>> answer = caller.Take();
-  if (!answer.has_value()) return absl::CancelledError("the caller gave up or its deadline passed");
-  return *std::move(answer);
 }
 
 absl::Status Runtime::WaitUntilActive(absl::Time deadline) {
@@ -241,7 +205,7 @@ void Runtime::EndAll() {
   active_ = false;
   for (const auto& [id, caller] : std::exchange(callers_, {})) caller->OnReply(ShuttingDown());
   for (const auto& [id, link] : std::exchange(links_, {})) link->Close(ShuttingDown());
-  board_.Reset(0, 0);
+  rendezvous_.Reset(0, 0);
   changed_.NotifyAll();
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -15,7 +16,7 @@
 #include "coordinator/effects.h"
 #include "coordinator/record_writer.h"
 #include "coordinator/recorder.h"
-#include "coordinator/rendezvous_board.h"
+#include "coordinator/rendezvous_store.h"
 #include "coordinator/running_clock.h"
 #include "coordinator/state.h"
 
@@ -62,16 +63,15 @@ class Runtime {
   void WorkerSaid(WorkerId worker, v1::WorkerMessage message);
   void RemoveWorker(WorkerId worker, const std::string& why);
 
-  // Begins a request with `event`. `caller` must live until it has its reply or Cancel returned. After Drain
-  // the reply is UNAVAILABLE.
+  // Begins a request with `event`, whose reply may come before this returns. `caller` must live until it has its
+  // reply or Cancel returned. After Drain the reply is UNAVAILABLE; RESOURCE_EXHAUSTED when there are kCallsMax
+  // requests. Ids only grow; 0: the request was refused.
   RequestId Start(Caller* caller, const Event& event);
   // A further event of a request that may have ended already.
   void Continue(RequestId request, const Event& event);
   void Cancel(RequestId request);
-  // Start, and wait for the reply; `cancelled` is asked now and then.
-  absl::StatusOr<Answer> Call(const Event& event, const std::function<bool()>& cancelled);
 
-  RendezvousBoard& board() { return board_; }
+  RendezvousStore& rendezvous() { return rendezvous_; }
 
   // Waits until a group is active.
   absl::Status WaitUntilActive(absl::Time deadline);
@@ -90,7 +90,7 @@ class Runtime {
   void OnWritten(const RecordWriter::Written& written);
 
   const std::function<void(bool)> set_serving_;
-  RendezvousBoard board_;
+  RendezvousStore rendezvous_;
 
   Mutex mutex_;
   CondVar changed_;

@@ -1,291 +1,218 @@
 #include "coordinator/service.h"
 
-#include <cstring>
-#include <optional>
 #include <string>
 #include <utility>
-#include <variant>
-#include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "coordinator/answer_queue.h"
+#include "base/mutex.h"
+#include "coordinator/answer_stream.h"
+#include "coordinator/append_tokens_stream.h"
 #include "coordinator/attend_stream.h"
 #include "coordinator/join_stream.h"
-#include "coordinator/thin_upload.h"
-#include "grpcpp/support/method_handler.h"
+#include "coordinator/proxied_append.h"
+#include "coordinator/unary_call.h"
 #include "rpc/raw.h"
 #include "rpc/status.h"
 
 namespace eduba {
 namespace {
 
-// Waits for the request that `event` begins; the answer's alternative must be T.
-template <typename T>
-absl::Status Ask(Runtime* runtime, const grpc::ServerContext* context, const Runtime::Event& event,
-                 T* response) {
-  absl::StatusOr<Answer> answer = runtime->Call(event, [context] { return context->IsCancelled(); });
-  if (!answer.ok()) return answer.status();
-  *response = std::get<T>(*std::move(answer));
-  return absl::OkStatus();
+// A call that ends without the runtime.
+grpc::ServerUnaryReactor* EndAtOnce(grpc::CallbackServerContext* context, const absl::Status& status) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(ToGrpc(status));
+  return reactor;
 }
 
-absl::Status Abort(Runtime* runtime, uint64_t append_id) {
-  const auto event = [append_id](ClusterState& state, RequestId id, int64_t now) {
-    state.AbortAppend(id, append_id, now);
-  };
-  // Also when the caller has gone.
-  return runtime->Call(event, [] { return false; }).status();
+// Decodes the call's message and begins the request: `begin(state, request, message, now_ms)`.
+template <typename Request, typename Begin>
+grpc::ServerUnaryReactor* Ask(Runtime* runtime, grpc::CallbackServerContext* context,
+                              const grpc::ByteBuffer* bytes, grpc::ByteBuffer* response, const Begin& begin) {
+  Request message;
+  const absl::Status decoded = DecodeOnly(*bytes, &message);
+  if (!decoded.ok()) return EndAtOnce(context, decoded);
+  const auto event = [&](ClusterState& state, RequestId id, int64_t now) { begin(state, id, message, now); };
+  return new UnaryCall(runtime, event, response);
 }
 
-absl::Status Commit(Runtime* runtime, const grpc::ServerContext* context, uint64_t append_id,
-                    v1::AppendReceipt* receipt) {
-  const auto event = [append_id](ClusterState& state, RequestId id, int64_t now) {
-    state.CommitAppend(id, append_id, now);
-  };
-  return Ask(runtime, context, event, receipt);
+// The same for calls that are answered by a stream.
+template <typename Request, typename Begin>
+grpc::ServerWriteReactor<grpc::ByteBuffer>* AskForStream(Runtime* runtime, const grpc::ByteBuffer* bytes,
+                                                         const Begin& begin) {
+  Request message;
+  const absl::Status decoded = DecodeOnly(*bytes, &message);
+  if (!decoded.ok()) return new AnswerStream(decoded);
+  const auto event = [&](ClusterState& state, RequestId id, int64_t now) { begin(state, id, message, now); };
+  return new AnswerStream(runtime, event);
 }
+
+// One RendezvousGet call. Deletes itself when the call has ended.
+class RendezvousCall final : public grpc::ServerUnaryReactor {
+ public:
+  RendezvousCall(RendezvousStore* store, const v1::RendezvousGetRequest& request, grpc::ByteBuffer* response)
+      : store_(store), key_(request.key()) {
+    const uint64_t waiter = store_->Get(request.epoch(), request.attempt(), request.key(),
+                                        [this, response](absl::StatusOr<std::string> value) {
+                                          v1::RendezvousGetResponse message;
+                                          if (value.ok()) message.set_value(*std::move(value));
+                                          *response = Encode(message);
+                                          End(value.status());
+                                        });
+    const MutexLock lock(mutex_);
+    waiter_ = waiter;
+  }
+
+  void OnCancel() override {
+    uint64_t waiter = 0;
+    {
+      const MutexLock lock(mutex_);
+      waiter = waiter_;
+    }
+    if (store_->Cancel(waiter)) End(absl::CancelledError("nobody has set '" + key_ + "'"));
+  }
+  void OnDone() override {
+    // Whoever called Finish may not have let go of the mutex yet.
+    { const MutexLock lock(mutex_); }
+    delete this;
+  }
+
+ private:
+  ~RendezvousCall() override = default;
+  void End(const absl::Status& status) {
+    const MutexLock lock(mutex_);
+    Finish(ToGrpc(status));
+  }
+
+  RendezvousStore* const store_;
+  const std::string key_;
+  Mutex mutex_;
+  uint64_t waiter_ ABSL_GUARDED_BY(mutex_) = 0;
+};
 
 }  // namespace
 
-EdubaService::EdubaService(Runtime* runtime) : runtime_(runtime) {
-  MarkMethodStreamed(
-      MethodIndex("eduba.v1.Eduba.Append"),
-      new grpc::internal::ClientStreamingHandler<EdubaService, grpc::ByteBuffer, v1::AppendReceipt>(
-          [](EdubaService* self, grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
-             v1::AppendReceipt* response) { return self->AppendEncoded(context, reader, response); },
-          this));
-  MarkMethodStreamed(
-      MethodIndex("eduba.v1.Eduba.AppendTokens"),
-      new grpc::internal::ClientStreamingHandler<EdubaService, grpc::ByteBuffer, v1::AppendTokensReceipt>(
-          [](EdubaService* self, grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
-             v1::AppendTokensReceipt* response) {
-            return self->AppendTokensEncoded(context, reader, response);
-          },
-          this));
-  DecodeUnary("CreateSession", &EdubaService::CreateSession);
-  DecodeUnary("GetSession", &EdubaService::GetSession);
-  DecodeUnary("ListSessions", &EdubaService::ListSessions);
-  DecodeUnary("DeleteSession", &EdubaService::DeleteSession);
-  DecodeUnary("ForkSession", &EdubaService::ForkSession);
-  DecodeUnary("PlanAppend", &EdubaService::PlanAppend);
-  DecodeUnary("CommitAppend", &EdubaService::CommitAppend);
-  DecodeUnary("AbortAppend", &EdubaService::AbortAppend);
-  DecodeUnary("GetModel", &EdubaService::GetModel);
-  DecodeUnary("Score", &EdubaService::Score);
-  DecodeUnary("ListWorkers", &EdubaService::ListWorkers);
-  MarkMethodStreamed(
-      MethodIndex("eduba.v1.Eduba.Generate"),
-      DecodingServerStreaming<v1::GenerateRequest, v1::GenerateResponse>(
-          [this](auto* context, auto* request, auto* out) { return GenerateInto(context, request, out); }));
-  MarkMethodStreamed(
-      MethodIndex("eduba.v1.Eduba.Embed"),
-      DecodingServerStreaming<v1::EmbedRequest, v1::EmbedResponse>(
-          [this](auto* context, auto* request, auto* out) { return EmbedInto(context, request, out); }));
+grpc::ServerUnaryReactor* EdubaService::CreateSession(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  return Ask<v1::CreateSessionRequest>(
+      runtime_, context, request, response,
+      [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+        state.CreateSession(id, message, absl::ToUnixMillis(absl::Now()), now);
+      });
 }
 
-template <typename Request, typename Response>
-void EdubaService::DecodeUnary(const std::string& method,
-                               grpc::Status (EdubaService::*call)(grpc::ServerContext*, const Request*,
-                                                                  Response*)) {
-  MarkMethodStreamed(
-      MethodIndex("eduba.v1.Eduba." + method),
-      DecodingUnary<Request, Response>([this, call](auto* context, auto* request, auto* response) {
-        return (this->*call)(context, request, response);
-      }));
+grpc::ServerUnaryReactor* EdubaService::GetSession(grpc::CallbackServerContext* context,
+                                                   const grpc::ByteBuffer* request,
+                                                   grpc::ByteBuffer* response) {
+  return Ask<v1::GetSessionRequest>(runtime_, context, request, response,
+                                    [](ClusterState& state, RequestId id, const auto& message,
+                                       int64_t /*now*/) { state.GetSession(id, message); });
 }
 
-grpc::Status EdubaService::CreateSession(grpc::ServerContext* context,
-                                         const v1::CreateSessionRequest* request, v1::Session* response) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.CreateSession(id, *request, absl::ToUnixMillis(absl::Now()), now);
-  };
-  return ToGrpc(Ask(runtime_, context, event, response));
+grpc::ServerUnaryReactor* EdubaService::ListSessions(grpc::CallbackServerContext* context,
+                                                     const grpc::ByteBuffer* request,
+                                                     grpc::ByteBuffer* response) {
+  return Ask<v1::ListSessionsRequest>(runtime_, context, request, response,
+                                      [](ClusterState& state, RequestId id, const auto& message,
+                                         int64_t /*now*/) { state.ListSessions(id, message); });
 }
 
-grpc::Status EdubaService::GetSession(grpc::ServerContext* context, const v1::GetSessionRequest* request,
-                                      v1::Session* response) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t) {
-    state.GetSession(id, *request);
-  };
-  return ToGrpc(Ask(runtime_, context, event, response));
+grpc::ServerUnaryReactor* EdubaService::DeleteSession(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  return Ask<v1::DeleteSessionRequest>(runtime_, context, request, response,
+                                       [](ClusterState& state, RequestId id, const auto& message,
+                                          int64_t now) { state.DeleteSession(id, message, now); });
 }
 
-grpc::Status EdubaService::ListSessions(grpc::ServerContext* context, const v1::ListSessionsRequest* request,
-                                        v1::ListSessionsResponse* response) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t) {
-    state.ListSessions(id, *request);
-  };
-  return ToGrpc(Ask(runtime_, context, event, response));
+grpc::ServerUnaryReactor* EdubaService::PlanAppend(grpc::CallbackServerContext* context,
+                                                   const grpc::ByteBuffer* request,
+                                                   grpc::ByteBuffer* response) {
+  return Ask<v1::PlanAppendRequest>(runtime_, context, request, response,
+                                    [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+                                      state.PlanAppend(id, message, now);
+                                    });
 }
 
-grpc::Status EdubaService::DeleteSession(grpc::ServerContext* context,
-                                         const v1::DeleteSessionRequest* request,
-                                         v1::DeleteSessionResponse*) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.DeleteSession(id, *request, now);
-  };
-  Done done;
-  return ToGrpc(Ask(runtime_, context, event, &done));
+grpc::ServerUnaryReactor* EdubaService::CommitAppend(grpc::CallbackServerContext* context,
+                                                     const grpc::ByteBuffer* request,
+                                                     grpc::ByteBuffer* response) {
+  return Ask<v1::CommitAppendRequest>(runtime_, context, request, response,
+                                      [](ClusterState& state, RequestId id, const auto& message,
+                                         int64_t now) { state.CommitAppend(id, message.append_id(), now); });
 }
 
-grpc::Status EdubaService::PlanAppend(grpc::ServerContext* context, const v1::PlanAppendRequest* request,
-                                      v1::AppendPlan* response) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.PlanAppend(id, *request, now);
-  };
-  return ToGrpc(Ask(runtime_, context, event, response));
+grpc::ServerUnaryReactor* EdubaService::AbortAppend(grpc::CallbackServerContext* context,
+                                                    const grpc::ByteBuffer* request,
+                                                    grpc::ByteBuffer* response) {
+  return Ask<v1::AbortAppendRequest>(runtime_, context, request, response,
+                                     [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+                                       state.AbortAppend(id, message.append_id(), now);
+                                     });
 }
 
-grpc::Status EdubaService::CommitAppend(grpc::ServerContext* context, const v1::CommitAppendRequest* request,
-                                        v1::AppendReceipt* response) {
-  return ToGrpc(Commit(runtime_, context, request->append_id(), response));
+grpc::ServerUnaryReactor* EdubaService::GetModel(grpc::CallbackServerContext* context,
+                                                 const grpc::ByteBuffer* request,
+                                                 grpc::ByteBuffer* response) {
+  return Ask<v1::GetModelRequest>(runtime_, context, request, response,
+                                  [](ClusterState& state, RequestId id, const auto& /*message*/,
+                                     int64_t /*now*/) { state.GetModel(id); });
 }
 
-grpc::Status EdubaService::AbortAppend(grpc::ServerContext*, const v1::AbortAppendRequest* request,
-                                       v1::AbortAppendResponse*) {
-  return ToGrpc(Abort(runtime_, request->append_id()));
+grpc::ServerUnaryReactor* EdubaService::Score(grpc::CallbackServerContext* context,
+                                              const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
+  return Ask<v1::ScoreRequest>(runtime_, context, request, response,
+                               [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+                                 state.Score(id, message, now);
+                               });
 }
 
-grpc::Status EdubaService::AppendEncoded(grpc::ServerContext* context,
-                                         grpc::ServerReader<grpc::ByteBuffer>* reader,
-                                         v1::AppendReceipt* response) {
-  grpc::ByteBuffer bytes;
-  v1::AppendRequest request;
-  if (reader->Read(&bytes)) {
-    const absl::Status decoded = Decode(&bytes, &request);
-    if (!decoded.ok()) return ToGrpc(decoded);
-  }
-  if (!request.has_plan()) {
-    return ToGrpc(absl::InvalidArgumentError("the first message of Append must be `plan`"));
-  }
-  v1::AppendPlan plan;
-  grpc::Status planned = PlanAppend(context, &request.plan(), &plan);
-  if (!planned.ok()) return planned;
-  // From here on the append is ours to end.
-  v1::GetSessionRequest get;
-  get.set_name(request.plan().session());
-  v1::Session session;
-  absl::Status status = FromGrpc(GetSession(context, &get, &session));
-  if (status.ok()) {
-    ThinUpload upload(*context, session.spec(), plan);
-    while (status.ok() && reader->Read(&bytes)) {
-      status = Decode(&bytes, &request);
-      if (!status.ok()) break;
-      status = request.has_piece()
-                   ? upload.Send(request.piece())
-                   : absl::InvalidArgumentError("every message of Append after the first must be `piece`");
-    }
-    if (status.ok()) status = upload.Finish();
-  }
-  if (status.ok()) status = Commit(runtime_, context, plan.append_id(), response);
-  if (!status.ok()) (void)Abort(runtime_, plan.append_id());
-  return ToGrpc(status);
+grpc::ServerUnaryReactor* EdubaService::ForkSession(grpc::CallbackServerContext* context,
+                                                    const grpc::ByteBuffer* request,
+                                                    grpc::ByteBuffer* response) {
+  return Ask<v1::ForkSessionRequest>(runtime_, context, request, response,
+                                     [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+                                       state.ForkSession(id, message, absl::ToUnixMillis(absl::Now()), now);
+                                     });
+}
+
+grpc::ServerUnaryReactor* EdubaService::ListWorkers(grpc::CallbackServerContext* context,
+                                                    const grpc::ByteBuffer* request,
+                                                    grpc::ByteBuffer* response) {
+  return Ask<v1::ListWorkersRequest>(runtime_, context, request, response,
+                                     [](ClusterState& state, RequestId id, const auto& /*message*/,
+                                        int64_t /*now*/) { state.ListWorkers(id); });
+}
+
+grpc::ServerReadReactor<grpc::ByteBuffer>* EdubaService::Append(grpc::CallbackServerContext* context,
+                                                                grpc::ByteBuffer* response) {
+  return ProxiedAppend::Start(runtime_, context, response);
+}
+
+grpc::ServerReadReactor<grpc::ByteBuffer>* EdubaService::AppendTokens(grpc::CallbackServerContext* context,
+                                                                      grpc::ByteBuffer* response) {
+  return new AppendTokensStream(runtime_, context, response);
+}
+
+grpc::ServerWriteReactor<grpc::ByteBuffer>* EdubaService::Generate(grpc::CallbackServerContext* /*context*/,
+                                                                   const grpc::ByteBuffer* request) {
+  return AskForStream<v1::GenerateRequest>(
+      runtime_, request, [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+        state.Generate(id, message, now);
+      });
+}
+
+grpc::ServerWriteReactor<grpc::ByteBuffer>* EdubaService::Embed(grpc::CallbackServerContext* /*context*/,
+                                                                const grpc::ByteBuffer* request) {
+  return AskForStream<v1::EmbedRequest>(
+      runtime_, request, [](ClusterState& state, RequestId id, const auto& message, int64_t now) {
+        state.Embed(id, message, now);
+      });
 }
 
 grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* EdubaService::Attend(
-    grpc::CallbackServerContext*) {
+    grpc::CallbackServerContext* /*context*/) {
   return new AttendStream(runtime_);
-}
-
-grpc::Status EdubaService::GetModel(grpc::ServerContext* context, const v1::GetModelRequest*,
-                                    v1::Model* response) {
-  const auto event = [](ClusterState& state, RequestId id, int64_t) { state.GetModel(id); };
-  return ToGrpc(Ask(runtime_, context, event, response));
-}
-
-grpc::Status EdubaService::AppendTokensEncoded(grpc::ServerContext* context,
-                                               grpc::ServerReader<grpc::ByteBuffer>* reader,
-                                               v1::AppendTokensReceipt* response) {
-  grpc::ByteBuffer bytes;
-  v1::AppendTokensRequest request;
-  std::string session;
-  std::optional<int64_t> at;
-  bool first = true;
-  while (reader->Read(&bytes)) {
-    const absl::Status decoded = Decode(&bytes, &request);
-    if (!decoded.ok()) return ToGrpc(decoded);
-    if (first) session = request.session();
-    if (first && request.has_at()) at = request.at();
-    if (!first && (!request.session().empty() || request.has_at())) {
-      return ToGrpc(absl::InvalidArgumentError("only the first message of AppendTokens has session and at"));
-    }
-    if (request.ids().size() % sizeof(int32_t) != 0) {
-      return ToGrpc(absl::InvalidArgumentError(
-          absl::StrCat("ids have ", request.ids().size(), " bytes, wanted a multiple of 4 (int32)")));
-    }
-    std::vector<int32_t> ids(request.ids().size() / sizeof(int32_t));
-    if (!ids.empty()) std::memcpy(ids.data(), request.ids().data(), request.ids().size());
-    const auto event = [&](ClusterState& state, RequestId id, int64_t now) {
-      state.AppendTokens(id, session, at, ids, now);
-    };
-    v1::AppendTokensReceipt receipt;
-    if (const absl::Status status = Ask(runtime_, context, event, &receipt); !status.ok()) {
-      return ToGrpc(status);
-    }
-    if (first) response->set_at(receipt.at());
-    response->set_count(response->count() + receipt.count());
-    response->set_length(receipt.length());
-    response->set_already_stored(response->already_stored() + receipt.already_stored());
-    // What another call may have appended meanwhile is not what this one goes on from.
-    at = receipt.at() + receipt.count();
-    first = false;
-  }
-  if (first) return ToGrpc(absl::InvalidArgumentError("AppendTokens has no message"));
-  return grpc::Status::OK;
-}
-
-grpc::Status EdubaService::GenerateInto(grpc::ServerContext* context, const v1::GenerateRequest* request,
-                                        Writer<v1::GenerateResponse>* writer) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.Generate(id, *request, now);
-  };
-  const absl::StatusOr<Answer> answer = AnswerQueue::Run(
-      runtime_, event, [context] { return context->IsCancelled(); },
-      [writer](AnswerQueue::Piece&& piece) {
-        v1::GenerateResponse response;
-        *response.mutable_tokens() = std::get<v1::GenerateResponse::Tokens>(std::move(piece));
-        return writer->Write(response);
-      });
-  if (!answer.ok()) return ToGrpc(answer.status());
-  v1::GenerateResponse last;
-  *last.mutable_summary() = std::get<v1::GenerateSummary>(*answer);
-  writer->Write(last);
-  return grpc::Status::OK;
-}
-
-grpc::Status EdubaService::Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
-                                 v1::ScoreResponse* response) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.Score(id, *request, now);
-  };
-  return ToGrpc(Ask(runtime_, context, event, response));
-}
-
-grpc::Status EdubaService::EmbedInto(grpc::ServerContext* context, const v1::EmbedRequest* request,
-                                     Writer<v1::EmbedResponse>* writer) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.Embed(id, *request, now);
-  };
-  return ToGrpc(
-      AnswerQueue::Run(
-          runtime_, event, [context] { return context->IsCancelled(); },
-          [writer](AnswerQueue::Piece&& piece) { return writer->Write(std::get<v1::EmbedResponse>(piece)); })
-          .status());
-}
-
-grpc::Status EdubaService::ForkSession(grpc::ServerContext* context, const v1::ForkSessionRequest* request,
-                                       v1::Session* response) {
-  const auto event = [request](ClusterState& state, RequestId id, int64_t now) {
-    state.ForkSession(id, *request, absl::ToUnixMillis(absl::Now()), now);
-  };
-  return ToGrpc(Ask(runtime_, context, event, response));
-}
-
-grpc::Status EdubaService::ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest*,
-                                       v1::ListWorkersResponse* response) {
-  const auto event = [](ClusterState& state, RequestId id, int64_t) { state.ListWorkers(id); };
-  return ToGrpc(Ask(runtime_, context, event, response));
 }
 
 grpc::ServerBidiReactor<v1::WorkerMessage, v1::GroupMessage>* GroupService::Join(
@@ -293,20 +220,25 @@ grpc::ServerBidiReactor<v1::WorkerMessage, v1::GroupMessage>* GroupService::Join
   return new JoinStream(runtime_, context);
 }
 
-grpc::Status GroupService::RendezvousSet(grpc::ServerContext*, const v1::RendezvousSetRequest* request,
-                                         v1::RendezvousSetResponse*) {
-  return ToGrpc(
-      runtime_->board().Set(request->epoch(), request->attempt(), request->key(), request->value()));
+grpc::ServerUnaryReactor* GroupService::RendezvousSet(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  v1::RendezvousSetRequest message;
+  absl::Status status = DecodeOnly(*request, &message);
+  if (status.ok()) {
+    status = runtime_->rendezvous().Set(message.epoch(), message.attempt(), message.key(), message.value());
+  }
+  *response = Encode(v1::RendezvousSetResponse());
+  return EndAtOnce(context, status);
 }
 
-grpc::Status GroupService::RendezvousGet(grpc::ServerContext* context,
-                                         const v1::RendezvousGetRequest* request,
-                                         v1::RendezvousGetResponse* response) {
-  absl::StatusOr<std::string> value = runtime_->board().Get(
-      request->epoch(), request->attempt(), request->key(), [context] { return context->IsCancelled(); });
-  if (!value.ok()) return ToGrpc(value.status());
-  response->set_value(*std::move(value));
-  return grpc::Status::OK;
+grpc::ServerUnaryReactor* GroupService::RendezvousGet(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  v1::RendezvousGetRequest message;
+  const absl::Status decoded = DecodeOnly(*request, &message);
+  if (!decoded.ok()) return EndAtOnce(context, decoded);
+  return new RendezvousCall(&runtime_->rendezvous(), message, response);
 }
 
 }  // namespace eduba

@@ -1,79 +1,91 @@
 #ifndef EDUBA_COORDINATOR_SERVICE_H_
 #define EDUBA_COORDINATOR_SERVICE_H_
 
-#include <string>
-
 #include "coordinator/runtime.h"
 #include "eduba/v1/eduba.grpc.pb.h"
 #include "eduba/v1/group.grpc.pb.h"
 #include "grpcpp/server_context.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "grpcpp/support/server_callback.h"
 
 namespace eduba {
 
-// The doors of the coordinator: convert, hand to the runtime, wait, convert back. Streams that go both ways
-// are callbacks (AttendStream, JoinStream), because only those can end a stream whose other side is silent.
-// What clients send arrives encoded (rpc/raw.h).
+// Every method takes its messages encoded (rpc/raw.h says why) and is a reactor: no call holds a thread while it
+// waits, so that thousands of calls may wait. A handler decodes, begins a request of the runtime, and returns;
+// the reply ends the call.
+using RawEdubaService = v1::Eduba::WithRawCallbackMethod_CreateSession<
+    v1::Eduba::WithRawCallbackMethod_GetSession<v1::Eduba::WithRawCallbackMethod_ListSessions<
+        v1::Eduba::WithRawCallbackMethod_DeleteSession<v1::Eduba::WithRawCallbackMethod_PlanAppend<
+            v1::Eduba::WithRawCallbackMethod_CommitAppend<v1::Eduba::WithRawCallbackMethod_AbortAppend<
+                v1::Eduba::WithRawCallbackMethod_Append<v1::Eduba::WithRawCallbackMethod_Attend<
+                    v1::Eduba::WithRawCallbackMethod_GetModel<v1::Eduba::WithRawCallbackMethod_AppendTokens<
+                        v1::Eduba::WithRawCallbackMethod_Generate<
+                            v1::Eduba::WithRawCallbackMethod_Score<v1::Eduba::WithRawCallbackMethod_Embed<
+                                v1::Eduba::WithRawCallbackMethod_ForkSession<
+                                    v1::Eduba::WithRawCallbackMethod_ListWorkers<
+                                        v1::Eduba::Service>>>>>>>>>>>>>>>>;
 
-class EdubaService final : public v1::Eduba::WithRawCallbackMethod_Attend<v1::Eduba::Service> {
+// What clients call.
+class EdubaService final : public RawEdubaService {
  public:
-  explicit EdubaService(Runtime* runtime);
+  explicit EdubaService(Runtime* runtime) : runtime_(runtime) {}
 
-  grpc::Status CreateSession(grpc::ServerContext* context, const v1::CreateSessionRequest* request,
-                             v1::Session* response) override;
-  grpc::Status GetSession(grpc::ServerContext* context, const v1::GetSessionRequest* request,
-                          v1::Session* response) override;
-  grpc::Status ListSessions(grpc::ServerContext* context, const v1::ListSessionsRequest* request,
-                            v1::ListSessionsResponse* response) override;
-  grpc::Status DeleteSession(grpc::ServerContext* context, const v1::DeleteSessionRequest* request,
-                             v1::DeleteSessionResponse* response) override;
-  grpc::Status PlanAppend(grpc::ServerContext* context, const v1::PlanAppendRequest* request,
-                          v1::AppendPlan* response) override;
-  grpc::Status CommitAppend(grpc::ServerContext* context, const v1::CommitAppendRequest* request,
-                            v1::AppendReceipt* response) override;
-  grpc::Status AbortAppend(grpc::ServerContext* context, const v1::AbortAppendRequest* request,
-                           v1::AbortAppendResponse* response) override;
+  grpc::ServerUnaryReactor* CreateSession(grpc::CallbackServerContext* context,
+                                          const grpc::ByteBuffer* request,
+                                          grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* GetSession(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* ListSessions(grpc::CallbackServerContext* context,
+                                         const grpc::ByteBuffer* request,
+                                         grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* DeleteSession(grpc::CallbackServerContext* context,
+                                          const grpc::ByteBuffer* request,
+                                          grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* PlanAppend(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* CommitAppend(grpc::CallbackServerContext* context,
+                                         const grpc::ByteBuffer* request,
+                                         grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* AbortAppend(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                  grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* ForkSession(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* ListWorkers(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response) override;
+  grpc::ServerReadReactor<grpc::ByteBuffer>* Append(grpc::CallbackServerContext* context,
+                                                    grpc::ByteBuffer* response) override;
+  grpc::ServerReadReactor<grpc::ByteBuffer>* AppendTokens(grpc::CallbackServerContext* context,
+                                                          grpc::ByteBuffer* response) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* Generate(grpc::CallbackServerContext* context,
+                                                       const grpc::ByteBuffer* request) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* Embed(grpc::CallbackServerContext* context,
+                                                    const grpc::ByteBuffer* request) override;
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Attend(
       grpc::CallbackServerContext* context) override;
-  grpc::Status GetModel(grpc::ServerContext* context, const v1::GetModelRequest* request,
-                        v1::Model* response) override;
-  grpc::Status Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
-                     v1::ScoreResponse* response) override;
-  grpc::Status ForkSession(grpc::ServerContext* context, const v1::ForkSessionRequest* request,
-                           v1::Session* response) override;
-  grpc::Status ListWorkers(grpc::ServerContext* context, const v1::ListWorkersRequest* request,
-                           v1::ListWorkersResponse* response) override;
 
  private:
-  template <typename T>
-  using Writer = grpc::internal::WriterInterface<T>;
-
-  // Lets `method` of one message come here decoded.
-  template <typename Request, typename Response>
-  void DecodeUnary(const std::string& method,
-                   grpc::Status (EdubaService::*call)(grpc::ServerContext*, const Request*, Response*));
-  grpc::Status AppendEncoded(grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
-                             v1::AppendReceipt* response);
-  grpc::Status AppendTokensEncoded(grpc::ServerContext* context, grpc::ServerReader<grpc::ByteBuffer>* reader,
-                                   v1::AppendTokensReceipt* response);
-  grpc::Status GenerateInto(grpc::ServerContext* context, const v1::GenerateRequest* request,
-                            Writer<v1::GenerateResponse>* writer);
-  grpc::Status EmbedInto(grpc::ServerContext* context, const v1::EmbedRequest* request,
-                         Writer<v1::EmbedResponse>* writer);
-
   Runtime* const runtime_;
 };
 
-class GroupService final : public v1::Group::WithCallbackMethod_Join<v1::Group::Service> {
+// What workers call. A Join stream is not raw: what cannot be decoded there ends it, as a broken connection does.
+class GroupService final
+    : public v1::Group::WithCallbackMethod_Join<v1::Group::WithRawCallbackMethod_RendezvousSet<
+          v1::Group::WithRawCallbackMethod_RendezvousGet<v1::Group::Service>>> {
  public:
   explicit GroupService(Runtime* runtime) : runtime_(runtime) {}
 
   grpc::ServerBidiReactor<v1::WorkerMessage, v1::GroupMessage>* Join(
       grpc::CallbackServerContext* context) override;
-  grpc::Status RendezvousSet(grpc::ServerContext* context, const v1::RendezvousSetRequest* request,
-                             v1::RendezvousSetResponse* response) override;
-  grpc::Status RendezvousGet(grpc::ServerContext* context, const v1::RendezvousGetRequest* request,
-                             v1::RendezvousGetResponse* response) override;
+  grpc::ServerUnaryReactor* RendezvousSet(grpc::CallbackServerContext* context,
+                                          const grpc::ByteBuffer* request,
+                                          grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* RendezvousGet(grpc::CallbackServerContext* context,
+                                          const grpc::ByteBuffer* request,
+                                          grpc::ByteBuffer* response) override;
 
  private:
   Runtime* const runtime_;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cmath>
+#include <latch>
 #include <limits>
 #include <string>
 
@@ -19,6 +20,7 @@
 #include "rpc/server.h"
 #include "rpc/spec.h"
 #include "rpc/status.h"
+#include "rpc/task_threads.h"
 
 namespace {
 // Connections that are to fail, and those that were asked for.
@@ -153,6 +155,34 @@ TEST(Raw, ABrokenMessageIsAnErrorAndAnEmptyOneIsNot) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_TRUE(absl::StrContains(status.message(), "is not a whole eduba.v1.GetSessionRequest")) << status;
   }
+}
+
+TEST(Raw, ACallNeedsAMessageAndAnEmptyOneIsOne) {
+  v1::GetModelRequest request;
+  const absl::Status none = DecodeOnly(grpc::ByteBuffer(), &request);
+  EXPECT_EQ(none.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(none.message(), "no message, wanted one eduba.v1.GetModelRequest")) << none;
+  const grpc::ByteBuffer empty = Encode(request);
+  EXPECT_EQ(DecodeOnly(empty, &request), absl::OkStatus());
+  EXPECT_TRUE(empty.Valid());  // The caller's bytes stay.
+}
+
+TEST(TaskThreads, RunTasksThatWaitForEachOtherAndEndWhenAllHaveRun) {
+  std::latch met(2);
+  std::atomic<int> run{0};
+  {
+    TaskThreads threads(2);
+    for (int i = 0; i < 2; ++i) {
+      threads.Add([&] {
+        met.arrive_and_wait();
+        threads.Add([&] { ++run; });
+        ++run;
+      });
+    }
+    met.wait();
+    for (int i = 0; i < 100; ++i) threads.Add([&] { ++run; });
+  }
+  EXPECT_EQ(run, 104);
 }
 
 TEST(Address, NeedsAHostAndAPort) {

@@ -23,8 +23,10 @@
 namespace eduba {
 namespace {
 
-// Handlers block (a long append, a queued query), each on a thread of its own: the bound on calls at once.
-constexpr int kHandlerThreadsMax = 512;
+// Our services are reactors, which run on the few threads that gRPC shares among all calls of the process. What
+// still takes a thread for each call is gRPC's reflection, and a service of a test that is written without
+// callbacks. Calls beyond it are RESOURCE_EXHAUSTED.
+constexpr int kBlockingThreadsMax = 64;
 
 // Says why a server could not listen there: gRPC says it only in its log.
 absl::Status CheckCanListen(const std::string& address, const std::pair<std::string, int>& host_and_port) {
@@ -98,7 +100,7 @@ absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Start(const std::string& a
   builder.AddChannelArgument(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1 << GRPC_COMPRESS_NONE);
   builder.AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
   builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, 8192);
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 64);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kConnectionCallsMax);
   builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 3000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
@@ -107,7 +109,7 @@ absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Start(const std::string& a
   // Two servers on one port would share its connections silently.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   grpc::ResourceQuota quota("eduba");
-  quota.SetMaxThreads(kHandlerThreadsMax);
+  quota.SetMaxThreads(kBlockingThreadsMax);
   builder.SetResourceQuota(quota);
 
   auto server = std::unique_ptr<RpcServer>(new RpcServer());

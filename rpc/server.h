@@ -15,8 +15,10 @@ namespace eduba {
 // Host and port of "host:port" or "[v6]:port". INVALID_ARGUMENT otherwise.
 absl::StatusOr<std::pair<std::string, int>> ParseAddress(const std::string& address);
 
-// A synchronous gRPC server with our limits, grpc.health.v1 and reflection. Handlers run on gRPC's threads
-// and may block; they watch ServerContext::IsCancelled.
+// A gRPC server with our limits, grpc.health.v1 and reflection. Services should be reactors (the generated
+// WithCallbackMethod_... and WithRawCallbackMethod_...), which hold no thread while a call waits: their reactions
+// run on a few threads that gRPC shares among all calls of the process, and must not block. A handler without
+// callbacks takes a thread for as long as its call lasts, of which there are few.
 class RpcServer {
  public:
   // Listens on `address` (port 0: any free one) and serves; `services` must outlive the server. Health says
@@ -30,7 +32,7 @@ class RpcServer {
   const std::string& address() const { return address_; }
   void SetServing(bool serving);
   // Health NOT_SERVING, no new calls; calls under way get `grace`, then are cancelled. Returns when all
-  // handlers have returned. Idempotent.
+  // calls have ended, reactors included (OnDone). Idempotent.
   void Shutdown(absl::Duration grace);
 
  private:

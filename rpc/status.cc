@@ -24,6 +24,8 @@ absl::Status FromGrpc(const grpc::Status& status) {
   return StatusFromCode(status.error_code(), status.error_message());
 }
 
+absl::Status CallerGone() { return absl::CancelledError("the caller gave up or its deadline passed"); }
+
 absl::Status StatusFromCode(int code, const std::string& message) {
   if (code == 0) return absl::OkStatus();
   return {static_cast<absl::StatusCode>(code), message};

@@ -11,6 +11,9 @@ namespace eduba {
 grpc::Status ToGrpc(const absl::Status& status);
 absl::Status FromGrpc(const grpc::Status& status);
 
+// How a call ends whose client has gone.
+absl::Status CallerGone();
+
 // For statuses that travel inside messages.
 absl::Status StatusFromCode(int code, const std::string& message);
 

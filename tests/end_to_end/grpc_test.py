@@ -161,6 +161,16 @@ class Wire(unittest.TestCase):
                 self.expect(grpc.StatusCode.INVALID_ARGUMENT, call,
                             f"a message of 4 bytes is not a whole {method.input_type.full_name}: ")
 
+    def test_a_call_without_a_message_is_refused(self):
+        identity = lambda data: data
+        for method in pb.DESCRIPTOR.services_by_name["Eduba"].methods:
+            kind = self.channel.stream_stream if method.server_streaming else self.channel.stream_unary
+            stub = kind(f"/eduba.v1.Eduba/{method.name}", request_serializer=identity, response_deserializer=identity)
+            with self.subTest(method.name):
+                self.expect(grpc.StatusCode.INVALID_ARGUMENT,
+                            lambda: list(stub(iter([]), timeout=30)) if method.server_streaming else stub(iter([]), timeout=30),
+                            "message")
+
     def test_an_overflowing_query_fails_alone_and_names_its_own_row(self):
         """Rows of calls that come together share steps; what overflows in one is no business of the others."""
         bad = np.concatenate([self.queries, np.full_like(self.queries, 3e38)])

@@ -11,8 +11,8 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "coordinator/attend_stream.h"
+#include "coordinator/proxied_upload.h"
 #include "coordinator/testing/fake_cluster.h"
-#include "coordinator/thin_upload.h"
 #include "rpc/spec.h"
 
 namespace eduba {
