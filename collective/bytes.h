@@ -7,7 +7,8 @@
 
 namespace eduba {
 
-// Numbers as a message's bytes, as this machine stores them: char where they may be written, else const char.
+// A view of the numbers as bytes, in the order in which this machine stores them. The bytes are const where
+// the numbers are.
 template <typename T>
 auto AsBytes(absl::Span<T> numbers) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
