@@ -35,7 +35,7 @@ say "What is needed"
 deploy/setup.sh --test
 
 say "Release build"
-cmake --preset release >build.log.tmp 2>&1 || {
+cmake --preset release -DEDUBA_WERROR=ON -DEDUBA_CUDA_WGMMA=ON >build.log.tmp 2>&1 || {
   cat build.log.tmp >&2
   exit 1
 }
@@ -45,6 +45,9 @@ cmake --build --preset release -j "$jobs"
 
 say "Style and structure"
 /usr/bin/python3 tests/tidy_test.py
+
+say "Locks, checked by clang"
+/usr/bin/python3 tests/thread_safety.py
 
 say "Release tests"
 run_tests release -LE slow

@@ -254,7 +254,10 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
       round.Add(static_cast<const char*>(receive), bytes, type, operation);
       arrived = true;
     }
-    if (round.arrived < group.size) return false;
+    if (round.arrived < group.size) {
+      ++TheFakeNccl().waits;
+      return false;
+    }
     std::memcpy(receive, round.sum.data(), std::min(bytes, round.sum.size()));
     return true;
   };
@@ -388,6 +391,7 @@ void FakeNccl::Reset() {
   looks_wait_for_abort = false;
   looks_wait = false;
   looks = 0;
+  waits = 0;
   aborts = 0;
   finished_aborts = 0;
 }

@@ -33,6 +33,7 @@ struct FakeNccl {
 
   // Counters of what has happened.
   std::atomic<int> looks{0};            // Calls of cudaEventQuery that have begun.
+  std::atomic<int> waits{0};            // Times that an all-reduce was found to wait for a rank.
   std::atomic<int> aborts{0};           // Aborts that have begun.
   std::atomic<int> finished_aborts{0};  // Aborts that have ended.
 
