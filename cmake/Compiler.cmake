@@ -9,6 +9,13 @@ add_compile_options("$<$<AND:$<CONFIG:RelWithDebInfo>,$<NOT:$<COMPILE_LANGUAGE:C
 string(REPLACE "-O2" "-O3" CMAKE_CXX_FLAGS_RELWITHDEBINFO "${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")
 string(REPLACE "-DNDEBUG" "" CMAKE_CXX_FLAGS_RELWITHDEBINFO "${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")
 
+option(EDUBA_WERROR "Treat the compiler's warnings as errors (CI does; other compilers may warn of other things)" OFF)
+if(EDUBA_WERROR)
+  add_compile_options("$<$<NOT:$<COMPILE_LANGUAGE:CUDA>>:-Werror>")
+endif()
+# clang proves that what is guarded by a lock (base/mutex.h) is only touched while the lock is held.
+add_compile_options("$<$<COMPILE_LANG_AND_ID:CXX,Clang>:-Wthread-safety;-Werror=thread-safety>")
+
 if(EDUBA_SANITIZE)
   # Sanitized kernels at -O0 take minutes; -O1 keeps the stacks readable.
   add_compile_options(-fsanitize=${EDUBA_SANITIZE} -O1)

@@ -9,8 +9,9 @@
 
 namespace eduba {
 
-// All ranks make the call, with as many bytes, at least one: the others' become what rank `from` has. Who has
-// them hands them on, so it takes ceil(log2(ranks)) messages one after another. Errors as the communicator's.
+// Copies the bytes of rank `from` to all other ranks. All ranks make the call with the same number of bytes,
+// at least one. Every rank that has the bytes passes them on, so it takes ceil(log2(ranks)) messages one
+// after another. The errors are those of the communicator.
 inline absl::Status Broadcast(Communicator& group, int from, absl::Span<char> data, absl::Time deadline) {
   const int ranks = group.size();
   const int place = (group.rank() + ranks - from) % ranks;

@@ -8,7 +8,7 @@
 
 namespace eduba {
 
-// The calls of a Communicator, as the transports compare them between ranks.
+// The calls of a Communicator. The transports compare them between the ranks.
 enum class Operation : uint8_t {
   kBarrier = 1,
   kSumI64 = 2,
@@ -17,7 +17,7 @@ enum class Operation : uint8_t {
   kReduceScatterI64 = 5
 };
 
-// "sum of 130 words", for errors.
+// Describes a call in an error's text, for example "sum of 130 words".
 inline std::string DescribeCall(Operation operation, int64_t count) {
   switch (operation) {
     case Operation::kBarrier:

@@ -10,8 +10,8 @@
 
 namespace eduba {
 
-// Where the parts of Communicator::ReduceScatterI64 begin, and where the last one ends: [ranks + 1], for a
-// group of `size` whose call is as required.
+// Returns where the parts of a ReduceScatterI64 begin and where the last one ends: [ranks + 1] for a group of
+// `size` ranks. REQUIRES: `counts` are as communicator.h requires for `words` words of data.
 inline std::vector<int64_t> PartBegins(absl::Span<const int64_t> counts, int size, size_t words) {
   EDUBA_CHECK_EQ(static_cast<int64_t>(counts.size()), int64_t{size});
   std::vector<int64_t> begins(counts.size() + 1);
@@ -21,7 +21,7 @@ inline std::vector<int64_t> PartBegins(absl::Span<const int64_t> counts, int siz
   return begins;
 }
 
-// A number that differs where the counts do: FNV-1a over their words.
+// Returns a number that differs where the counts differ: FNV-1a over their words.
 inline uint64_t PartsNumber(absl::Span<const int64_t> counts) {
   uint64_t x = 0xcbf29ce484222325U;
   for (const int64_t count : counts) x = (x ^ static_cast<uint64_t>(count)) * 0x100000001b3U;

@@ -6,8 +6,8 @@
 
 #include "absl/types/span.h"
 
-// The two reductions, element by element, shared by the transports. Both are associative and commutative to
-// the bit, so no transport has to keep an order.
+// The two element-wise reductions that the transports share. Both are associative and commutative to the bit,
+// so no transport has to keep an order.
 namespace eduba {
 
 // into[i] += from[i], modulo 2^64. REQUIRES: equal sizes.
@@ -17,8 +17,8 @@ inline void AddInto(absl::Span<int64_t> into, absl::Span<const int64_t> from) {
   }
 }
 
-// The bits of a float as an integer that orders as the floats do, with -0 below +0: the comparison `a < b`
-// calls the zeros equal, and then the answer's sign would depend on who came first.
+// Returns an integer that orders as the floats do, with -0 below +0. The comparison `a < b` calls the two
+// zeros equal, and then the sign of a maximum would depend on the order of arrival.
 inline int32_t FloatOrder(float x) {
   const auto bits = std::bit_cast<int32_t>(x);
   return bits < 0 ? bits ^ 0x7fffffff : bits;

@@ -9,14 +9,15 @@
 
 namespace eduba {
 
-// The key-value board on which the ranks of one (epoch, attempt) leave their addresses while a group forms.
-// The worker's implementation asks the coordinator; tests keep a map. The implementation scopes keys to its
-// epoch and attempt, so two attempts never see each other's addresses. Thread-safe.
+// The key-value store through which the ranks of a group exchange their addresses while the group forms. The
+// worker's implementation asks the coordinator (worker/rendezvous_client.h); tests keep a map
+// (map_rendezvous.h). A store belongs to one epoch and one attempt, so two attempts never see each other's
+// addresses. Thread-safe.
 class Rendezvous {
  public:
   virtual ~Rendezvous() = default;
   virtual absl::Status Set(const std::string& key, const std::string& value, absl::Time deadline) = 0;
-  // Waits for the key. DEADLINE_EXCEEDED at `deadline`; any other error ends the attempt.
+  // Waits until somebody has set the key. DEADLINE_EXCEEDED at `deadline`. Any other error ends the attempt.
   virtual absl::StatusOr<std::string> Get(const std::string& key, absl::Time deadline) = 0;
 };
 

@@ -10,7 +10,7 @@
 
 namespace eduba {
 
-// One rank's part in Communicator::SendReceive. -1: with nobody, and no bytes.
+// What one rank sends and receives in Communicator::SendReceive. A rank -1 means nobody, and no bytes.
 struct Transfer {
   int64_t to = -1;
   int64_t send_bytes = 0;
@@ -18,7 +18,8 @@ struct Transfer {
   int64_t receive_bytes = 0;
 };
 
-// What a rank of a group of `size` was called with, which is as Communicator::SendReceive requires.
+// The transfer of one call of SendReceive. REQUIRES: the arguments are as communicator.h requires, for a
+// group of `size` ranks.
 inline Transfer MakeTransfer(int rank, int size, absl::Span<const char> send, int to,
                              absl::Span<char> receive, int from) {
   EDUBA_CHECK(to >= -1 && to < size && to != rank && from >= -1 && from < size && from != rank);
@@ -26,8 +27,8 @@ inline Transfer MakeTransfer(int rank, int size, absl::Span<const char> send, in
   return {to, static_cast<int64_t>(send.size()), from, static_cast<int64_t>(receive.size())};
 }
 
-// Whether what every rank [ranks] sends is what its peer receives. INTERNAL names the first pair that
-// differs; the same answer wherever it is asked, so that all ranks fail alike.
+// Checks that every rank receives what its peer sends. INTERNAL names the first pair that differs. The answer
+// depends on `ranks` [ranks] alone, so all ranks fail alike.
 inline absl::Status CheckTransfers(absl::Span<const Transfer> ranks) {
   const auto size = static_cast<int64_t>(ranks.size());
   const auto different = [](int64_t rank, const char* does, int64_t bytes, int64_t peer) {

@@ -35,7 +35,7 @@ say "What is needed"
 deploy/setup.sh --test
 
 say "Release build"
-cmake --preset release >build.log.tmp 2>&1 || {
+cmake --preset release -DEDUBA_WERROR=ON -DEDUBA_CUDA_WGMMA=ON >build.log.tmp 2>&1 || {
   cat build.log.tmp >&2
   exit 1
 }
@@ -45,6 +45,9 @@ cmake --build --preset release -j "$jobs"
 
 say "Style and structure"
 /usr/bin/python3 tests/tidy_test.py
+
+say "Locks, checked by clang"
+/usr/bin/python3 tests/thread_safety.py
 
 say "Release tests"
 run_tests release -LE slow
@@ -60,7 +63,7 @@ cmake --build --preset dev -j "$jobs"
 run_tests dev -L 'unit|contract|cluster|golden' -LE slow
 
 # Where our own threads meet. Not what lives inside gRPC's: Debian's gRPC is not instrumented, and its hand-overs look like races.
-threaded=(base_test id_log_test page_store_test staged_append_test sharded_attention_test engine_test model_sessions_test local_communicator_test
+threaded=(base_test id_log_test page_store_test staged_append_test sharded_attention_test command_loop_test model_sessions_test local_communicator_test
   gloo_communicator_test nccl_communicator_test communicator_contract_test
   job_loop_test sequence_parallel_prefill_test)
 say "Sanitizers: tsan"

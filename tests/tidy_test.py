@@ -1,6 +1,7 @@
-"""Style and structure, checked as a test: who includes whom, where gRPC, HDF5 and CUDA may appear, no dead file, formatted,
-every folder with a README. Run from anywhere: /usr/bin/python3 tests/tidy_test.py"""
+"""Checks style and structure: who includes whom, where gRPC, HDF5 and CUDA may appear, that every source belongs to a target,
+that every folder with code has a README, that lines fit and that clang-format changes nothing. Run from anywhere: /usr/bin/python3 tests/tidy_test.py"""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+COLUMNS = 110
 
 # Module -> modules whose headers it may include, besides its own and base. The missing name is the point:
 #   the coordinator never sees kernels or attention; attention knows no RPC and no file format; kernels know neither.
@@ -55,6 +57,15 @@ def tracked(*patterns):
     return sorted(f for f in out.split("\0") if f and (ROOT / f).exists())
 
 
+def sources_of_targets(cmake):
+    """The source files that a CMakeLists.txt names, relative to its folder, as whole words and not in comments."""
+    code = re.sub(r"#.*", "", cmake).replace("${CMAKE_CURRENT_SOURCE_DIR}/", "").replace("${PROJECT_SOURCE_DIR}/", f"{ROOT}/")
+    # foreach(name a b c) ... ${name}.cc
+    for variable, values, body in re.findall(r"foreach\((\w+) ([^)]*)\)(.*?)endforeach", code, re.S):
+        code += " ".join(body.replace("${%s}" % variable, value) for value in values.split())
+    return set(re.findall(r"(?<![\w./$}])[\w./-]+\.(?:cc|cu)(?![\w.])", code))
+
+
 def sources():
     return tracked("*.h", "*.cc", "*.cu", "*.cuh")
 
@@ -85,18 +96,17 @@ class Structure(unittest.TestCase):
             self.assertIn(f"#ifndef {guard}\n#define {guard}\n", text, path)
 
     def test_every_source_is_built(self):
-        cmake = {p: (ROOT / p).read_text() for p in tracked("CMakeLists.txt", "*/CMakeLists.txt")}
-        for path in tracked("*.cc", "*.cu"):
-            # A source is named in the list file of its folder or of one above it.
-            folder = pathlib.PurePosixPath(path).parent
-            lists = [str(p / "CMakeLists.txt") for p in (folder, *folder.parents)]
-            stem = pathlib.PurePosixPath(path).stem
-            found = any(stem in cmake.get(name, "") for name in lists)
-            self.assertTrue(found, f"{path} is in no CMakeLists.txt: dead file?")
+        named = set()
+        for path in tracked("CMakeLists.txt", "*/CMakeLists.txt"):
+            folder = (ROOT / path).parent
+            for name in sources_of_targets((ROOT / path).read_text()):
+                named.add(os.path.relpath(folder / name, ROOT))
+        self.assertEqual([path for path in tracked("*.cc", "*.cu") if path not in named], [], "no target has these files")
 
     def test_every_folder_says_what_it_is(self):
-        for folder in sorted({p.split("/")[0] for p in sources()} | {"proto", "deploy", "docs"}):
-            self.assertTrue((ROOT / folder / "README.md").exists(), f"{folder}/ has no README.md")
+        folders = {str(pathlib.PurePosixPath(path).parent) for path in sources()} | {"proto", "deploy", "docs", "docs/adr"}
+        missing = sorted(f for f in folders | {f.split("/")[0] for f in folders} if not (ROOT / f / "README.md").exists())
+        self.assertEqual(missing, [], "these folders have no README.md")
 
     def test_nothing_names_a_machine(self):
         pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root)/")
@@ -121,6 +131,23 @@ class Format(unittest.TestCase):
         for path in tracked("*.h", "*.cc", "*.cu", "*.py", "*.sh", "*.md", "*.cmake", "*.proto", "*CMakeLists.txt"):
             text = (ROOT / path).read_text()
             self.assertTrue(text.endswith("\n") and not text.endswith("\n\n"), path)
+
+    def test_lines_of_code_fit_in_110_columns(self):
+        wide = [f"{path}:{number}" for path in sources() for number, line in enumerate((ROOT / path).read_text().splitlines(), 1)
+                if len(line) > COLUMNS and "http" not in line and "R\"" not in line and "NOLINT" not in line]
+        self.assertEqual(wide, [], f"longer than {COLUMNS} columns")
+
+    def test_lines_of_prose_fit_in_110_columns(self):
+        """Tables, code and links may be longer."""
+        wide = []
+        for path in tracked("*.md"):
+            fenced = False
+            for number, line in enumerate((ROOT / path).read_text().splitlines(), 1):
+                fenced ^= line.lstrip().startswith("```")
+                free = fenced or line.startswith("    ") or line.lstrip().startswith("|") or "](" in line or "http" in line
+                if len(line) > COLUMNS and not free:
+                    wide.append(f"{path}:{number}")
+        self.assertEqual(wide, [], f"longer than {COLUMNS} columns")
 
     def test_shell_scripts_parse(self):
         for path in tracked("*.sh", ".ci/run"):

@@ -29,8 +29,8 @@ absl::Span<const T> Elements(const std::byte* payload, size_t count) {
   return {reinterpret_cast<const T*>(payload), count};
 }
 
-// Up to here each rank sends its whole payload to every other; beyond, the bytes saved by two steps pay for
-// the second one.
+// Up to this many received bytes, each rank sends its whole payload to every other. Above, an exchange in two
+// steps is faster: the bytes that it saves are worth more than its second step costs.
 constexpr int64_t kDirectBytes = int64_t{1} << 18;
 
 class GlooCommunicator final : public Communicator {
@@ -66,17 +66,18 @@ class GlooCommunicator final : public Communicator {
   }
 
  private:
-  // After the first error every call returns ABORTED with its text.
-  template <typename Call>
-  absl::Status Once(const Call& call) {
+  // Runs `body`, unless a call has failed before: after the first error every call returns ABORTED with that
+  // error's text.
+  template <typename Body>
+  absl::Status Once(const Body& body) {
     if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
-    first_error_ = call();
+    first_error_ = body();
     return first_error_;
   }
 
   template <typename T, typename Combine>
   absl::Status AllReduce(Operation operation, absl::Span<T> data, Combine combine, absl::Time deadline) {
-    const GlooMesh::Call call = {operation, static_cast<int64_t>(data.size())};
+    const GlooMesh::Collective call = {operation, static_cast<int64_t>(data.size())};
     const int64_t size = mesh_->size();
     const int64_t frame = mesh_->capacity() / static_cast<int64_t>(sizeof(T));
     const int64_t received_bytes = call.count * static_cast<int64_t>(sizeof(T)) * (size - 1);
@@ -87,9 +88,10 @@ class GlooCommunicator final : public Communicator {
     return absl::OkStatus();
   }
 
-  // Every rank sends all it has to every other and combines what it gets: one exchange.
+  // One exchange: every rank sends all its data to every other, and combines what it receives.
   template <typename T, typename Combine>
-  absl::Status Direct(const GlooMesh::Call& call, absl::Span<T> data, Combine combine, absl::Time deadline) {
+  absl::Status Direct(const GlooMesh::Collective& call, absl::Span<T> data, Combine combine,
+                      absl::Time deadline) {
     return mesh_->Exchange(
         call, {}, [&](int /*peer*/) { return Bytes(data); },
         [&](int /*peer*/, const std::byte* payload, const GlooMesh::Notes& /*notes*/) {
@@ -98,10 +100,10 @@ class GlooCommunicator final : public Communicator {
         deadline);
   }
 
-  // Every rank combines one slice of the data and sends it to all: two exchanges, each of 1/size of the bytes
-  // per message.
+  // Two exchanges, with 1/size of the bytes in each message: every rank combines one slice of the data, and
+  // then sends the result to all.
   template <typename T, typename Combine>
-  absl::Status InTwoSteps(const GlooMesh::Call& call, absl::Span<T> data, Combine combine,
+  absl::Status InTwoSteps(const GlooMesh::Collective& call, absl::Span<T> data, Combine combine,
                           absl::Time deadline) {
     const size_t each = (data.size() + size() - 1) / size();
     const auto slice = [&](int owner) { return data.subspan(std::min(owner * each, data.size()), each); };
@@ -121,8 +123,9 @@ class GlooCommunicator final : public Communicator {
         deadline);
   }
 
-  // A frame of everybody's part at a time, as long as any rank has one left. Which parts a rank thinks there
-  // are goes with its frames as one number, so all see a difference behind the first exchange.
+  // Each exchange carries one frame of every rank's part, until no rank has anything left. One number goes
+  // with the frames and says which parts the sender works with, so all ranks see a difference after the first
+  // exchange.
   absl::Status ReduceScatter(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
                              absl::Span<const int64_t> begins, absl::Time deadline) {
     const auto number = static_cast<int64_t>(PartsNumber(counts));
@@ -155,8 +158,9 @@ class GlooCommunicator final : public Communicator {
     return absl::OkStatus();
   }
 
-  // A frame of the message at a time, as long as any rank has one left; the others' frames are empty. What
-  // every rank sends and receives goes with its frames, so all see a difference behind the first exchange.
+  // Each exchange carries one frame of the message, until no rank has anything left; frames to other ranks
+  // are empty. Every frame also says what its sender sends and receives, so all ranks see a difference after
+  // the first exchange.
   absl::Status Deliver(const Transfer& own, absl::Span<const char> send, absl::Span<char> receive,
                        absl::Time deadline) {
     std::vector<Transfer> transfers(size());
@@ -190,7 +194,7 @@ class GlooCommunicator final : public Communicator {
   }
 
   const std::unique_ptr<GlooMesh> mesh_;
-  absl::Status first_error_;  // Touched by calls only, and those come from one thread at a time.
+  absl::Status first_error_;  // Only calls touch it, and they come from one thread at a time.
 };
 
 }  // namespace

@@ -12,30 +12,29 @@
 namespace eduba {
 
 struct GlooOptions {
-  // A name or address of this machine that the other ranks can reach; the sockets are bound to it, on ports
-  // that the system chooses. No authentication and no encryption: Gloo trusts whoever connects, so keep it on
-  // a network that is yours.
+  // A name or address of this machine that the other ranks can reach. The sockets are bound to it, on ports
+  // that the system chooses. There is no authentication and no encryption: Gloo trusts whoever connects, so
+  // use it only on a network that is yours.
   std::string host = "127.0.0.1";
 };
 
-// Connects this rank with every other over TCP and returns its Communicator. `rendezvous` is used only during
-// the call: one Set (key "gloo/RANK") and size-1 Gets. Needs size-1 sockets, two threads and about 3 MiB for
-// as long as the Communicator lives. Threads of one process may connect as different ranks.
+// Connects this rank with every other over TCP and returns its Communicator. The rendezvous store is used
+// only during the call, for one Set (key "gloo/RANK") and size-1 Gets. A Communicator has size-1 sockets, two
+// threads and about 3 MiB of memory. Threads of one process may connect as different ranks.
 //   INVALID_ARGUMENT     rank is not in [0, size), or `options.host` is no address of this machine
 //   DEADLINE_EXCEEDED    a rank did not come by `deadline`
 //   UNAVAILABLE          a rank's connection broke or was refused
 //   FAILED_PRECONDITION  a rank runs another version of the transport
-//   anything else        from `rendezvous`, as it is
-// The process ignores SIGPIPE from the first call on, unless it has a handler of its own.
+//   anything else        is the error of `rendezvous`
+// From the first call on the process ignores SIGPIPE, unless it has a handler of its own.
 //
-// An attempt that failed on one rank fails on those that wait for it; start again with a fresh rendezvous.
+// An attempt that failed on one rank also fails on the ranks that wait for it. Start again with a fresh
+// store.
 //
-// The transport checks each message's header, and its receives have a fixed size, so ranks that make
-// different calls (another operation, another count) get INTERNAL and Gloo never sees more bytes than it
+// The transport checks each message's header, and its receives have a fixed size. So ranks that make
+// different calls (another operation, another count) get INTERNAL, and Gloo never sees more bytes than it
 // expects, which would end the process. A rank that finds a difference closes its connections, so a slower
 // one may be told UNAVAILABLE instead.
-//
-// A rank may leave as soon as its last call has returned: the others still complete that call.
 absl::StatusOr<std::unique_ptr<Communicator>> ConnectGloo(int rank, int size, Rendezvous& rendezvous,
                                                           const GlooOptions& options, absl::Time deadline);
 

@@ -28,13 +28,14 @@ namespace eduba {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Memory for the frames of one kind (sent, or received at even or odd exchanges), over all peers. With it a
-// step's whole payload fits one frame in a small group, and a large group still needs no more memory.
+// Memory for the frames of one kind (sent, received at even exchanges, received at odd ones), for all peers
+// together. With this much, a step's whole payload fits one frame in a small group, and a large group needs
+// no more memory.
 constexpr int64_t kFrameBudget = int64_t{1} << 20;
-// Changes with the frame's layout, so that builds that would misread each other say so.
+// Changes whenever the frame's layout does, so that builds that would misread each other say so.
 constexpr uint64_t kFormat = 0xEDBA'0002;
-// Gloo's own timeouts must never come first: they close sockets inside the waiting call. The watcher keeps
-// the deadline.
+// Gloo's own timeouts close sockets inside the waiting call, so they must never pass. The watcher keeps the
+// deadline.
 constexpr std::chrono::milliseconds kNever = std::chrono::hours(24 * 365);
 
 struct WireHeader {
@@ -56,15 +57,15 @@ int64_t Capacity(int size) {
   return share / kAlignment * kAlignment;
 }
 
-// Gloo writes to connections without MSG_NOSIGNAL, from its thread and from ours: one that a peer has closed
-// would end the process. A handler that somebody else has set stays.
+// Gloo writes to connections without MSG_NOSIGNAL, from its thread and from ours, so a connection that a peer
+// has closed would end the process. A handler that somebody else has set stays.
 void IgnoreBrokenPipes() {
   struct sigaction current = {};
   if (sigaction(SIGPIPE, nullptr, &current) == 0 && current.sa_handler == SIG_DFL) signal(SIGPIPE, SIG_IGN);
 }
 
-// The first of the host's addresses that belongs to this machine. Not left to Gloo, which reads an unset
-// pointer when a name has no address.
+// Returns the first of the host's addresses that belongs to this machine. This is not left to Gloo, which
+// reads an unset pointer when a name has no address.
 absl::StatusOr<gloo::transport::tcp::attr> Resolve(const std::string& host) {
   addrinfo hints = {};
   hints.ai_socktype = SOCK_STREAM;
@@ -113,12 +114,13 @@ absl::StatusOr<std::unique_ptr<GlooMesh>> GlooMesh::Connect(int rank, int size, 
 
 GlooMesh::~GlooMesh() {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    MutexLock lock(mutex_);
     stopping_ = true;
   }
-  watcher_wakes_.notify_all();
+  watcher_wakes_.NotifyAll();
   if (watcher_.joinable()) watcher_.join();
-  // Buffers, then connections, then the device with its thread: each still needs the next.
+  // The buffers need the connections, and the connections need the device with its thread, so they go in this
+  // order.
   peers_.clear();
   context_.reset();
   device_.reset();
@@ -142,8 +144,8 @@ absl::Status GlooMesh::MakePairs(const GlooOptions& options) {
 }
 
 absl::Status GlooMesh::ConnectPairs(Rendezvous& rendezvous, absl::Time deadline) {
-  // One address per peer, in the order of ranks with this rank left out. In hex, so that any board can keep
-  // it.
+  // One address per peer, in the order of ranks, with this rank left out. It is written in hex, so that any
+  // rendezvous store can keep it.
   std::string mine;
   int64_t address_bytes = 0;
   for (int peer = 0; peer < size_; ++peer) {
@@ -195,8 +197,9 @@ int64_t GlooMesh::ReceiveOffset(uint64_t sequence) const {
   return (1 + static_cast<int64_t>(sequence % 2)) * FrameBytes();
 }
 
-// A peer that leaves right after its last call has sent all we wait for, but Gloo may look at the broken
-// connection before it looks at the finished message. Asked a second time it looks at the message first.
+// A peer that leaves right after its last call has sent all that we wait for, but Gloo may look at the broken
+// connection before it looks at the finished message. When it is asked a second time, it looks at the message
+// first.
 bool GlooMesh::WaitSent(int peer) {
   try {
     return peers_[peer].buffer->waitSend(kNever);
@@ -213,7 +216,7 @@ bool GlooMesh::WaitReceived(int peer) {
   }
 }
 
-absl::Status GlooMesh::Exchange(const Call& call, const Notes& notes, const Outgoing& outgoing,
+absl::Status GlooMesh::Exchange(const Collective& call, const Notes& notes, const Outgoing& outgoing,
                                 const Incoming& incoming, absl::Time deadline) {
   EDUBA_RETURN_IF_ERROR(Begin(deadline));
   int waiting_for = -1;
@@ -226,7 +229,7 @@ absl::Status GlooMesh::Exchange(const Call& call, const Notes& notes, const Outg
   return End(outcome, absl::StrCat("waiting for rank ", waiting_for), deadline);
 }
 
-absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const Notes& notes,
+absl::Status GlooMesh::RunExchange(uint64_t sequence, const Collective& call, const Notes& notes,
                                    const Outgoing& outgoing, const Incoming& incoming, int& waiting_for) {
   if (!announce_error_.empty()) return absl::UnavailableError(announce_error_);
   const WireHeader mine = {.format = kFormat,
@@ -235,7 +238,7 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const No
                            .count = call.count,
                            .notes = notes};
 
-  // 1. Send. Each rank starts with its own neighbour, so that no rank is everybody's first.
+  // 1. Send. Each rank starts with its own neighbour, so that no rank is the first one for all others.
   for (int i = 1; i < size_; ++i) {
     const int peer = waiting_for = (rank_ + i) % size_;
     const absl::Span<const std::byte> payload = outgoing(peer);
@@ -264,8 +267,8 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const No
       break;
     }
     incoming(peer, frame + kAlignment, theirs.notes);
-    // The frame is free again, for the exchange after the next. A peer may have left after its last call;
-    // this one need not fail for it.
+    // The frame is free again, for the exchange after the next. A peer may have left after its last call, and
+    // this exchange need not fail for that.
     try {
       Announce(peer, sequence + 2);
     } catch (const std::exception& e) {
@@ -273,8 +276,8 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const No
     }
   }
 
-  // 3. The frames must be out before they are written again, and before a difference lets the caller drop the
-  // connections.
+  // 3. Wait until the frames are out: before they are written again, and before a difference lets the caller
+  // drop the connections.
   for (int peer = 0; peer < size_; ++peer) {
     if (peer == rank_) continue;
     try {
@@ -287,59 +290,62 @@ absl::Status GlooMesh::RunExchange(uint64_t sequence, const Call& call, const No
 }
 
 absl::Status GlooMesh::Begin(absl::Time deadline) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   EDUBA_CHECK(!busy_);  // One call at a time.
   if (!failure_.ok()) return failure_;
   busy_ = true;
   deadline_ = deadline;
-  if (deadline < watcher_until_) watcher_wakes_.notify_all();
+  if (deadline < watcher_until_) watcher_wakes_.NotifyAll();
   return absl::OkStatus();
 }
 
 absl::Status GlooMesh::End(const absl::Status& outcome, const std::string& waiting_for, absl::Time deadline) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   busy_ = false;
   if (outcome.ok() && failure_.ok()) return outcome;
   if (failure_.ok()) {
     // A peer with the same deadline may have given up a moment before us and closed its connections.
     const bool late = absl::IsUnavailable(outcome) && absl::Now() >= deadline;
     failure_ = late ? absl::DeadlineExceededError(std::string(outcome.message())) : outcome;
-    watcher_wakes_.notify_all();
+    watcher_wakes_.NotifyAll();
   }
   return absl::IsInternal(failure_) ? failure_ : Annotate(failure_, waiting_for);
 }
 
 void GlooMesh::Fail(const absl::Status& status) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   if (!failure_.ok()) return;
   failure_ = status;
-  watcher_wakes_.notify_all();
+  watcher_wakes_.NotifyAll();
+}
+
+// Returns the failure that ends the mesh, or OK when the mesh is destroyed before it fails.
+absl::Status GlooMesh::AwaitFailure() {
+  MutexLock lock(mutex_);
+  while (failure_.ok() && !stopping_) {
+    if (busy_ && absl::Now() >= deadline_) {
+      failure_ = absl::DeadlineExceededError("the deadline has passed");
+      break;
+    }
+    // Between calls the last deadline stays set, so a stream of calls does not wake this thread each time.
+    watcher_until_ = busy_ || deadline_ > absl::Now() ? deadline_ : absl::InfiniteFuture();
+    if (watcher_until_ == absl::InfiniteFuture()) {
+      watcher_wakes_.Wait(mutex_);
+    } else {
+      watcher_wakes_.WaitUntil(mutex_, absl::ToChronoTime(watcher_until_));
+    }
+  }
+  return failure_;
 }
 
 void GlooMesh::Watch() {
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (failure_.ok() && !stopping_) {
-      if (busy_ && absl::Now() >= deadline_) {
-        failure_ = absl::DeadlineExceededError("the deadline has passed");
-        break;
-      }
-      // Between calls the last deadline stays set: a stream of calls then does not wake this thread each
-      // time.
-      watcher_until_ = busy_ || deadline_ > absl::Now() ? deadline_ : absl::InfiniteFuture();
-      if (watcher_until_ == absl::InfiniteFuture()) {
-        watcher_wakes_.wait(lock);
-      } else {
-        watcher_wakes_.wait_until(lock, absl::ToChronoTime(watcher_until_));
-      }
-    }
-    if (failure_.ok()) return;
-    // Every peer gets our frame and finds the difference itself. Gloo closes with a reset, which would throw
-    // away what is still under way to it.
-    if (absl::IsInternal(failure_)) return;
-  }
-  // Wake this rank's call first; closing takes Gloo's thread a tick (10 ms) for each connection. The close
-  // tells the peers.
+  const absl::Status failure = AwaitFailure();
+  if (failure.ok()) return;
+  // The ranks made different calls: every peer gets our frame and finds the difference itself. Gloo closes a
+  // connection with a reset, which would throw away the frames that are still under way.
+  if (absl::IsInternal(failure)) return;
+  // This rank's call is woken first, because closing takes Gloo's thread a tick (10 ms) for each connection.
+  // The peers learn of the failure when their connection closes.
   for (Peer& peer : peers_) {
     if (peer.buffer == nullptr) continue;  // This rank itself.
     peer.buffer->abortWaitRecv();

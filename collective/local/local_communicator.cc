@@ -69,7 +69,7 @@ class LocalCommunicator final : public Communicator {
 
   const std::shared_ptr<LocalGroup> group_;
   const int rank_;
-  absl::Status first_error_;  // Touched by calls only, and those come from one thread at a time.
+  absl::Status first_error_;  // Only calls touch it, and they come from one thread at a time.
 };
 
 }  // namespace
@@ -83,7 +83,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> LocalHub::Join(uint64_t epoch, uin
   }
   std::shared_ptr<LocalGroup> group;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    MutexLock lock(mutex_);
     std::erase_if(groups_, [](const auto& entry) { return entry.second.expired(); });
     auto& known = groups_[{epoch, attempt}];
     group = known.lock();

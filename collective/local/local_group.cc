@@ -14,26 +14,26 @@
 namespace eduba {
 namespace {
 
-// Elements a rank reduces at a time: small enough that the sum stays in the first-level cache, large enough
-// that taking a slice (one lock) is nothing beside it.
+// The elements that a rank reduces at a time: few enough that the sum stays in the first-level cache, and so
+// many that taking a slice (one lock) costs nothing in comparison.
 constexpr int64_t kSliceElements = 2048;
 
 }  // namespace
 
-LocalGroup::LocalGroup(int size) : size_(size), ranks_(size) {}
+LocalGroup::LocalGroup(int size) : size_(size), ranks_(size), calls_(size) {}
 
 bool LocalGroup::Claim(int rank) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   return !std::exchange(ranks_[rank].claimed, true);
 }
 
 absl::Status LocalGroup::Run(int rank, const LocalCall& call, absl::Time deadline) {
-  std::unique_lock<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   Rank& self = ranks_[rank];
   EDUBA_CHECK(!self.entered);  // One call at a time.
   if (!failure_.ok()) return ErrorFor(rank, deadline);
   self.entered = true;
-  self.call = call;
+  calls_[rank] = call;
   const uint64_t round = round_;
   if (++entered_ == size_) {
     absl::Status differences = Differences();
@@ -47,13 +47,13 @@ absl::Status LocalGroup::Run(int rank, const LocalCall& call, absl::Time deadlin
   while (round_ == round) {
     if (open_) {
       if (next_slice_ < slices_) {
-        TakeSlices(lock);
+        TakeSlices();
       } else {
-        changed_.wait(lock);
+        changed_.Wait(mutex_);
       }
       continue;
     }
-    // Not all are here, and something may have gone wrong.
+    // The round is not open yet, and something may have gone wrong.
     absl::Status error;
     if (!failure_.ok()) {
       error = ErrorFor(rank, deadline);
@@ -66,46 +66,46 @@ absl::Status LocalGroup::Run(int rank, const LocalCall& call, absl::Time deadlin
       self.entered = false;
       return error;
     }
-    changed_.wait_until(lock, absl::ToChronoTime(deadline));
+    changed_.WaitUntil(mutex_, absl::ToChronoTime(deadline));
   }
   return absl::OkStatus();
 }
 
 void LocalGroup::Leave(int rank, const std::string& reason, const std::string& others) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   if (ranks_[rank].aborted.ok()) ranks_[rank].aborted = absl::AbortedError(reason);
   Fail(absl::UnavailableError(others));
 }
 
 void LocalGroup::OpenWork() {
   // An empty payload is one slice of nothing, so that every round ends the same way.
-  const LocalCall& call = ranks_[0].call;
+  const LocalCall& call = calls_[0];
   slices_ = call.operation == Operation::kSendReceive
                 ? size_
                 : std::max<int64_t>(1, (call.count + kSliceElements - 1) / kSliceElements);
   next_slice_ = finished_slices_ = 0;
   open_ = true;
-  if (slices_ > 1) changed_.notify_all();
+  if (slices_ > 1) changed_.NotifyAll();
 }
 
-void LocalGroup::TakeSlices(std::unique_lock<std::mutex>& lock) {
+void LocalGroup::TakeSlices() {
   while (next_slice_ < slices_) {
     const int64_t slice = next_slice_++;
-    lock.unlock();
+    mutex_.Unlock();
     ReduceSlice(slice);
-    lock.lock();
+    mutex_.Lock();
     if (++finished_slices_ < slices_) continue;
     open_ = false;
     entered_ = 0;
     for (Rank& rank : ranks_) rank.entered = false;
     ++round_;
-    changed_.notify_all();
+    changed_.NotifyAll();
     return;  // A new round may be open by now; its slices are not this call's.
   }
 }
 
 void LocalGroup::ReduceSlice(int64_t slice) const {
-  const LocalCall& first = ranks_[0].call;
+  const LocalCall& first = calls_[0];
   if (first.operation == Operation::kSendReceive) return DeliverTo(slice);
   const int64_t begin = slice * kSliceElements;
   const int64_t count = std::min(kSliceElements, first.count - begin);
@@ -114,22 +114,22 @@ void LocalGroup::ReduceSlice(int64_t slice) const {
     T* const result = static_cast<T*>(first.data) + begin;
     for (int r = 1; r < size_; ++r) {
       combine(absl::MakeSpan(result, count),
-              absl::MakeConstSpan(static_cast<const T*>(ranks_[r].call.data) + begin, count));
+              absl::MakeConstSpan(static_cast<const T*>(calls_[r].data) + begin, count));
     }
-    for (int r = 1; r < size_; ++r) std::copy_n(result, count, static_cast<T*>(ranks_[r].call.data) + begin);
+    for (int r = 1; r < size_; ++r) std::copy_n(result, count, static_cast<T*>(calls_[r].data) + begin);
   };
   if (first.operation == Operation::kSumI64) reduce(int64_t{}, AddInto);
   if (first.operation == Operation::kMaxF32) reduce(float{}, MaxInto);
 }
 
 void LocalGroup::ScatterSlice(int64_t begin, int64_t end) const {
-  const absl::Span<const int64_t> begins = ranks_[0].call.part_begins;
+  const absl::Span<const int64_t> begins = calls_[0].part_begins;
   for (int owner = 0; owner < size_; ++owner) {
     const int64_t from = std::max(begin, begins[owner]);
     const int64_t count = std::min(end, begins[owner + 1]) - from;
     if (count <= 0) continue;
     const auto words = [&](int rank) {
-      return absl::MakeSpan(static_cast<int64_t*>(ranks_[rank].call.data) + from, count);
+      return absl::MakeSpan(static_cast<int64_t*>(calls_[rank].data) + from, count);
     };
     for (int r = 0; r < size_; ++r) {
       if (r != owner) AddInto(words(owner), words(r));
@@ -138,15 +138,15 @@ void LocalGroup::ScatterSlice(int64_t begin, int64_t end) const {
 }
 
 void LocalGroup::DeliverTo(int64_t rank) const {
-  const LocalCall& call = ranks_[rank].call;
+  const LocalCall& call = calls_[rank];
   if (call.transfer.receive_bytes == 0) return;
-  std::memcpy(call.data, ranks_[call.transfer.from].call.send, call.transfer.receive_bytes);
+  std::memcpy(call.data, calls_[call.transfer.from].send, call.transfer.receive_bytes);
 }
 
 absl::Status LocalGroup::Differences() const {
-  const LocalCall& first = ranks_[0].call;
+  const LocalCall& first = calls_[0];
   for (int r = 1; r < size_; ++r) {
-    const LocalCall& other = ranks_[r].call;
+    const LocalCall& other = calls_[r];
     if (other.operation == first.operation && other.count == first.count &&
         other.part_begins == first.part_begins) {
       continue;
@@ -158,7 +158,7 @@ absl::Status LocalGroup::Differences() const {
   }
   if (first.operation != Operation::kSendReceive) return absl::OkStatus();
   std::vector<Transfer> transfers;
-  for (const Rank& rank : ranks_) transfers.push_back(rank.call.transfer);
+  for (const LocalCall& call : calls_) transfers.push_back(call.transfer);
   return CheckTransfers(transfers);
 }
 
@@ -179,7 +179,7 @@ absl::Status LocalGroup::ErrorFor(int rank, absl::Time deadline) const {
 
 void LocalGroup::Fail(const absl::Status& status) {
   if (failure_.ok()) failure_ = status;
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 }  // namespace eduba

@@ -11,7 +11,7 @@ absl::Status Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return absl::OkStatus();
   const std::string text = absl::StrCat("CUDA: ", what, ": ", cudaGetErrorString(error));
   if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // Not sticky: the next call must not find it.
+    cudaGetLastError();  // Clears the error, so that the next call does not find it.
     return absl::ResourceExhaustedError(text);
   }
   return absl::UnavailableError(text);
@@ -19,7 +19,7 @@ absl::Status Check(cudaError_t error, const char* what) {
 
 class CudaStream final : public GpuStream {
  public:
-  // Null: a stream of its own.
+  // Works on `another` stream, or on one of its own when that is null.
   CudaStream(int device, cudaStream_t another)
       : device_(device), is_own_(another == nullptr), stream_(another) {}
   ~CudaStream() override {
@@ -35,7 +35,7 @@ class CudaStream final : public GpuStream {
                                                         " cannot be used: ", cudaGetErrorString(error),
                                                         "; 'eduba doctor' lists what this machine has"));
     }
-    // Not ordered behind the default stream, which nobody here uses.
+    // A non-blocking stream does not wait for the default stream, which nobody here uses.
     if (is_own_) {
       EDUBA_RETURN_IF_ERROR(
           Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"));

@@ -7,15 +7,15 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "absl/time/clock.h"
+#include "absl/base/thread_annotations.h"
 #include "base/check.h"
+#include "base/mutex.h"
 #include "base/testing/emulated_queue.h"
 
 namespace eduba {
@@ -23,7 +23,7 @@ namespace {
 
 using Bytes = std::vector<char>;
 
-// One all-reduce of a group, or one reduce.
+// One all-reduce or reduce of a group.
 struct Round {
   int arrived = 0;
   Bytes sum;
@@ -31,60 +31,79 @@ struct Round {
   void Add(const char* own, size_t bytes, int type, int operation);
 };
 
-// Sender, receiver, and the how many'th between the two.
+// A message: its sender, its receiver, and its number among the messages from the one to the other.
 using Message = std::tuple<int, int, int64_t>;
 
 struct Group {
-  std::mutex mutex;
-  int size = 0;
-  int joined = 0;
-  int left = 0;
-  std::map<int64_t, Round> rounds;
-  std::map<Message, Bytes> messages;  // Sent, not yet received.
+  Mutex mutex;
+  int size ABSL_GUARDED_BY(mutex) = 0;
+  int joined ABSL_GUARDED_BY(mutex) = 0;
+  int left ABSL_GUARDED_BY(mutex) = 0;
+  std::map<int64_t, Round> rounds ABSL_GUARDED_BY(mutex);
+  std::map<Message, Bytes> messages ABSL_GUARDED_BY(mutex);  // Sent, not yet received.
 };
 
-// What a communicator has put on a stream.
+// A piece of work that a communicator has put on a stream.
 struct Kernel {
   EmulatedQueue* stream = nullptr;
   std::shared_ptr<std::atomic<bool>> is_done = std::make_shared<std::atomic<bool>>(false);
 };
 
-// A communicator as NCCL has it; outlives the pointer in what is queued on streams.
+// The fake's side of a communicator. The work on streams keeps it alive after the communicator is gone.
 struct Member {
   std::shared_ptr<Group> group;
-  std::mutex mutex;
-  std::function<void()> to_queue;  // A call that is "in progress".
-  std::vector<Kernel> kernels;     // Some of them are done.
+  Mutex mutex;
+  // A call that is "in progress": the work that it will put on `to_stream`.
+  EmulatedQueue* to_stream ABSL_GUARDED_BY(mutex) = nullptr;
+  std::function<bool()> to_queue ABSL_GUARDED_BY(mutex);
+  std::vector<Kernel> kernels ABSL_GUARDED_BY(mutex);  // Some of them are done.
+  // Only the communicator's own thread uses these.
   int64_t next_round = 0;
   int rank = 0;
-  std::map<int, int64_t> sent, received;  // Messages, by peer.
+  std::map<int, int64_t> sent, received;  // The number of messages, by peer.
   std::atomic<bool> aborted{false};
 
-  // Under mutex. `work` goes to the stream when the call is asked about.
-  void Queue(EmulatedQueue* stream, std::function<bool()> work) {
+  // Begins a call. Its work goes to the stream when somebody asks about the call.
+  void Begin(EmulatedQueue* stream, std::function<bool()> work) {
+    MutexLock lock(mutex);
     EDUBA_CHECK(to_queue == nullptr);
-    to_queue = [this, stream, work = std::move(work)] {
-      std::erase_if(kernels, [](const Kernel& kernel) { return kernel.is_done->load(); });
-      const Kernel kernel{stream};
-      kernels.push_back(kernel);
-      stream->Push([work, kernel] {
-        if (!work()) return false;
-        *kernel.is_done = true;
-        return true;
-      });
-    };
+    to_stream = stream;
+    to_queue = std::move(work);
+  }
+  // Puts the work of a call in progress on its stream.
+  void Queue() {
+    MutexLock lock(mutex);
+    if (to_queue == nullptr) return;
+    std::erase_if(kernels, [](const Kernel& kernel) { return kernel.is_done->load(); });
+    const Kernel kernel{to_stream};
+    kernels.push_back(kernel);
+    to_stream->Push([work = std::exchange(to_queue, nullptr), kernel] {
+      if (!work()) return false;
+      *kernel.is_done = true;
+      return true;
+    });
+  }
+  // Forgets a call in progress, and returns the work that is on streams.
+  std::vector<Kernel> Drop() {
+    MutexLock lock(mutex);
+    to_queue = nullptr;
+    return kernels;
   }
 };
 
-std::mutex groups_mutex;
-std::map<std::string, std::weak_ptr<Group>>& Groups() {
-  static auto* const groups = new std::map<std::string, std::weak_ptr<Group>>();
-  return *groups;
+// All groups, by NCCL's unique id.
+struct Registry {
+  Mutex mutex;
+  std::map<std::string, std::weak_ptr<Group>> groups ABSL_GUARDED_BY(mutex);
+};
+Registry& TheRegistry() {
+  static auto* const registry = new Registry();
+  return *registry;
 }
 
 class FakeStream final : public GpuStream {
  public:
-  // Null: a queue of its own.
+  // Works on `another` queue, or on one of its own when that is null.
   explicit FakeStream(EmulatedQueue* another) : queue_(another != nullptr ? *another : own_) {}
   ~FakeStream() override {
     if (&queue_ == &own_) Drain();
@@ -121,13 +140,15 @@ class FakeStream final : public GpuStream {
   }
   absl::StatusOr<bool> Reached() override {
     if (TheFakeNccl().device_fails) return absl::UnavailableError("CUDA: waiting: the device is lost");
-    if (TheFakeNccl().look_takes_ms > 0) absl::SleepFor(absl::Milliseconds(int{TheFakeNccl().look_takes_ms}));
+    ++TheFakeNccl().looks;
+    while (TheFakeNccl().looks_wait_for_abort && TheFakeNccl().finished_aborts == 0)
+      std::this_thread::yield();
     while (!queue_.Run() && TheFakeNccl().looks_wait) std::this_thread::yield();
     return mark_->load();
   }
 
  private:
-  // Whoever frees has aborted before, so that everything can end.
+  // Runs all the work. It can end, because whoever frees memory has aborted before.
   void Drain() { EDUBA_CHECK(own_.Run()); }
 
   EmulatedQueue own_;
@@ -135,7 +156,8 @@ class FakeStream final : public GpuStream {
   std::shared_ptr<std::atomic<bool>> mark_;  // Outlives this, in the queue.
 };
 
-// As a ring does it: every rank combines what came so far with what it has, in its own way.
+// Combines as a ring does: each rank adds its own data to what has come so far, with its own type and
+// operation.
 void Combine(Bytes& sum, const Bytes& own, int type, int operation) {
   const size_t bytes = std::min(sum.size(), own.size());
   if (type == kNcclInt64) {
@@ -191,28 +213,26 @@ const char* GetLastError(NcclComm /*comm*/) { return TheFakeNccl().last_error; }
 
 int InitRank(NcclComm* comm, int ranks, NcclUniqueId id, int rank, NcclConfig* config) {
   EDUBA_CHECK(config->magic == 0xcafebeef && config->blocking == 0);
-  const std::scoped_lock lock(groups_mutex);
-  auto& known = Groups()[std::string(id.internal, sizeof(id.internal))];
+  Registry& registry = TheRegistry();
+  MutexLock lock(registry.mutex);
+  auto& known = registry.groups[std::string(id.internal, sizeof(id.internal))];
   auto group = known.lock();
   if (group == nullptr) known = group = std::make_shared<Group>();
   *comm = new ncclComm{std::make_shared<Member>()};
   (*comm)->member->group = group;
   (*comm)->member->rank = rank;
-  const std::scoped_lock group_lock(group->mutex);
+  MutexLock group_lock(group->mutex);
   group->size = ranks;
   ++group->joined;
   return kNcclInProgress;
 }
 
 int GetAsyncError(NcclComm comm, int* error) {
-  Member& member = *comm->member;
-  {
-    const std::scoped_lock lock(member.mutex);
-    if (member.to_queue) std::exchange(member.to_queue, nullptr)();
-  }
-  const std::scoped_lock lock(member.group->mutex);
-  *error = member.group->joined < member.group->size ? kNcclInProgress : kNcclSuccess;
-  if (member.group->left > 0 && TheFakeNccl().peers_are_told) *error = kNcclRemoteError;
+  comm->member->Queue();
+  Group& group = *comm->member->group;
+  MutexLock lock(group.mutex);
+  *error = group.joined < group.size ? kNcclInProgress : kNcclSuccess;
+  if (group.left > 0 && TheFakeNccl().peers_are_told) *error = kNcclRemoteError;
   if (TheFakeNccl().async_error != 0) *error = TheFakeNccl().async_error;
   return kNcclSuccess;
 }
@@ -226,23 +246,26 @@ int AllReduce(const void* send, void* receive, size_t count, int type, int opera
   const size_t bytes = count * (type == kNcclInt64 ? 8 : 4);
   const int64_t number = member->next_round++;
   const auto work = [=, arrived = false]() mutable {
-    if (member->aborted) return true;  // Ends, and leaves what it has.
-    const std::scoped_lock lock(member->group->mutex);
-    Round& round = member->group->rounds[number];
+    if (member->aborted) return true;  // It ends, and leaves the data as it is.
+    Group& group = *member->group;
+    MutexLock lock(group.mutex);
+    Round& round = group.rounds[number];
     if (!arrived) {
       round.Add(static_cast<const char*>(receive), bytes, type, operation);
       arrived = true;
     }
-    if (round.arrived < member->group->size) return false;
+    if (round.arrived < group.size) {
+      ++TheFakeNccl().waits;
+      return false;
+    }
     std::memcpy(receive, round.sum.data(), std::min(bytes, round.sum.size()));
     return true;
   };
-  const std::scoped_lock lock(member->mutex);
-  member->Queue(static_cast<EmulatedQueue*>(stream), work);
+  member->Begin(static_cast<EmulatedQueue*>(stream), work);
   return kNcclInProgress;
 }
 
-// What the calling thread has put into its group so far.
+// The calls that a thread has put into its NCCL group so far.
 struct OpenGroup {
   NcclComm comm = nullptr;
   EmulatedQueue* stream = nullptr;
@@ -265,15 +288,16 @@ int Reduce(const void* send, void* receive, size_t count, int type, int operatio
   open_group->comm = comm;
   open_group->stream = static_cast<EmulatedQueue*>(stream);
   open_group->parts.push_back([=, arrived = false]() mutable {
-    const std::scoped_lock lock(member->group->mutex);
-    Round& round = member->group->rounds[number];
+    Group& group = *member->group;
+    MutexLock lock(group.mutex);
+    Round& round = group.rounds[number];
     if (!arrived) {
       round.Add(static_cast<const char*>(send), bytes, type, operation);
       arrived = true;
     }
-    // Who has sent its words has done its part.
+    // A rank that has sent its words is done, unless it is the root.
     if (member->rank != root) return true;
-    if (round.arrived < member->group->size) return false;
+    if (round.arrived < group.size) return false;
     EDUBA_CHECK_EQ(round.sum.size(), bytes);  // Undefined in NCCL.
     std::memcpy(receive, round.sum.data(), bytes);
     return true;
@@ -289,8 +313,9 @@ int Send(const void* data, size_t count, int type, int peer, NcclComm comm, void
   open_group->stream = static_cast<EmulatedQueue*>(stream);
   open_group->parts.push_back([=] {
     const char* const bytes = static_cast<const char*>(data);
-    const std::scoped_lock lock(member->group->mutex);
-    member->group->messages[message] = Bytes(bytes, bytes + count);
+    Group& group = *member->group;
+    MutexLock lock(group.mutex);
+    group.messages[message] = Bytes(bytes, bytes + count);
     return true;
   });
   return kNcclInProgress;
@@ -303,12 +328,13 @@ int Receive(void* data, size_t count, int type, int peer, NcclComm comm, void* s
   open_group->comm = comm;
   open_group->stream = static_cast<EmulatedQueue*>(stream);
   open_group->parts.push_back([=] {
-    const std::scoped_lock lock(member->group->mutex);
-    const auto found = member->group->messages.find(message);
-    if (found == member->group->messages.end()) return false;
+    Group& group = *member->group;
+    MutexLock lock(group.mutex);
+    const auto found = group.messages.find(message);
+    if (found == group.messages.end()) return false;
     EDUBA_CHECK_EQ(found->second.size(), count);  // Undefined in NCCL.
     std::memcpy(data, found->second.data(), count);
-    member->group->messages.erase(found);
+    group.messages.erase(found);
     return true;
   });
   return kNcclInProgress;
@@ -324,8 +350,7 @@ int GroupEnd() {
     std::erase_if(parts, [](const std::function<bool()>& part) { return part(); });
     return parts.empty();
   };
-  const std::scoped_lock lock(member->mutex);
-  member->Queue(group->stream, work);
+  member->Begin(group->stream, work);
   return kNcclInProgress;
 }
 
@@ -335,25 +360,21 @@ int Abort(NcclComm comm) {
   ++TheFakeNccl().aborts;
   while (TheFakeNccl().abort_is_stuck) std::this_thread::yield();
   comm->member->aborted = true;
-  std::vector<Kernel> kernels;
-  {
-    // What was not queued yet never will be; it holds its member, so it has to go for the member to go.
-    const std::scoped_lock lock(comm->member->mutex);
-    comm->member->to_queue = nullptr;
-    kernels = comm->member->kernels;
-  }
-  // As NCCL's teardown waits for its streams.
-  for (const Kernel& kernel : kernels) {
+  // A call that is not on a stream yet is forgotten. It refers to its member, so the two would keep each
+  // other alive. The rest is waited for, as NCCL's teardown waits for its streams.
+  for (const Kernel& kernel : comm->member->Drop()) {
     while (!*kernel.is_done) {
       kernel.stream->Run();
       std::this_thread::yield();
     }
   }
   {
-    const std::scoped_lock lock(comm->member->group->mutex);
-    ++comm->member->group->left;
+    Group& group = *comm->member->group;
+    MutexLock lock(group.mutex);
+    ++group.left;
   }
-  delete comm;  // A call that still used it would be seen by AddressSanitizer.
+  delete comm;  // AddressSanitizer sees a call that still uses it.
+  ++TheFakeNccl().finished_aborts;
   return kNcclSuccess;
 }
 
@@ -367,9 +388,12 @@ void FakeNccl::Reset() {
   all_reduce_result = 0;
   last_error = "";
   device_fails = false;
-  look_takes_ms = 0;
+  looks_wait_for_abort = false;
   looks_wait = false;
+  looks = 0;
+  waits = 0;
   aborts = 0;
+  finished_aborts = 0;
 }
 
 FakeNccl& TheFakeNccl() {

@@ -14,7 +14,8 @@ constexpr char kHowToInstall[] =
     "folder in LD_LIBRARY_PATH), or use --transport gloo";
 constexpr int kOldest = 21400;
 
-// Up to 2.8 the number had one digit less for the minor version; those are too old in either reading.
+// Up to NCCL 2.8 the number has one digit less for the minor version. Those releases are too old however it
+// is read.
 std::string VersionText(int version) {
   return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
 }

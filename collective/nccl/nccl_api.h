@@ -7,16 +7,16 @@
 
 #include "absl/status/statusor.h"
 
-// What we use of NCCL, declared here so that the program builds without it and loads it when it runs.
-// nccl_api_check.cc compares every line with nccl.h wherever that is found. Interfaces as of NCCL 2.14, which
-// later releases keep (nccl.h: the configuration carries its own size and version).
+// The part of NCCL that we use. It is declared here so that the program builds without NCCL and loads it when
+// it runs. Wherever nccl.h is installed, nccl_api_check.cc compares every line with it. The interfaces are
+// those of NCCL 2.14, which later releases keep (the configuration carries its own size and version).
 struct ncclComm;  // NOLINT: NCCL's name.
 
 namespace eduba {
 
 using NcclComm = ncclComm*;
 
-// Whoever has it can join the group: a secret, never logged.
+// A secret that is never logged: whoever has it can join the group.
 struct NcclUniqueId {
   char internal[128];
 };
@@ -36,9 +36,9 @@ enum NcclOperation : int { kNcclSum = 0, kNcclMax = 2 };
 struct NcclConfig {
   size_t size = sizeof(NcclConfig);
   unsigned int magic = 0xcafebeef;
-  unsigned int version = 21400;  // So the library fills in all that came after `blocking`.
+  unsigned int version = 21400;  // Tells the library to fill in all that came after `blocking`.
   int blocking = 0;
-  int unused = INT_MIN;  // "Undefined", where the next field of a later version is.
+  int unused = INT_MIN;  // NCCL's "undefined": a later version has its next field here.
 };
 
 // Every function returns a NcclResult unless it says otherwise. Streams are cudaStream_t.
@@ -59,14 +59,14 @@ struct NcclApi {
   int (*group_end)() = nullptr;
   int (*send)(const void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;
   int (*receive)(void* data, size_t count, int type, int peer, NcclComm comm, void* stream) = nullptr;
-  // Of this process, whatever communicator is passed. Null in a library that has none.
+  // Returns the last error of the process, whatever communicator is passed. Null in a library without it.
   const char* (*get_last_error)(NcclComm comm) = nullptr;
 };
 
-// libnccl.so.2 of this machine, opened at the first call and never closed. FAILED_PRECONDITION where it is
-// missing, or older than 2.14, with how to install it.
+// Loads libnccl.so.2 of this machine at the first call, and never unloads it. FAILED_PRECONDITION where it is
+// missing or older than 2.14; the text says how to install it.
 absl::StatusOr<const NcclApi*> LoadNccl();
-// The same from another library, opened at every call.
+// Like LoadNccl, but loads another library, at every call.
 absl::StatusOr<NcclApi> LoadNcclForTest(const char* library);
 
 // "2.28.9"

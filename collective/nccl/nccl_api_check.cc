@@ -22,7 +22,7 @@ static_assert(offsetof(NcclConfig, size) == offsetof(ncclConfig_t, size) &&
               offsetof(NcclConfig, blocking) == offsetof(ncclConfig_t, blocking));
 static_assert(NCCL_VERSION(2, 14, 0) == 21400 && NCCL_CONFIG_UNDEF_INT == INT_MIN);
 
-// The same functions but for the names of enums, which travel as int.
+// Whether two functions are the same when enums count as int.
 static_assert(sizeof(ncclResult_t) == sizeof(int) && sizeof(ncclDataType_t) == sizeof(int) &&
               sizeof(ncclRedOp_t) == sizeof(int));
 static_assert(std::is_same_v<decltype(ncclCommInitRankConfig),

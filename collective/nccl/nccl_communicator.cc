@@ -24,21 +24,21 @@
 namespace eduba {
 namespace {
 
-// Every call begins with an all-reduce of exactly this many words, whatever it sums, because NCCL does
-// undefined things when ranks pass different sizes. The first two words tell whether the ranks called the
-// same. Holds the sums of one query row of 64 heads with value_dim 128 (8320 words).
+// Every call begins with an all-reduce of exactly this many words, whatever it sums, because what NCCL does
+// is undefined when ranks pass different sizes. The first two words tell whether all ranks made the same
+// call. The rest has room for the sums of one query row of 64 heads with value_dim 128 (8320 words).
 constexpr int64_t kFrameWords = 8704;
 constexpr int64_t kHeaderWords = 2;
 constexpr int64_t kHeaderBytes = kHeaderWords * sizeof(int64_t);
-// What exceeds the frame follows, now that the ranks are known to agree, in pieces of this many bytes.
-constexpr int64_t kPieceBytes = int64_t{8} << 20;
-// A call that takes longer than this lets the processor go between two looks.
+// The words that exceed the frame follow in blocks of this many bytes, once the ranks are known to agree.
+constexpr int64_t kBlockBytes = int64_t{8} << 20;
+// The wait for a call that takes longer than this gives up the processor between two looks.
 constexpr absl::Duration kSpin = absl::Microseconds(200);
 constexpr absl::Duration kLookAgain = absl::Microseconds(20);
 constexpr char kIdKey[] = "nccl/id";
 constexpr int kExitStuck = 137;
 
-// A number that differs where the calls do. Half of its bits are set, about.
+// Returns a number that differs where the calls differ. About half of its bits are set.
 uint64_t CallNumber(Operation operation, uint64_t count, uint64_t call) {
   uint64_t x = static_cast<uint64_t>(operation) * 0x9e3779b97f4a7c15U + count + (call << 40);
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
@@ -46,8 +46,8 @@ uint64_t CallNumber(Operation operation, uint64_t count, uint64_t call) {
   return x ^ (x >> 31);
 }
 
-// How a reduction's elements travel. A maximum goes as integers that order as the floats do: then it is exact
-// to the bit, signs of zeros included.
+// How the elements of a reduction travel. Floats travel as integers of the same order, so that their maximum
+// is exact to the bit, including the signs of zeros.
 struct Sum {
   using Element = int64_t;
   using Wire = int64_t;
@@ -55,7 +55,7 @@ struct Sum {
   static constexpr NcclOperation kOperation = kNcclSum;
   static Wire Encode(Element x) { return x; }
   static Element Decode(Wire x) { return x; }
-  // What the header's word becomes when `size` ranks pass it.
+  // The result for a word of the header that all of the `size` ranks pass alike.
   static uint64_t Together(uint64_t word, int size) { return word * static_cast<uint64_t>(size); }
 };
 struct Max {
@@ -68,7 +68,7 @@ struct Max {
   static uint64_t Together(uint64_t word, int /*size*/) { return word; }
 };
 
-// A block of the device and one of the host, of one size, for as long as the communicator lives.
+// Memory of the device and memory of the host, of the same size, for as long as the communicator lives.
 struct Buffers {
   GpuStream& stream;
   int64_t bytes = 0;
@@ -92,7 +92,7 @@ struct Buffers {
   }
 };
 
-// A block of the device that grows.
+// Memory of the device that grows when more is needed.
 struct DeviceBlock {
   GpuStream& stream;
   int64_t bytes = 0;
@@ -111,7 +111,7 @@ struct DeviceBlock {
     bytes = 0;
     EDUBA_ASSIGN_OR_RETURN(device, stream.AllocateDevice(wanted + wanted / 2));
     bytes = wanted + wanted / 2;
-    // It was zeroed on this stream, and will be used on others.
+    // It is zeroed on this stream and will be used on others, so the zeroing must be over.
     EDUBA_RETURN_IF_ERROR(stream.Mark());
     while (true) {
       EDUBA_ASSIGN_OR_RETURN(const bool reached, stream.Reached());
@@ -128,7 +128,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
         gpu_(parts.gpu),
         stream_(std::move(parts.stream)),
         frame_(*stream_),
-        piece_(*stream_),
+        block_(*stream_),
         words_(*stream_),
         link_(*parts.api, *stream_, parts.abort_limit, std::move(parts.on_stuck_abort)) {}
 
@@ -177,13 +177,13 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
           EDUBA_RETURN_IF_ERROR(stream_->Attach());
           if (queue_ == nullptr || queue_->handle() != stream) {
             EDUBA_ASSIGN_OR_RETURN(queue_, stream_->Over(stream));
-            EDUBA_ASSIGN_OR_RETURN(ahead_, stream_->Over(stream));
+            EDUBA_ASSIGN_OR_RETURN(earlier_work_, stream_->Over(stream));
           }
-          EDUBA_RETURN_IF_ERROR(ahead_->Mark());
-          link_.SetAhead(ahead_);
+          EDUBA_RETURN_IF_ERROR(earlier_work_->Mark());
+          link_.SetEarlierWork(earlier_work_);
           return counts.empty() ? StartSums(deadline) : StartScatter(counts, deadline);
         },
-        deadline, /*goes_on=*/true);
+        deadline, /*is_part=*/true);
   }
   absl::Status Finish(absl::Time deadline) override {
     return Once(
@@ -200,25 +200,25 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   }
 
  private:
-  // After the first error every call returns ABORTED with its text. `goes_on`: the next call is a part of
-  // this one.
-  template <typename Call>
-  absl::Status Once(const Call& call, absl::Time deadline, bool goes_on = false) {
+  // Runs `body`, unless a call has failed before: after the first error every call returns ABORTED with that
+  // error's text. `is_part` says that the next call is a part of the same collective.
+  template <typename Body>
+  absl::Status Once(const Body& body, absl::Time deadline, bool is_part = false) {
     if (!first_error_.ok()) return absl::AbortedError(std::string(first_error_.message()));
     first_error_ = link_.failure();
     if (!first_error_.ok()) return first_error_;
     if (size_ == 1) return absl::OkStatus();
     link_.BeginCall(deadline);
-    first_error_ = call();
+    first_error_ = body();
     if (!first_error_.ok()) link_.Fail(first_error_);
-    if (!goes_on) link_.EndCall();
+    if (!is_part) link_.EndCall();
     return first_error_;
   }
 
   template <typename Kind>
   absl::Status Reduce(Operation operation, absl::Span<typename Kind::Element> data, absl::Time deadline) {
     using Wire = typename Kind::Wire;
-    EDUBA_RETURN_IF_ERROR(stream_->Attach());  // Calls may come from one thread now, from another later.
+    EDUBA_RETURN_IF_ERROR(stream_->Attach());  // The next call may come from another thread.
     const auto count = static_cast<int64_t>(data.size());
     const std::string what = DescribeCall(operation, count);
     const uint64_t number = CallNumber(operation, static_cast<uint64_t>(count), call_++);
@@ -233,14 +233,14 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(CheckHeader<Kind>(number, what));
     std::transform(elements, elements + first, data.begin(), Kind::Decode);
 
-    if (first < count) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
-    constexpr int64_t kPiece = kPieceBytes / sizeof(Wire);
-    for (int64_t begin = first; begin < count; begin += kPiece) {
-      const auto part = data.subspan(begin, kPiece);
-      auto* wire = static_cast<Wire*>(piece_.host);
+    if (first < count) EDUBA_RETURN_IF_ERROR(block_.Allocate(kBlockBytes));
+    constexpr int64_t kBlock = kBlockBytes / sizeof(Wire);
+    for (int64_t begin = first; begin < count; begin += kBlock) {
+      const auto part = data.subspan(begin, kBlock);
+      auto* wire = static_cast<Wire*>(block_.host);
       std::transform(part.begin(), part.end(), wire, Kind::Encode);
       const auto size = static_cast<int64_t>(part.size());
-      EDUBA_RETURN_IF_ERROR(Exchange<Kind>(piece_, size * sizeof(Wire), size, what, deadline));
+      EDUBA_RETURN_IF_ERROR(Exchange<Kind>(block_, size * sizeof(Wire), size, what, deadline));
       std::transform(wire, wire + size, part.begin(), Kind::Decode);
     }
     return absl::OkStatus();
@@ -249,7 +249,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   uint64_t* WriteHeader(uint64_t number) {
     auto* const header = static_cast<uint64_t*>(frame_.host);
     header[0] = number;
-    header[1] = ~number;  // A maximum of different calls may keep one of the two, but not both.
+    header[1] = ~number;  // The maximum of different calls may keep one of the two words, but not both.
     return header;
   }
 
@@ -263,7 +263,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
                                             " (call ", call_ - 1, "), another something else"));
   }
 
-  // The first frame and the pieces are those of Reduce.
+  // Sends the same frame and blocks as Reduce does.
   absl::Status StartSums(absl::Time deadline) {
     const std::string what = started_what_ = DescribeCall(Operation::kSumI64, count_);
     started_ = CallNumber(Operation::kSumI64, static_cast<uint64_t>(count_), call_++);
@@ -274,20 +274,20 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(queue_->CopyOut(header, words, kHeaderBytes));
     const int64_t end = kHeaderWords + count_;
     if (end <= kFrameWords) return absl::OkStatus();
-    // What follows is as long as the call, so the ranks have to be known to agree.
+    // The size of what follows depends on the call, so the ranks must be known to agree first.
     EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, what, deadline));
     EDUBA_RETURN_IF_ERROR(CheckHeader<Sum>(started_, what));
-    constexpr int64_t kPiece = kPieceBytes / sizeof(int64_t);
-    for (int64_t begin = kFrameWords; begin < end; begin += kPiece) {
-      EDUBA_RETURN_IF_ERROR(link_.AllReduce(words + begin, std::min(kPiece, end - begin), kNcclInt64,
+    constexpr int64_t kBlock = kBlockBytes / sizeof(int64_t);
+    for (int64_t begin = kFrameWords; begin < end; begin += kBlock) {
+      EDUBA_RETURN_IF_ERROR(link_.AllReduce(words + begin, std::min(kBlock, end - begin), kNcclInt64,
                                             kNcclSum, *queue_, deadline));
     }
     return absl::OkStatus();
   }
 
-  // A first frame with nothing but the header, then a piece of everybody's part at a time, the same in host
-  // memory and in the device's; then a barrier: who has sent its words could leave while another still takes
-  // them in, and NCCL would tell that one that a peer is gone.
+  // First comes a frame that has only the header, then a slice of every rank's part at a time, alike for host
+  // and device memory. Last comes a barrier. Without it, a rank that has sent its words could leave while
+  // another is still receiving them, and NCCL would tell that one that a peer is gone.
   absl::Status ReduceScatter(absl::Span<int64_t> data, absl::Span<const int64_t> counts,
                              absl::Span<const int64_t> begins, absl::Time deadline) {
     EDUBA_RETURN_IF_ERROR(stream_->Attach());
@@ -296,18 +296,18 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(QueueHeader(*stream_, number, deadline));
     EDUBA_RETURN_IF_ERROR(WaitForStream(*stream_, what, deadline));
     EDUBA_RETURN_IF_ERROR(CheckHeader<Sum>(number, what));
-    if (!data.empty()) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
-    auto* const host = static_cast<int64_t*>(piece_.host);
-    auto* const device = static_cast<int64_t*>(piece_.device);
-    EDUBA_RETURN_IF_ERROR(ForPieces(counts, [&](absl::Span<const Piece> pieces) {
+    if (!data.empty()) EDUBA_RETURN_IF_ERROR(block_.Allocate(kBlockBytes));
+    auto* const host = static_cast<int64_t*>(block_.host);
+    auto* const device = static_cast<int64_t*>(block_.device);
+    EDUBA_RETURN_IF_ERROR(ForSlices(counts, [&](absl::Span<const PartSlice> slices) {
       std::vector<absl::Span<int64_t>> parts;
       parts.reserve(size_);
       int64_t words = 0;
       for (int r = 0; r < size_; ++r) {
-        const auto from = data.subspan(begins[r] + pieces[r].begin, pieces[r].size);
+        const auto from = data.subspan(begins[r] + slices[r].begin, slices[r].size);
         std::copy(from.begin(), from.end(), host + words);
         parts.emplace_back(device + words, from.size());
-        words += pieces[r].size;
+        words += slices[r].size;
       }
       EDUBA_RETURN_IF_ERROR(stream_->CopyIn(device, host, words * static_cast<int64_t>(sizeof(int64_t))));
       EDUBA_RETURN_IF_ERROR(link_.ReduceScatter(parts, *stream_, deadline));
@@ -318,7 +318,7 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
             stream_->CopyOut(sums, own.data(), static_cast<int64_t>(own.size() * sizeof(int64_t))));
       }
       EDUBA_RETURN_IF_ERROR(WaitForStream(*stream_, what, deadline));
-      std::copy_n(sums, own.size(), data.begin() + begins[rank_] + pieces[rank_].begin);
+      std::copy_n(sums, own.size(), data.begin() + begins[rank_] + slices[rank_].begin);
       return absl::OkStatus();
     }));
     return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline);
@@ -332,11 +332,11 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(WaitForStream(*queue_, started_what_, deadline));
     EDUBA_RETURN_IF_ERROR(CheckHeader<Sum>(number, started_what_));
     auto* const words = static_cast<int64_t*>(words_.device) + kHeaderWords;
-    EDUBA_RETURN_IF_ERROR(ForPieces(counts, [&](absl::Span<const Piece> pieces) {
+    EDUBA_RETURN_IF_ERROR(ForSlices(counts, [&](absl::Span<const PartSlice> slices) {
       std::vector<absl::Span<int64_t>> parts;
       parts.reserve(size_);
       for (int r = 0; r < size_; ++r) {
-        parts.emplace_back(words + begins[r] + pieces[r].begin, pieces[r].size);
+        parts.emplace_back(words + begins[r] + slices[r].begin, slices[r].size);
       }
       return link_.ReduceScatter(parts, *queue_, deadline);
     }));
@@ -344,29 +344,30 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     return QueueHeader(*queue_, started_, deadline);
   }
 
-  // Words of a rank's part.
-  struct Piece {
+  // A range of words within one rank's part.
+  struct PartSlice {
     int64_t begin;
     int64_t size;
   };
-  // Calls body(pieces [ranks]) for the words of everybody's part that are reduced together, until all are.
+  // Calls body(slices [ranks]) for the words of every rank's part that are reduced together, until all are
+  // reduced.
   template <typename Body>
-  absl::Status ForPieces(absl::Span<const int64_t> counts, const Body& body) {
-    const int64_t most = kPieceBytes / static_cast<int64_t>(sizeof(int64_t)) / size_;
+  absl::Status ForSlices(absl::Span<const int64_t> counts, const Body& body) {
+    const int64_t most = kBlockBytes / static_cast<int64_t>(sizeof(int64_t)) / size_;
     const int64_t longest = *std::max_element(counts.begin(), counts.end());
     for (int64_t at = 0; at < longest; at += most) {
-      std::vector<Piece> pieces;
-      pieces.reserve(size_);
+      std::vector<PartSlice> slices;
+      slices.reserve(size_);
       for (const int64_t count : counts) {
         const int64_t begin = std::min(at, count);
-        pieces.push_back({begin, std::min(most, count - begin)});
+        slices.push_back({begin, std::min(most, count - begin)});
       }
-      EDUBA_RETURN_IF_ERROR(body(pieces));
+      EDUBA_RETURN_IF_ERROR(body(slices));
     }
     return absl::OkStatus();
   }
 
-  // A frame that has only a header to say.
+  // Queues the all-reduce of a frame that has only a header.
   absl::Status QueueHeader(GpuStream& stream, uint64_t number, absl::Time deadline) {
     uint64_t* const header = WriteHeader(number);
     EDUBA_RETURN_IF_ERROR(stream.CopyIn(frame_.device, header, kHeaderBytes));
@@ -375,8 +376,8 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     return stream.CopyOut(header, frame_.device, kHeaderBytes);
   }
 
-  // First every rank learns what all send and receive: a sum in which each has its own place. Then the bytes
-  // go, in pieces.
+  // First every rank learns what all others send and receive, from a sum in which each rank has a place of
+  // its own. Then the bytes travel, in blocks.
   absl::Status Deliver(const Transfer& own, absl::Span<const char> send, absl::Span<char> receive,
                        absl::Time deadline) {
     constexpr int64_t kWords = 4;
@@ -394,34 +395,35 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     }
     EDUBA_RETURN_IF_ERROR(CheckTransfers(transfers));
     const int64_t longest = std::max(own.send_bytes, own.receive_bytes);
-    if (longest > 0) EDUBA_RETURN_IF_ERROR(piece_.Allocate(kPieceBytes));
-    // One half of the buffers is for what goes, the other for what comes.
-    constexpr int64_t kHalf = kPieceBytes / 2;
-    char* const device_in = static_cast<char*>(piece_.device) + kHalf;
-    char* const host_in = static_cast<char*>(piece_.host) + kHalf;
+    if (longest > 0) EDUBA_RETURN_IF_ERROR(block_.Allocate(kBlockBytes));
+    // One half of the buffers is for the bytes that are sent, the other for those that are received.
+    constexpr int64_t kHalf = kBlockBytes / 2;
+    char* const device_in = static_cast<char*>(block_.device) + kHalf;
+    char* const host_in = static_cast<char*>(block_.host) + kHalf;
     for (int64_t at = 0; at < longest; at += kHalf) {
       const int64_t out = std::clamp<int64_t>(own.send_bytes - at, 0, kHalf);
       const int64_t in = std::clamp<int64_t>(own.receive_bytes - at, 0, kHalf);
       if (out > 0) {
-        std::memcpy(piece_.host, send.data() + at, out);
-        EDUBA_RETURN_IF_ERROR(stream_->CopyIn(piece_.device, piece_.host, out));
+        std::memcpy(block_.host, send.data() + at, out);
+        EDUBA_RETURN_IF_ERROR(stream_->CopyIn(block_.device, block_.host, out));
       }
-      EDUBA_RETURN_IF_ERROR(link_.SendReceive(piece_.device, out, own.to, device_in, in, own.from, deadline));
+      EDUBA_RETURN_IF_ERROR(link_.SendReceive(block_.device, out, own.to, device_in, in, own.from, deadline));
       if (in > 0) EDUBA_RETURN_IF_ERROR(stream_->CopyOut(host_in, device_in, in));
       EDUBA_RETURN_IF_ERROR(WaitForStream(*stream_, DescribeCall(Operation::kSendReceive, 0), deadline));
       if (in > 0) std::memcpy(receive.data() + at, host_in, in);
     }
-    // Who has sent and received all of its own could leave while another still takes in what it sent, and
+    // Without this barrier a rank that is done could leave while another is still receiving what it sent, and
     // NCCL would tell that one that a peer is gone.
     return Reduce<Sum>(Operation::kBarrier, absl::Span<int64_t>(), deadline);
   }
 
-  // Reduces `count` elements of the buffers over the ranks; the first `bytes` go in and come back.
+  // Reduces `count` elements of the buffers over the ranks. The first `bytes` are copied to the device and
+  // back.
   template <typename Kind>
   absl::Status Exchange(Buffers& buffers, int64_t bytes, int64_t count, const std::string& what,
                         absl::Time deadline) {
     EDUBA_RETURN_IF_ERROR(stream_->CopyIn(buffers.device, buffers.host, bytes));
-    // Returns when NCCL has put it into the stream, so the copy back is queued behind it.
+    // AllReduce returns when NCCL has put it into the stream, so the copy back is queued after it.
     EDUBA_RETURN_IF_ERROR(
         link_.AllReduce(buffers.device, count, Kind::kType, Kind::kOperation, *stream_, deadline));
     EDUBA_RETURN_IF_ERROR(stream_->CopyOut(buffers.host, buffers.device, bytes));
@@ -432,8 +434,8 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
     EDUBA_RETURN_IF_ERROR(stream.Mark());
     const absl::Time spin_until = absl::Now() + kSpin;
     while (true) {
-      // In this order: aborted work reaches the mark too, without a result, but an abort begins only
-      // after its reason can be seen here.
+      // The order matters. Work that is aborted reaches the mark too, without a result. But an abort begins
+      // only after failure() has been set, so failure() must be asked after the mark.
       EDUBA_ASSIGN_OR_RETURN(const bool reached, stream.Reached());
       EDUBA_RETURN_IF_ERROR(link_.failure());
       if (reached) return absl::OkStatus();
@@ -451,17 +453,19 @@ class NcclCommunicator final : public Communicator, public DeviceSums {
   const int gpu_;
   const std::unique_ptr<GpuStream> stream_;
   Buffers frame_;
-  Buffers piece_;
-  DeviceBlock words_;                 // A header, and what Words gave away.
-  int64_t count_ = 0;                 // Words of that.
-  uint64_t started_ = 0;              // The number of the last frame that Start has queued, ...
-  std::string started_what_;          // and what its call is.
-  std::unique_ptr<GpuStream> queue_;  // Where it was queued.
-  std::shared_ptr<GpuStream> ahead_;  // The same queue; its mark is behind what was there before Start.
-  // Behind the buffers: it goes first, and nothing is queued on them any more then.
+  Buffers block_;
+  DeviceBlock words_;                 // A header, followed by the words that Words returned.
+  int64_t count_ = 0;                 // The number of those words.
+  uint64_t started_ = 0;              // The number of the last frame that Start has queued.
+  std::string started_what_;          // The call to which that frame belongs, for errors.
+  std::unique_ptr<GpuStream> queue_;  // The caller's stream on which it was queued.
+  std::shared_ptr<GpuStream>
+      earlier_work_;  // The same queue; its mark stands after all that was there before Start.
+  // Declared after the buffers, so that it is destroyed before them: then nothing on the device uses them any
+  // more.
   NcclLink link_;
   uint64_t call_ = 0;
-  absl::Status first_error_;  // Touched by calls only, and those come from one thread at a time.
+  absl::Status first_error_;  // Only calls touch it, and they come from one thread at a time.
 };
 
 absl::StatusOr<NcclUniqueId> ShareUniqueId(int rank, const NcclApi& api, Rendezvous& rendezvous,
@@ -495,7 +499,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Connect(int rank, int size, Rendez
   }
   auto communicator = std::make_unique<NcclCommunicator>(rank, size, std::move(parts));
   EDUBA_RETURN_IF_ERROR(communicator->Join(id, deadline));
-  // NCCL connects lazily: the first call finds the trouble there is, and it should not be a query.
+  // NCCL connects lazily, so the first call finds the trouble that there is. A query should not be that call.
   EDUBA_RETURN_IF_ERROR(communicator->Barrier(deadline));
   return communicator;
 }

@@ -14,20 +14,21 @@
 namespace eduba {
 
 struct NcclOptions {
-  int device = 0;  // CUDA's number of it. Ranks need devices of their own (docs/adr/0005-gpu.md).
+  int device =
+      0;  // CUDA's number of the device. Every rank needs a device of its own (docs/adr/0005-gpu.md).
 };
 
 // Joins this rank to the others over NCCL and returns its Communicator. Rank 0 makes the group's secret
-// unique id and leaves it at `rendezvous`, which is used only during the call.
+// unique id and leaves it in the rendezvous store, which is used only during the call.
 //
-// `data` of the calls is host memory: a call copies it to the device, reduces it there in one all-reduce (a
-// second one for what exceeds the first frame) and copies it back. device_sums leaves out the copies, and
-// runs the all-reduce on the caller's stream; an abort ends what is queued there too.
+// The `data` of the calls is host memory. A call copies it to the device, reduces it there in one all-reduce
+// (and more for the words that exceed the first frame) and copies it back. device_sums makes no copies: it
+// runs the all-reduce on the caller's stream. An abort ends what is queued there too.
 //
-// What NCCL cannot promise of communicator.h: where its links are memory (NVLink, PCIe), a rank that dies or
-// leaves is not told to the others, so their calls end with DEADLINE_EXCEEDED, or ABORTED when the
-// coordinator tells them. An abort that has not returned after 2 s ends the process with 137, because nothing
-// else can free the device then; a supervisor starts it anew.
+// NCCL cannot keep all that communicator.h promises. Where its links are memory (NVLink, PCIe), the others
+// are not told of a rank that dies or leaves, so their calls end with DEADLINE_EXCEEDED, or with ABORTED when
+// the coordinator tells them. An abort that has not returned after 2 s ends the process with exit code 137,
+// because nothing else can free the device then. A supervisor has to start the process again.
 //
 //   INVALID_ARGUMENT     rank is not in [0, size)
 //   FAILED_PRECONDITION  no CUDA in this build, no such device, no NCCL, or NCCL refused the group
@@ -42,7 +43,7 @@ struct NcclParts {
   std::unique_ptr<GpuStream> stream;
   int gpu = -1;  // CUDA's number of the device.
   absl::Duration abort_limit = absl::Seconds(2);
-  std::function<void()> on_stuck_abort;  // Must not return to a service that goes on.
+  std::function<void()> on_stuck_abort;  // A service must not continue after it.
 };
 absl::StatusOr<std::unique_ptr<Communicator>> ConnectNcclForTest(int rank, int size, Rendezvous& rendezvous,
                                                                  NcclParts parts, absl::Time deadline);

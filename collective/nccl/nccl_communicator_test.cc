@@ -24,8 +24,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// What every transport promises is in tests/contract/communicator_test.cc, which runs over the fake NCCL too;
-// here is what NCCL alone can do wrong.
+// tests/contract/communicator_test.cc tests what every transport promises, over the fake NCCL too. Here is
+// what only NCCL can do wrong.
 class NcclCommunicatorTest : public testing::Test {
  protected:
   NcclCommunicatorTest() { TheFakeNccl().Reset(); }
@@ -46,9 +46,9 @@ void OnThreads(int count, const std::function<void(int)>& body) {
 Group Form(
     int size, const std::function<NcclParts(int rank)>& parts = [](int) { return FakeNcclParts(); }) {
   Group group(size);
-  MapRendezvous board;
+  MapRendezvous store;
   OnThreads(size, [&](int r) {
-    auto joined = ConnectNcclForTest(r, size, board, parts(r), Soon());
+    auto joined = ConnectNcclForTest(r, size, store, parts(r), Soon());
     EXPECT_TRUE(joined.ok()) << joined.status();
     if (joined.ok()) group[r] = *std::move(joined);
   });
@@ -56,15 +56,15 @@ Group Form(
 }
 
 TEST_F(NcclCommunicatorTest, RefusesARankOutsideTheGroup) {
-  MapRendezvous board;
-  EXPECT_EQ(ConnectNcclForTest(2, 2, board, FakeNcclParts(), Soon()).status().code(),
+  MapRendezvous store;
+  EXPECT_EQ(ConnectNcclForTest(2, 2, store, FakeNcclParts(), Soon()).status().code(),
             absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(NcclCommunicatorTest, RefusesAnIdOfAnotherSize) {
-  MapRendezvous board;
-  ASSERT_TRUE(board.Set("nccl/id", "00ff", Soon()).ok());
-  const absl::Status status = ConnectNcclForTest(1, 2, board, FakeNcclParts(), Soon()).status();
+  MapRendezvous store;
+  ASSERT_TRUE(store.Set("nccl/id", "00ff", Soon()).ok());
+  const absl::Status status = ConnectNcclForTest(1, 2, store, FakeNcclParts(), Soon()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(status.message()), HasSubstr("4 digits"));
 }
@@ -113,22 +113,23 @@ TEST_F(NcclCommunicatorTest, AFailedDeviceIsUnavailableAndNeverAResult) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("the device is lost"));
 }
 
-// The maximum of a rank's own words is what an aborted all-reduce leaves behind: it must not pass for a
+// An aborted all-reduce leaves a rank's own words where the maximum should be. They must not pass for a
 // result.
 TEST_F(NcclCommunicatorTest, AnAbortedMaximumIsNoResult) {
   Group group = Form(2);
-  TheFakeNccl().look_takes_ms = 40;  // So that the abort is over when the call looks again.
+  TheFakeNccl().looks = 0;
+  TheFakeNccl().looks_wait_for_abort = true;  // The call finds its work done when the abort is over.
   std::vector<float> data = {1, 2, 3};
   std::thread aborter([&] {
-    absl::SleepFor(absl::Milliseconds(20));
+    while (TheFakeNccl().looks == 0) std::this_thread::yield();
     group[0]->Abort(absl::CancelledError("enough"));
   });
   EXPECT_EQ(group[0]->MaxF32(absl::MakeSpan(data), Soon()).code(), absl::StatusCode::kAborted);
   aborter.join();
 }
 
-// Parts of ranks of which rank 0 has little patience with an abort. What the worker does then is to end the
-// process; here it is counted, and NCCL is freed so that the test can end.
+// Parts for ranks, where rank 0 waits only a short time for an abort. A worker would then end its process.
+// Here a stuck abort is counted, and NCCL is let go so that the test can end.
 std::function<NcclParts(int rank)> FreedWhenStuck(std::atomic<int>& stuck, std::atomic<bool>& in_nccl) {
   return [&stuck, &in_nccl](int rank) {
     NcclParts parts = FakeNcclParts();
@@ -159,16 +160,16 @@ TEST_F(NcclCommunicatorTest, OneRankNeedsNoNcclAtAll) {
   EXPECT_EQ(data, (std::vector<int64_t>{1, 2}));
 }
 
-// The first frame has room for 8702 words, a piece for 2^20.
+// The first frame has room for 8702 words, each block after it for 2^20.
 TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
   constexpr int kRanks = 2;
   Group group = Form(kRanks);
-  EmulatedQueue queues[kRanks];  // The streams of who fills the words.
+  EmulatedQueue queues[kRanks];  // The streams of those who fill the words.
   constexpr int64_t kFirst = 8702;
-  constexpr int64_t kPiece = 1 << 20;
+  constexpr int64_t kBlock = 1 << 20;
   const auto word = [](int64_t i, int rank) { return (i + 1) * (rank == 0 ? 1 : 1'000'003); };
-  for (const int64_t count : {int64_t{1}, kFirst - 1, kFirst, kFirst + 1, kFirst + 2, kFirst + kPiece - 1,
-                              kFirst + kPiece, kFirst + kPiece + 1, int64_t{1}}) {
+  for (const int64_t count : {int64_t{1}, kFirst - 1, kFirst, kFirst + 1, kFirst + 2, kFirst + kBlock - 1,
+                              kFirst + kBlock, kFirst + kBlock + 1, int64_t{1}}) {
     for (const bool scatters : {false, true}) {
       SCOPED_TRACE(absl::StrCat(count, scatters ? " words, each rank's own" : " words"));
       // The second rank's part is the longer one.
@@ -189,7 +190,7 @@ TEST_F(NcclCommunicatorTest, SumsInDeviceMemoryHaveEveryWordAtEveryLength) {
   }
 }
 
-// The sums of device memory on a caller's stream, behind a kernel that runs until `ends`.
+// The sum of words in device memory on a caller's stream, where a kernel before it runs until `ends`.
 class SlowKernel {
  public:
   explicit SlowKernel(absl::Duration abort_limit)
@@ -198,7 +199,7 @@ class SlowKernel {
           if (rank == 1) return parts;
           parts.abort_limit = abort_limit;
           parts.on_stuck_abort = [this] {
-            // Where the process would end.
+            // A worker would end its process here.
             ++stuck;
             ends = true;
             TheFakeNccl().abort_is_stuck = false;
@@ -225,21 +226,25 @@ class SlowKernel {
   Group group_;
 };
 
-TEST_F(NcclCommunicatorTest, AnAbortBehindASlowKernelIsNotStuck) {
-  constexpr absl::Duration kLimit = absl::Milliseconds(500);
-  SlowKernel kernel(kLimit);
-  kernel.Start(Soon());
+// The limit of an abort begins with the end of the kernel. With a limit of nothing, an abort that did not
+// wait for the kernel would be stuck at once.
+TEST_F(NcclCommunicatorTest, AnAbortIsNotStuckWhileAKernelBeforeItRuns) {
+  SlowKernel kernel(absl::ZeroDuration());
+  const absl::Time deadline = absl::InfiniteFuture();
+  kernel.Start(deadline);
   kernel.OtherRankLeaves();
-  EXPECT_EQ(kernel.Finish(Soon()).code(), absl::StatusCode::kUnavailable);
-  absl::SleepFor(3 * kLimit);
+  EXPECT_EQ(kernel.Finish(deadline).code(), absl::StatusCode::kUnavailable);
+  // The link asks again and again whether the kernel has ended.
+  TheFakeNccl().looks = 0;
+  while (TheFakeNccl().looks < 10 && kernel.stuck == 0) std::this_thread::yield();
+  EXPECT_EQ(kernel.stuck, 0);
   kernel.ends = true;
   kernel.Leave();
-  EXPECT_EQ(kernel.stuck, 0);
 }
 
-TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatNeverEndsIsStuckAfterTheDeadline) {
+TEST_F(NcclCommunicatorTest, AnAbortAfterAKernelThatNeverEndsIsStuckAfterTheDeadline) {
   SlowKernel kernel(absl::Milliseconds(30));
-  const absl::Time deadline = absl::Now() + absl::Milliseconds(300);
+  const absl::Time deadline = absl::Now() + absl::Seconds(1);
   kernel.Start(deadline);
   kernel.OtherRankLeaves();
   EXPECT_FALSE(kernel.Finish(deadline).ok());
@@ -248,28 +253,34 @@ TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatNeverEndsIsStuckAfterTheDea
   EXPECT_EQ(kernel.stuck, 1);
 }
 
-TEST_F(NcclCommunicatorTest, AnAbortBehindAKernelThatHasEndedIsStuckAfterItsLimit) {
+// The abort does not wait for the deadline, which never passes, when there is nothing before it that runs.
+TEST_F(NcclCommunicatorTest, AnAbortAfterAKernelThatHasEndedIsStuckAfterItsLimit) {
   SlowKernel kernel(absl::Milliseconds(30));
   kernel.ends = true;
-  const absl::Time deadline = Soon();
+  const absl::Time deadline = absl::InfiniteFuture();
   kernel.Start(deadline);
   TheFakeNccl().abort_is_stuck = true;
+  absl::Notification is_over;
+  std::thread guard([&] {
+    if (!is_over.WaitForNotificationWithTimeout(absl::Seconds(60))) TheFakeNccl().abort_is_stuck = false;
+  });
   kernel.Abort();
   EXPECT_EQ(kernel.Finish(deadline).code(), absl::StatusCode::kAborted);
   kernel.Leave();
-  EXPECT_LT(absl::Now(), deadline);
+  is_over.Notify();
+  guard.join();
   EXPECT_EQ(kernel.stuck, 1);
 }
 
-// The thread of the call is inside CUDA, which waits for the all-reduce, which waits for a rank.
+// The thread of the call is inside CUDA. CUDA waits for the all-reduce, and the all-reduce waits for a rank.
 TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInCuda) {
   TheFakeNccl().peers_are_told = false;
   TheFakeNccl().looks_wait = true;
   absl::Notification is_over;
   Group group(2);
-  MapRendezvous board;
+  MapRendezvous store;
   OnThreads(2, [&](int r) {
-    auto joined = ConnectNcclForTest(r, 2, board, FakeNcclParts(), Soon());
+    auto joined = ConnectNcclForTest(r, 2, store, FakeNcclParts(), Soon());
     ASSERT_TRUE(joined.ok()) << joined.status();
     group[r] = *std::move(joined);
   });
@@ -285,7 +296,7 @@ TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInCuda) {
   EXPECT_GE(absl::Now(), deadline);
 }
 
-// No abort can begin then, so the process has to end.
+// While a call is stuck in NCCL no abort can begin, so the process has to end.
 TEST_F(NcclCommunicatorTest, ADeadlineIsKeptWhileTheCallIsStuckInNccl) {
   std::atomic<int> stuck{0};
   Group group = Form(2, FreedWhenStuck(stuck, TheFakeNccl().call_is_stuck));
@@ -306,10 +317,10 @@ TEST_F(NcclCommunicatorTest, AGroupThatNcclRefusesIsAFailedPreconditionWithItsRe
   const auto join = [](int result, const char* last_error) {
     TheFakeNccl().async_error = result;
     TheFakeNccl().last_error = last_error;
-    MapRendezvous board;
+    MapRendezvous store;
     std::vector<absl::Status> statuses(2);
     OnThreads(
-        2, [&](int r) { statuses[r] = ConnectNcclForTest(r, 2, board, FakeNcclParts(), Soon()).status(); });
+        2, [&](int r) { statuses[r] = ConnectNcclForTest(r, 2, store, FakeNcclParts(), Soon()).status(); });
     EXPECT_EQ(statuses[0].code(), statuses[1].code()) << statuses[0] << statuses[1];
     EXPECT_EQ(statuses[0].message().find('\n'), absl::string_view::npos) << statuses[0];
     return statuses[0];
@@ -329,7 +340,7 @@ TEST_F(NcclCommunicatorTest, AGroupThatNcclRefusesIsAFailedPreconditionWithItsRe
   EXPECT_EQ(join(kNcclRemoteError, "Cuda failure 2 'out of memory'").code(), absl::StatusCode::kUnavailable);
 }
 
-// NCCL says the same of a call of a group that has formed: then it is no matter of who may join.
+// NCCL gives the same error to a call of a group that has formed. Then it does not say who may join.
 TEST_F(NcclCommunicatorTest, ARefusalAfterTheGroupHasFormedIsUnavailable) {
   Group group = Form(2);
   TheFakeNccl().async_error = kNcclInvalidUsage;
@@ -354,10 +365,10 @@ TEST(LoadNccl, WithoutTheLibraryOrWithAnotherSaysHowToInstallIt) {
   }
 }
 
-// Where NCCL or the device is missing there is one line that says what to do.
+// Where NCCL or the device is missing, one line says what to do.
 TEST(ConnectNccl, WithoutADeviceIsAClearError) {
-  MapRendezvous board;
-  const auto joined = ConnectNccl(0, 1, board, {.device = 4711}, Soon());
+  MapRendezvous store;
+  const auto joined = ConnectNccl(0, 1, store, {.device = 4711}, Soon());
   ASSERT_FALSE(joined.ok());
   EXPECT_EQ(joined.status().code(), absl::StatusCode::kFailedPrecondition) << joined.status();
   EXPECT_EQ(std::string(joined.status().message()).find('\n'), std::string::npos);

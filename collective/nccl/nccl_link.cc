@@ -13,16 +13,16 @@ namespace eduba {
 namespace {
 
 constexpr auto kWatch = std::chrono::milliseconds(10);
-// What a call under way may take to end well once NCCL has reported that a peer is gone.
+// The time that a call under way still has to end well after NCCL has reported that a peer is gone.
 constexpr auto kGrace = std::chrono::milliseconds(100);
-// The call's own thread keeps its deadline; when it has not by then, it is inside CUDA.
+// A call's own thread keeps the call's deadline. When the call is this late, its thread is stuck inside CUDA.
 constexpr absl::Duration kLate = absl::Milliseconds(50);
 constexpr absl::Duration kLeaveLimit = absl::Milliseconds(500);
-// NCCL is done with most calls in tens of microseconds. One that takes longer than this lets the processor go
-// between two looks.
+// NCCL is done with most calls in tens of microseconds. The wait for a call that takes longer than this gives
+// up the processor between two looks.
 constexpr absl::Duration kSpin = absl::Microseconds(200);
 constexpr absl::Duration kAskAgain = absl::Microseconds(50);
-constexpr auto kAskAhead = std::chrono::milliseconds(5);
+constexpr auto kAskEarlierWork = std::chrono::milliseconds(5);
 // Longer than any call, for those without a deadline.
 constexpr absl::Duration kLongest = absl::Hours(1);
 
@@ -38,15 +38,15 @@ NcclLink::NcclLink(const NcclApi& api, GpuStream& stream, absl::Duration abort_l
 
 NcclLink::~NcclLink() {
   if (failure().ok()) {
-    // The last call's words may still be on their way to a peer, through a thread of NCCL in this process.
+    // A thread of NCCL in this process may still be sending the last call's words to a peer.
     const int result = Ask([this](NcclComm comm) { return api_.comm_finalize(comm); });
     WaitWhileInProgress(result, "leaving", absl::Now() + kLeaveLimit).IgnoreError();
   }
   Fail(absl::AbortedError("this rank has left the group"));
   {
-    const std::scoped_lock lock(mutex_);
+    MutexLock lock(mutex_);
     stopping_ = true;
-    changed_.notify_all();
+    changed_.NotifyAll();
   }
   watchdog_.join();
 }
@@ -55,11 +55,11 @@ absl::Status NcclLink::Join(int rank, int size, const NcclUniqueId& id, absl::Ti
   NcclConfig config;
   int result = kNcclSuccess;
   {
-    const std::scoped_lock lock(nccl_mutex_);
+    MutexLock lock(nccl_mutex_);
     result = api_.comm_init_rank_config(&comm_, size, id, rank, &config);
   }
   absl::Status status = WaitWhileInProgress(result, "forming the group", deadline);
-  const std::scoped_lock lock(mutex_);
+  MutexLock lock(mutex_);
   formed_ = status.ok();
   return status;
 }
@@ -72,8 +72,8 @@ absl::Status NcclLink::AllReduce(void* data, size_t count, NcclType type, NcclOp
   return WaitWhileInProgress(result, "all-reduce", deadline);
 }
 
-// Parts differ in size, which ncclReduceScatter does not know; in one group, NCCL works on all of them at the
-// same time.
+// The parts differ in size, which ncclReduceScatter cannot do. So each part is one reduce, and all are in one
+// group, so that NCCL works on them at the same time.
 absl::Status NcclLink::ReduceScatter(absl::Span<const absl::Span<int64_t>> parts, GpuStream& stream,
                                      absl::Time deadline) {
   const int result = Ask([&](NcclComm comm) {
@@ -93,7 +93,7 @@ absl::Status NcclLink::ReduceScatter(absl::Span<const absl::Span<int64_t>> parts
 absl::Status NcclLink::SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
                                    int64_t receive_bytes, int64_t from, absl::Time deadline) {
   const int result = Ask([&](NcclComm comm) {
-    // Neither waits for the other.
+    // They are in one group, so that neither waits for the other.
     return InGroup([&](const auto& queue) {
       if (send_bytes > 0) {
         queue([&] {
@@ -124,14 +124,14 @@ int NcclLink::InGroup(const Calls& calls) {
 }
 
 int NcclLink::Ask(const std::function<int(NcclComm)>& call) {
-  const std::scoped_lock lock(nccl_mutex_);
+  MutexLock lock(nccl_mutex_);
   return comm_ == nullptr ? int{kNcclRemoteError} : call(comm_);
 }
 
 absl::Status NcclLink::WaitWhileInProgress(int result, const char* what, absl::Time deadline) {
   const absl::Time spin_until = absl::Now() + kSpin;
   while (true) {
-    // A peer with the same deadline may have given up a moment before us.
+    // A peer with the same deadline may have given up a moment earlier.
     const absl::Time now = absl::Now();
     const bool late = now >= deadline;
     if (const absl::Status failed = failure(); !failed.ok()) {
@@ -139,9 +139,9 @@ absl::Status NcclLink::WaitWhileInProgress(int result, const char* what, absl::T
     }
     if (result == kNcclSuccess) return absl::OkStatus();
     if (result != kNcclInProgress && !late) {
-      const std::scoped_lock lock(mutex_);
+      MutexLock lock(mutex_);
       if (failure_.ok()) failure_ = Annotate(ErrorOf(result), what);
-      changed_.notify_all();
+      changed_.NotifyAll();
       return failure_;
     }
     if (late) {
@@ -167,7 +167,7 @@ absl::Status NcclLink::ErrorOf(int result) const {
                      "); it wants a GPU for each worker: where some share one, start the coordinator and its "
                      "workers with --transport gloo"));
   }
-  // Only of this machine's own trouble: NCCL's last warning may be of a group before.
+  // NCCL's last warning may be of an earlier group, so it counts only for trouble of this machine itself.
   if ((result == kNcclCudaError || result == kNcclSystemError) && absl::StrContains(text, "out of memory")) {
     return absl::ResourceExhaustedError(
         absl::StrCat("NCCL finds no memory (", text, "); give the workers a smaller --memory-bytes"));
@@ -176,113 +176,156 @@ absl::Status NcclLink::ErrorOf(int result) const {
       absl::StrCat("a rank is gone, or its device or connection broke (NCCL: ", text, ")"));
 }
 
-// Neither wakes the watchdog: it would ask NCCL just when the call wants to.
+// BeginCall and EndCall do not wake the watchdog, which would ask NCCL just when the call wants to.
 void NcclLink::BeginCall(absl::Time deadline) {
-  const std::scoped_lock lock(mutex_);
+  MutexLock lock(mutex_);
   if (!failure_.ok()) return;
   busy_ = true;
   deadline_ = deadline;
 }
 
-void NcclLink::SetAhead(std::shared_ptr<GpuStream> stream) {
-  const std::scoped_lock lock(mutex_);
-  if (failure_.ok()) ahead_ = std::move(stream);
+void NcclLink::SetEarlierWork(std::shared_ptr<GpuStream> stream) {
+  MutexLock lock(mutex_);
+  if (failure_.ok()) earlier_work_ = std::move(stream);
 }
 
 void NcclLink::EndCall() {
-  const std::scoped_lock lock(mutex_);
+  MutexLock lock(mutex_);
   if (!failure_.ok()) return;
   busy_ = false;
   deadline_ = absl::InfiniteFuture();
-  ahead_ = nullptr;
+  earlier_work_ = nullptr;
 }
 
 absl::Status NcclLink::failure() const {
-  const std::scoped_lock lock(mutex_);
+  MutexLock lock(mutex_);
   return failure_;
 }
 
 void NcclLink::Fail(const absl::Status& status) {
-  const std::scoped_lock lock(mutex_);
+  MutexLock lock(mutex_);
   if (failure_.ok()) failure_ = status;
-  changed_.notify_all();
+  changed_.NotifyAll();
+}
+
+int NcclLink::AskForError() {
+  // A call may be stuck inside NCCL. The watchdog must not wait for it, because it keeps that call's
+  // deadline.
+  if (!nccl_mutex_.TryLock()) return kNcclSuccess;
+  int error = kNcclSuccess;
+  if (comm_ != nullptr) {
+    const int result = api_.comm_get_async_error(comm_, &error);
+    if (result != kNcclSuccess) error = result;
+  }
+  nccl_mutex_.Unlock();
+  return error;
+}
+
+// Returns when the link has failed or is being destroyed.
+void NcclLink::AwaitFailure() {
+  MutexLock lock(mutex_);
+  while (failure_.ok() && !stopping_) {
+    changed_.WaitFor(mutex_, kWatch);
+    if (!failure_.ok() || stopping_) return;
+    if (absl::Now() >= deadline_ + kLate) {
+      failure_ = absl::DeadlineExceededError("not all ranks came in time");
+      return;
+    }
+    lock.Unlock();
+    const int error = AskForError();
+    lock.Lock();
+    if (error == kNcclSuccess || error == kNcclInProgress || !failure_.ok()) continue;
+    const auto until = std::chrono::steady_clock::now() + kGrace;
+    while (busy_ && !stopping_ && failure_.ok() && changed_.WaitUntil(mutex_, until)) {
+    }
+    if (failure_.ok()) failure_ = ErrorOf(error);
+  }
 }
 
 void NcclLink::Watch() {
-  stream_.Attach().IgnoreError();  // An error shows in the calls that need it.
-  std::unique_lock lock(mutex_);
-  while (failure_.ok() && !stopping_) {
-    changed_.wait_for(lock, kWatch);
-    if (!failure_.ok() || stopping_) break;
-    if (absl::Now() >= deadline_ + kLate) {
-      failure_ = absl::DeadlineExceededError("not all ranks came in time");
-      break;
-    }
-    lock.unlock();
-    int error = kNcclSuccess;
-    {
-      // A call may be stuck inside NCCL, and still has its deadline.
-      const std::unique_lock nccl(nccl_mutex_, std::try_to_lock);
-      if (nccl.owns_lock() && comm_ != nullptr) {
-        const int result = api_.comm_get_async_error(comm_, &error);
-        if (result != kNcclSuccess) error = result;
-      }
-    }
-    lock.lock();
-    if (error == kNcclSuccess || error == kNcclInProgress || !failure_.ok()) continue;
-    changed_.wait_for(lock, kGrace, [this] { return !busy_ || stopping_ || !failure_.ok(); });
-    if (failure_.ok()) failure_ = ErrorOf(error);
-  }
-  lock.unlock();
+  stream_.Attach().IgnoreError();  // An error shows in the calls that need the device.
+  AwaitFailure();
   AbortNow();
 }
 
+namespace {
+
+// How far an abort has come, for the threads that work on it.
+struct AbortProgress {
+  Mutex mutex;
+  CondVar changed;
+  bool is_done ABSL_GUARDED_BY(mutex) = false;
+  bool is_earlier_work_over ABSL_GUARDED_BY(mutex) = false;
+};
+
+// Asks whether the work before the collective is over, until it is or the abort is done.
+void WatchEarlierWork(GpuStream& work, AbortProgress& progress) {
+  while (true) {
+    const absl::StatusOr<bool> reached = work.Reached();
+    MutexLock lock(progress.mutex);
+    progress.is_earlier_work_over = !reached.ok() || *reached;
+    if (progress.is_earlier_work_over) {
+      progress.changed.NotifyAll();
+      return;
+    }
+    const auto until = std::chrono::steady_clock::now() + kAskEarlierWork;
+    while (!progress.is_done && progress.changed.WaitUntil(progress.mutex, until)) {
+    }
+    if (progress.is_done) return;
+  }
+}
+
+// Waits for the abort: until `latest` or the end of the earlier work, and `limit` after that. False: it is
+// stuck.
+bool AwaitAbort(AbortProgress& progress, absl::Time latest, absl::Duration limit) {
+  using Clock = std::chrono::steady_clock;
+  const absl::Duration most = std::clamp(latest - absl::Now(), absl::ZeroDuration(), kLongest);
+  const auto latest_begin = Clock::now() + absl::ToChronoNanoseconds(most);
+  MutexLock lock(progress.mutex);
+  while (!progress.is_done && !progress.is_earlier_work_over &&
+         progress.changed.WaitUntil(progress.mutex, latest_begin)) {
+  }
+  const auto end = Clock::now() + absl::ToChronoNanoseconds(limit);
+  while (!progress.is_done && progress.changed.WaitUntil(progress.mutex, end)) {
+  }
+  return progress.is_done;
+}
+
+}  // namespace
+
 void NcclLink::AbortNow() {
-  std::shared_ptr<GpuStream> ahead;
+  std::shared_ptr<GpuStream> earlier_work;
   absl::Time latest;
   {
-    const std::scoped_lock lock(mutex_);
-    ahead = ahead_;
+    MutexLock lock(mutex_);
+    earlier_work = earlier_work_;
     latest = deadline_;
   }
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool done = false;
-  bool is_clear = ahead == nullptr;
+  AbortProgress progress;
+  {
+    MutexLock lock(progress.mutex);
+    progress.is_earlier_work_over = earlier_work == nullptr;
+  }
   std::thread aborter([&] {
     stream_.Attach().IgnoreError();
     NcclComm comm = nullptr;
     {
-      const std::scoped_lock lock(nccl_mutex_);  // Waits for a call into NCCL, within the limit.
+      MutexLock lock(nccl_mutex_);  // Waits for a call into NCCL, within the limit.
       comm = std::exchange(comm_, nullptr);
     }
     if (comm != nullptr) api_.comm_abort(comm);
-    const std::scoped_lock lock(mutex);
-    done = true;
-    changed.notify_all();
+    MutexLock lock(progress.mutex);
+    progress.is_done = true;
+    progress.changed.NotifyAll();
   });
-  // On a thread of its own: CUDA may let this question wait for what only the abort can end, and the clock
-  // has to go on.
+  // CUDA may not answer this question before the abort has ended the collective. So a thread of its own asks
+  // it, and this thread keeps the time.
   std::thread asker([&] {
-    if (ahead == nullptr) return;
+    if (earlier_work == nullptr) return;
     stream_.Attach().IgnoreError();
-    while (true) {
-      const absl::StatusOr<bool> reached = ahead->Reached();
-      std::unique_lock lock(mutex);
-      is_clear = !reached.ok() || *reached;
-      if (is_clear) changed.notify_all();
-      if (is_clear || changed.wait_for(lock, kAskAhead, [&] { return done; })) return;
-    }
+    WatchEarlierWork(*earlier_work, progress);
   });
-  {
-    std::unique_lock lock(mutex);
-    const absl::Duration most = std::clamp(latest - absl::Now(), absl::ZeroDuration(), kLongest);
-    changed.wait_for(lock, absl::ToChronoMilliseconds(most), [&] { return done || is_clear; });
-    if (!changed.wait_for(lock, absl::ToChronoMilliseconds(abort_limit_), [&] { return done; })) {
-      lock.unlock();
-      on_stuck_abort_();
-    }
-  }
+  if (!AwaitAbort(progress, latest, abort_limit_)) on_stuck_abort_();
   aborter.join();
   asker.join();
 }

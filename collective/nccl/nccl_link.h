@@ -1,81 +1,92 @@
 #ifndef EDUBA_COLLECTIVE_NCCL_NCCL_LINK_H_
 #define EDUBA_COLLECTIVE_NCCL_NCCL_LINK_H_
 
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "base/mutex.h"
 #include "collective/nccl/gpu_stream.h"
 #include "collective/nccl/nccl_api.h"
 
 namespace eduba {
 
-// One non-blocking NCCL communicator, and the thread that watches over it: it asks NCCL for errors, keeps the
-// deadlines of calls whose own thread may be stuck in CUDA, and is the only one that aborts. The order is:
-// first everyone is told (failure()), then nobody is inside NCCL with this communicator any more, then it is
-// aborted; so no call can meet freed memory. An abort waits for what the device had to do before the
-// collective that it ends, in good health. One that has not returned `abort_limit` after that is stuck for
-// good (NCCL's issues 863, 1013 and 1777 have the ways), and `on_stuck_abort` is called.
+// One non-blocking NCCL communicator, and the watchdog thread that looks after it. The watchdog asks NCCL for
+// errors, keeps the deadlines of calls whose own thread may be stuck in CUDA, and is the only thread that
+// aborts. An abort happens in this order, so that no call can meet freed memory:
+//   1. failure() is set, so that everyone is told;
+//   2. the last call into NCCL with this communicator has returned;
+//   3. the communicator is aborted. A healthy abort may have to wait for the work that the device has to do
+//      before the collective that is aborted. An abort that has not returned `abort_limit` after the end of
+//      that work is stuck for good (NCCL's issues 863, 1013 and 1777 say how this happens), and
+//      `on_stuck_abort` is called.
 class NcclLink {
  public:
   NcclLink(const NcclApi& api, GpuStream& stream, absl::Duration abort_limit,
            std::function<void()> on_stuck_abort);
-  // Sends what is still queued, for half a second at most, then aborts. Waits for it.
+  // Gives NCCL half a second at most to send what is still queued, then aborts, and waits for the abort.
   ~NcclLink();
   NcclLink(const NcclLink&) = delete;
   NcclLink& operator=(const NcclLink&) = delete;
 
-  // Once, before all else. Returns when the group has formed. FAILED_PRECONDITION when NCCL refuses it.
+  // Must be called once, before all else. Returns when the group has formed. FAILED_PRECONDITION when NCCL
+  // refuses the group.
   absl::Status Join(int rank, int size, const NcclUniqueId& id, absl::Time deadline);
 
-  // Queues an all-reduce in place on `stream`; returns when NCCL has queued it. The calling thread is
-  // attached.
+  // Queues an all-reduce in place on `stream`, and returns when NCCL has queued it. REQUIRES: the calling
+  // thread is attached to the stream's device.
   absl::Status AllReduce(void* data, size_t count, NcclType type, NcclOperation operation, GpuStream& stream,
                          absl::Time deadline);
 
-  // Queues the sums of `parts` [ranks], words of the device, each to the rank whose it is, in place. The
-  // other ranks' parts stay as they are. Otherwise as AllReduce.
+  // Queues a reduce-scatter in place. `parts` [ranks] are words in the device's memory: parts[r] becomes the
+  // sum on rank r, and stays as it is on the other ranks. Otherwise like AllReduce.
   absl::Status ReduceScatter(absl::Span<const absl::Span<int64_t>> parts, GpuStream& stream,
                              absl::Time deadline);
 
-  // Queues `send_bytes` of `send` for rank `to` and `receive_bytes` from rank `from`, which does its part
-  // with as many; 0: not. Otherwise as AllReduce.
+  // Queues a message of `send_bytes` to rank `to` and one of `receive_bytes` from rank `from`. A message of 0
+  // bytes is not sent. REQUIRES: the peers make calls of the same sizes. Otherwise like AllReduce.
   absl::Status SendReceive(const void* send, int64_t send_bytes, int64_t to, void* receive,
                            int64_t receive_bytes, int64_t from, absl::Time deadline);
 
-  // A call is under way until EndCall: an error that NCCL reports waits a moment for the call, which may have
-  // all it needs already, and the link fails a moment after `deadline`, wherever the call's thread is then.
+  // A call is under way until EndCall. When NCCL reports an error meanwhile, the watchdog waits a moment for
+  // the call, which may have all it needs already. The link fails a moment after `deadline`, wherever the
+  // call's thread is then.
   void BeginCall(absl::Time deadline);
-  // The call's work for NCCL comes behind the last mark of `stream`, which nobody else asks about.
-  void SetAhead(std::shared_ptr<GpuStream> stream);
+  // Says that NCCL's work for this call begins after the last mark of `stream`. Only the link asks about that
+  // mark from now on.
+  void SetEarlierWork(std::shared_ptr<GpuStream> stream);
   void EndCall();
 
-  // The first error; OK while there is none. Any thread.
+  // The first error, or OK while there is none. May be called from any thread.
   absl::Status failure() const;
-  // Ends the link, unless it has ended. Any thread.
+  // Ends the link, unless it has ended already. May be called from any thread.
   void Fail(const absl::Status& status);
 
  private:
-  // NCCL's answer to one group of the calls that `calls` hands to its argument: they are made until one
-  // fails.
+  // Makes one NCCL group of the calls that `calls` passes to its argument, until one of them fails. Returns
+  // NCCL's result.
   template <typename Calls>
   int InGroup(const Calls& calls);
-  // NCCL's answer to `call`, made with the communicator; kNcclRemoteError without one.
+  // Makes `call` with the communicator and returns NCCL's result; kNcclRemoteError when the communicator is
+  // gone.
   int Ask(const std::function<int(NcclComm)>& call);
-  // Until NCCL has done what it was asked to.
+  // Waits until NCCL has done the call `what`, whose result so far is `result`.
   absl::Status WaitWhileInProgress(int result, const char* what, absl::Time deadline);
-  // What NCCL's error means. Under mutex_.
-  absl::Status ErrorOf(int result) const;
+  // What an error of NCCL means to the caller.
+  absl::Status ErrorOf(int result) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The watchdog thread: waits for the end of the link, then aborts the communicator.
   void Watch();
+  void AwaitFailure();
+  // The error that NCCL reports by itself, or kNcclSuccess; also where a call keeps NCCL busy.
+  int AskForError();
   void AbortNow();
 
   const NcclApi& api_;
@@ -83,18 +94,18 @@ class NcclLink {
   const absl::Duration abort_limit_;
   const std::function<void()> on_stuck_abort_;
 
-  std::mutex nccl_mutex_;    // Held for every call into NCCL but the abort.
-  NcclComm comm_ = nullptr;  // Guarded by nccl_mutex_.
+  Mutex nccl_mutex_;  // Held for every call into NCCL except the abort.
+  NcclComm comm_ ABSL_GUARDED_BY(nccl_mutex_) = nullptr;
 
-  mutable std::mutex mutex_;  // Guards all below but the thread.
-  std::condition_variable changed_;
-  absl::Status failure_;
-  bool formed_ = false;
-  // Of the call under way. What they are when the link fails, they stay.
-  bool busy_ = false;
-  absl::Time deadline_ = absl::InfiniteFuture();
-  std::shared_ptr<GpuStream> ahead_;  // Null: nothing of this rank's is ahead.
-  bool stopping_ = false;
+  mutable Mutex mutex_;
+  CondVar changed_;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  bool formed_ ABSL_GUARDED_BY(mutex_) = false;
+  // These three describe the call under way. When the link fails they stay as they are then.
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Time deadline_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
+  std::shared_ptr<GpuStream> earlier_work_ ABSL_GUARDED_BY(mutex_);  // Null: there is none.
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread watchdog_;
 };
 

@@ -7,7 +7,8 @@
 
 namespace eduba::testing {
 
-// Another communicator, and how often its host collectives were called: tests say what a thing costs.
+// Wraps another communicator and counts how often its host collectives are called, so that a test can say
+// what an operation costs.
 class CountingCommunicator final : public ForwardingCommunicator {
  public:
   using ForwardingCommunicator::ForwardingCommunicator;
@@ -26,7 +27,7 @@ class CountingCommunicator final : public ForwardingCommunicator {
     return ForwardingCommunicator::MaxF32(data, deadline);
   }
 
-  // Calls of SumI64, ReduceScatterI64 and MaxF32 since this was asked last.
+  // Returns the number of calls of SumI64, ReduceScatterI64 and MaxF32 since this was called last.
   int TakeReductions() { return std::exchange(reductions_, 0); }
 
  private:

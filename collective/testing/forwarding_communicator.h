@@ -8,7 +8,7 @@
 
 namespace eduba::testing {
 
-// Another communicator: tests override the calls that they watch or break.
+// Wraps another communicator. Tests override the calls that they watch or break.
 class ForwardingCommunicator : public Communicator {
  public:
   // `inner` outlives this.
@@ -38,7 +38,7 @@ class ForwardingCommunicator : public Communicator {
   void Abort(const absl::Status& reason) override { inner_->Abort(reason); }
 
  private:
-  const std::unique_ptr<Communicator> own_;  // Or none.
+  const std::unique_ptr<Communicator> own_;  // Null when `inner_` belongs to somebody else.
   Communicator* const inner_;
 };
 

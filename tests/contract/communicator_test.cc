@@ -65,24 +65,24 @@ Join NewLocalGroup() {
 }
 
 Join NewGlooGroup() {
-  return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
-    return ConnectGloo(rank, size, *board, GlooOptions(), deadline);
+  return [store = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
+    return ConnectGloo(rank, size, *store, GlooOptions(), deadline);
   };
 }
 
 // NCCL's way of working without NCCL: what runs of the nccl transport on a machine without GPUs.
 Join NewFakeNcclGroup() {
   TheFakeNccl().Reset();
-  return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
-    return ConnectNcclForTest(rank, size, *board, FakeNcclParts(), deadline);
+  return [store = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
+    return ConnectNcclForTest(rank, size, *store, FakeNcclParts(), deadline);
   };
 }
 
 // One device for each rank, because two ranks of a process cannot share one; tests/faults/ has ranks that are
 // processes, and share one.
 Join NewNcclGroup() {
-  return [board = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
-    return ConnectNccl(rank, size, *board, {.device = rank}, deadline);
+  return [store = std::make_shared<MapRendezvous>()](int rank, int size, absl::Time deadline) {
+    return ConnectNccl(rank, size, *store, {.device = rank}, deadline);
   };
 }
 

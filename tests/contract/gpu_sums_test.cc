@@ -62,11 +62,11 @@ void OnEachRank(int ranks, const std::function<void(int)>& body) {
 
 std::vector<std::unique_ptr<Watched>> Form(int ranks, int gpu = cuda::kEmulatedDeviceIndex) {
   std::vector<std::unique_ptr<Watched>> group(ranks);
-  MapRendezvous board;
+  MapRendezvous store;
   OnEachRank(ranks, [&](int r) {
     NcclParts parts = FakeNcclParts();
     parts.gpu = gpu;
-    auto joined = ConnectNcclForTest(r, ranks, board, std::move(parts), Soon());
+    auto joined = ConnectNcclForTest(r, ranks, store, std::move(parts), Soon());
     ASSERT_TRUE(joined.ok()) << joined.status();
     group[r] = std::make_unique<Watched>(*std::move(joined));
   });
@@ -394,8 +394,9 @@ TEST_F(GpuSums, AnAbortEndsTheWait) {
   const Problem problem(spec);
   group.Load(problem);
   const auto communicators = Form(2);
+  TheFakeNccl().waits = 0;
   std::thread aborter([&] {
-    absl::SleepFor(absl::Milliseconds(50));
+    while (TheFakeNccl().waits == 0) std::this_thread::yield();
     communicators[0]->Abort(absl::CancelledError("enough"));
   });
   const Step step(group, problem, 0, 2);

@@ -1,18 +1,17 @@
 // One rank of a group, as a process for communicator_kill_test.cc to hurt.
 //   communicator_rank DIRECTORY RANK SIZE WORDS CALL_SECONDS [nccl] [FAULT]
 //   communicator_rank DIRECTORY RANK SIZE cases PATIENCE_SECONDS [nccl]
-// DIRECTORY is the rendezvous, new for each group. Over Gloo; or over NCCL, whose ranks share cuda:0, for
-// which each needs an NCCL_HOSTID of its own.
+// DIRECTORY is the rendezvous store, a new one for each group. The group is over Gloo, or over NCCL where all
+// ranks share cuda:0; for that each rank needs an NCCL_HOSTID of its own.
 //
-// WORDS are summed in a stream until a call fails; every second time each rank gets a part. FAULT is what it
-// does to itself: `kill` or `stop` while the group forms, when it has met the rendezvous and the others may
-// be connecting to it; `kill-call` or `stop-call` when the others make a call that it has not made. Prints
-// "round N" after every call that succeeded, and at the end one line, "end CODE LATE_MS TEXT": what the first
-// failed call returned, and how long after its deadline (negative: before). Exits with 0 then; with 3 for a
-// wrong sum.
+// The rank sums WORDS words again and again until a call fails. Every second call is a reduce-scatter. FAULT
+// is what the rank does to itself: `kill` or `stop` while the group forms, when it has used the rendezvous
+// store and the others may be connecting to it; `kill-call` or `stop-call` when the others make a call that
+// it does not make. The rank prints "round N" after every call that succeeded. At the end it prints the code
+// and text of the first failed call as "end CODE TEXT" and exits with 0. It exits with 3 after a wrong sum.
 //
-// With `cases` it goes through tests/contract/communicator_cases.h. Prints "case NAME" before each, "broken
-// TEXT" for each promise that was not kept, and "done". Exits with 0.
+// With `cases` the rank goes through tests/contract/communicator_cases.h. It prints "case NAME" before each
+// case, "broken TEXT" for each promise that was not kept, and "done" at the end. It exits with 0.
 #include <signal.h>
 #include <sys/prctl.h>
 
@@ -39,7 +38,7 @@ namespace {
 
 class FileRendezvous final : public Rendezvous {
  public:
-  // Raises `signal_to_self` at the end of the first call; 0: not.
+  // Raises `signal_to_self` at the end of the first call, unless it is 0.
   FileRendezvous(const std::string& directory, int signal_to_self)
       : directory_(directory), signal_to_self_(signal_to_self) {}
 
@@ -70,9 +69,8 @@ class FileRendezvous final : public Rendezvous {
   const int signal_to_self_;
 };
 
-int End(const absl::Status& status, absl::Time deadline) {
-  std::printf("end %d %ld %s\n", static_cast<int>(status.code()),
-              absl::ToInt64Milliseconds(absl::Now() - deadline), std::string(status.message()).c_str());
+int End(const absl::Status& status) {
+  std::printf("end %d %s\n", static_cast<int>(status.code()), std::string(status.message()).c_str());
   std::fflush(stdout);
   return 0;
 }
@@ -98,24 +96,24 @@ int Sums(const Rank& own, int64_t words, absl::Duration limit, const std::string
   const bool in_call = absl::EndsWith(fault, "-call");
   const auto [rank, size] = std::pair(own.rank, own.size);
   FileRendezvous rendezvous(own.directory, in_call ? 0 : signal);
-  absl::Time deadline = absl::Now() + limit;
-  auto group = own.Join(rendezvous, deadline);
-  if (!group.ok()) return End(group.status(), deadline);
+  auto group = own.Join(rendezvous, absl::Now() + limit);
+  if (!group.ok()) return End(group.status());
   const int64_t begin = words * rank / size;
   std::vector<int64_t> counts;
   counts.reserve(size);
   for (int r = 0; r < size; ++r) counts.push_back(words * (r + 1) / size - words * r / size);
   for (int64_t round = 0;; ++round) {
     if (in_call && round == kFaultyRound) {
-      absl::SleepFor(absl::Milliseconds(100));  // So that the others are in the call.
+      absl::SleepFor(
+          absl::Milliseconds(100));  // Usually the others are in the call then. The end is the same if not.
       raise(signal);
     }
     std::vector<int64_t> data(words, rank + round);
-    deadline = absl::Now() + limit;
+    const absl::Time deadline = absl::Now() + limit;
     const bool scatters = round % 2 == 1;
     const absl::Status status = scatters ? (*group)->ReduceScatterI64(absl::MakeSpan(data), counts, deadline)
                                          : (*group)->SumI64(absl::MakeSpan(data), deadline);
-    if (!status.ok()) return End(status, deadline);
+    if (!status.ok()) return End(status);
     for (const int64_t word :
          scatters ? absl::MakeSpan(data).subspan(begin, counts[rank]) : absl::MakeSpan(data)) {
       if (word != size * (size - 1) / 2 + size * round) return 3;
@@ -132,7 +130,7 @@ int Cases(const Rank& own, absl::Duration patience) {
   options.patience = patience;
   options.join = [&own](const std::string& name, absl::Time deadline) {
     const std::string directory = absl::StrCat(own.directory, "/", name);
-    std::filesystem::create_directory(directory);  // By whoever comes first.
+    std::filesystem::create_directory(directory);  // Whoever comes first creates it.
     FileRendezvous rendezvous(directory, /*signal_to_self=*/0);
     return own.Join(rendezvous, deadline);
   };
