@@ -43,6 +43,11 @@ absl::StatusOr<SequenceSpec> SequenceSpecOf(const v1::SessionSpec& spec) {
   return result;
 }
 
+absl::Status EndedWithItsGroup(uint64_t append_id) {
+  return absl::UnavailableError(
+      absl::StrCat("append ", append_id, " ended with its group of workers; plan it again"));
+}
+
 bool Equal(const v1::SessionSpec& a, const v1::SessionSpec& b) {
   return google::protobuf::util::MessageDifferencer::Equals(a, b);
 }
@@ -174,6 +179,13 @@ void TensorContent::AbortAppend(uint64_t append_id) {
 }
 
 void TensorContent::DropUnsealed() {
+  {
+    const MutexLock lock(mutex_);
+    ended_.clear();
+    for (const auto& [id, append] : appends_) {
+      if (!append->sealed()) ended_.insert(id);
+    }
+  }
   DropAppends([](const StagedAppend& append) { return !append.sealed() || append.share().compare_only; });
 }
 
@@ -185,9 +197,13 @@ const Sequence* TensorContent::Find(uint64_t session_id) const {
 absl::Status TensorContent::Upload(const v1::UploadRequest& request) {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<StagedAppend> append, FindAppend(request.append_id()));
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, DTypeFromProto(request.dtype()));
-  EDUBA_RETURN_IF_ERROR(append->AddRows(request.layer(), request.first_position(), request.count(), dtype,
-                                        request.keys(), request.values()));
+  const absl::Status status = append->AddRows(request.layer(), request.first_position(), request.count(),
+                                              dtype, request.keys(), request.values());
   const MutexLock lock(mutex_);
+  if (absl::IsAborted(status) && ended_.count(request.append_id()) > 0) {
+    return EndedWithItsGroup(request.append_id());
+  }
+  EDUBA_RETURN_IF_ERROR(status);
   touched_.insert(request.append_id());
   return absl::OkStatus();
 }
@@ -202,13 +218,12 @@ std::vector<uint64_t> TensorContent::TakeTouchedAppends() {
 absl::StatusOr<std::shared_ptr<StagedAppend>> TensorContent::FindAppend(uint64_t append_id) const {
   const MutexLock lock(mutex_);
   const auto found = appends_.find(append_id);
-  if (found == appends_.end()) {
-    return absl::NotFoundError(
-        absl::StrCat("append ", append_id,
-                     " is not under way on this worker: it was committed, aborted, idle "
-                     "for too long, or lost with its group; plan it again"));
-  }
-  return found->second;
+  if (found != appends_.end()) return found->second;
+  if (ended_.count(append_id) > 0) return EndedWithItsGroup(append_id);
+  return absl::NotFoundError(
+      absl::StrCat("append ", append_id,
+                   " is not under way on this worker: it was committed, aborted, idle "
+                   "for too long, or lost with its group; plan it again"));
 }
 
 std::shared_ptr<StagedAppend> TensorContent::SealedAppendTo(const Sequence& sequence) const {

@@ -61,7 +61,8 @@ class TensorContent {
   // Null: the session is not open. Valid until the session is dropped.
   const Sequence* Find(uint64_t session_id) const;
 
-  // Takes rows into an append. NOT_FOUND when no append has this id; otherwise as StagedAppend::AddRows.
+  // Takes rows into an append. NOT_FOUND: no append has this id. UNAVAILABLE: the append ended with its group.
+  // Otherwise as StagedAppend::AddRows.
   absl::Status Upload(const v1::UploadRequest& request);
   // The appends into which rows have come since the last call.
   std::vector<uint64_t> TakeTouchedAppends();
@@ -89,6 +90,8 @@ class TensorContent {
   mutable Mutex mutex_;
   Appends appends_ ABSL_GUARDED_BY(mutex_);
   std::set<uint64_t> touched_ ABSL_GUARDED_BY(mutex_);
+  // The appends that the last group took with it when it ended: their clients may still be uploading.
+  std::set<uint64_t> ended_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace eduba
