@@ -62,8 +62,8 @@ struct AtlasLabels {
 };
 
 // The labels of the chosen reference cells, and nothing else: categories that no chosen cell has are left
-// out, so the number of labels is what the values need. Cells without a label carry kUnlabelled. kInvalidArgument with more than kAtlasLabelsMax
-// labels.
+// out, so the number of labels is what the values need. Cells without a label carry kUnlabelled.
+// kInvalidArgument with more than kAtlasLabelsMax labels.
 //   names  of all labels
 //   codes  of all cells: an index into `names`, or -1 where a cell has no label
 //   rows   of the chosen cells: indices into `codes`

@@ -5,8 +5,8 @@
 
 namespace eduba {
 
-// A sum of 128-bit hashes modulo 2^128, one hash a row. A sum does not depend on the order of its rows, so digests of
-// disjoint sets of rows add up to the digest of their union. The digest of no rows is 0.
+// A sum of 128-bit hashes modulo 2^128, one hash a row. A sum does not depend on the order of its rows, so
+// digests of disjoint sets of rows add up to the digest of their union. The digest of no rows is 0.
 struct Digest {
   uint64_t low = 0;
   uint64_t high = 0;

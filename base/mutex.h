@@ -10,11 +10,12 @@
 
 namespace eduba {
 
-// The standard library's locks, with the annotations by which clang's -Wthread-safety proves that a member marked
-// ABSL_GUARDED_BY(mutex_) is only touched while mutex_ is held. (absl::Mutex has them too, but Debian's build of it is
-// opaque to ThreadSanitizer, which would then report races that are not there.)
+// The standard library's locks, with the annotations by which clang's -Wthread-safety proves that a member
+// marked ABSL_GUARDED_BY(mutex_) is only touched while mutex_ is held. (absl::Mutex has them too, but
+// Debian's build of it is opaque to ThreadSanitizer, which would then report races that are not there.)
 //
-// A wait is a loop in the function that holds the lock, so that the condition is checked by the compiler as well:
+// A wait is a loop in the function that holds the lock, so that the condition is checked by the compiler as
+// well:
 //   MutexLock lock(mutex_);
 //   while (queue_.empty()) changed_.Wait(mutex_);
 class ABSL_LOCKABLE Mutex {

@@ -10,12 +10,12 @@
 
 namespace eduba {
 
-// Which nodes keep which pages of one sequence: a value, the same on the coordinator and on every worker. Stripe s is
-// kept by nodes (s + first) mod n, and the replicas - 1 nodes after that one. Answers do not depend on it
-// (docs/numerics.md), so another version may be agreed at any time.
+// Which nodes keep which pages of one sequence: a value, the same on the coordinator and on every worker.
+// Stripe s is kept by nodes (s + first) mod n, and the replicas - 1 nodes after that one. Answers do not
+// depend on it (docs/numerics.md), so another version may be agreed at any time.
 //
-// A node is named by its lasting identity, not by its rank. While a group of exactly `nodes` reduces together, a node's
-// index here is its rank, because ranks follow the order of node ids (RanksOf).
+// A node is named by its lasting identity, not by its rank. While a group of exactly `nodes` reduces
+// together, a node's index here is its rank, because ranks follow the order of node ids (RanksOf).
 struct Placement {
   int64_t version = 1;             // One more whenever anything below changes.
   std::vector<std::string> nodes;  // Ascending, distinct, 1 to kMaxGroupSize.

@@ -20,8 +20,8 @@ namespace eduba {
 // Numbers travel as this machine stores them; a machine of the other byte order would have to swap them here.
 static_assert(std::endian::native == std::endian::little, "arrays travel little-endian");
 
-// INVALID_ARGUMENT "WHAT have N bytes, wanted ...": the bytes are not `count_min` to `count_max` whole numbers of
-// `number_bytes` bytes each.
+// INVALID_ARGUMENT "WHAT have N bytes, wanted ...": the bytes are not `count_min` to `count_max` whole
+// numbers of `number_bytes` bytes each.
 absl::Status CheckNumberBytes(absl::string_view what, int64_t bytes, int64_t number_bytes, int64_t count_min,
                               int64_t count_max);
 

@@ -1,5 +1,5 @@
-// Prints what `eduba bench stream` and `eduba bench attend` measure (measure/attend.h) as a table, with batches
-// beside oneDNN's matrix products and not our own: for work on the kernels.
+// Prints what `eduba bench stream` and `eduba bench attend` measure (measure/attend.h) as a table, with
+// batches beside oneDNN's matrix products and not our own: for work on the kernels.
 //   build/release/bin/attend_bench [GiB of keys and values, default 1] [rounds, default 9]
 
 #include "benchmarks/measure/attend.h"

@@ -5,7 +5,8 @@
 // token's hidden state has the same bits in a step of 64 tokens and in steps of one.
 // What it prints:
 //   - prefill: tokens/s of chunks of 256; GFLOP/s count products only (attend_bench has oneDNN's rates).
-//   - decode 1: tokens/s of one context, and bytes of weights, keys and values over the time, as a share of stream.
+//   - decode 1: tokens/s of one context, and bytes of weights, keys and values over the time, as a share of
+//     stream.
 //   - decode 8: the same with 8 contexts in a step.
 
 #include <algorithm>

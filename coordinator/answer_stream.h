@@ -16,10 +16,10 @@
 
 namespace eduba {
 
-// One Generate or Embed call: passes on what the workers bring, piece by piece, as fast as the client takes it.
-// What a slow client has not taken waits here, encoded: at most all tokens of one generation, or all vectors
-// of one embedding; it goes when the call ends, however it does. Holds no thread while it waits. Deletes itself
-// when the call has ended.
+// One Generate or Embed call: passes on what the workers bring, piece by piece, as fast as the client takes
+// it. What a slow client has not taken waits here, encoded: at most all tokens of one generation, or all
+// vectors of one embedding; it goes when the call ends, however it does. Holds no thread while it waits.
+// Deletes itself when the call has ended.
 class AnswerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, public Caller {
  public:
   // Begins the request with `event`.

@@ -20,9 +20,9 @@
 namespace eduba {
 
 // One Append call: a whole append on behalf of a client that cannot reach the workers. It plans, forwards the
-// client's pieces (ProxiedUpload), and commits; when anything fails, it ends the upload, aborts the append, and
-// only then says so to the client, which may begin again at once. The next piece is read when the last one has
-// gone to the workers. Holds no thread while it waits.
+// client's pieces (ProxiedUpload), and commits; when anything fails, it ends the upload, aborts the append,
+// and only then says so to the client, which may begin again at once. The next piece is read when the last
+// one has gone to the workers. Holds no thread while it waits.
 //
 // It owns itself until the call has ended, and longer if a callback of the upload is still running.
 class ProxiedAppend final : public grpc::ServerReadReactor<grpc::ByteBuffer>,

@@ -69,9 +69,9 @@ absl::StatusOr<std::vector<RoutedPiece>> RoutePiece(const v1::SessionSpec& spec,
   return routed;
 }
 
-// The upload to one worker. All but what gRPC holds while a call is open is guarded by the owner's mutex. The call
-// is held (AddHold) as long as parts may follow: that the worker has ended its stream early is noticed at the
-// next part, or at the end.
+// The upload to one worker. All but what gRPC holds while a call is open is guarded by the owner's mutex. The
+// call is held (AddHold) as long as parts may follow: that the worker has ended its stream early is noticed
+// at the next part, or at the end.
 struct ProxiedUpload::Stream final : public grpc::ClientWriteReactor<v1::UploadRequest> {
   Stream(ProxiedUpload* upload, std::string worker_address)
       : owner(upload), address(std::move(worker_address)) {}
@@ -189,8 +189,8 @@ void ProxiedUpload::Ended(Stream& stream, const absl::Status& status) {
   std::vector<std::function<void()>> due;
   {
     const MutexLock lock(mutex_);
-    // A second attempt where nothing has been sent, because older gRPC may take a connection under way for one
-    // that failed. (Connect of rpc/channel.h says more; it would block here.)
+    // A second attempt where nothing has been sent, because older gRPC may take a connection under way for
+    // one that failed. (Connect of rpc/channel.h says more; it would block here.)
     if (absl::IsUnavailable(status) && failure_.ok() && stream.attempts == 1 && !stream.parts.empty() &&
         stream.sent == 0) {
       Open(stream);

@@ -25,8 +25,8 @@ struct RoutedPiece {
 absl::StatusOr<std::vector<RoutedPiece>> RoutePiece(const v1::SessionSpec& spec, const v1::AppendPlan& plan,
                                                     const v1::UploadRequest& piece);
 
-// Step 2 of an append on behalf of a client that cannot reach the workers: forwards its pieces, one at a time,
-// to the workers that need them, over one Pages.Upload stream to each. Bound to the deadline and the
+// Step 2 of an append on behalf of a client that cannot reach the workers: forwards its pieces, one at a
+// time, to the workers that need them, over one Pages.Upload stream to each. Bound to the deadline and the
 // cancellation of the client's call. Nothing blocks: what takes time ends with a callback, which comes on one
 // of gRPC's threads, or before the function returns, and never with a lock of this class held.
 class ProxiedUpload {
@@ -38,8 +38,9 @@ class ProxiedUpload {
   // REQUIRES: nothing was sent, or Finish or Cancel has called back.
   ~ProxiedUpload();
 
-  // Calls back when all parts of the piece have left, so that a slow worker slows its client: nothing but this
-  // piece is kept. After an error the upload can only be cancelled. REQUIRES: the last Send has called back.
+  // Calls back when all parts of the piece have left, so that a slow worker slows its client: nothing but
+  // this piece is kept. After an error the upload can only be cancelled. REQUIRES: the last Send has called
+  // back.
   void Send(const v1::UploadRequest& piece, Callback sent);
   // OK when all workers have received what they were sent. REQUIRES: the last Send has called back.
   void Finish(Callback done);

@@ -28,8 +28,8 @@ class RendezvousStore {
   // ABORTED when the attempt is not the present one; RESOURCE_EXHAUSTED when the store is full.
   absl::Status Set(uint64_t epoch, uint32_t attempt, const std::string& key, const std::string& value);
 
-  // Calls `waiter` with the key's value as soon as it is set, which may be before Get returns. ABORTED when the
-  // attempt is not the present one, or ends first. The number that comes back is for Cancel.
+  // Calls `waiter` with the key's value as soon as it is set, which may be before Get returns. ABORTED when
+  // the attempt is not the present one, or ends first. The number that comes back is for Cancel.
   uint64_t Get(uint64_t epoch, uint32_t attempt, const std::string& key, Waiter waiter);
   // The waiter is not called any more. False when it has been called already.
   bool Cancel(uint64_t waiter);

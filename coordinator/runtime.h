@@ -63,9 +63,9 @@ class Runtime {
   void WorkerSaid(WorkerId worker, v1::WorkerMessage message);
   void RemoveWorker(WorkerId worker, const std::string& why);
 
-  // Begins a request with `event`, whose reply may come before this returns. `caller` must live until it has its
-  // reply or Cancel returned. After Drain the reply is UNAVAILABLE; RESOURCE_EXHAUSTED when there are kCallsMax
-  // requests. Ids only grow; 0: the request was refused.
+  // Begins a request with `event`, whose reply may come before this returns. `caller` must live until it has
+  // its reply or Cancel returned. After Drain the reply is UNAVAILABLE; RESOURCE_EXHAUSTED when there are
+  // kCallsMax requests. Ids only grow; 0: the request was refused.
   RequestId Start(Caller* caller, const Event& event);
   // A further event of a request that may have ended already.
   void Continue(RequestId request, const Event& event);

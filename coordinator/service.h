@@ -10,9 +10,9 @@
 
 namespace eduba {
 
-// Every method takes its messages encoded (rpc/raw.h says why) and is a reactor: no call holds a thread while it
-// waits, so that thousands of calls may wait. A handler decodes, begins a request of the runtime, and returns;
-// the reply ends the call.
+// Every method takes its messages encoded (rpc/raw.h says why) and is a reactor: no call holds a thread while
+// it waits, so that thousands of calls may wait. A handler decodes, begins a request of the runtime, and
+// returns; the reply ends the call.
 using RawEdubaService = v1::Eduba::WithRawCallbackMethod_CreateSession<
     v1::Eduba::WithRawCallbackMethod_GetSession<v1::Eduba::WithRawCallbackMethod_ListSessions<
         v1::Eduba::WithRawCallbackMethod_DeleteSession<v1::Eduba::WithRawCallbackMethod_PlanAppend<
@@ -71,7 +71,8 @@ class EdubaService final : public RawEdubaService {
   Runtime* const runtime_;
 };
 
-// What workers call. A Join stream is not raw: what cannot be decoded there ends it, as a broken connection does.
+// What workers call. A Join stream is not raw: what cannot be decoded there ends it, as a broken connection
+// does.
 class GroupService final
     : public v1::Group::WithCallbackMethod_Join<v1::Group::WithRawCallbackMethod_RendezvousSet<
           v1::Group::WithRawCallbackMethod_RendezvousGet<v1::Group::Service>>> {

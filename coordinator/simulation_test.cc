@@ -354,8 +354,8 @@ class Simulation {
   }
 
   // Faults stop: everybody who waits must get an answer, the group must come back, and what clients left
-  // unfinished must be gone in the end. Sometimes the workers are new processes, mostly they are those that were
-  // there.
+  // unfinished must be gone in the end. Sometimes the workers are new processes, mostly they are those that
+  // were there.
   void Heal() {
     cluster_.disk_failures = 0;
     const bool all_new = Chance(20);

@@ -12,8 +12,8 @@ namespace {
 // A back-reference of 3 bytes copies at most 264.
 constexpr size_t kExpansionMax = 88;
 
-// HDF5's interface: replaces *buffer, and returns the bytes in it, or 0 on failure. FilterPipeline has seen the
-// chunk.
+// HDF5's interface: replaces *buffer, and returns the bytes in it, or 0 on failure. FilterPipeline has seen
+// the chunk.
 size_t LzfFilter(unsigned flags, size_t /*parameters*/, const unsigned /*parameter*/[], size_t bytes,
                  size_t* buffer_bytes, void** buffer) {
   if ((flags & H5Z_FLAG_REVERSE) == 0) return 0;

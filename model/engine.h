@@ -31,10 +31,10 @@ struct BatchEntry {
 // all ranks.
 //
 // Every rank of a group keeps the token sinks and the windows of a context, and of layers whose rows see all
-// keys the pages that it owns. In a step all ranks compute all rows; only the keys of other ranks' pages
-// meet in a collective (docs/adr/0007-model-sessions.md, "replicated rows"). A long append is shared out
-// instead: SequenceParallelPrefill ("striped rows"). An answer depends on the context's tokens and options and
-// on the question, not on chunks, batches, forks, threads or ranks, bit for bit.
+// keys the pages that it owns. In a step all ranks compute all rows; only the keys of other ranks' pages meet
+// in a collective (docs/adr/0007-model-sessions.md, "replicated rows"). A long append is shared out instead:
+// SequenceParallelPrefill ("striped rows"). An answer depends on the context's tokens and options and on the
+// question, not on chunks, batches, forks, threads or ranks, bit for bit.
 //
 // One call at a time. The engine lives as long as the node; communicators come and go, so that each call that
 // needs one is given it. After a communicator's error it is dead, and the engine and its contexts are not.
@@ -52,8 +52,8 @@ class ModelEngine {
   explicit ModelEngine(const Options& options) : options_(options), hidden_(options.model->NewHidden()) {}
 
   // An empty context, of which this node keeps what `placement` gives to its node `index`. A group that makes
-  // steps of it has the placement's nodes as its ranks. INVALID_ARGUMENT names the option that contradicts the
-  // model or another.
+  // steps of it has the placement's nodes as its ranks. INVALID_ARGUMENT names the option that contradicts
+  // the model or another.
   absl::StatusOr<Context> Open(const ContextOptions& options, const Placement& placement, int index) const;
 
   // Reserves the memory that an entry needs.
@@ -67,8 +67,8 @@ class ModelEngine {
   void ReleaseReservation(Context& context) const { context.pages_.Truncate(context.length_); }
   // Computes one step for all entries together; each context occurs at most once. Either all contexts grow or
   // none does. REQUIRES: every rank of the group has prepared all entries.
-  //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers; the same on
-  //                       all ranks
+  //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers; the same
+  //                       on all ranks
   // Any other error is that of this node's device or of the group; the group is dead. `deadline` is for the
   // collectives, of which there are none where every layer of every context sees a window.
   absl::Status Step(absl::Span<const BatchEntry> entries, Communicator& group, absl::Time deadline);
@@ -77,22 +77,22 @@ class ModelEngine {
   // at some token has read as much on any number of ranks.
   int64_t NextChunk(const Context& context, int64_t left) const;
 
-  // A generation whose every layer sees a window is computed by one rank alone, the owner rank: it makes steps
-  // of one token. For each of them the other ranks prepare and call SkipRow: they count the row and do not
-  // compute it, and may do nothing else with the context, until all ranks call ShareRows. Nobody waits for
-  // anybody before that. UnskipRow takes the last SkipRow back, where the owner rank's step failed.
+  // A generation whose every layer sees a window is computed by one rank alone, the owner rank: it makes
+  // steps of one token. For each of them the other ranks prepare and call SkipRow: they count the row and do
+  // not compute it, and may do nothing else with the context, until all ranks call ShareRows. Nobody waits
+  // for anybody before that. UnskipRow takes the last SkipRow back, where the owner rank's step failed.
   void SkipRow(Context& context) const;
   void UnskipRow(Context& context) const;
-  // Gives all ranks what the owner rank computed of positions [length - ids, length): keys and values as far as
-  // a later row sees them, the last hidden state, and the tokens, which the owner rank gives in `ids` and the
-  // others receive there. It takes as many messages one after another as Broadcast, for each layer and twice
-  // more. Any error is the group's, which is dead; the others' last hidden state is the old one then.
+  // Gives all ranks what the owner rank computed of positions [length - ids, length): keys and values as far
+  // as a later row sees them, the last hidden state, and the tokens, which the owner rank gives in `ids` and
+  // the others receive there. It takes as many messages one after another as Broadcast, for each layer and
+  // twice more. Any error is the group's, which is dead; the others' last hidden state is the old one then.
   absl::Status ShareRows(Context& context, int owner_rank, absl::Span<int32_t> ids, Communicator& group,
                          absl::Time deadline) const;
 
   // A part of an append that the ranks of the group share out; null where it is too short for that, or there
-  // is one rank only. `ids` come after the context, and the prefill takes the first plan().positions.size() of
-  // them. `asks` is as in BatchEntry; `log_probs`: wanted. `pooler` (or null) takes the hidden states with
+  // is one rank only. `ids` come after the context, and the prefill takes the first plan().positions.size()
+  // of them. `asks` is as in BatchEntry; `log_probs`: wanted. `pooler` (or null) takes the hidden states with
   // FinishPrefill; nothing of the context changes before. The group outlives the prefill.
   std::unique_ptr<SequenceParallelPrefill> StartPrefill(const Context& context, absl::Span<const int32_t> ids,
                                                         bool asks, bool log_probs, const Pooler* pooler,
@@ -107,8 +107,8 @@ class ModelEngine {
 
   // Of the last step. hidden: [rows, hidden_size], entry after entry.
   absl::Span<const float> hidden() const { return absl::MakeConstSpan(hidden_.host(), hidden_size_); }
-  // [entries, layers, query_heads]: the token sinks' share of each head's weights, summed over the rows of each
-  // entry, in units of kSinkMassUnit.
+  // [entries, layers, query_heads]: the token sinks' share of each head's weights, summed over the rows of
+  // each entry, in units of kSinkMassUnit.
   const std::vector<int64_t>& sink_mass() const { return sink_mass_; }
   // Bytes of keys and values that this node read.
   int64_t bytes_read() const { return bytes_read_; }

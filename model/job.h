@@ -55,9 +55,10 @@ struct EmbedJob {
   Pool pool = Pool::kMean;
 };
 
-// The first job of a session in a group, once every rank has said what it holds of it (ModelContent::Describe):
-// the session is `length` tokens long from now on. Ids that are not read then, are read by all ranks together,
-// to the bits that the session had before. The session's other jobs wait meanwhile.
+// The first job of a session in a group, once every rank has said what it holds of it
+// (ModelContent::Describe): the session is `length` tokens long from now on. Ids that are not read then, are
+// read by all ranks together, to the bits that the session had before. The session's other jobs wait
+// meanwhile.
 struct SettleJob {
   int64_t length = 0;
   bool read_again = false;  // The ranks stopped at different places: drop all keys and values first.
@@ -82,8 +83,8 @@ struct JobResult {
   int64_t length = 0;          // Of the session (score, embed: of the fork that they read into).
   FinishReason finish_reason = FinishReason::kNone;
   bool cancelled = false;
-  // Hash of all that was computed, from the ranks that computed it (else 0): ranks whose digests differ do not
-  // compute alike.
+  // Hash of all that was computed, from the ranks that computed it (else 0): ranks whose digests differ do
+  // not compute alike.
   uint64_t digest = 0;
   // From the reporting rank; empty on the others.
   std::vector<float> log_probs;  // ScoreJob: [ids].

@@ -113,9 +113,9 @@ absl::Status JobLoop::Begin(AppendJob& request, RunningJob& job) {
   }
   const auto differs = std::mismatch(stored.begin(), stored.end(), request.ids.begin());
   if (differs.first != stored.end()) {
-    return absl::AlreadyExistsError(absl::StrCat(
-        "position ", request.at + (differs.first - stored.begin()), " of session ", job.id.session_id,
-        " has token ", *differs.first, " already, and the append ", *differs.second, "; nothing was read"));
+    return absl::AlreadyExistsError(absl::StrCat("position ", request.at + (differs.first - stored.begin()),
+                                                 " holds token ", *differs.first, " already, not ",
+                                                 *differs.second, "; nothing was read"));
   }
   job.kind = Kind::kAppend;
   job.already_stored = static_cast<int64_t>(stored.size());
@@ -178,7 +178,8 @@ absl::Status JobLoop::Begin(EmbedJob& request, RunningJob& job) {
   job.kind = Kind::kEmbed;
   job.embed = std::move(request);
   job.needs_memory = true;
-  // A chunk first: where this rank has no memory, only the ranks that have it would know how to begin a prefill.
+  // A chunk first: where this rank has no memory, only the ranks that have it would know how to begin a
+  // prefill.
   job.in_chunks_until = 1;
   job.ids = {0};  // An entry's that will not be computed, while there is no memory.
   return absl::OkStatus();

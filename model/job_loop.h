@@ -28,9 +28,9 @@ namespace eduba {
 //   1. choose the next token of every generation, from its last hidden state;
 //   2. reserve memory, and agree with the other ranks: who has none, and whose generation has ended (one
 //      collective);
-//   3. compute the rows. All ranks compute all of them, but for two exceptions: a generation that has an owner
-//      rank is computed there alone, and a long append is shared out (SequenceParallelPrefill), some of its work
-//      in each step;
+//   3. compute the rows. All ranks compute all of them, but for two exceptions: a generation that has an
+//      owner rank is computed there alone, and a long append is shared out (SequenceParallelPrefill), some of
+//      its work in each step;
 //   4. tell what came of it, and end the jobs that are complete.
 // So nothing that a rank decides by itself (memory, time, a broken device) can make ranks differ.
 //
@@ -51,37 +51,37 @@ class JobLoop {
   JobLoop(const JobLoop&) = delete;
   JobLoop& operator=(const JobLoop&) = delete;
 
-  // As ModelContent's. Jobs of sessions that go end with NOT_FOUND. Of Fork also: UNAVAILABLE while the session is
-  // being read again. REQUIRES of Fork: no generation of the session is under way.
+  // As ModelContent's. Jobs of sessions that go end with NOT_FOUND. Of Fork also: UNAVAILABLE while the
+  // session is being read again. REQUIRES of Fork: no generation of the session is under way.
   absl::Status Open(uint64_t session_id, const ContextOptions& options, const Placement& placement,
                     int index);
   void Close(uint64_t session_id);
   void Retain(const std::set<uint64_t>& session_ids);
   absl::Status Fork(uint64_t session_id, uint64_t fork_id);
 
-  // Begins a job, whose result comes from a later step; or from within this call, where there is nothing to do.
-  // While its session is being read again the job waits, and what is wrong with it becomes its result. After an
-  // error there is no job, and no result comes:
+  // Begins a job, whose result comes from a later step; or from within this call, where there is nothing to
+  // do. While its session is being read again the job waits, and what is wrong with it becomes its result.
+  // After an error there is no job, and no result comes:
   //   NOT_FOUND            the session is not open
   //   INVALID_ARGUMENT     a token is not in the vocabulary, an option is out of range
-  //   FAILED_PRECONDITION  a generation or score of an empty session; a settlement that does not fit what is held;
-  //                        keys and values of the session are missing, because a settlement failed
+  //   FAILED_PRECONDITION  a generation or score of an empty session; a settlement that does not fit what is
+  //                        held; keys and values are missing, because a settlement failed
   //   OUT_OF_RANGE         an append or range beyond the session's end
   //   ALREADY_EXISTS       an append of other ids than are there; names the first position that differs
-  // Any other error is that of this node's disk; the group is dead. REQUIRES: a generation of the session is not
-  // under way, and no two jobs make it longer.
+  // Any other error is that of this node's disk; the group is dead. REQUIRES: a generation of the session is
+  // not under way, and no two jobs make it longer.
   absl::Status Start(const JobId& id, JobRequest request);
   // Ends a job with what it has, one with an owner rank in the next step. One that has ended is left alone.
   void Cancel(uint64_t job);
-  // The group is over: ends all jobs with an error. Each session keeps the tokens that were read, and nothing of a
-  // step that was half done. (What an owner rank generated, the others do not have then; if more than one row,
-  // their keys and values have to be read again, and are dropped.)
+  // The group is over: ends all jobs with an error. Each session keeps the tokens that were read, and nothing
+  // of a step that was half done. (What an owner rank generated, the others do not have then; if more than
+  // one row, their keys and values have to be read again, and are dropped.)
   void FailAll(const absl::Status& status);
 
   bool busy() const { return !jobs_.empty(); }
-  // One step. `newest` is the number of the newest command that this rank has received; returned is rank 0's: up
-  // to it all ranks run commands before the next step. An error is the end of the group: the communicator is
-  // dead, and FailAll the caller's next call. REQUIRES: busy().
+  // One step. `newest` is the number of the newest command that this rank has received; returned is rank 0's:
+  // up to it all ranks run commands before the next step. An error is the end of the group: the communicator
+  // is dead, and FailAll the caller's next call. REQUIRES: busy().
   absl::StatusOr<uint64_t> Step(uint64_t newest);
 
  private:
@@ -144,8 +144,8 @@ class JobLoop {
   absl::StatusOr<uint64_t> AgreeOnStep(uint64_t newest, absl::Time deadline, StepPlan& plan);
   // Whether there was any, whose memory an entry may have lacked.
   bool GiveUpAllPrefills(StepPlan& plan);
-  // Ends a generation that has an owner rank, and gives all ranks its rows. `word`: an EndWord; `otherwise`: how it
-  // ends if that is 0.
+  // Ends a generation that has an owner rank, and gives all ranks its rows. `word`: an EndWord; `otherwise`:
+  // how it ends if that is 0.
   absl::Status EndOnAllRanks(RunningJob& job, int64_t word, JobEnd otherwise, absl::Time deadline);
   // Computes rows that all ranks compute, or some that are this rank's alone.
   absl::Status RunEntries(absl::Time deadline, const std::vector<RunningJob*>& jobs,

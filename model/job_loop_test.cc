@@ -44,8 +44,8 @@ RandomModel ModelThatSeesAllKeys() {
 
 absl::Time Far() { return absl::Now() + absl::Seconds(60); }
 
-// Runs body(rank, fixture, next_group) as every rank; next_group() ends the membership of the rank that calls it
-// and begins the next one of all ranks.
+// Runs body(rank, fixture, next_group) as every rank; next_group() ends the membership of the rank that calls
+// it and begins the next one of all ranks.
 void OnRanks(const std::function<void(int, Fixture&, const std::function<void()>&)>& body) {
   LocalHub hub;
   std::vector<std::thread> threads;
@@ -121,8 +121,8 @@ TEST(JobLoop, AMembershipThatEndsInAnyStepOfAnAppendLeavesRanksAtOnePlaceFromWhi
   }
 }
 
-// A generation that one rank computed, interrupted after so many steps: the ranks stand at different places, but for
-// the first.
+// A generation that one rank computed, interrupted after so many steps: the ranks stand at different places,
+// but for the first.
 TEST(JobLoop, RanksThatStoppedAtDifferentPlacesReadTheirIdsAgainToTheSameBits) {
   for (const int steps : {0, 1, 2, 60}) {
     OnRanks([&](int rank, Fixture& f, const auto& next_group) {

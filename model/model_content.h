@@ -17,8 +17,8 @@
 namespace eduba {
 
 // A session as one node keeps it: the ids of its tokens, and the context that has read them.
-//   context.length() == ids.size(), or it is smaller where an interruption left keys and values that have to be
-//   read again from the ids (ModelContent::BeginSettle).
+//   context.length() == ids.size(), or it is smaller where an interruption left keys and values that have to
+//   be read again from the ids (ModelContent::BeginSettle).
 struct ModelSession {
   ContextOptions options;  // As given to Open.
   Context context;
@@ -41,9 +41,9 @@ class ModelContent {
 
   ModelEngine& engine() { return engine_; }
 
-  // Makes an empty session, or keeps the one that is there with the same options and placement; one with others
-  // is dropped first. `index` is this node's in the placement. INVALID_ARGUMENT as ModelEngine::Open; the session
-  // is gone then.
+  // Makes an empty session, or keeps the one that is there with the same options and placement; one with
+  // others is dropped first. `index` is this node's in the placement. INVALID_ARGUMENT as ModelEngine::Open;
+  // the session is gone then.
   absl::Status Open(uint64_t session_id, const ContextOptions& options, const Placement& placement,
                     int index);
   // Whether Open would keep what is there.
@@ -59,8 +59,8 @@ class ModelContent {
   // NOT_FOUND. The session stays where it is until it is closed or dropped.
   absl::StatusOr<ModelSession*> Find(uint64_t session_id);
 
-  // How far the session came. Ranks with equal descriptions stand at the same place: they have the same ids, and
-  // have read as many of them, to the same hidden state.
+  // How far the session came. Ranks with equal descriptions stand at the same place: they have the same ids,
+  // and have read as many of them, to the same hidden state.
   struct Description {
     int64_t length = 0;  // Ids.
     uint64_t digest = 0;
@@ -70,11 +70,12 @@ class ModelContent {
   absl::StatusOr<Description> Describe(uint64_t session_id);
 
   // The session is `length` tokens long from now on. `read_again`: keys and values are dropped, all of them.
-  // Afterwards is_read(), or ids are to be read from context.length() on, by all ranks together, before anything
-  // else happens to the session (JobLoop::Settle). Without `read_again` ranks stand at the same place, and nothing
-  // is dropped.
+  // Afterwards is_read(), or ids are to be read from context.length() on, by all ranks together, before
+  // anything else happens to the session (JobLoop::Settle). Without `read_again` ranks stand at the same
+  // place, and nothing is dropped.
   //   NOT_FOUND
-  //   FAILED_PRECONDITION  the session has fewer ids; or, without `read_again`, another length. Nothing changed.
+  //   FAILED_PRECONDITION  the session has fewer ids; or, without `read_again`, another length. Nothing
+  //                        changed.
   //   UNAVAILABLE          the disk does not give the ids. Nothing changed.
   absl::Status BeginSettle(uint64_t session_id, int64_t length, bool read_again);
 

@@ -19,15 +19,16 @@
 
 namespace eduba {
 
-// A part of a long append that the ranks of a group share out: every rank takes the rows of its own stripe through the
-// model, layer by layer (docs/adr/0007-model-sessions.md, "striped rows"). In each layer all ranks first compute the
-// queries, keys and values of their rows. Then they send each other the keys and values that their windows need, and
-// those that every rank keeps. Then all attend, with everybody's help where a row sees all keys, and compute the rest
-// of the layer. A row has the same bits as in a step that every rank computes.
+// A part of a long append that the ranks of a group share out: every rank takes the rows of its own stripe
+// through the model, layer by layer (docs/adr/0007-model-sessions.md, "striped rows"). In each layer all
+// ranks first compute the queries, keys and values of their rows. Then they send each other the keys and
+// values that their windows need, and those that every rank keeps. Then all attend, with everybody's help
+// where a row sees all keys, and compute the rest of the layer. A row has the same bits as in a step that
+// every rank computes.
 //
-// It works on pages of its own, a fork of the context's, so that a prefill that is given up leaves no trace. Its work is
-// done in small units, between which other contexts may grow. The ranks of the group make the same calls at the same
-// time.
+// It works on pages of its own, a fork of the context's, so that a prefill that is given up leaves no trace.
+// Its work is done in small units, between which other contexts may grow. The ranks of the group make the
+// same calls at the same time.
 class SequenceParallelPrefill {
  public:
   // All outlive the prefill.
@@ -51,13 +52,13 @@ class SequenceParallelPrefill {
 
   const WavePlan& plan() const { return plan_; }
 
-  // Takes all the memory that the prefill needs: pages, and buffer_bytes() beside them. RESOURCE_EXHAUSTED: this
-  // rank has not enough, and took none; no rank may go on then. Any other error is that of its device, and the
-  // communicator is dead.
+  // Takes all the memory that the prefill needs: pages, and buffer_bytes() beside them. RESOURCE_EXHAUSTED:
+  // this rank has not enough, and took none; no rank may go on then. Any other error is that of its device,
+  // and the communicator is dead.
   absl::Status Reserve();
 
-  // The bytes of hidden states and queries of this rank's rows, of messages, and of all else that grows with the
-  // prefill.
+  // The bytes of hidden states and queries of this rank's rows, of messages, and of all else that grows with
+  // the prefill.
   int64_t buffer_bytes() const;
 
   // Goes on by `units` at least: each is a chunk's way through one half of a layer, or as much work. Errors
@@ -71,8 +72,8 @@ class SequenceParallelPrefill {
   // this rank knows, and still takes part in what the others do; afterwards all ranks know.
   const absl::Status& status() const { return status_; }
 
-  // What came of it, once done() with an OK status(): the pages of a context that ends with the prefill, but for
-  // those that no later row sees.
+  // What came of it, once done() with an OK status(): the pages of a context that ends with the prefill, but
+  // for those that no later row sees.
   KvPages TakePages() { return std::move(pages_); }
   const std::vector<float>& last() const { return last_; }            // [hidden_size]
   const std::vector<float>& log_probs() const { return log_probs_; }  // [ids], where wanted; or nothing

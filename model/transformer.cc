@@ -57,8 +57,8 @@ std::vector<QkvPart> QkvParts(const ModelConfig& config, const LayerWeights& lay
   return parts;
 }
 
-// In front of numbers that a host looks at: what LayerKernels::FlagNonFinite says of them, so that one copy brings
-// both. As many as keep what follows aligned.
+// In front of numbers that a host looks at: what LayerKernels::FlagNonFinite says of them, so that one copy
+// brings both. As many as keep what follows aligned.
 constexpr int64_t kHeader = 64;
 
 using Use = LayerFloats::Use;

@@ -156,8 +156,8 @@ class Transformer {
   // Of the step under way.
   RowAngles angles_;
   LayerFloats normed_, qkv_, mapped_, up_, activated_;
-  LayerFloats
-      projected_;  // kHeader floats, of which the first is FlagNonFinite's; queries, keys, values, sink queries.
+  // kHeader floats, of which the first is FlagNonFinite's; queries, keys, values, sink queries.
+  LayerFloats projected_;
   LayerFloats attended_;
   bool is_attended_queued_ = false;  // Its copy may be under way.
   LayerFloats states_;               // Whose logits are asked for.

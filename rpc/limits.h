@@ -12,11 +12,11 @@ inline constexpr int64_t kPayloadBytesMax = 768 << 10;
 // Rows of one step: keeps positions and path counts of a step small beside its queries.
 inline constexpr int kStepRowsMax = 4096;
 
-// Calls of one connection that a server works on at once; the client keeps further ones until others end. A call
-// that waits holds no thread and a few KiB, so this only keeps one client from taking all of kCallsMax.
+// Calls of one connection that a server works on at once; the client keeps further ones until others end. A
+// call that waits holds no thread and a few KiB, so this only keeps one client from taking all of kCallsMax.
 inline constexpr int kConnectionCallsMax = 1024;
-// Client calls of a coordinator at once (RESOURCE_EXHAUSTED beyond it). The most that one has in memory are the
-// 4 MiB of queries that Attend reads before they are answered.
+// Client calls of a coordinator at once (RESOURCE_EXHAUSTED beyond it). The most that one has in memory are
+// the 4 MiB of queries that Attend reads before they are answered.
 inline constexpr int kCallsMax = 4096;
 
 // Session bounds. One row's queries or outputs, and one position's keys and values, must fit into one

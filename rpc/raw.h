@@ -7,10 +7,10 @@
 
 namespace eduba {
 
-// Our services take their messages still encoded (the generated WithRawCallbackMethod_...) and decode them here.
-// gRPC's own readers answer "no more" alike for a client that has said all and for a message that cannot be
-// decoded, so a stream with a broken message in the middle would look complete; and a call of one broken
-// message would end as UNIMPLEMENTED with no text.
+// Our services take their messages still encoded (the generated WithRawCallbackMethod_...) and decode them
+// here. gRPC's own readers answer "no more" alike for a client that has said all and for a message that
+// cannot be decoded, so a stream with a broken message in the middle would look complete; and a call of one
+// broken message would end as UNIMPLEMENTED with no text.
 
 // Takes `bytes`. INVALID_ARGUMENT when they are not a message of that type.
 absl::Status Decode(grpc::ByteBuffer* bytes, google::protobuf::MessageLite* message);

@@ -23,9 +23,9 @@
 namespace eduba {
 namespace {
 
-// Our services are reactors, which run on the few threads that gRPC shares among all calls of the process. What
-// still takes a thread for each call is gRPC's reflection, and a service of a test that is written without
-// callbacks. Calls beyond it are RESOURCE_EXHAUSTED.
+// Our services are reactors, which run on the few threads that gRPC shares among all calls of the process.
+// What still takes a thread for each call is gRPC's reflection, and a service of a test that is written
+// without callbacks. Calls beyond it are RESOURCE_EXHAUSTED.
 constexpr int kBlockingThreadsMax = 64;
 
 // Says why a server could not listen there: gRPC says it only in its log.

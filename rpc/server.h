@@ -16,9 +16,9 @@ namespace eduba {
 absl::StatusOr<std::pair<std::string, int>> ParseAddress(const std::string& address);
 
 // A gRPC server with our limits, grpc.health.v1 and reflection. Services should be reactors (the generated
-// WithCallbackMethod_... and WithRawCallbackMethod_...), which hold no thread while a call waits: their reactions
-// run on a few threads that gRPC shares among all calls of the process, and must not block. A handler without
-// callbacks takes a thread for as long as its call lasts, of which there are few.
+// WithCallbackMethod_... and WithRawCallbackMethod_...), which hold no thread while a call waits: their
+// reactions run on a few threads that gRPC shares among all calls of the process, and must not block. A
+// handler without callbacks takes a thread for as long as its call lasts, of which there are few.
 class RpcServer {
  public:
   // Listens on `address` (port 0: any free one) and serves; `services` must outlive the server. Health says

@@ -11,8 +11,8 @@
 
 namespace eduba {
 
-// A few threads that run what must not run on gRPC's own, because it takes long or waits for a lock: gRPC has as
-// few as two threads for the reactions of all calls of a process. Tasks begin in the order of Add.
+// A few threads that run what must not run on gRPC's own, because it takes long or waits for a lock: gRPC has
+// as few as two threads for the reactions of all calls of a process. Tasks begin in the order of Add.
 class TaskThreads {
  public:
   explicit TaskThreads(int threads);

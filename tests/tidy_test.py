@@ -132,9 +132,10 @@ class Format(unittest.TestCase):
             text = (ROOT / path).read_text()
             self.assertTrue(text.endswith("\n") and not text.endswith("\n\n"), path)
 
-    def test_lines_of_code_fit_in_110_columns(self):
+    def test_comments_fit_in_110_columns(self):
+        """clang-format sees to the code, but leaves comments to their authors (ReflowComments: false)."""
         wide = [f"{path}:{number}" for path in sources() for number, line in enumerate((ROOT / path).read_text().splitlines(), 1)
-                if len(line) > COLUMNS and "http" not in line and "R\"" not in line and "NOLINT" not in line]
+                if len(line) > COLUMNS and re.search(r"(^|\s)//", line) and "http" not in line and "NOLINT" not in line]
         self.assertEqual(wide, [], f"longer than {COLUMNS} columns")
 
     def test_lines_of_prose_fit_in_110_columns(self):

@@ -10,10 +10,10 @@
 
 namespace eduba {
 
-// Answers rows of one layer together with the other ranks, which all make the same call. `sequence` null: this
-// worker does not have the session.
-//   INVALID_ARGUMENT, OUT_OF_RANGE  the step is wrong, or its numbers leave the finite range; every rank finds
-//                                   the same
+// Answers rows of one layer together with the other ranks, which all make the same call. `sequence` null:
+// this worker does not have the session.
+//   INVALID_ARGUMENT, OUT_OF_RANGE  the step is wrong, or its numbers leave the finite range; every rank
+//                                   finds the same
 //   any other error                 the group is over (Membership::EndIfBroken)
 absl::StatusOr<v1::AttendResult> Attend(Backend& backend, Membership& membership, const Sequence* sequence,
                                         const v1::AttendStep& step, absl::Time deadline);

@@ -21,11 +21,11 @@
 
 namespace eduba {
 
-// What a worker does with the messages of one connection to the coordinator. Commands run one after another, in
-// the order of their ordinals, on one thread, so that collectives meet in the same order on every rank. Model
-// commands become jobs, whose steps run on the same thread; while there are any, other commands run between two
-// steps, at places on which all ranks agree (docs/adr/0008). A group that ends, or the end of the connection,
-// ends the membership and leaves the content.
+// What a worker does with the messages of one connection to the coordinator. Commands run one after another,
+// in the order of their ordinals, on one thread, so that collectives meet in the same order on every rank.
+// Model commands become jobs, whose steps run on the same thread; while there are any, other commands run
+// between two steps, at places on which all ranks agree (docs/adr/0008). A group that ends, or the end of the
+// connection, ends the membership and leaves the content.
 class CommandLoop {
  public:
   struct Options {

@@ -57,13 +57,13 @@ class Membership {
 
   // The ordinal of the command that is due.
   uint64_t next_ordinal() const { return next_ordinal_; }
-  // Takes the command's turn. Any error but OK means that the group is over: a rank that missed a command would
-  // meet the others in the wrong collective.
+  // Takes the command's turn. Any error but OK means that the group is over: a rank that missed a command
+  // would meet the others in the wrong collective.
   absl::Status TakeTurn(const v1::Command& command);
 
-  // Decides whether the communicator is dead after a command that takes part in collectives returned `status`;
-  // ends the membership if so. Ranks find wrong input alike, before any of them enters a collective that
-  // another one does not enter; after any other error they may have parted. Returns `status`.
+  // Decides whether the communicator is dead after a command that takes part in collectives returned
+  // `status`; ends the membership if so. Ranks find wrong input alike, before any of them enters a collective
+  // that another one does not enter; after any other error they may have parted. Returns `status`.
   absl::Status EndIfBroken(absl::Status status);
   // The group is over: a collective under way returns, kernels stop between two pages. Only the first call
   // counts.

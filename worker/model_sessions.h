@@ -21,9 +21,9 @@ namespace eduba {
 // What a worker's ModelContent is made of. All outlive it.
 ModelEngine::Options ModelContentOptions(Backend* backend, PageStore* store, ServedModel* model);
 
-// The door of the model sessions on one rank of one group: commands become calls of a JobLoop, and its progress
-// and results become messages. It lives as long as the group; what the sessions are lives in ModelContent, as
-// long as the worker. Each call is made by all ranks in the same order. One thread.
+// The door of the model sessions on one rank of one group: commands become calls of a JobLoop, and its
+// progress and results become messages. It lives as long as the group; what the sessions are lives in
+// ModelContent, as long as the worker. Each call is made by all ranks in the same order. One thread.
 class ModelSessions final : private JobListener {
  public:
   struct Options {
@@ -51,10 +51,12 @@ class ModelSessions final : private JobListener {
     return jobs_.Fork(request.session_id(), request.fork_id());
   }
 
-  // Whether the command is one that Start takes: a model command, or SettleSession of a session that is held here.
+  // Whether the command is one that Start takes: a model command, or SettleSession of a session that is held
+  // here.
   bool IsJob(const v1::Command& command) const;
-  // Makes the command a job, whose result is sent when it has ended (which may be within this call); after an error
-  // there is no job, and the result is the caller's to send. Errors are JobLoop::Start's. REQUIRES: IsJob.
+  // Makes the command a job, whose result is sent when it has ended (which may be within this call); after an
+  // error there is no job, and the result is the caller's to send. Errors are JobLoop::Start's. REQUIRES:
+  // IsJob.
   absl::Status Start(const v1::Command& command);
   // These four: JobLoop's.
   void Cancel(uint64_t ordinal) { jobs_.Cancel(ordinal); }

@@ -854,8 +854,8 @@ TEST(ModelSessionsOfTwo, AnEmbeddingNeedsMemoryForWhatItAnswers) {
   }
 }
 
-// A prompt of 5000 tokens is read by prefills; then `ask` wants `done` tokens of another session, for which rank 1
-// has nothing left in the second run.
+// A prompt of 5000 tokens is read by prefills; then `ask` wants `done` tokens of another session, for which
+// rank 1 has nothing left in the second run.
 void ExpectThatPrefillsGiveWay(const std::function<uint64_t(Rank&)>& ask, int64_t done) {
   const auto run = [&](Rank& rank, int64_t* used_in_prefill) {
     rank.Open(3, /*window=*/20, /*stripe_pages=*/8);

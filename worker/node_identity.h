@@ -9,9 +9,9 @@
 
 namespace eduba {
 
-// Who a worker is, for as long as its data lasts. With a data directory the id is kept in DIR/node_id, and the
-// directory belongs to one living worker: DIR/worker.lock is locked until the object goes, or the process ends
-// in whatever way.
+// Who a worker is, for as long as its data lasts. With a data directory the id is kept in DIR/node_id, and
+// the directory belongs to one living worker: DIR/worker.lock is locked until the object goes, or the process
+// ends in whatever way.
 class NodeIdentity {
  public:
   // `given`: the id, or empty: the one that the directory has, which is made where there is none. Without a

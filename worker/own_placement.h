@@ -10,8 +10,8 @@
 namespace eduba {
 
 // The placement of a session that node `node`, which is rank `rank` of `size`, is told to open. While a group
-// reduces together, its nodes are those of the placement in the same order. INVALID_ARGUMENT otherwise, and as
-// Placement::Validate.
+// reduces together, its nodes are those of the placement in the same order. INVALID_ARGUMENT otherwise, and
+// as Placement::Validate.
 absl::StatusOr<Placement> OwnPlacement(const v1::PagePlacement& given, const std::string& node, int rank,
                                        int size);
 

@@ -13,8 +13,9 @@ namespace {
 // Enough to fill the memory bandwidth that a network card leaves to copies.
 constexpr int kCopyThreads = 4;
 
-// One Upload call. At any time either a read is awaited or a message is being copied, and the end of both ends
-// the call where the client has gone: OnCancel has nothing to do. Deletes itself when the call has ended.
+// One Upload call. At any time either a read is awaited or a message is being copied, and the end of both
+// ends the call where the client has gone: OnCancel has nothing to do. Deletes itself when the call has
+// ended.
 class UploadStream final : public grpc::ServerReadReactor<grpc::ByteBuffer> {
  public:
   UploadStream(std::shared_ptr<CommandLoop> loop, TaskThreads* copying, grpc::CallbackServerContext* context,

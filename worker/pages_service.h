@@ -15,9 +15,9 @@
 namespace eduba {
 
 // The door of the bulk path: messages of an upload go to the worker's staged appends. Messages come encoded
-// (rpc/raw.h says why). No upload holds a thread while it waits for its client; rows are copied into pages on a
-// few threads of the service, one message of each upload at a time. The next message is read when the last one
-// has been copied, so that a slow worker slows its clients.
+// (rpc/raw.h says why). No upload holds a thread while it waits for its client; rows are copied into pages on
+// a few threads of the service, one message of each upload at a time. The next message is read when the last
+// one has been copied, so that a slow worker slows its clients.
 class PagesService final : public v1::Pages::WithRawCallbackMethod_Upload<v1::Pages::Service> {
  public:
   PagesService();

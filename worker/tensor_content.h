@@ -22,11 +22,13 @@
 
 namespace eduba {
 
-// What a node keeps of tensor sessions: their committed rows, and the appends on their way into them. It lives
-// as long as the worker's process, through the end of groups and of connections to the coordinator. Appends
-// that are not sealed belong to the group in which they began: whoever ends the group calls DropUnsealed.
+// What a node keeps of tensor sessions: their committed rows, and the appends on their way into them. It
+// lives as long as the worker's process, through the end of groups and of connections to the coordinator.
+// Appends that are not sealed belong to the group in which they began: whoever ends the group calls
+// DropUnsealed.
 //
-// Upload and TakeTouchedAppends may be called from any thread. All other calls come from one thread at a time.
+// Upload and TakeTouchedAppends may be called from any thread. All other calls come from one thread at a
+// time.
 class TensorContent {
  public:
   // Both outlive the content.
@@ -37,8 +39,8 @@ class TensorContent {
 
   // Drops the sessions that are not named.
   void Retain(const std::set<uint64_t>& session_ids);
-  // Makes an empty session, or finds the one that is held with the same spec and placement; one with others is
-  // dropped first. Says what is held now. INVALID_ARGUMENT: the spec is not one of a tensor session.
+  // Makes an empty session, or finds the one that is held with the same spec and placement; one with others
+  // is dropped first. Says what is held now. INVALID_ARGUMENT: the spec is not one of a tensor session.
   absl::StatusOr<v1::SessionContent> Open(const v1::OpenSession& request, const Placement& placement);
   // Publishes the sealed append that ends at `request.length`, and drops all others.
   //   NOT_FOUND            the session is not open
@@ -61,8 +63,8 @@ class TensorContent {
   // Null: the session is not open. Valid until the session is dropped.
   const Sequence* Find(uint64_t session_id) const;
 
-  // Takes rows into an append. NOT_FOUND: no append has this id. UNAVAILABLE: the append ended with its group.
-  // Otherwise as StagedAppend::AddRows.
+  // Takes rows into an append. NOT_FOUND: no append has this id. UNAVAILABLE: the append ended with its
+  // group. Otherwise as StagedAppend::AddRows.
   absl::Status Upload(const v1::UploadRequest& request);
   // The appends into which rows have come since the last call.
   std::vector<uint64_t> TakeTouchedAppends();
@@ -76,7 +78,8 @@ class TensorContent {
   using Appends = std::map<uint64_t, std::shared_ptr<StagedAppend>>;
 
   absl::StatusOr<std::shared_ptr<StagedAppend>> FindAppend(uint64_t append_id) const;
-  // The append to the sequence that would be published: sealed, and beginning at its end. Null: there is none.
+  // The append to the sequence that would be published: sealed, and beginning at its end. Null: there is
+  // none.
   std::shared_ptr<StagedAppend> SealedAppendTo(const Sequence& sequence) const;
   // Drops the appends of which `doomed(append)` is true.
   template <typename Predicate>

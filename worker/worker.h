@@ -26,8 +26,8 @@
 
 namespace eduba {
 
-// A whole worker: its content, its Pages server, and its connection to the coordinator, over which it takes part
-// in groups. The connection may break and come back; content stays for as long as the worker lives.
+// A whole worker: its content, its Pages server, and its connection to the coordinator, over which it takes
+// part in groups. The connection may break and come back; content stays for as long as the worker lives.
 class Worker {
  public:
   struct Options {

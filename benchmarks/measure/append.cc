@@ -108,7 +108,8 @@ absl::StatusOr<AppendBenchResult> RunAppendBench(const AppendBenchOptions& optio
   plan.add_workers(bare->address());
   plan.add_extents()->set_count(count);
 
-  // The first round is not timed: it meets memory that was never touched and connections that were never made.
+  // The first round is not timed: it meets memory that was never touched and connections that were never
+  // made.
   std::vector<double> bare_seconds;
   std::vector<double> append_seconds;
   for (int round = 0; round <= options.rounds; ++round) {

@@ -22,8 +22,8 @@ struct AppendBenchResult {
   double append_bytes_per_s = 0;  // From plan to commit.
 };
 
-// Medians of rounds of appends and of bare uploads, which alternate, so that a neighbour's load falls on both.
-// Errors of the client and of gRPC as they are.
+// Medians of rounds of appends and of bare uploads, which alternate, so that a neighbour's load falls on
+// both. Errors of the client and of gRPC as they are.
 absl::StatusOr<AppendBenchResult> RunAppendBench(const AppendBenchOptions& options);
 
 }  // namespace eduba

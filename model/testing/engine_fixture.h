@@ -80,7 +80,8 @@ struct Fixture {
     const JobOutcome outcome = jobs->Append(session, ids);
     EXPECT_TRUE(outcome.ok()) << outcome.status();
   }
-  // Appends of `chunk` ids each, with every row computed by every rank. Returns the hidden states of all rows.
+  // Appends of `chunk` ids each, with every row computed by every rank. Returns the hidden states of all
+  // rows.
   std::vector<float> Hidden(const Session& session, absl::Span<const int32_t> ids, size_t chunk) {
     std::vector<float> hidden;
     for (size_t at = 0; at < ids.size(); at += chunk) {

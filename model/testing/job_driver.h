@@ -30,8 +30,8 @@ struct JobOutcome {
   std::vector<int32_t> ids() const;
 };
 
-// One rank's sessions, and the loop that the service runs on them, driven until jobs are done. All ranks of a group
-// drive theirs alike.
+// One rank's sessions, and the loop that the service runs on them, driven until jobs are done. All ranks of a
+// group drive theirs alike.
 class JobDriver final : private JobListener {
  public:
   // A session that is closed with the object, which the driver outlives.

@@ -42,8 +42,9 @@ def feed(pieces):
         yield piece
 if sys.argv[2] == "bulk":
     plan = eduba.PlanAppend(pb.PlanAppendRequest(session="s", at=at, count=count), timeout=60)
-    mine = [e for e in plan.extents if e.worker == 0]
-    stub = rpc.PagesStub(grpc.insecure_channel(plan.workers[0]))
+    owner = plan.extents[0].worker
+    mine = [e for e in plan.extents if e.worker == owner]
+    stub = rpc.PagesStub(grpc.insecure_channel(plan.workers[owner]))
     stub.Upload(feed(p for e in mine for p in
                      example.pieces(plan.append_id, at, e.first_position, e.first_position + e.count, keys, values)))
 else:
