@@ -181,10 +181,12 @@ void TensorContent::AbortAppend(uint64_t append_id) {
 void TensorContent::DropUnsealed() {
   {
     const MutexLock lock(mutex_);
-    ended_.clear();
+    std::set<uint64_t> ended;
     for (const auto& [id, append] : appends_) {
-      if (!append->sealed()) ended_.insert(id);
+      if (!append->sealed()) ended.insert(id);
     }
+    // A group that took none with it does not make the ones before forgotten.
+    if (!ended.empty()) ended_ = std::move(ended);
   }
   DropAppends([](const StagedAppend& append) { return !append.sealed() || append.share().compare_only; });
 }
@@ -220,10 +222,9 @@ absl::StatusOr<std::shared_ptr<StagedAppend>> TensorContent::FindAppend(uint64_t
   const auto found = appends_.find(append_id);
   if (found != appends_.end()) return found->second;
   if (ended_.count(append_id) > 0) return EndedWithItsGroup(append_id);
-  return absl::NotFoundError(
-      absl::StrCat("append ", append_id,
-                   " is not under way on this worker: it was committed, aborted, idle "
-                   "for too long, or lost with its group; plan it again"));
+  return absl::NotFoundError(absl::StrCat("append ", append_id,
+                                          " is not under way on this worker: it was committed, aborted, idle "
+                                          "for too long, or lost with its group; plan it again"));
 }
 
 std::shared_ptr<StagedAppend> TensorContent::SealedAppendTo(const Sequence& sequence) const {
