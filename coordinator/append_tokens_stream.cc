@@ -1,12 +1,12 @@
 #include "coordinator/append_tokens_stream.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <variant>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "rpc/raw.h"
 #include "rpc/status.h"
 
@@ -53,12 +53,7 @@ absl::Status AppendTokensStream::Submit(const v1::AppendTokensRequest& request) 
     session = session_;
     at = at_;
   }
-  if (request.ids().size() % sizeof(int32_t) != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("ids have ", request.ids().size(), " bytes, wanted a multiple of 4 (int32)"));
-  }
-  std::vector<int32_t> ids(request.ids().size() / sizeof(int32_t));
-  if (!ids.empty()) std::memcpy(ids.data(), request.ids().data(), request.ids().size());
+  EDUBA_ASSIGN_OR_RETURN(std::vector<int32_t> ids, NumbersOf<int32_t>(request.ids(), "ids"));
   const RequestId id = runtime_->Start(this, [&](ClusterState& state, RequestId own, int64_t now) {
     state.AppendTokens(own, session, at, std::move(ids), now);
   });

@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "base/dtype.h"
+#include "base/elements.h"
 #include "rpc/raw.h"
 #include "rpc/status.h"
 
@@ -22,24 +23,15 @@ constexpr int64_t kCallBytesMax = 4 << 20;
 }  // namespace
 
 absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpec& spec, int64_t first_row) {
-  const auto bits_at = [&queries](size_t i) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, queries.data() + 4 * i, 4);
-    return bits;
-  };
-  const size_t count = queries.size() / 4;
-  bool finite = true;
-  for (size_t i = 0; i < count; ++i) finite &= (bits_at(i) & 0x7f800000) != 0x7f800000;
-  if (finite) return absl::OkStatus();
-  for (size_t i = 0;; ++i) {
-    if ((bits_at(i) & 0x7f800000) != 0x7f800000) continue;
-    const int64_t row = static_cast<int64_t>(i) / (int64_t{spec.query_heads()} * spec.head_dim());
-    const int64_t head = static_cast<int64_t>(i) / spec.head_dim() % spec.query_heads();
-    const bool nan = (bits_at(i) & 0x007fffff) != 0;
-    return absl::InvalidArgumentError(absl::StrCat(
-        "query row ", first_row + row, ", head ", head, ", index ", static_cast<int64_t>(i) % spec.head_dim(),
-        " is ", nan ? "NaN" : "Inf", ", wanted finite numbers; replace it and ask again"));
-  }
+  const auto elements = static_cast<int64_t>(queries.size() / sizeof(float));
+  const int64_t i = FirstNonFinite(queries.data(), DType::kF32, elements);
+  if (i < 0) return absl::OkStatus();
+  const int64_t row = i / (int64_t{spec.query_heads()} * spec.head_dim());
+  const int64_t head = i / spec.head_dim() % spec.query_heads();
+  const bool is_nan = std::isnan(LoadElement(queries.data(), DType::kF32, i));
+  return absl::InvalidArgumentError(absl::StrCat("query row ", first_row + row, ", head ", head, ", index ",
+                                                 i % spec.head_dim(), " is ", is_nan ? "NaN" : "Inf",
+                                                 ", wanted finite numbers; replace it and ask again"));
 }
 
 AttendStream::AttendStream(Runtime* runtime) : runtime_(runtime), start_(absl::Now()) {

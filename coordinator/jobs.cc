@@ -2,34 +2,18 @@
 #include "coordinator/jobs.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 #include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "rpc/limits.h"
 #include "rpc/spec.h"
 
 namespace eduba {
 namespace {
-
-static_assert(std::endian::native == std::endian::little, "token ids travel as little-endian int32");
-
-template <typename T>
-absl::StatusOr<std::vector<T>> Numbers(const std::string& bytes, const std::string& what) {
-  if (bytes.empty() || bytes.size() % sizeof(T) != 0 ||
-      static_cast<int64_t>(bytes.size()) > kPayloadBytesMax) {
-    return absl::InvalidArgumentError(absl::StrCat(what, " have ", bytes.size(),
-                                                   " bytes, wanted a multiple of ", sizeof(T), " from ",
-                                                   sizeof(T), " to ", kPayloadBytesMax));
-  }
-  std::vector<T> numbers(bytes.size() / sizeof(T));
-  std::memcpy(numbers.data(), bytes.data(), bytes.size());
-  return numbers;
-}
 
 absl::Status CheckIds(const std::vector<int32_t>& ids, int64_t vocab, const std::string& what) {
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -223,7 +207,8 @@ void Jobs::Score(RequestId request, const v1::ScoreRequest& args, int64_t now_ms
   const absl::StatusOr<SessionEntry*> found = FindIdle(args.session());
   if (!found.ok()) return outbox_->Respond(request, found.status());
   const std::string of = absl::StrCat("score on session '", args.session(), "'");
-  const auto ids = Numbers<int32_t>(args.ids(), absl::StrCat(of, ": ids"));
+  const auto ids =
+      NumbersOf<int32_t>(args.ids(), absl::StrCat(of, ": ids"), 1, kPayloadBytesMax / sizeof(int32_t));
   absl::Status status = ids.status();
   if (status.ok()) status = CheckIds(*ids, group_->model()->vocab_size(), of);
   if (status.ok()) status = CheckNotEmpty(**found, of);
@@ -247,7 +232,8 @@ void Jobs::Embed(RequestId request, const v1::EmbedRequest& args, int64_t now_ms
   const absl::StatusOr<SessionEntry*> found = FindIdle(args.session());
   if (!found.ok()) return outbox_->Respond(request, found.status());
   const std::string of = absl::StrCat("embedding of session '", args.session(), "'");
-  const auto bounds = Numbers<int64_t>(args.ranges(), absl::StrCat(of, ": ranges"));
+  const auto bounds =
+      NumbersOf<int64_t>(args.ranges(), absl::StrCat(of, ": ranges"), 1, kPayloadBytesMax / sizeof(int64_t));
   absl::Status status = bounds.status();
   if (status.ok()) status = CheckRanges(*bounds, (*found)->record.length(), of);
   if (status.ok() && !v1::Pool_IsValid(args.pool())) {

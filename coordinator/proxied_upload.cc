@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/elements.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
 #include "grpcpp/client_context.h"
@@ -18,9 +19,7 @@ namespace eduba {
 absl::StatusOr<std::vector<RoutedPiece>> RoutePiece(const v1::SessionSpec& spec, const v1::AppendPlan& plan,
                                                     const v1::UploadRequest& piece) {
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, DTypeFromProto(piece.dtype()));
-  const int64_t element = static_cast<int64_t>(DTypeBytes(dtype));
-  const int64_t key_bytes = element * spec.kv_heads() * spec.head_dim();
-  const int64_t value_bytes = element * spec.kv_heads() * spec.value_dim();
+  const auto [key_bytes, value_bytes] = RowBytesOf(dtype, spec.kv_heads(), spec.head_dim(), spec.value_dim());
   const int64_t first = piece.first_position();
   const int64_t count = piece.count();
   if (count < 1 || first < plan.at() || count > plan.at() + plan.count() - first) {

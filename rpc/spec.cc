@@ -4,6 +4,8 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
+#include "base/dtype.h"
+#include "base/elements.h"
 #include "base/status_macros.h"
 #include "rpc/limits.h"
 
@@ -232,8 +234,8 @@ v1::DType DTypeToProto(DType dtype) {
 }
 
 int64_t PositionBytes(const v1::SessionSpec& spec) {
-  const int64_t element = spec.dtype() == v1::DTYPE_F32 ? 4 : 2;
-  return element * spec.kv_heads() * (spec.head_dim() + spec.value_dim());
+  const DType dtype = DTypeFromProto(spec.dtype()).value_or(DType::kF32);
+  return RowBytesOf(dtype, spec.kv_heads(), spec.head_dim(), spec.value_dim()).total();
 }
 
 }  // namespace eduba

@@ -1,25 +1,18 @@
 #include "worker/attend_step.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "attention/sharded_attention.h"
+#include "base/elements.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "rpc/limits.h"
 
 namespace eduba {
 namespace {
-
-// Numbers travel as this machine stores them; another byte order would need a conversion here.
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-
-template <typename T>
-std::string BytesOf(const std::vector<T>& numbers) {
-  return std::string(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T));
-}
 
 // What is wrong with the step whatever a rank holds: every rank finds the same, so none enters a collective.
 absl::Status CheckStep(const v1::AttendStep& step, const SequenceSpec& spec) {
@@ -54,9 +47,8 @@ absl::Status CheckStep(const v1::AttendStep& step, const SequenceSpec& spec) {
           absl::StrCat("query position is ", position, ", wanted 0 to ", step.length() - 1));
     }
   }
-  const auto* queries = reinterpret_cast<const float*>(step.queries().data());
-  const int64_t elements = static_cast<int64_t>(query_bytes / sizeof(float));
-  if (!std::all_of(queries, queries + elements, [](float q) { return std::isfinite(q); })) {
+  const auto elements = static_cast<int64_t>(query_bytes / sizeof(float));
+  if (FirstNonFinite(step.queries().data(), DType::kF32, elements) >= 0) {
     return absl::InvalidArgumentError("queries have a NaN or Inf, wanted finite numbers");
   }
   return absl::OkStatus();

@@ -1,7 +1,6 @@
 #include "worker/model_sessions.h"
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 #include <utility>
 #include <vector>
@@ -9,27 +8,12 @@
 #include "absl/strings/str_cat.h"
 #include "base/placement.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "rpc/limits.h"
 #include "worker/own_placement.h"
 
 namespace eduba {
 namespace {
-
-template <typename T>
-absl::StatusOr<std::vector<T>> Numbers(const std::string& bytes, const char* what) {
-  if (bytes.empty() || bytes.size() % sizeof(T) != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(what, " have ", bytes.size(), " bytes, wanted a positive multiple of ", sizeof(T)));
-  }
-  std::vector<T> numbers(bytes.size() / sizeof(T));
-  std::memcpy(numbers.data(), bytes.data(), bytes.size());
-  return numbers;
-}
-
-template <typename T>
-std::string BytesOf(absl::Span<const T> numbers) {
-  return std::string(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T));
-}
 
 ContextOptions ContextOptionsOf(const v1::ModelSpec& spec) {
   ContextOptions options;
@@ -45,7 +29,7 @@ ContextOptions ContextOptionsOf(const v1::ModelSpec& spec) {
 
 absl::StatusOr<JobRequest> RequestOf(const v1::ModelAppend& given) {
   AppendJob append;
-  EDUBA_ASSIGN_OR_RETURN(append.ids, Numbers<int32_t>(given.ids(), "token ids"));
+  EDUBA_ASSIGN_OR_RETURN(append.ids, NumbersOf<int32_t>(given.ids(), "token ids", 1));
   append.at = given.at();
   return append;
 }
@@ -67,13 +51,13 @@ JobRequest RequestOf(const v1::ModelGenerate& given) {
 
 absl::StatusOr<JobRequest> RequestOf(const v1::ModelScore& given) {
   ScoreJob score;
-  EDUBA_ASSIGN_OR_RETURN(score.ids, Numbers<int32_t>(given.ids(), "token ids"));
+  EDUBA_ASSIGN_OR_RETURN(score.ids, NumbersOf<int32_t>(given.ids(), "token ids", 1));
   score.sink_mass = given.sink_mass();
   return score;
 }
 
 absl::StatusOr<JobRequest> RequestOf(const v1::ModelEmbed& given) {
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<int64_t> bounds, Numbers<int64_t>(given.ranges(), "ranges"));
+  EDUBA_ASSIGN_OR_RETURN(const std::vector<int64_t> bounds, NumbersOf<int64_t>(given.ranges(), "ranges", 1));
   EmbedJob embed;
   for (size_t i = 0; i + 1 < bounds.size(); i += 2) embed.ranges.push_back({bounds[i], bounds[i + 1]});
   embed.pool = given.pool() == v1::POOL_LAST ? Pool::kLast : Pool::kMean;

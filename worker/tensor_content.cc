@@ -1,29 +1,16 @@
 #include "worker/tensor_content.h"
 
-#include <cstring>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "base/wire_array.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "rpc/spec.h"
 
 namespace eduba {
 namespace {
-
-// Numbers travel as this machine stores them; another byte order would need a conversion here.
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-
-std::string BytesOf(const std::vector<int16_t>& numbers) {
-  return std::string(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int16_t));
-}
-
-std::vector<int16_t> ExponentsOf(const std::string& bytes) {
-  std::vector<int16_t> exponents(bytes.size() / sizeof(int16_t));
-  std::memcpy(exponents.data(), bytes.data(), exponents.size() * sizeof(int16_t));
-  return exponents;
-}
 
 // `spec` is completed.
 absl::StatusOr<SequenceSpec> SequenceSpecOf(const v1::SessionSpec& spec) {
@@ -113,7 +100,9 @@ absl::Status TensorContent::Settle(const v1::SettleSession& request) {
   const std::shared_ptr<StagedAppend> append = SealedAppendTo(sequence);
   absl::Status status;
   if (append != nullptr && append->share().at + append->share().count == request.length()) {
-    status = append->Publish(ExponentsOf(request.exponents()));
+    EDUBA_ASSIGN_OR_RETURN(std::vector<int16_t> exponents,
+                           NumbersOf<int16_t>(request.exponents(), "exponents"));
+    status = append->Publish(std::move(exponents));
   }
   DropAppends([&sequence](const StagedAppend& other) { return &other.sequence() == &sequence; });
   if (status.ok() && sequence.length() != request.length()) {
@@ -167,7 +156,9 @@ absl::StatusOr<v1::SealResult> TensorContent::SealAppend(const v1::SealAppend& r
 
 absl::Status TensorContent::CommitAppend(const v1::CommitAppend& request) {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<StagedAppend> append, FindAppend(request.append_id()));
-  EDUBA_RETURN_IF_ERROR(append->Publish(ExponentsOf(request.exponents())));
+  EDUBA_ASSIGN_OR_RETURN(std::vector<int16_t> exponents,
+                         NumbersOf<int16_t>(request.exponents(), "exponents"));
+  EDUBA_RETURN_IF_ERROR(append->Publish(std::move(exponents)));
   AbortAppend(request.append_id());
   return absl::OkStatus();
 }
