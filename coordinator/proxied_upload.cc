@@ -19,7 +19,9 @@ namespace eduba {
 absl::StatusOr<std::vector<RoutedPiece>> RoutePiece(const v1::SessionSpec& spec, const v1::AppendPlan& plan,
                                                     const v1::UploadRequest& piece) {
   EDUBA_ASSIGN_OR_RETURN(const DType dtype, DTypeFromProto(piece.dtype()));
-  const auto [key_bytes, value_bytes] = RowBytesOf(dtype, spec.kv_heads(), spec.head_dim(), spec.value_dim());
+  const RowBytes row = RowBytesOf(dtype, spec.kv_heads(), spec.head_dim(), spec.value_dim());
+  const int64_t key_bytes = row.keys;
+  const int64_t value_bytes = row.values;
   const int64_t first = piece.first_position();
   const int64_t count = piece.count();
   if (count < 1 || first < plan.at() || count > plan.at() + plan.count() - first) {
