@@ -69,7 +69,7 @@ class RandomWeights {
       layer.attention_in = layer.mlp_in = weights.final_norm;
       layer.q.weight = View({int64_t{config.query_heads} * config.head_dim, width});
       layer.k.weight = layer.v.weight = View({int64_t{config.kv_heads} * config.head_dim, width});
-      layer.attention_map.weight = View({width, int64_t{config.query_heads} * config.head_dim});
+      layer.o_proj.weight = View({width, int64_t{config.query_heads} * config.head_dim});
       layer.gate.weight = layer.up.weight = View({config.intermediate_size, width});
       layer.down.weight = View({width, config.intermediate_size});
       weights.layers.push_back(layer);

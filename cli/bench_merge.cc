@@ -40,7 +40,7 @@ struct MergeSize {
   int rows;
   int query_heads;
   int value_dim;
-  bool scatters = false;  // To the ranks whose rows they are, as a wave does.
+  bool scatters = false;  // To the ranks whose rows they are, as in sequence-parallel prefill.
 };
 constexpr MergeSize kMergeSizes[] = {{1, 8, 64}, {1, 32, 128}, {64, 32, 128}, {64, 32, 128, true}};
 
@@ -91,8 +91,10 @@ absl::Status RunMerge(const MergeFlags& options) {
 }  // namespace
 
 void AddMergeBench(CLI::App& bench, Command& chosen) {
-  AddCommand(bench, "merge", "The all-reduce of one step, and a wave's reduce-scatter, for each transport",
-             chosen, AddMergeOptions, RunMerge);
+  AddCommand(
+      bench, "merge",
+      "The all-reduce of one step, and the reduce-scatter of sequence-parallel prefill, for each transport",
+      chosen, AddMergeOptions, RunMerge);
 }
 
 }  // namespace eduba

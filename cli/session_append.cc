@@ -33,7 +33,7 @@ struct AppendFlags {
   TokenFlags tokens;
   CellFlags cells;
   std::optional<int64_t> at;
-  bool thin = false;
+  bool proxied = false;
 };
 
 void AddAppendOptions(CLI::App& command, AppendFlags& options) {
@@ -97,7 +97,8 @@ void AddAppendOptions(CLI::App& command, AppendFlags& options) {
   command.add_option(
       "--at", options.at,
       "Position where the append starts [the end]; makes a repetition of the same append safe");
-  command.add_flag("--thin", options.thin, "Send through the coordinator, where workers cannot be reached");
+  command.add_flag("--proxied,--thin", options.proxied,
+                   "Send through the coordinator, where workers cannot be reached");
   AddServerFlags(command, options.server);
   AddJsonFlag(command, options.json);
 }
@@ -145,8 +146,9 @@ absl::Status RunAppend(const AppendFlags& options) {
     ProgressReport progress("append");
     const AppendOptions append = {options.at,
                                   [&](int64_t done, int64_t total) { progress.Bytes(done, total); }};
-    EDUBA_ASSIGN_OR_RETURN(receipt, options.thin ? client->AppendThin(session, rows->tokens(), *rows, append)
-                                                 : client->Append(session, rows->tokens(), *rows, append));
+    EDUBA_ASSIGN_OR_RETURN(receipt, options.proxied
+                                        ? client->AppendProxied(session, rows->tokens(), *rows, append)
+                                        : client->Append(session, rows->tokens(), *rows, append));
   }
   const double seconds = absl::ToDoubleSeconds(absl::Now() - started);
   const std::string digest = absl::StrFormat("%016x%016x", receipt.digest_high(), receipt.digest_low());

@@ -212,8 +212,9 @@ absl::StatusOr<v1::AppendReceipt> Client::Append(const v1::Session& session, int
   return receipt;
 }
 
-absl::StatusOr<v1::AppendReceipt> Client::AppendThin(const v1::Session& session, int64_t count,
-                                                     const RowSource& source, const AppendOptions& options) {
+absl::StatusOr<v1::AppendReceipt> Client::AppendProxied(const v1::Session& session, int64_t count,
+                                                        const RowSource& source,
+                                                        const AppendOptions& options) {
   const v1::SessionSpec& spec = session.spec();
   const DType wire = WireType(source.dtype(), spec);
   // Positions in pieces are absolute, so the start has to be known before the first one.

@@ -94,8 +94,8 @@ class Client {
   absl::StatusOr<v1::AppendReceipt> Append(const v1::Session& session, int64_t count, const RowSource& source,
                                            const AppendOptions& options);
   // The same through the coordinator, for clients that cannot reach the workers.
-  absl::StatusOr<v1::AppendReceipt> AppendThin(const v1::Session& session, int64_t count,
-                                               const RowSource& source, const AppendOptions& options);
+  absl::StatusOr<v1::AppendReceipt> AppendProxied(const v1::Session& session, int64_t count,
+                                                  const RowSource& source, const AppendOptions& options);
 
   // Asks `rows` queries. When it returns OK the sink has had every row exactly once.
   absl::StatusOr<v1::AttendSummary> Attend(const v1::Session& session, int64_t rows,

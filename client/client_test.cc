@@ -482,8 +482,8 @@ TEST_F(ClientTest, ACommitWithoutAnAnswerSaysHowToFindOut) {
   }
 }
 
-TEST_F(ClientTest, AThinAppendStartsAtTheEndAndSendsEveryLayer) {
-  ASSERT_TRUE(client().AppendThin(session_, 5, rows_, {}).ok());
+TEST_F(ClientTest, AProxiedAppendStartsAtTheEndAndSendsEveryLayer) {
+  ASSERT_TRUE(client().AppendProxied(session_, 5, rows_, {}).ok());
   ASSERT_EQ(eduba().thin.size(), 3);
   EXPECT_EQ(eduba().thin[0].plan().at(), 40);
   EXPECT_EQ(eduba().thin[0].plan().count(), 5);

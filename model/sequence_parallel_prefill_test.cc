@@ -521,7 +521,7 @@ TEST(SequenceParallelPrefill, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberO
         // Only token 0 has a first channel, which nothing else adds to.
         column(embeddings, 0, 1, 30);
         column(embeddings, 1, config.vocab_size, 0);
-        for (const LinearWeights* linear : {&layer.attention_map, &layer.down}) {
+        for (const LinearWeights* linear : {&layer.o_proj, &layer.down}) {
           std::fill_n(static_cast<float*>(const_cast<void*>(linear->weight.data)), linear->weight.shape[1],
                       0);
           if (!linear->bias.present()) continue;

@@ -185,8 +185,8 @@ absl::Status Transformer::PackLayer(const LayerWeights& from, Layer& to, std::ve
     return absl::OkStatus();
   };
   EDUBA_RETURN_IF_ERROR(pack(parts, to.qkv));
-  EDUBA_RETURN_IF_ERROR(pack({All(from.attention_map.weight)}, to.attention_map));
-  to.attention_map.bias = Keep(Floats(from.attention_map.bias), constants);
+  EDUBA_RETURN_IF_ERROR(pack({All(from.o_proj.weight)}, to.o_proj));
+  to.o_proj.bias = Keep(Floats(from.o_proj.bias), constants);
   if (config_.gated_mlp) {
     EDUBA_RETURN_IF_ERROR(pack({All(from.gate.weight), All(from.up.weight)}, to.up));
     if (from.up.bias.present()) {
@@ -254,7 +254,7 @@ std::vector<int16_t> Transformer::HiddenExponents(const NormWeights& norm) const
 int64_t Transformer::weight_bytes() const {
   int64_t bytes = head_.weights->bytes();
   for (const Layer& layer : layers_) {
-    for (const Linear* linear : {&layer.qkv, &layer.attention_map, &layer.up, &layer.down}) {
+    for (const Linear* linear : {&layer.qkv, &layer.o_proj, &layer.up, &layer.down}) {
       bytes += linear->weights->bytes();
     }
   }
@@ -356,7 +356,7 @@ void Transformer::AfterAttention(int index, int64_t first, int64_t rows, const L
   float* const states = hidden.data() + first * width;
   attended_.Send(0, rows * config_.query_heads * config_.head_dim);
   is_attended_queued_ = true;
-  Multiply(layer.attention_map, rows, attended_.data(), mapped_.data());
+  Multiply(layer.o_proj, rows, attended_.data(), mapped_.data());
   if (config_.post_norms) {
     Normalise(layer.attention_out, config_.norm, rows, mapped_.data(), mapped_.data());
   }

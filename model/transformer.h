@@ -114,9 +114,9 @@ class Transformer {
   };
   struct Layer {
     Norm attention_in, attention_out, mlp_in, mlp_out, q_norm, k_norm;
-    Linear qkv;            // Queries, keys, values, one after another.
-    Linear attention_map;  // [hidden, query_heads * head_dim]
-    Linear up;             // gated_mlp: gate, then up
+    Linear qkv;     // Queries, keys, values, one after another.
+    Linear o_proj;  // [hidden, query_heads * head_dim]
+    Linear up;      // gated_mlp: gate, then up
     Linear down;
     std::vector<int16_t> value_exponents;
     int rope = 0;  // Index into ropes_.

@@ -48,11 +48,11 @@ struct LayerWeights {
   // in the same way.
   LinearWeights fused_qkv;
 
-  NormWeights q_norm, k_norm;   // [head_dim]: qk_norm only. Always NormKind::kRms.
-  LinearWeights attention_map;  // [hidden, query_heads * head_dim]
-  LinearWeights gate;           // [intermediate, hidden]: gated_mlp only
-  LinearWeights up;             // [intermediate, hidden]
-  LinearWeights down;           // [hidden, intermediate]
+  NormWeights q_norm, k_norm;  // [head_dim]: qk_norm only. Always NormKind::kRms.
+  LinearWeights o_proj;        // [hidden, query_heads * head_dim]
+  LinearWeights gate;          // [intermediate, hidden]: gated_mlp only
+  LinearWeights up;            // [intermediate, hidden]
+  LinearWeights down;          // [hidden, intermediate]
 };
 
 struct ModelWeights {

@@ -184,8 +184,7 @@ TEST_F(WeightsFolder, ViewsAreWhatTheyAreCalled) {
     expect(layer.k_norm.weight, config.qk_norm, at + "self_attn.k_norm.weight");
     expect(layer.fused_qkv.weight, neox, at + "attention.query_key_value.weight");
     expect(layer.fused_qkv.bias, neox, at + "attention.query_key_value.bias");
-    expect(layer.attention_map.weight, true,
-           at + (neox ? "attention.dense.weight" : "self_attn.o_proj.weight"));
+    expect(layer.o_proj.weight, true, at + (neox ? "attention.dense.weight" : "self_attn.o_proj.weight"));
     expect(layer.gate.weight, !neox, at + "mlp.gate_proj.weight");
     expect(layer.up.weight, true, at + (neox ? "mlp.dense_h_to_4h.weight" : "mlp.up_proj.weight"));
     expect(layer.down.weight, true, at + (neox ? "mlp.dense_4h_to_h.weight" : "mlp.down_proj.weight"));

@@ -9,7 +9,7 @@
 
 namespace eduba {
 
-// The coordinator's board, for one (epoch, attempt).
+// The coordinator's rendezvous store, for one (epoch, attempt).
 class RendezvousClient final : public Rendezvous {
  public:
   // `stub` must outlive the client.

@@ -241,7 +241,7 @@ TEST_F(WorkerTest, ServesOnlyInAGroup) {
   EXPECT_FALSE(IsServing(worker.address()));
 }
 
-TEST_F(WorkerTest, WorkersOfSeveralProcessesMeetOnTheBoard) {
+TEST_F(WorkerTest, WorkersOfSeveralProcessesMeetAtTheRendezvousStore) {
   StartWorker(nullptr);
   StartWorker(nullptr);
   const auto hellos = coordinator_.Hellos(2);

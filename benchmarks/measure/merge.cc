@@ -79,16 +79,17 @@ absl::StatusOr<MergeBenchResult> BenchMerge(const MergeBenchOptions& options) {
                      "more rounds; found ", options.ranks, ", ", options.bytes, " and ", options.rounds));
   }
   LocalHub hub;
-  MapRendezvous board;
+  MapRendezvous rendezvous;
   std::vector<absl::Status> outcomes(options.ranks);
   std::vector<std::vector<double>> times_us(options.ranks, std::vector<double>(options.rounds));
   std::vector<std::thread> threads;
   threads.reserve(options.ranks);
   for (int rank = 0; rank < options.ranks; ++rank) {
     threads.emplace_back([&, rank] {
-      auto group = options.transport == "local"  ? hub.Join(0, 0, rank, options.ranks, Limit())
-                   : options.transport == "gloo" ? ConnectGloo(rank, options.ranks, board, {}, Limit())
-                                                 : ConnectNccl(rank, options.ranks, board, {rank}, Limit());
+      auto group = options.transport == "local" ? hub.Join(0, 0, rank, options.ranks, Limit())
+                   : options.transport == "gloo"
+                       ? ConnectGloo(rank, options.ranks, rendezvous, {}, Limit())
+                       : ConnectNccl(rank, options.ranks, rendezvous, {rank}, Limit());
       outcomes[rank] = group.ok() ? RunRank(**group, options, times_us[rank]) : group.status();
     });
   }

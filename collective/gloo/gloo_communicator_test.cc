@@ -18,29 +18,29 @@ absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
 
 // What every transport promises is in tests/contract/communicator_test.cc; here is what only connecting has.
 TEST(ConnectGloo, RefusesARankOutsideTheGroup) {
-  MapRendezvous board;
-  EXPECT_EQ(ConnectGloo(2, 2, board, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(ConnectGloo(-1, 2, board, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(ConnectGloo(0, 0, board, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
+  MapRendezvous store;
+  EXPECT_EQ(ConnectGloo(2, 2, store, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ConnectGloo(-1, 2, store, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ConnectGloo(0, 0, store, {}, Soon()).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(ConnectGloo, RefusesAHostThatIsNotThisMachine) {
-  MapRendezvous board;
+  MapRendezvous store;
   // 192.0.2.0/24 is set aside for documentation; a name with spaces has no address.
   for (const char* host : {"192.0.2.1", "no such host"}) {
-    const absl::Status status = ConnectGloo(0, 2, board, {.host = host}, Soon()).status();
+    const absl::Status status = ConnectGloo(0, 2, store, {.host = host}, Soon()).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_THAT(std::string(status.message()), HasSubstr(host));
   }
 }
 
 TEST(ConnectGloo, GivesUpAtTheDeadlineWhenARankNeverPublishes) {
-  MapRendezvous board;
-  const absl::Status status = ConnectGloo(0, 2, board, {}, absl::Now() + absl::Milliseconds(50)).status();
+  MapRendezvous store;
+  const absl::Status status = ConnectGloo(0, 2, store, {}, absl::Now() + absl::Milliseconds(50)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
 }
 
-// A board whose keeper is gone.
+// A rendezvous store whose keeper is gone.
 class BrokenRendezvous final : public Rendezvous {
  public:
   absl::Status Set(const std::string& /*key*/, const std::string& /*value*/,
@@ -48,28 +48,28 @@ class BrokenRendezvous final : public Rendezvous {
     return absl::OkStatus();
   }
   absl::StatusOr<std::string> Get(const std::string& /*key*/, absl::Time /*deadline*/) override {
-    return absl::CancelledError("the board has gone");
+    return absl::CancelledError("the store has gone");
   }
 };
 
 TEST(ConnectGloo, ReportsTheRendezvousOwnError) {
-  BrokenRendezvous board;
-  const absl::Status status = ConnectGloo(0, 2, board, {}, Soon()).status();
+  BrokenRendezvous store;
+  const absl::Status status = ConnectGloo(0, 2, store, {}, Soon()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("the board has gone"));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("the store has gone"));
 }
 
 TEST(ConnectGloo, RefusesAddressesOfAnotherSize) {
-  MapRendezvous board;
-  ASSERT_TRUE(board.Set("gloo/1", "00ff", Soon()).ok());
-  const absl::Status status = ConnectGloo(0, 2, board, {}, Soon()).status();
+  MapRendezvous store;
+  ASSERT_TRUE(store.Set("gloo/1", "00ff", Soon()).ok());
+  const absl::Status status = ConnectGloo(0, 2, store, {}, Soon()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1 published 2 bytes"));
 }
 
 TEST(ConnectGloo, WorksForOneRankWithoutANetwork) {
-  BrokenRendezvous board;
-  auto alone = ConnectGloo(0, 1, board, {.host = "no such host"}, Soon());
+  BrokenRendezvous store;
+  auto alone = ConnectGloo(0, 1, store, {.host = "no such host"}, Soon());
   ASSERT_TRUE(alone.ok()) << alone.status();
   std::vector<int64_t> data = {1, 2};
   EXPECT_EQ((*alone)->SumI64(absl::MakeSpan(data), Soon()), absl::OkStatus());
@@ -77,13 +77,13 @@ TEST(ConnectGloo, WorksForOneRankWithoutANetwork) {
 }
 
 TEST(ConnectGloo, TwoRanksAddUp) {
-  MapRendezvous board;
+  MapRendezvous store;
   std::vector<std::vector<int64_t>> data = {{1, 2}, {10, 20}};
   std::vector<std::thread> threads;
   threads.reserve(2);
   for (int r = 0; r < 2; ++r) {
     threads.emplace_back([&, r] {
-      auto c = ConnectGloo(r, 2, board, {}, Soon());
+      auto c = ConnectGloo(r, 2, store, {}, Soon());
       ASSERT_TRUE(c.ok()) << c.status();
       EXPECT_EQ((*c)->SumI64(absl::MakeSpan(data[r]), Soon()), absl::OkStatus());
     });

@@ -63,7 +63,7 @@ void FindGptNeoX(TensorFinder& find, const ModelConfig& config, ModelWeights& we
     layer.attention_in = find.Norm(at + "input_layernorm", hidden, true);
     layer.mlp_in = find.Norm(at + "post_attention_layernorm", hidden, true);
     layer.fused_qkv = find.Linear(at + "attention.query_key_value", 3 * hidden, hidden, config.qkv_bias);
-    layer.attention_map = find.Linear(at + "attention.dense", hidden, hidden, config.attention_out_bias);
+    layer.o_proj = find.Linear(at + "attention.dense", hidden, hidden, config.attention_out_bias);
     layer.up = find.Linear(at + "mlp.dense_h_to_4h", inner, hidden, config.mlp_bias);
     layer.down = find.Linear(at + "mlp.dense_4h_to_h", hidden, inner, config.mlp_bias);
     // Buffers that transformers before 4.32 wrote: the causal mask, its value, the rotary frequencies.

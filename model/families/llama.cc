@@ -125,7 +125,7 @@ void FindLlama(TensorFinder& find, const ModelConfig& config, ModelWeights& weig
       layer.q_norm = find.Norm(at + "self_attn.q_norm", config.head_dim, false);
       layer.k_norm = find.Norm(at + "self_attn.k_norm", config.head_dim, false);
     }
-    layer.attention_map = find.Linear(at + "self_attn.o_proj", hidden, queries, config.attention_out_bias);
+    layer.o_proj = find.Linear(at + "self_attn.o_proj", hidden, queries, config.attention_out_bias);
     layer.gate = find.Linear(at + "mlp.gate_proj", inner, hidden, config.mlp_bias);
     layer.up = find.Linear(at + "mlp.up_proj", inner, hidden, config.mlp_bias);
     layer.down = find.Linear(at + "mlp.down_proj", hidden, inner, config.mlp_bias);

@@ -74,7 +74,7 @@ RandomModel::RandomModel(const ModelConfig& model_config, DType weight_dtype, ui
       layer.q_norm = Norm(config.head_dim, false);
       layer.k_norm = Norm(config.head_dim, false);
     }
-    layer.attention_map = Linear(width, queries, config.attention_out_bias);
+    layer.o_proj = Linear(width, queries, config.attention_out_bias);
     if (config.gated_mlp) layer.gate = Linear(config.intermediate_size, width, config.mlp_bias);
     layer.up = Linear(config.intermediate_size, width, config.mlp_bias);
     layer.down = Linear(width, config.intermediate_size, config.mlp_bias);

@@ -255,7 +255,7 @@ TEST(ModelCluster, StreamingSessionsBesideEachOtherGiveTheBytesOfOneWorker) {
   }
 }
 
-// Appends and questions of many stripes, read in waves: windows need halos from the worker before, layers
+// Appends and questions of many stripes, read by sequence-parallel prefill: windows need halos from the worker before, layers
 // without one the sums of all. One session generates all the while.
 TEST(ModelCluster, LongPromptsAreSharedOutToTheBytesOfOneWorker) {
   struct Case {
@@ -499,7 +499,7 @@ TEST(ModelCluster, AWorkerThatDiesInMidGenerationMakesItUnavailable) {
     v1::SessionSpec spec;
     int victim;
   };
-  // The only generation is at home on worker 0.
+  // Worker 0 owns the only generation.
   for (const Case& c : {Case{ModelSession(), 1}, Case{StreamingSession(), 0}, Case{StreamingSession(), 1}}) {
     TestCluster cluster(ClusterOf(3, "llama"));
     Client& client = cluster.client();

@@ -111,7 +111,7 @@ absl::StatusOr<v1::AppendReceipt> Append(Client& client, const v1::Session& sess
   AppendOptions options;
   if (say_at) options.at = at;
   const ContentSource source(content, at);
-  return thin ? client.AppendThin(session, count, source, options)
+  return thin ? client.AppendProxied(session, count, source, options)
               : client.Append(session, count, source, options);
 }
 

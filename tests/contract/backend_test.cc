@@ -1,5 +1,5 @@
 // The contract of kernels/backend.h, for every backend: the reference, the CPU kernels on each instruction
-// set this machine runs, the GPU's kernels played on the host, and those on a GPU, which are skipped where
+// set this machine runs, the GPU's kernels emulated on the host, and those on a GPU, which are skipped where
 // there is none.
 
 #include <algorithm>
@@ -1151,7 +1151,7 @@ TEST(CudaBackend, UploadsDoNotWaitForSteps) {
   const auto step = backend->StartStep(args);
   ASSERT_TRUE(step.ok()) << step.status();
   ASSERT_EQ((*step)->Attend(), absl::OkStatus());
-  // A played device's memory is the host's.
+  // An emulated device's memory is the host's.
   constexpr int64_t kUntouched = -7;
   std::vector<int64_t> words(args.words_per_row_head(), kUntouched);
   ASSERT_EQ((*step)->queued()->QueueSums(words.data()), absl::OkStatus());

@@ -1,4 +1,4 @@
-// Steps whose sums stay on the GPU: attention/sharded_attention.h over the CUDA backend and NCCL, both played
+// Steps whose sums stay on the GPU: attention/sharded_attention.h over the CUDA backend and NCCL, both emulated
 // on the host. The judge is the same backend with sums that travel through host memory.
 
 #include <algorithm>

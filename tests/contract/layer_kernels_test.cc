@@ -1,5 +1,5 @@
 // The contract of kernels/layer_kernels.h, for every backend: the reference, the CPU kernels on each
-// instruction set this machine runs, the GPU's kernels played on the host over a fake cuBLASLt, and a GPU
+// instruction set this machine runs, the GPU's kernels emulated on the host over a fake cuBLASLt, and a GPU
 // where there is one.
 
 #include "kernels/layer_kernels.h"

@@ -58,7 +58,7 @@ class Answers(unittest.TestCase):
 
     def fill(self, server, name, *, create=(), chunked=False, thin=False, keys="k.npy", values="v.npy"):
         server.run("session", "create", name, *SHAPE, *create)
-        extra = ["--thin"] if thin else []
+        extra = ["--proxied"] if thin else []
         if not chunked:
             return server.report("session", "append", name, "--keys", self.path(keys), "--values", self.path(values), *extra)
         for first, k, v in self.chunks:
@@ -124,8 +124,8 @@ class Answers(unittest.TestCase):
         setups = [
             (["--workers", 2], ["--stripe-pages", 1], {}),
             (["--workers", 3], ["--stripe-pages", 2], {"chunked": True}),
-            (["--workers", 5], ["--stripe-pages", 1], {"chunked": True, "thin": True}),
-            (["--workers", 1, "--processes"], [], {"thin": True}),
+            (["--workers", 5], ["--stripe-pages", 1], {"chunked": True, "proxied": True}),
+            (["--workers", 1, "--processes"], [], {"proxied": True}),
             (["--workers", 2, "--processes"], ["--stripe-pages", 7], {"chunked": True}),
             (["--workers", 3, "--processes"], ["--stripe-pages", 1], {}),
         ]
@@ -197,7 +197,7 @@ class Answers(unittest.TestCase):
                    "--value-dim", value_dim, "--sink-tokens", sinks, "--window", window, "--softcap", softcap, "--dtype", dtype,
                    "--stripe-pages", 1, *learned)
         server.run("session", "append", name, "--keys", self.path("kx.npy"), "--values", self.path("vx.npy"),
-                   *(["--thin"] if thin else []))
+                   *(["--proxied"] if thin else []))
         stored = [program.ROUND[dtype](array.astype(np.float32)) for array in (keys, values)]
         for question, arguments in QUESTIONS.items():
             self.ask(server, name, question, queries="qx.npy", positions="px.npy")
@@ -224,7 +224,7 @@ class Answers(unittest.TestCase):
             # Half precision files into every type.
             ((600, 4, 2, 40, 24), {"files": "f16", "sinks": 7}),
             ((600, 4, 2, 40, 24), {"files": "f16", "dtype": "f16", "sinks": 7}),
-            ((600, 4, 2, 40, 24), {"files": "f16", "dtype": "bf16", "thin": True}),
+            ((600, 4, 2, 40, 24), {"files": "f16", "dtype": "bf16", "proxied": True}),
             # Fewer tokens than sinks, as many, one more; learned sinks and a softcap among them.
             ((3, 4, 2, 64, 24), {"sinks": 5}),
             ((3, 4, 2, 32, 48), {"sinks": 5, "softcap": 3.0, "sink_logits": [1.5, -2, 0, 30], "dtype": "bf16"}),

@@ -41,8 +41,8 @@ def pieces(append_id, at, begin, end, keys, values):
 # [end]
 
 
-# [thin]
-def append_thin(eduba, session, at, keys, values):
+# [proxied]
+def append_proxied(eduba, session, at, keys, values):
     """Everything through the coordinator: for small appends, and where the workers cannot be reached."""
     def messages():
         yield pb.AppendRequest(plan=pb.PlanAppendRequest(session=session, at=at, count=len(keys)))
@@ -259,7 +259,7 @@ def main():
     random = np.random.default_rng(1)
     keys = random.standard_normal((30000, 2, 32), dtype=np.float32)
     values = random.standard_normal((30000, 2, 16), dtype=np.float32)
-    receipt = append_thin(eduba, session.name, 0, keys[:100], values[:100])
+    receipt = append_proxied(eduba, session.name, 0, keys[:100], values[:100])
     assert receipt.length == 100, receipt
     receipt = append_bulk(eduba, session.name, 100, keys[100:], values[100:])
     assert receipt.length == 30000, receipt

@@ -84,7 +84,7 @@ class Wire(unittest.TestCase):
         bad[5, 1, 7] = np.nan
         code = grpc.StatusCode
         huge = MEMORY_BYTES // 4
-        for append in (example.append_bulk, example.append_thin):
+        for append in (example.append_bulk, example.append_proxied):
             with self.subTest(append.__name__):
                 self.expect(code.INVALID_ARGUMENT, lambda: append(self.eduba, "empty", 0, bad, self.values), "keys")
                 self.expect(code.NOT_FOUND, lambda: append(self.eduba, "nobody", 0, self.keys, self.values), "nobody")

@@ -121,7 +121,7 @@ class Interruptions(unittest.TestCase):
     def test_it_ends_at_once_while_an_append_is_fed(self):
         """Nobody could ever ask for what it would bring."""
         for transport in TRANSPORTS:
-            for kind in ("bulk", "thin"):
+            for kind in ("bulk", "proxied"):
                 with self.subTest(transport, kind=kind), program.Server("--workers", 2, *transport) as server:
                     example.create(example.connect(server.address)[1], "s")
                     feeder = self.feed(server, kind)
@@ -156,7 +156,7 @@ class Interruptions(unittest.TestCase):
             used, before = self.memory_used(server), server.report("session", "list")
             queries = np.ones((2, 4, 32), np.float32)
             answer = [part.tobytes() for part in example.attend(eduba, session, queries)[:3]]
-            for kind, timeout_s in (("thin", 5), ("bulk", IDLE_S + 10)):
+            for kind, timeout_s in (("proxied", 5), ("bulk", IDLE_S + 10)):
                 feeder = self.feed(server, kind)
                 program.wait_until(lambda: self.memory_used(server) != used, "the append has memory")
                 feeder.kill()
@@ -165,7 +165,7 @@ class Interruptions(unittest.TestCase):
                 self.assertEqual(server.report("session", "list"), before)
                 self.assertEqual([part.tobytes() for part in example.attend(eduba, session, queries)[:3]], answer)
             self.assertIn("was idle for too long", server.messages())
-            self.assertEqual(example.append_thin(eduba, "s", 3000, keys, values).length, 6000)
+            self.assertEqual(example.append_proxied(eduba, "s", 3000, keys, values).length, 6000)
 
     def test_a_deadline_ends_a_long_query_and_others_are_served_meanwhile_and_after(self):
         with program.Server("--workers", 2) as server:
