@@ -56,9 +56,9 @@ class Answers(unittest.TestCase):
     def path(self, name):
         return str(self.dir / name)
 
-    def fill(self, server, name, *, create=(), chunked=False, thin=False, keys="k.npy", values="v.npy"):
+    def fill(self, server, name, *, create=(), chunked=False, proxied=False, keys="k.npy", values="v.npy"):
         server.run("session", "create", name, *SHAPE, *create)
-        extra = ["--proxied"] if thin else []
+        extra = ["--proxied"] if proxied else []
         if not chunked:
             return server.report("session", "append", name, "--keys", self.path(keys), "--values", self.path(values), *extra)
         for first, k, v in self.chunks:
@@ -182,7 +182,7 @@ class Answers(unittest.TestCase):
             self.assertEqual(len(set(digests)), 1)
 
     def check_shape(self, server, random, tokens, heads, kv_heads, head_dim, value_dim, *, sinks=0, window=100, softcap=0.0,
-                    sink_logits=None, dtype="f32", files="f32", thin=False):
+                    sink_logits=None, dtype="f32", files="f32", proxied=False):
         """A session of that shape from files of the type `files`, asked everything and held to the oracle."""
         name = f"{tokens}-{heads}-{kv_heads}-{head_dim}-{value_dim}-{dtype}-{files}"
         keys = random.standard_normal((tokens, kv_heads, head_dim)).astype(program.NUMPY[files])
@@ -197,7 +197,7 @@ class Answers(unittest.TestCase):
                    "--value-dim", value_dim, "--sink-tokens", sinks, "--window", window, "--softcap", softcap, "--dtype", dtype,
                    "--stripe-pages", 1, *learned)
         server.run("session", "append", name, "--keys", self.path("kx.npy"), "--values", self.path("vx.npy"),
-                   *(["--proxied"] if thin else []))
+                   *(["--proxied"] if proxied else []))
         stored = [program.ROUND[dtype](array.astype(np.float32)) for array in (keys, values)]
         for question, arguments in QUESTIONS.items():
             self.ask(server, name, question, queries="qx.npy", positions="px.npy")

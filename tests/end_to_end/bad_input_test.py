@@ -85,10 +85,10 @@ class BadInput(unittest.TestCase):
             self.save("kbad.npy", self.broken(self.keys, value))
             self.save("vbad.npy", self.broken(self.values, value))
             self.save("qbad.npy", self.broken(self.queries, value, (3, 1, 3)))
-            for thin in ([], ["--proxied"]):
-                with self.subTest(value=name, thin=thin):
-                    self.expect_refused(*self.append(keys="kbad.npy"), *thin, naming=["keys", 2 * TOKENS - 1])
-                    self.expect_refused(*self.append(values="vbad.npy"), *thin, naming=["values", 2 * TOKENS - 1])
+            for proxied in ([], ["--proxied"]):
+                with self.subTest(value=name, proxied=proxied):
+                    self.expect_refused(*self.append(keys="kbad.npy"), *proxied, naming=["keys", 2 * TOKENS - 1])
+                    self.expect_refused(*self.append(values="vbad.npy"), *proxied, naming=["values", 2 * TOKENS - 1])
             self.expect_refused(*self.attend(queries="qbad.npy"), naming=["quer"])
             self.assertFalse((self.dir / "out.npy").exists())
 
@@ -171,8 +171,8 @@ class BadInput(unittest.TestCase):
         tokens = 2 * MEMORY_BYTES // (4 * KV_HEADS * (HEAD_DIM + VALUE_DIM))
         for name, dim in (("kbig.npy", HEAD_DIM), ("vbig.npy", VALUE_DIM)):
             np.lib.format.open_memmap(self.path(name), "w+", np.float32, (tokens, KV_HEADS, dim)).flush()
-        for thin in ([], ["--proxied"]):
-            self.expect_refused(*self.append("empty", "kbig.npy", "vbig.npy"), *thin, naming=["memory"])
+        for proxied in ([], ["--proxied"]):
+            self.expect_refused(*self.append("empty", "kbig.npy", "vbig.npy"), *proxied, naming=["memory"])
 
     def test_a_refused_append_gives_its_memory_back(self):
         # Workers report their memory twice a second.
