@@ -68,8 +68,9 @@ class StagedAppend {
   // Closes the append once all its rows are here. FAILED_PRECONDITION names the first one missing; more may
   // follow then. After a success: the same answer again.
   absl::StatusOr<AppendSeal> Seal();
-  // Whether Seal has succeeded. Rows and exponents are final from then on: the append may wait for its Publish as long
-  // as its sequence stays at `share().at`, through the end of a group and the next one's beginning.
+  // Whether Seal has succeeded. Rows and exponents are final from then on: the append may wait for its
+  // Publish as long as its sequence stays at `share().at`, through the end of a group and the next one's
+  // beginning.
   bool sealed() const;
   // What Seal returned. REQUIRES: sealed().
   AppendSeal seal() const;

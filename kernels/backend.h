@@ -31,8 +31,8 @@ struct AttentionShape {
   bool operator==(const AttentionShape&) const = default;
 };
 
-// The first bytes of every page in backend memory. What is reserved is zero today: the place is for the scales
-// and bounds of the page's keys and values, so that a page need not change its size for them.
+// The first bytes of every page in backend memory. What is reserved is zero today: the place is for the
+// scales and bounds of the page's keys and values, so that a page need not change its size for them.
 struct PageHeader {
   uint8_t is_sealed = 0;  // By SealPage, where pages are host memory.
   char reserved[63] = {};
@@ -80,8 +80,8 @@ struct StepArgs {
   // The same rows as the token sinks are to be scored with (rolling positions turn them by another angle), or
   // none: `queries`.
   const float* sink_queries = nullptr;
-  // [rows]: the keys that a row may see, token sinks left out (may be empty). Pages' lists and masks only take
-  // away from it.
+  // [rows]: the keys that a row may see, token sinks left out (may be empty). Pages' lists and masks only
+  // take away from it.
   absl::Span<const PositionRange> visible;
   absl::Span<const PageRef> pages;  // This worker's pages, any order; pages that no row sees are skipped.
   PageLists lists;                  // Of `pages`.
@@ -224,8 +224,8 @@ class Backend {
   // needs no call. Keys and values stay what they are.
   virtual absl::Status ResetPage(void* page) = 0;
   // Called once, when no row of the page will be written any more before ResetPage. A WriteRows after it is a
-  // mistake of the caller: backends whose pages are host memory abort on it. The copy that CopyPage makes of a
-  // sealed page is not sealed.
+  // mistake of the caller: backends whose pages are host memory abort on it. The copy that CopyPage makes of
+  // a sealed page is not sealed.
   virtual absl::Status SealPage(const AttentionShape& shape, void* page) = 0;
   // Writes rows [row, row + rows) of a page. keys [rows, kv_heads, head_dim] in shape.key_dtype and values
   // [rows, kv_heads, value_dim] in shape.value_dtype are host arrays. Returns when the arrays may be reused.

@@ -40,8 +40,8 @@ inline float LogMagnitude(float m, float o) {
 }
 
 // The half of a step that is the same in every backend that computes on the host: sinks, the choice of path,
-// and the finalise, in double. A backend derives from it and brings the pages (its partials). One that does these
-// three on a device overrides SinkSums, SelectForMaximum and Finish, and leaves the rest to it.
+// and the finalise, in double. A backend derives from it and brings the pages (its partials). One that does
+// these three on a device overrides SinkSums, SelectForMaximum and Finish, and leaves the rest to it.
 class MergingStep : public AttentionStep {
  public:
   // A row and head whose pages are to be summed with weights exp(m - reference).

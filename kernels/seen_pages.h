@@ -32,8 +32,8 @@ class SeenPages {
 
   // The pages of which some row sees a live row, in the order of args.pages. A page's place here is its slot.
   const std::vector<PageRef>& pages() const { return pages_; }
-  // The smallest range that holds all that query row `row` sees of the page of a slot. Dead rows inside it are
-  // not seen; the first and the last row are live. {0, 0} where the row sees nothing of the page.
+  // The smallest range that holds all that query row `row` sees of the page of a slot. Dead rows inside it
+  // are not seen; the first and the last row are live. {0, 0} where the row sees nothing of the page.
   PageRows RowsOf(int64_t row, int64_t slot) const {
     const PageRows listed = list_rows_[row_list_[row] * static_cast<int64_t>(pages_.size()) + slot];
     const PageRef& page = pages_[slot];

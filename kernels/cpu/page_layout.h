@@ -11,7 +11,8 @@ namespace eduba {
 
 // Where a page keeps its numbers (docs/adr/0004-page-partials.md says why): a PageHeader, then one block per
 // KV head, and in it
-//   keys    [256 / 32, head_dim, 32]   transposed in blocks of 32 rows: SIMD lanes are keys, any head_dim fits
+//   keys    [256 / 32, head_dim, 32]   transposed in blocks of 32 rows: SIMD lanes are keys, and any head_dim
+//                                      fits
 //   values  [256, value_pitch]         value_pitch = value_dim rounded up to 16, the rest zeros: lanes are
 //                                      channels
 // Every part is a multiple of 64 bytes.

@@ -144,9 +144,9 @@ struct Workspace {
 };
 
 // The sink path goes through the device in three kernels: ScoreSinks, Attend, and, behind the all-reduce,
-// Finalise; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes partials
-// of the rows that have selected heads, twice where they do not fit at once, and the host makes its plan in
-// between.
+// Finalise; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes
+// partials of the rows that have selected heads, twice where they do not fit at once, and the host makes its
+// plan in between.
 class CudaStep final : public MergingStep, public QueuedStep {
  public:
   CudaStep(const StepArgs& args, Workspace& workspace)
@@ -193,7 +193,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
       words_ = At<uint64_t>(memory_->words.device, 0);
     }
-    // For QueueFinalise, which comes behind the all-reduce: growing waits for what is queued, with no deadline.
+    // For QueueFinalise, which comes behind the all-reduce: growing waits for what is queued, with no
+    // deadline.
     EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
     return SumsDirectly() ? SumDirectly() : SumPartials();

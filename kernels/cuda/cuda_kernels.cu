@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kSinkThreads) SinkKernel(const __grid_constant
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kFinaliseThreads) FinaliseKernel(const __grid_constant__ FinaliseArgs args) {
+__global__ void __launch_bounds__(kFinaliseThreads)
+    FinaliseKernel(const __grid_constant__ FinaliseArgs args) {
   __shared__ float4 shared[(sizeof(FinaliseShared) + sizeof(float4) - 1) / sizeof(float4)];
   FinaliseRowHead<Type>(GpuBlock(shared), args);
 }

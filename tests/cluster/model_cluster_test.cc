@@ -255,8 +255,8 @@ TEST(ModelCluster, StreamingSessionsBesideEachOtherGiveTheBytesOfOneWorker) {
   }
 }
 
-// Appends and questions of many stripes, read by sequence-parallel prefill: windows need halos from the worker before, layers
-// without one the sums of all. One session generates all the while.
+// Appends and questions of many stripes, read by sequence-parallel prefill: windows need halos from the
+// worker before, layers without one the sums of all. One session generates all the while.
 TEST(ModelCluster, LongPromptsAreSharedOutToTheBytesOfOneWorker) {
   struct Case {
     const char* model;

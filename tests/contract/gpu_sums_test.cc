@@ -1,5 +1,5 @@
-// Steps whose sums stay on the GPU: attention/sharded_attention.h over the CUDA backend and NCCL, both emulated
-// on the host. The judge is the same backend with sums that travel through host memory.
+// Steps whose sums stay on the GPU: attention/sharded_attention.h over the CUDA backend and NCCL, both
+// emulated on the host. The judge is the same backend with sums that travel through host memory.
 
 #include <algorithm>
 #include <atomic>
