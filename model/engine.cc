@@ -50,7 +50,8 @@ bool Context::windowed() const {
 
 int64_t Context::page_bytes() const { return pages_.bytes(); }
 
-absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t stripe_pages) const {
+absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, const Placement& placement,
+                                          int index) const {
   ContextOptions options = given;
   const ModelConfig& config = options_.model->config();
   if (options.sink_tokens < 0 || options.sink_tokens > kMaxPositions) {
@@ -98,16 +99,17 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, int64_t s
     pages.push_back({!windowed, options.sink_tokens});
     keeping.push_back(Keeping(append_views.back(), ask_views.back()));
   }
-  Context context(options, KvPages(options_.backend, options_.store, shape, Share(stripe_pages), pages));
+  Context context(options, KvPages(options_.backend, options_.store, shape, placement, index, pages));
   context.append_views_ = std::move(append_views);
   context.ask_views_ = std::move(ask_views);
   context.keeping_ = std::move(keeping);
   return context;
 }
 
-PageShare ModelEngine::Share(int64_t stripe_pages) const {
-  if (options_.communicator == nullptr) return {0, 1, stripe_pages};
-  return {options_.communicator->rank(), options_.communicator->size(), stripe_pages};
+absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& options, int64_t stripe_pages) const {
+  if (options_.communicator == nullptr) return Open(options, Placement::OfRanks(1, stripe_pages), 0);
+  return Open(options, Placement::OfRanks(options_.communicator->size(), stripe_pages),
+              options_.communicator->rank());
 }
 
 absl::Status ModelEngine::ReserveTogether(absl::Span<const Turn> turns, absl::Time deadline) const {
@@ -222,7 +224,7 @@ void ModelEngine::DropUnseen(Context& context, int64_t next) const {
 }
 
 int64_t ModelEngine::NextChunk(const Context& context, int64_t left) const {
-  const int64_t stripe_rows = context.pages_.share().stripe_pages * kPageRows;
+  const int64_t stripe_rows = context.pages_.placement().stripe_pages * kPageRows;
   const int64_t in_stripe = context.length_ % stripe_rows;
   const int64_t end = std::min(stripe_rows, (in_stripe / options_.chunk_rows + 1) * options_.chunk_rows);
   return std::min(left, end - in_stripe);
@@ -289,8 +291,7 @@ std::unique_ptr<Wave> ModelEngine::StartWave(const Context& context, absl::Span<
   if (options_.communicator == nullptr) return nullptr;
   const int64_t begin = context.length_;
   const int64_t end = begin + std::min(static_cast<int64_t>(ids.size()), kMaxPositions - begin);
-  const std::optional<WavePlan> plan =
-      PlanWave({begin, end}, options_.communicator->size(), context.pages_.share().stripe_pages);
+  const std::optional<WavePlan> plan = PlanWave({begin, end}, context.pages_.placement());
   if (!plan) return nullptr;
   Wave::Rows rows;
   const auto taken = ids.first(plan->positions.size());

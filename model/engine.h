@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "attention/page_store.h"
+#include "base/placement.h"
 #include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/kv_pages.h"
@@ -139,6 +140,8 @@ class ModelEngine {
   }
   // With stripes of its own.
   absl::StatusOr<Context> Open(const ContextOptions& options, int64_t stripe_pages) const;
+  // Under a placement whose nodes are the ranks in their order, as number `index` of them.
+  absl::StatusOr<Context> Open(const ContextOptions& options, const Placement& placement, int index) const;
 
   // One step for all turns together; each context at most once. Either all go on or none.
   //   INVALID_ARGUMENT    a token is not in the vocabulary, or arithmetic left the finite numbers
@@ -219,7 +222,6 @@ class ModelEngine {
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
-  PageShare Share(int64_t stripe_pages) const;
   // Gives back what no row at position `next` or behind it sees.
   void DropUnseen(Context& context, int64_t next) const;
   absl::Status HandOverLayer(Context& context, int layer, int home, int64_t begin, absl::Time deadline) const;

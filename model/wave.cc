@@ -46,7 +46,8 @@ Wave::Wave(const Options& options, WavePlan plan, KvPages pages, Rows rows)
       chunks_((LongestSlice(plan_) + options.chunk_rows - 1) / options.chunk_rows) {
   EDUBA_CHECK_EQ(static_cast<int64_t>(rows_.ids.size()), plan_.positions.size());
   for (size_t layer = 0; layer < rows_.views.size(); ++layer) {
-    layer_pages_.push_back(PagesFor(plan_, rows_.views[layer], rows_.keeping[layer], pages_.share()));
+    layer_pages_.push_back(
+        PagesFor(plan_, rows_.views[layer], rows_.keeping[layer], pages_.placement(), pages_.index()));
   }
 }
 

@@ -5,46 +5,47 @@
 #include <optional>
 #include <vector>
 
+#include "attention/visibility.h"
 #include "base/pages.h"
-#include "model/kv_pages.h"
-#include "model/paged_attention.h"
+#include "base/placement.h"
+#include "base/position_ranges.h"
 
 namespace eduba {
 
-// What every rank keeps of a layer behind an append.
+// What every rank keeps of a layer once an append is done.
 struct LayerKeeping {
   int64_t sink_tokens = 0;  // The first positions, ...
   int64_t window = 0;       // the last ones, such that the next row sees so many with itself, ...
   bool owned = false;       // and the pages that the rank owns: some view sees all keys.
 };
 
-// A wave: the next stripes of an append, one for each rank (docs/adr/0007-model-sessions.md). All functions
-// here are of what all ranks know, so each rank knows what every other does.
+// One block of a sequence-parallel prefill: the next stripes of an append, one for each rank
+// (docs/adr/0007-model-sessions.md). All functions here depend on what all ranks know alone, so each rank knows what
+// every other one does. Ranks are indices of the context's placement.
 struct WavePlan {
   PositionRange positions;
-  std::vector<PositionRange> slices;  // [ranks]: the rows of each; empty where the wave has no stripe for it.
+  std::vector<PositionRange>
+      slices;  // [ranks]: the rows of each; empty where the block has no stripe for it.
 
   bool operator==(const WavePlan&) const = default;
 };
 
-// What is in any of the ranges, ascending and apart.
-std::vector<PositionRange> Union(std::vector<PositionRange> ranges);
+// The next block of an append whose positions `left` are still to be read; none where fewer than two ranks would get
+// rows.
+std::optional<WavePlan> PlanWave(PositionRange left, const Placement& placement);
 
-// The next wave of an append that has positions `left` before it; none where two ranks would not get rows.
-std::optional<WavePlan> PlanWave(PositionRange left, int ranks, int64_t stripe_pages);
-
-// Rows that `from` computes and whose keys and values `to` needs in a layer, ascending and apart: those ahead
-// of its own that its windows see, and those that every rank keeps.
+// Rows that `from` computes and whose keys and values `to` needs in a layer, ascending and disjoint: those that the
+// windows of the rows of `to` reach back to, and those that every rank keeps.
 std::vector<PositionRange> RowsToSend(const WavePlan& plan, const LayerView& view,
                                       const LayerKeeping& keeping, int from, int to);
 
-// Pages that begin in the wave and that a rank has in a layer, ascending: those that it keeps, and those that
-// it needs only until all rows are through the layer.
+// Pages that begin in the block and that a rank has in a layer, ascending: those that it keeps, and those that it needs
+// only until all rows are through the layer.
 struct WavePages {
   std::vector<int64_t> kept, lent;
 };
 WavePages PagesFor(const WavePlan& plan, const LayerView& view, const LayerKeeping& keeping,
-                   const PageShare& share);
+                   const Placement& placement, int rank);
 
 }  // namespace eduba
 

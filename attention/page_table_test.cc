@@ -1,0 +1,2 @@
+#include "attention/page_table.h"
+int main() {}
