@@ -53,7 +53,8 @@ class StagedAppend {
   // Reserves all pages that the share needs: its own, the token sinks', and copies of the tail pages that the
   // append continues.
   //   RESOURCE_EXHAUSTED   they do not fit; nothing was reserved
-  //   FAILED_PRECONDITION  the append does not start at the sequence's end (compare_only: does not lie within it)
+  //   FAILED_PRECONDITION  the append does not start at the sequence's end (compare_only: does not lie
+  //                        within it)
   //   INVALID_ARGUMENT     the share is not as AppendShare says
   static absl::StatusOr<std::shared_ptr<StagedAppend>> Begin(Backend* backend, PageStore* store,
                                                              Sequence* sequence, AppendShare share);
@@ -61,8 +62,8 @@ class StagedAppend {
   // Takes positions [first, first + count) of one layer: keys [count, kv_heads, head_dim] and values [count,
   // kv_heads, value_dim] of type `dtype`, rounded to the sequence's, nearest even. The first error ends the
   // append: every later call repeats it.
-  //   INVALID_ARGUMENT     NaN or Inf (also after rounding), wrong sizes, positions that are neither owned nor token
-  //                        sinks, or that were sent before
+  //   INVALID_ARGUMENT     NaN or Inf (also after rounding), wrong sizes, positions that are neither owned nor
+  //                        token sinks, or that were sent before
   //   FAILED_PRECONDITION  the append is sealed
   //   ABORTED              the append was aborted
   absl::Status AddRows(int layer, int64_t first, int64_t count, DType dtype, absl::Span<const char> keys,
