@@ -159,6 +159,7 @@ TEST_F(PageTableTest, SealsEachFullPageOnce) {
 }
 
 TEST_F(PageTableTest, APageOfTheStoreCanBeWrittenAgainAfterASealedOneWasGivenBack) {
+  const std::shared_ptr<KvPage> neighbour = MakePage(1, 1);  // Keeps the slab, and with it the page's memory.
   {
     PageTable table;
     table.Put(0, MakePage(0, kPageRows));

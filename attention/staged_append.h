@@ -62,8 +62,8 @@ class StagedAppend {
   // Takes positions [first, first + count) of one layer: keys [count, kv_heads, head_dim] and values [count,
   // kv_heads, value_dim] of type `dtype`, rounded to the sequence's, nearest even. The first error ends the
   // append: every later call repeats it.
-  //   INVALID_ARGUMENT     NaN or Inf (also after rounding), wrong sizes, positions that are neither owned nor
-  //                        token sinks, or that were sent before
+  //   INVALID_ARGUMENT     NaN or Inf (also after rounding), wrong sizes, positions that are neither owned
+  //                        nor token sinks, or that were sent before
   //   FAILED_PRECONDITION  the append is sealed
   //   ABORTED              the append was aborted
   absl::Status AddRows(int layer, int64_t first, int64_t count, DType dtype, absl::Span<const char> keys,
