@@ -34,7 +34,7 @@ PageStore::PageStore(Backend* backend, int64_t memory_bytes)
   EDUBA_CHECK(memory_bytes >= 0);
 }
 
-PageStore::~PageStore() { EDUBA_CHECK_EQ(used_bytes_, 0); }
+PageStore::~PageStore() { EDUBA_CHECK_EQ(used_bytes(), 0); }
 
 absl::StatusOr<std::vector<Page>> PageStore::Reserve(int64_t page_bytes, int64_t count) {
   EDUBA_CHECK(page_bytes > 0 && page_bytes % 64 == 0);
@@ -42,7 +42,7 @@ absl::StatusOr<std::vector<Page>> PageStore::Reserve(int64_t page_bytes, int64_t
   std::vector<Page> pages;
   if (count == 0) return pages;
 
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   SizeClass& sizes = classes_[page_bytes];
   const int64_t free_bytes = memory_bytes_ - taken_bytes_ + sizes.free_pages * page_bytes;
   // In pages, because `count * page_bytes` may not fit into int64.
@@ -75,7 +75,7 @@ absl::StatusOr<std::vector<Page>> PageStore::Reserve(int64_t page_bytes, int64_t
 
 absl::StatusOr<ReservedBytes> PageStore::ReserveBytes(int64_t bytes) {
   EDUBA_CHECK(bytes >= 0);
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   if (bytes > memory_bytes_ - taken_bytes_) {
     return absl::ResourceExhaustedError(
         absl::StrCat("needs ", bytes, " bytes, ", memory_bytes_ - taken_bytes_, " of ", memory_bytes_,
@@ -87,19 +87,19 @@ absl::StatusOr<ReservedBytes> PageStore::ReserveBytes(int64_t bytes) {
 }
 
 void PageStore::ReleaseBytes(int64_t bytes) {
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   taken_bytes_ -= bytes;
   used_bytes_ -= bytes;
 }
 
 int64_t PageStore::used_bytes() const {
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   return used_bytes_;
 }
 
 void PageStore::Release(void* page) {
   backend_->ResetPage(page).IgnoreError();  // A device that fails says so in the next call.
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   auto slab = slabs_.upper_bound(static_cast<char*>(page));
   EDUBA_CHECK(slab != slabs_.begin());
   --slab;

@@ -3,12 +3,13 @@
 
 #include <cstdint>
 #include <map>
-#include <mutex>
 #include <set>
 #include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "base/mutex.h"
 #include "kernels/backend.h"
 
 namespace eduba {
@@ -35,8 +36,8 @@ class Page {
   void* data_ = nullptr;
 };
 
-// Bytes of a store's budget that are memory of another kind than pages: what whoever asked for them may
-// allocate. Given back when it is destroyed. Must not outlive its PageStore.
+// Bytes of a store's budget for memory that is not pages: whoever holds this may allocate as many elsewhere.
+// Given back when it is destroyed. Must not outlive its PageStore.
 class ReservedBytes {
  public:
   ReservedBytes() = default;
@@ -54,9 +55,10 @@ class ReservedBytes {
   int64_t bytes_ = 0;
 };
 
-// Pages from a byte budget that is fixed at the start. Memory comes from the backend in slabs, each cut into
-// pages of one size: a small slab first, then as much again as the size has already, up to kSlabBytesMax (or
-// one page, where a page is larger). A slab goes back to the backend when its last page does. Thread-safe.
+// Hands out pages from a byte budget that is fixed at the start. Memory comes from the backend in slabs, each
+// cut into pages of one size. The first slab of a size is small, and each further one doubles what the size
+// has, up to slabs of kSlabBytesMax (or one page, where a page is larger). A slab goes back to the backend
+// when its last page does. Thread-safe.
 class PageStore {
  public:
   static constexpr int64_t kSlabBytesMin = int64_t{256} << 10;
@@ -93,23 +95,23 @@ class PageStore {
   struct SizeClass {
     int64_t slab_bytes = 0;
     int64_t free_pages = 0;
-    std::set<char*>
-        with_free;  // First bytes of slabs that have free pages; the lowest address is used first.
+    // First bytes of slabs that have free pages; the lowest address is used first.
+    std::set<char*> with_free;
   };
 
   void Release(void* page);
   void ReleaseBytes(int64_t bytes);
-  absl::Status AddSlab(int64_t page_bytes, int64_t pages_wanted);
-  void DropSlab(Slabs::iterator slab);
-  void DropFreeSlabs(int64_t page_bytes);
+  absl::Status AddSlab(int64_t page_bytes, int64_t pages_wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DropSlab(Slabs::iterator slab) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DropFreeSlabs(int64_t page_bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   Backend* const backend_;
   const int64_t memory_bytes_;
-  mutable std::mutex mutex_;  // Guards all below.
-  Slabs slabs_;
-  std::map<int64_t, SizeClass> classes_;  // By page bytes.
-  int64_t taken_bytes_ = 0;               // Of slabs, and reserved.
-  int64_t used_bytes_ = 0;
+  mutable Mutex mutex_;
+  Slabs slabs_ ABSL_GUARDED_BY(mutex_);
+  std::map<int64_t, SizeClass> classes_ ABSL_GUARDED_BY(mutex_);  // By page bytes.
+  int64_t taken_bytes_ ABSL_GUARDED_BY(mutex_) = 0;               // Of slabs, and reserved.
+  int64_t used_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace eduba

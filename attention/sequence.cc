@@ -4,22 +4,6 @@
 
 namespace eduba {
 
-void PageTable::Put(int64_t index, Page page) {
-  const PageRef ref{page.data(), index};
-  if (!refs_.empty() && refs_.back().index == index) {
-    pages_.back() = std::move(page);
-    refs_.back() = ref;
-    return;
-  }
-  EDUBA_CHECK(refs_.empty() || refs_.back().index < index);
-  pages_.push_back(std::move(page));
-  refs_.push_back(ref);
-}
-
-const void* PageTable::Tail(int64_t index) const {
-  return !refs_.empty() && refs_.back().index == index ? refs_.back().data : nullptr;
-}
-
 Sequence::Sequence(SequenceSpec spec)
     : spec_(std::move(spec)),
       layers_(spec_.layers),
@@ -33,15 +17,25 @@ absl::Span<const int16_t> Sequence::exponents(int layer, int64_t length) const {
   return absl::MakeConstSpan(version->values).subspan(layer * size, size);
 }
 
-void Sequence::Extend(int64_t length, std::vector<int16_t> exponents, std::vector<int16_t> owned_exponents,
-                      const Digest& appended) {
+Digest Sequence::digest() const {
+  Digest sum;
+  for (const SequenceLayer& layer : layers_) sum += layer.owned.digest();
+  return sum;
+}
+
+void Sequence::Extend(const std::vector<SequenceLayer>& pages, int64_t length, std::vector<int16_t> exponents,
+                      std::vector<int16_t> owned_exponents) {
   EDUBA_CHECK(length > length_);
+  EDUBA_CHECK_EQ(pages.size(), layers_.size());
   EDUBA_CHECK_EQ(static_cast<int64_t>(exponents.size()), spec_.exponents());
   EDUBA_CHECK_EQ(static_cast<int64_t>(owned_exponents.size()), spec_.exponents());
+  for (size_t layer = 0; layer < pages.size(); ++layer) {
+    layers_[layer].owned.PutAll(pages[layer].owned);
+    layers_[layer].sinks.PutAll(pages[layer].sinks);
+  }
   length_ = length;
   if (exponents != exponents_.back().values) exponents_.push_back({length, std::move(exponents)});
   owned_exponents_ = std::move(owned_exponents);
-  digest_ += appended;
 }
 
 }  // namespace eduba

@@ -4,21 +4,12 @@
 #include <memory>
 #include <utility>
 
+#include "attention/step_inputs.h"
 #include "base/check.h"
-#include "base/pages.h"
 #include "base/status_macros.h"
-#include "kernels/page_lists.h"
 
 namespace eduba {
 namespace {
-
-// The pages that hold positions of `range`.
-absl::Span<const PageRef> PagesOf(absl::Span<const PageRef> pages, PositionRange range) {
-  const auto before = [](const PageRef& page, int64_t index) { return page.index < index; };
-  const auto begin = std::lower_bound(pages.begin(), pages.end(), PageOf(range.begin), before);
-  const auto end = std::lower_bound(begin, pages.end(), PageCount(range.end), before);
-  return pages.subspan(begin - pages.begin(), end - begin);
-}
 
 // One array for what several steps reduce together, one behind the other. Not cleared: each fills its own.
 template <class T>
@@ -252,35 +243,20 @@ absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& co
   EDUBA_CHECK_EQ(static_cast<int64_t>(query.queries.size()),
                  rows * spec.shape.query_heads * spec.shape.head_dim);
 
-  std::vector<PositionRange> visible(rows);
-  std::vector<int32_t> visible_sinks(rows);
-  PositionRange seen{INT64_MAX, 0};  // By any row.
-  for (int64_t row = 0; row < rows; ++row) {
-    const Visibility v =
-        VisibleTo(query.policy, query.positions[row], spec.sink_tokens, spec.window, query.length);
-    visible[row] = v.keys;
-    visible_sinks[row] = v.sinks;
-    if (!v.keys.empty()) seen = {std::min(seen.begin, v.keys.begin), std::max(seen.end, v.keys.end)};
-  }
+  StepArgs common;
+  common.shape = spec.shape;
+  common.queries = query.queries.data();
+  common.sink_logits = spec.sink_logits;
+  common.exponents = sequence.exponents(query.layer, query.length);
+  common.positions = query.length;
+  common.first_row = query.first_row;
+  common.cancelled = query.cancelled;
+  const StepInputs inputs(common, {query.policy, spec.sink_tokens, spec.window}, query.positions,
+                          query.length, {&sequence.pages(query.layer), &sequence.sink_pages(query.layer)});
 
-  StepArgs args;
-  args.shape = spec.shape;
-  args.rows = static_cast<int>(rows);
-  args.queries = query.queries.data();
-  args.visible = visible;
-  if (!seen.empty()) args.pages = PagesOf(sequence.pages(query.layer).refs(), seen);
-  const OwnedPageLists lists(static_cast<int64_t>(args.pages.size()), rows);
-  args.lists = lists.view();
-  args.sink_pages = sequence.sink_pages(query.layer).refs();
-  args.visible_sinks = visible_sinks;
-  args.sink_logits = spec.sink_logits;
-  args.exponents = sequence.exponents(query.layer, query.length);
-  args.positions = query.length;
-  args.first_row = query.first_row;
-  args.cancelled = query.cancelled;
-
-  EDUBA_ASSIGN_OR_RETURN(std::vector<AttentionAnswer> answers,
-                         AttendPages(backend, &communicator, absl::MakeConstSpan(&args, 1), {}, deadline));
+  EDUBA_ASSIGN_OR_RETURN(
+      std::vector<AttentionAnswer> answers,
+      AttendPages(backend, &communicator, absl::MakeConstSpan(&inputs.args, 1), {}, deadline));
   return std::move(answers.front());
 }
 

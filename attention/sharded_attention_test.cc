@@ -468,7 +468,7 @@ TEST(ShardedAttention, NonFiniteArithmeticIsAnErrorOnEveryRank) {
 struct RankStep {
   RankStep(const Problem& p, const Sequence& sequence) {
     for (const int64_t position : p.positions) {
-      const Visibility v = VisibleTo(p.policy, position, p.spec.sink_tokens, p.spec.window, p.length);
+      const Visibility v = VisibleTo({p.policy, p.spec.sink_tokens, p.spec.window}, position, p.length);
       visible.push_back(v.keys);
       visible_sinks.push_back(v.sinks);
     }

@@ -1,43 +1,22 @@
 #include "attention/staged_append.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "attention/rows.h"
 #include "base/check.h"
+#include "base/position_ranges.h"
 #include "base/status_macros.h"
 
 namespace eduba {
 namespace {
 
-// Ascending, disjoint ranges with neighbours that touch made one.
-std::vector<PositionRange> MergeTouching(std::vector<PositionRange> ranges) {
-  std::sort(ranges.begin(), ranges.end(),
-            [](const PositionRange& a, const PositionRange& b) { return a.begin < b.begin; });
-  std::vector<PositionRange> merged;
-  for (const PositionRange& range : ranges) {
-    if (range.empty()) continue;
-    if (!merged.empty() && range.begin <= merged.back().end) {
-      merged.back().end = std::max(merged.back().end, range.end);
-    } else {
-      merged.push_back(range);
-    }
-  }
-  return merged;
-}
-
-std::string RangeText(PositionRange range) { return absl::StrCat("[", range.begin, ", ", range.end, ")"); }
-
-// Array of `bytes` for `count` stored rows: `source` itself when it has the type already, else rounded into
-// `buffer`.
-const char* StoredRows(absl::Span<const char> source, DType from, DType to, int64_t elements,
-                       std::unique_ptr<char[]>& buffer) {
+// `source` itself when it has the type already, else its elements rounded into `buffer`.
+const char* Rounded(absl::Span<const char> source, DType from, DType to, int64_t elements,
+                    std::unique_ptr<char[]>& buffer) {
   if (from == to) return source.data();
   buffer = std::make_unique_for_overwrite<char[]>(elements * DTypeBytes(to));
   ConvertElements(source.data(), from, buffer.get(), to, elements);
@@ -48,6 +27,8 @@ const char* StoredRows(absl::Span<const char> source, DType from, DType to, int6
 
 absl::StatusOr<std::shared_ptr<StagedAppend>> StagedAppend::Begin(Backend* backend, PageStore* store,
                                                                   Sequence* sequence, AppendShare share) {
+  std::sort(share.owned.begin(), share.owned.end(),
+            [](const PositionRange& a, const PositionRange& b) { return a.begin < b.begin; });
   auto append = std::shared_ptr<StagedAppend>(new StagedAppend(backend, sequence, std::move(share)));
   EDUBA_RETURN_IF_ERROR(append->CheckShare());
   append->PlanRuns();
@@ -57,14 +38,10 @@ absl::StatusOr<std::shared_ptr<StagedAppend>> StagedAppend::Begin(Backend* backe
 }
 
 StagedAppend::StagedAppend(Backend* backend, Sequence* sequence, AppendShare share)
-    : backend_(backend),
+    : writer_(backend, sequence->spec().shape),
       sequence_(sequence),
       share_(std::move(share)),
-      key_bytes_(static_cast<int64_t>(DTypeBytes(sequence_->spec().shape.key_dtype)) *
-                 sequence_->spec().shape.kv_heads * sequence_->spec().shape.head_dim),
-      value_bytes_(static_cast<int64_t>(DTypeBytes(sequence_->spec().shape.value_dtype)) *
-                   sequence_->spec().shape.kv_heads * sequence_->spec().shape.value_dim),
-      magnitudes_(sequence_->spec().exponents()) {}
+      magnitudes_(sequence->spec().exponents()) {}
 
 absl::Status StagedAppend::CheckShare() const {
   const int64_t length = sequence_->length();
@@ -85,7 +62,7 @@ absl::Status StagedAppend::CheckShare() const {
     if (range.empty() || range.begin < previous || range.end > end || !whole_pages) {
       return absl::InvalidArgumentError(absl::StrCat("owned range ", RangeText(range), " of the append ",
                                                      RangeText({share_.at, end}),
-                                                     " is empty, out of order or cuts a page"));
+                                                     " is empty, overlaps another or cuts a page"));
     }
     previous = range.end;
   }
@@ -93,67 +70,62 @@ absl::Status StagedAppend::CheckShare() const {
 }
 
 void StagedAppend::PlanRuns() {
-  const SequenceSpec& spec = sequence_->spec();
-  const PositionRange sinks =
-      PositionRange{share_.at, share_.at + share_.count}.Intersect({0, spec.sink_tokens});
-
-  for (const PositionRange& range : MergeTouching(share_.owned)) {
-    extents_.push_back({range, slots_});
-    slots_ += PageCount(range.end) - PageOf(range.begin);
-  }
-  if (!sinks.empty()) {
-    sinks_ = {sinks, slots_};
-    slots_ += PageCount(sinks.end) - PageOf(sinks.begin);
-  }
-
-  std::vector<PositionRange> wanted = share_.owned;
-  wanted.push_back(sinks);
-  for (const PositionRange& range : MergeTouching(std::move(wanted))) {
+  owned_ = Union(share_.owned);
+  sinks_ = PositionRange{share_.at, share_.at + share_.count}.Intersect({0, sequence_->spec().sink_tokens});
+  std::vector<PositionRange> wanted = owned_;
+  wanted.push_back(sinks_);
+  for (const PositionRange& range : Union(std::move(wanted))) {
     runs_.push_back({range, rows_});
     rows_ += range.size();
   }
 }
 
 absl::Status StagedAppend::StagePages(PageStore* store) {
-  const SequenceSpec& spec = sequence_->spec();
-  EDUBA_ASSIGN_OR_RETURN(pages_, store->Reserve(backend_->PageBytes(spec.shape), spec.layers * slots_));
-  // Pages that the append continues start as copies; the sequence's own stay as they are for its readers.
-  for (int layer = 0; layer < spec.layers; ++layer) {
-    const int64_t page = PageOf(share_.at);
-    if (!extents_.empty() && extents_.front().range.begin % kPageRows != 0) {
-      const void* tail = sequence_->pages(layer).Tail(page);
-      if (tail == nullptr) {
-        return absl::InvalidArgumentError(absl::StrCat("position ", share_.at, " continues page ", page,
-                                                       ", which this worker does not own"));
+  const int layers = sequence_->spec().layers;
+  const auto pages_of = [](PositionRange range) {
+    return range.empty() ? 0 : PageCount(range.end) - PageOf(range.begin);
+  };
+  int64_t pages = pages_of(sinks_);
+  for (const PositionRange& range : owned_) pages += pages_of(range);
+  EDUBA_ASSIGN_OR_RETURN(std::vector<std::shared_ptr<KvPage>> fresh, writer_.Reserve(store, layers * pages));
+  auto next = fresh.begin();
+  // A page that the append continues starts as a copy; the sequence's own stays as it is for its readers.
+  const auto stage = [&](PositionRange range, const PageTable& committed, PageTable& staged) {
+    return ForEachPage(range, [&](int64_t page, PositionRange part) {
+      if (part.begin != PageBegin(page)) {
+        const KvPage* const tail = committed.At(page);
+        if (tail == nullptr) {
+          return absl::InvalidArgumentError(absl::StrCat("position ", part.begin, " continues page ", page,
+                                                         ", which this worker does not own"));
+        }
+        EDUBA_RETURN_IF_ERROR(writer_.Copy(*tail, **next));
       }
-      EDUBA_RETURN_IF_ERROR(
-          backend_->CopyPage(spec.shape, tail, pages_[StagedSlot(layer, extents_.front(), page)].data()));
+      staged.Put(page, std::move(*next++));
+      return absl::OkStatus();
+    });
+  };
+  const WriterLock lock(state_mutex_);
+  staged_.resize(layers);
+  for (int layer = 0; layer < layers; ++layer) {
+    for (const PositionRange& range : owned_) {
+      EDUBA_RETURN_IF_ERROR(stage(range, sequence_->pages(layer), staged_[layer].owned));
     }
-    if (!sinks_.range.empty() && sinks_.range.begin % kPageRows != 0) {
-      const void* tail = sequence_->sink_pages(layer).Tail(page);
-      EDUBA_CHECK(tail != nullptr);
-      EDUBA_RETURN_IF_ERROR(
-          backend_->CopyPage(spec.shape, tail, pages_[StagedSlot(layer, sinks_, page)].data()));
-    }
+    EDUBA_RETURN_IF_ERROR(stage(sinks_, sequence_->sink_pages(layer), staged_[layer].sinks));
   }
   return absl::OkStatus();
 }
 
-int64_t StagedAppend::StagedSlot(int layer, const Extent& extent, int64_t page) const {
-  return layer * slots_ + extent.slot + page - PageOf(extent.range.begin);
-}
-
 absl::Status StagedAppend::AddRows(int layer, int64_t first, int64_t count, DType dtype,
                                    absl::Span<const char> keys, absl::Span<const char> values) {
-  const std::shared_lock open(state_mutex_);
+  const ReaderLock open(state_mutex_);
   {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (!failure_.ok()) return failure_;
   }
   if (sealed_) return absl::FailedPreconditionError("the append is sealed: it takes no more rows");
   absl::Status status = Receive(layer, first, count, dtype, keys, values);
   if (!status.ok()) {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (failure_.ok()) failure_ = status;
   }
   return status;
@@ -174,32 +146,26 @@ absl::Status StagedAppend::Receive(int layer, int64_t first, int64_t count, DTyp
   const int64_t value_elements = count * shape.kv_heads * shape.value_dim;
   std::unique_ptr<char[]> key_buffer;
   std::unique_ptr<char[]> value_buffer;
-  const char* stored_keys = StoredRows(keys, dtype, shape.key_dtype, key_elements, key_buffer);
-  const char* stored_values = StoredRows(values, dtype, shape.value_dtype, value_elements, value_buffer);
-  // Rounding keeps NaN and Inf, so what is stored tells about what was given too.
-  if (const int64_t bad = FirstNonFinite(stored_keys, shape.key_dtype, key_elements); bad >= 0) {
-    return NonFinite("keys", shape.key_dtype, layer, first, shape.head_dim, bad,
-                     LoadElement(keys.data(), dtype, bad));
-  }
-  if (const int64_t bad = FirstNonFinite(stored_values, shape.value_dtype, value_elements); bad >= 0) {
-    return NonFinite("values", shape.value_dtype, layer, first, shape.value_dim, bad,
-                     LoadElement(values.data(), dtype, bad));
-  }
+  const TypedRows rows = {first, Rounded(keys, dtype, shape.key_dtype, key_elements, key_buffer),
+                          Rounded(values, dtype, shape.value_dtype, value_elements, value_buffer)};
+  // Rounding keeps NaN and Inf, so the rounded elements tell about the given ones too.
+  EDUBA_RETURN_IF_ERROR(CheckFinite("keys", shape.key_dtype, layer, first, shape.head_dim, key_elements,
+                                    dtype, keys.data(), rows.keys));
+  EDUBA_RETURN_IF_ERROR(CheckFinite("values", shape.value_dtype, layer, first, shape.value_dim,
+                                    value_elements, dtype, values.data(), rows.values));
 
-  const PositionRange rows{first, first + count};
-  const auto write = [&](const Extent& extent) {
-    const PositionRange part = rows.Intersect(extent.range);
-    if (part.empty() || share_.compare_only) return absl::OkStatus();
-    return Write(layer, extent, part.begin, part.size(), stored_keys + (part.begin - first) * key_bytes_,
-                 stored_values + (part.begin - first) * value_bytes_);
-  };
-  EDUBA_RETURN_IF_ERROR(write(sinks_));
-  // The first extent that ends behind the rows' begin, and on.
-  auto extent = std::upper_bound(extents_.begin(), extents_.end(), first,
-                                 [](int64_t position, const Extent& e) { return position < e.range.end; });
-  for (; extent != extents_.end() && extent->range.begin < rows.end; ++extent) {
-    EDUBA_RETURN_IF_ERROR(write(*extent));
-    Record(layer, rows.Intersect(extent->range), first, stored_keys, stored_values);
+  const PositionRange all{first, first + count};
+  const SequenceLayer* const staged = share_.compare_only ? nullptr : &staged_[layer];
+  if (staged != nullptr) {
+    EDUBA_RETURN_IF_ERROR(Write(layer, all.Intersect(sinks_), rows, &staged->sinks).status());
+  }
+  auto range = std::upper_bound(owned_.begin(), owned_.end(), first,
+                                [](int64_t position, const PositionRange& r) { return position < r.end; });
+  for (; range != owned_.end() && range->begin < all.end; ++range) {
+    const PositionRange part = all.Intersect(*range);
+    EDUBA_ASSIGN_OR_RETURN(const Digest digest,
+                           Write(layer, part, rows, staged == nullptr ? nullptr : &staged->owned));
+    Record(layer, part, rows, digest);
   }
   return absl::OkStatus();
 }
@@ -251,96 +217,87 @@ absl::Status StagedAppend::Claim(int layer, const Run& run, int64_t first, int64
   return absl::OkStatus();
 }
 
-absl::Status StagedAppend::NonFinite(const char* array, DType stored, int layer, int64_t first, int64_t dim,
-                                     int64_t index, float given) const {
+absl::Status StagedAppend::CheckFinite(const char* array, DType dtype, int layer, int64_t first, int64_t dim,
+                                       int64_t elements, DType given_dtype, const char* given,
+                                       const char* typed) const {
   const AttentionShape& shape = sequence_->spec().shape;
+  const int64_t bad = FirstNonFinite(typed, dtype, elements);
+  if (bad < 0) return absl::OkStatus();
   const std::string place =
-      absl::StrCat(array, " at position ", first + index / (shape.kv_heads * dim), ", layer ", layer,
-                   ", KV head ", index / dim % shape.kv_heads, ", channel ", index % dim);
-  if (std::isfinite(given)) {
-    return absl::InvalidArgumentError(absl::StrCat(place, ": ", given, " is beyond the range of ",
-                                                   DTypeName(stored), "; use another dtype or scale"));
+      absl::StrCat(array, " at position ", first + bad / (shape.kv_heads * dim), ", layer ", layer,
+                   ", KV head ", bad / dim % shape.kv_heads, ", channel ", bad % dim);
+  const float element = LoadElement(given, given_dtype, bad);
+  if (std::isfinite(element)) {
+    return absl::InvalidArgumentError(absl::StrCat(place, ": ", element, " is beyond the range of ",
+                                                   DTypeName(dtype), "; use another dtype or scale"));
   }
   return absl::InvalidArgumentError(
-      absl::StrCat(place, ": found ", std::isnan(given) ? "NaN" : "Inf",
+      absl::StrCat(place, ": found ", std::isnan(element) ? "NaN" : "Inf",
                    ", wanted finite numbers; nothing was stored, replace it and append again"));
 }
 
-absl::Status StagedAppend::Write(int layer, const Extent& extent, int64_t first, int64_t count,
-                                 const char* keys, const char* values) {
-  const AttentionShape& shape = sequence_->spec().shape;
-  for (int64_t position = first; position < first + count;) {
-    const int64_t page = PageOf(position);
-    const int64_t n = std::min(PageBegin(page + 1), first + count) - position;
-    const int64_t slot = StagedSlot(layer, extent, page);
-    {
-      const std::scoped_lock lock(page_mutexes_[static_cast<size_t>(slot) % page_mutexes_.size()]);
-      EDUBA_RETURN_IF_ERROR(backend_->WriteRows(
-          shape, pages_[slot].data(), static_cast<int>(position - PageBegin(page)), static_cast<int>(n),
-          keys + (position - first) * key_bytes_, values + (position - first) * value_bytes_));
-    }
-    position += n;
-  }
-  return absl::OkStatus();
+absl::StatusOr<Digest> StagedAppend::Write(int layer, PositionRange part, const TypedRows& rows,
+                                           const PageTable* table) {
+  Digest sum;
+  EDUBA_RETURN_IF_ERROR(ForEachPage(part, [&](int64_t page, PositionRange in_page) {
+    const char* const keys = rows.keys + (in_page.begin - rows.first) * writer_.key_bytes();
+    const char* const values = rows.values + (in_page.begin - rows.first) * writer_.value_bytes();
+    const Digest digest = writer_.DigestOf(layer, in_page.begin, in_page.size(), keys, values);
+    sum += digest;
+    if (table == nullptr) return absl::OkStatus();
+    const MutexLock lock(page_mutexes_[static_cast<size_t>(layer + page) % page_mutexes_.size()]);
+    return writer_.Write(*table->At(page), in_page.begin - PageBegin(page), in_page.size(), keys, values,
+                         digest);
+  }));
+  return sum;
 }
 
-void StagedAppend::Record(int layer, PositionRange rows, int64_t first, const char* keys,
-                          const char* values) {
+void StagedAppend::Record(int layer, PositionRange part, const TypedRows& rows, const Digest& digest) {
   const SequenceSpec& spec = sequence_->spec();
-  const char* key = keys + (rows.begin - first) * key_bytes_;
-  const char* const own_values = values + (rows.begin - first) * value_bytes_;
-  const char* value = own_values;
-
-  constexpr int64_t kHead = 2 * sizeof(int64_t);
-  const auto row = std::make_unique_for_overwrite<char[]>(kHead + key_bytes_ + value_bytes_);
-  Digest sum;
-  for (int64_t position = rows.begin; position < rows.end; ++position) {
-    const int64_t head[2] = {position, layer};
-    std::memcpy(row.get(), head, kHead);
-    std::memcpy(row.get() + kHead, key, key_bytes_);
-    std::memcpy(row.get() + kHead + key_bytes_, value, value_bytes_);
-    const XXH128_hash_t hash = XXH3_128bits(row.get(), kHead + key_bytes_ + value_bytes_);
-    sum += Digest{hash.low64, hash.high64};
-    key += key_bytes_;
-    value += value_bytes_;
-  }
-
   const int64_t columns = spec.exponents_per_layer();
   std::vector<uint32_t> magnitudes(columns);
-  RaiseMagnitudes(own_values, spec.shape.value_dtype, rows.size(), columns, magnitudes.data());
+  RaiseMagnitudes(rows.values + (part.begin - rows.first) * writer_.value_bytes(), spec.shape.value_dtype,
+                  part.size(), columns, magnitudes.data());
 
-  const std::scoped_lock lock(mutex_);
-  digest_ += sum;
+  const MutexLock lock(mutex_);
+  digest_ += digest;
   uint32_t* all = magnitudes_.data() + layer * columns;
   for (int64_t c = 0; c < columns; ++c) all[c] = std::max(all[c], magnitudes[c]);
 }
 
 absl::StatusOr<AppendSeal> StagedAppend::Seal() {
-  const std::unique_lock closed(state_mutex_);
-  const std::scoped_lock lock(mutex_);
+  const WriterLock closed(state_mutex_);
+  return SealLocked();
+}
+
+absl::StatusOr<AppendSeal> StagedAppend::SealLocked() {
+  const MutexLock lock(mutex_);
   if (!failure_.ok()) return failure_;
   if (sealed_) return seal_;
   EDUBA_RETURN_IF_ERROR(FirstMissing());
-  sealed_ = true;
-  AppendSeal& seal = seal_;
-  seal.digest = digest_;
-  seal.exponents = sequence_->owned_exponents();
+  for (const SequenceLayer& layer : staged_) {
+    EDUBA_RETURN_IF_ERROR(layer.owned.SealFull(writer_));
+    EDUBA_RETURN_IF_ERROR(layer.sinks.SealFull(writer_));
+  }
+  seal_.digest = digest_;
+  seal_.exponents = sequence_->owned_exponents();
   if (!share_.compare_only) {
     const DType dtype = sequence_->spec().shape.value_dtype;
     for (size_t i = 0; i < magnitudes_.size(); ++i) {
-      seal.exponents[i] = std::max(seal.exponents[i], ExponentOfMagnitude(magnitudes_[i], dtype));
+      seal_.exponents[i] = std::max(seal_.exponents[i], ExponentOfMagnitude(magnitudes_[i], dtype));
     }
   }
-  return seal;
+  sealed_ = true;
+  return seal_;
 }
 
 bool StagedAppend::sealed() const {
-  const std::shared_lock open(state_mutex_);
+  const ReaderLock lock(state_mutex_);
   return sealed_;
 }
 
 AppendSeal StagedAppend::seal() const {
-  const std::shared_lock open(state_mutex_);
+  const ReaderLock lock(state_mutex_);
   EDUBA_CHECK(sealed_);
   return seal_;
 }
@@ -363,7 +320,8 @@ absl::Status StagedAppend::FirstMissing() const {
 }
 
 absl::Status StagedAppend::Publish(std::vector<int16_t> exponents) {
-  EDUBA_ASSIGN_OR_RETURN(AppendSeal seal, Seal());
+  const WriterLock closed(state_mutex_);
+  EDUBA_ASSIGN_OR_RETURN(AppendSeal seal, SealLocked());
   if (share_.compare_only) return absl::OkStatus();
   const SequenceSpec& spec = sequence_->spec();
   if (sequence_->length() != share_.at) {
@@ -380,29 +338,16 @@ absl::Status StagedAppend::Publish(std::vector<int16_t> exponents) {
                                               ", smaller than this worker's own ", seal.exponents[i]));
     }
   }
-  for (int layer = 0; layer < spec.layers; ++layer) {
-    Page* const pages = pages_.data() + layer * slots_;
-    for (const Extent& extent : extents_) {
-      int64_t slot = extent.slot;
-      for (int64_t page = PageOf(extent.range.begin); page < PageCount(extent.range.end); ++page) {
-        sequence_->PutOwned(layer, page, std::move(pages[slot++]));
-      }
-    }
-    if (sinks_.range.empty()) continue;
-    int64_t slot = sinks_.slot;
-    for (int64_t page = PageOf(sinks_.range.begin); page < PageCount(sinks_.range.end); ++page) {
-      sequence_->PutSink(layer, page, std::move(pages[slot++]));
-    }
-  }
-  sequence_->Extend(share_.at + share_.count, std::move(exponents), std::move(seal.exponents), seal.digest);
+  sequence_->Extend(staged_, share_.at + share_.count, std::move(exponents), std::move(seal.exponents));
+  staged_.clear();
   return absl::OkStatus();
 }
 
 void StagedAppend::Abort() {
-  const std::unique_lock closed(state_mutex_);
-  const std::scoped_lock lock(mutex_);
+  const WriterLock closed(state_mutex_);
+  const MutexLock lock(mutex_);
   if (failure_.ok()) failure_ = absl::AbortedError("the append was aborted");
-  pages_.clear();
+  staged_.clear();
 }
 
 }  // namespace eduba

@@ -5,16 +5,17 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <shared_mutex>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "attention/kv_page.h"
 #include "attention/page_store.h"
 #include "attention/sequence.h"
 #include "base/digest.h"
+#include "base/mutex.h"
 #include "base/pages.h"
 #include "kernels/backend.h"
 
@@ -24,33 +25,37 @@ namespace eduba {
 struct AppendShare {
   int64_t at = 0;  // The append is positions [at, at + count).
   int64_t count = 0;
-  // The positions that this worker owns, ascending, disjoint. Each begins at a page's first position or at
+  // The positions that this worker owns, disjoint, in any order. Each begins at a page's first position or at
   // `at`, and ends at a page's end or at the append's.
   std::vector<PositionRange> owned;
   bool compare_only = false;  // A retry of positions that are committed: digest what comes, store nothing.
 };
 
+// What a worker says of an append when it has all its rows.
 struct AppendSeal {
-  // Sum modulo 2^128, over the owned (layer, position) rows, of XXH3_128 of {position int64, layer int64,
-  // stored K row, stored V row}: the same for any chunking and, added up over the workers, for any placement.
+  // The sum of PageWriter::DigestOf over the owned rows of all layers: the same for any chunking and, added
+  // up over the workers, for any placement.
   Digest digest;
   // Sequence::owned_exponents as they will be after the append.
   std::vector<int16_t> exponents;
 };
 
-// An append on its way into a sequence: rows come in any order from any number of threads, are rounded,
-// checked and written to pages that no query can see, until Publish puts them into the sequence. Dropping it
-// drops its pages.
+// An append on its way into a sequence. Rows come in any order from any number of threads; they are rounded,
+// checked and written to pages that no query can see, until Publish puts those pages into the sequence.
+// Dropping the append drops its pages.
 //
-// AddRows and Abort may be called from any thread; Begin, Seal and Publish read or change the sequence and
-// belong on its thread. The sequence must live until the append is aborted or gone.
+// AddRows, Abort, sealed and seal may be called from any thread; Begin, Seal and Publish read or change the
+// sequence and belong on its thread. The sequence must live until the append is aborted or gone. An append
+// belongs to no group: one that is sealed may be published in a later epoch, as long as the sequence still
+// ends where it begins.
 class StagedAppend {
  public:
   // Reserves all pages that the share needs: its own, the token sinks', and copies of the tail pages that the
   // append continues.
   //   RESOURCE_EXHAUSTED   they do not fit; nothing was reserved
-  //   FAILED_PRECONDITION  the append does not start at the sequence's end (compare_only: does not lie within
-  //   it) INVALID_ARGUMENT     the share is not as AppendShare says
+  //   FAILED_PRECONDITION  the append does not start at the sequence's end (compare_only: does not lie
+  //                        within it)
+  //   INVALID_ARGUMENT     the share is not as AppendShare says
   static absl::StatusOr<std::shared_ptr<StagedAppend>> Begin(Backend* backend, PageStore* store,
                                                              Sequence* sequence, AppendShare share);
 
@@ -58,8 +63,7 @@ class StagedAppend {
   // kv_heads, value_dim] of type `dtype`, rounded to the sequence's, nearest even. The first error ends the
   // append: every later call repeats it.
   //   INVALID_ARGUMENT     NaN or Inf (also after rounding), wrong sizes, positions that are neither owned
-  //   nor token
-  //                        sinks, or that were sent before
+  //                        nor token sinks, or that were sent before
   //   FAILED_PRECONDITION  the append is sealed
   //   ABORTED              the append was aborted
   absl::Status AddRows(int layer, int64_t first, int64_t count, DType dtype, absl::Span<const char> keys,
@@ -83,6 +87,7 @@ class StagedAppend {
   void Abort();
 
   const Sequence& sequence() const { return *sequence_; }
+  // With the owned ranges in ascending order.
   const AppendShare& share() const { return share_; }
 
  private:
@@ -91,62 +96,62 @@ class StagedAppend {
     PositionRange range;
     int64_t offset = 0;
   };
-  // Consecutive staged pages of every layer: those of positions in `range`, `slot` being the first one's
-  // number among the layer's staged pages.
-  struct Extent {
-    PositionRange range;
-    int64_t slot = 0;
+  // Rows in the sequence's type, on their way into pages.
+  struct TypedRows {
+    int64_t first = 0;  // Position of the first row.
+    const char* keys = nullptr;
+    const char* values = nullptr;
   };
 
   StagedAppend(Backend* backend, Sequence* sequence, AppendShare share);
 
   absl::Status CheckShare() const;
   void PlanRuns();
-  absl::Status StagePages(PageStore* store);
-  // Of claimed_, per layer.
+  absl::Status StagePages(PageStore* store) ABSL_LOCKS_EXCLUDED(state_mutex_);
+  // Words of claimed_ of one layer.
   int64_t Words() const { return (rows_ + 63) / 64; }
-  // Into pages_.
-  int64_t StagedSlot(int layer, const Extent& extent, int64_t page) const;
-  // AddRows after the state is known to be open.
+  // AddRows after the append is known to be open.
   absl::Status Receive(int layer, int64_t first, int64_t count, DType dtype, absl::Span<const char> keys,
-                       absl::Span<const char> values);
+                       absl::Span<const char> values) ABSL_SHARED_LOCKS_REQUIRED(state_mutex_);
   absl::Status CheckSizes(int64_t count, DType dtype, absl::Span<const char> keys,
                           absl::Span<const char> values) const;
   absl::StatusOr<const Run*> FindRun(int64_t first, int64_t count) const;
   absl::Status Claim(int layer, const Run& run, int64_t first, int64_t count);
-  absl::Status NonFinite(const char* array, DType stored, int layer, int64_t first, int64_t dim,
-                         int64_t index, float given) const;
-  absl::Status Write(int layer, const Extent& extent, int64_t first, int64_t count, const char* keys,
-                     const char* values);
-  void Record(int layer, PositionRange rows, int64_t first, const char* keys, const char* values);
+  absl::Status CheckFinite(const char* array, DType dtype, int layer, int64_t first, int64_t dim,
+                           int64_t elements, DType given_dtype, const char* given, const char* typed) const;
+  // Writes positions `part` of `rows` to the pages of `table`, one of staged_ (compare_only: nowhere).
+  // Returns their digest.
+  absl::StatusOr<Digest> Write(int layer, PositionRange part, const TypedRows& rows, const PageTable* table)
+      ABSL_SHARED_LOCKS_REQUIRED(state_mutex_);
+  // Takes owned rows into what the seal will say.
+  void Record(int layer, PositionRange part, const TypedRows& rows, const Digest& digest);
+  absl::StatusOr<AppendSeal> SealLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(state_mutex_);
   absl::Status FirstMissing() const;
 
-  Backend* const backend_;
+  const PageWriter writer_;
   Sequence* const sequence_;
   const AppendShare share_;
-  const int64_t key_bytes_;    // Of one stored position, all KV heads.
-  const int64_t value_bytes_;  // Likewise.
 
-  std::vector<Run> runs_;        // Ascending; neighbours are merged.
-  int64_t rows_ = 0;             // Per layer, that must come.
-  std::vector<Extent> extents_;  // The owned ranges; neighbours are merged.
-  Extent sinks_;                 // Token sinks of this append.
-  int64_t slots_ = 0;            // Staged pages per layer.
-  std::vector<Page> pages_;      // [layers, slots]; empty when compare_only.
-  std::vector<std::atomic<uint64_t>>
-      claimed_;  // [layers, words]: a bit per row that must come, set when it does.
+  std::vector<PositionRange> owned_;  // The owned ranges, ascending; neighbours are merged.
+  PositionRange sinks_;               // Token sinks of this append.
+  std::vector<Run> runs_;             // Of both, ascending; neighbours are merged.
+  int64_t rows_ = 0;                  // Per layer, that must come.
+  // [layers, words]: a bit per row that must come, set when it does.
+  std::vector<std::atomic<uint64_t>> claimed_;
 
   // Held shared while rows come in, alone while the state changes.
-  mutable std::shared_mutex state_mutex_;
-  bool sealed_ = false;
-  AppendSeal seal_;  // Once sealed.
+  mutable SharedMutex state_mutex_;
+  std::vector<SequenceLayer> staged_ ABSL_GUARDED_BY(state_mutex_);  // [layers]; empty when compare_only.
+  bool sealed_ ABSL_GUARDED_BY(state_mutex_) = false;
+  AppendSeal seal_ ABSL_GUARDED_BY(state_mutex_);  // Once sealed.
   // Rows of one page are written one after another: a layout may keep several rows in one word.
-  std::array<std::mutex, 64> page_mutexes_;
+  std::array<Mutex, 64> page_mutexes_;
 
-  std::mutex mutex_;  // Guards all below.
-  absl::Status failure_;
-  Digest digest_;
-  std::vector<uint32_t> magnitudes_;  // [layers, kv_heads, value_dim], of the owned rows.
+  Mutex mutex_;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  Digest digest_ ABSL_GUARDED_BY(mutex_);  // Of the owned rows.
+  std::vector<uint32_t> magnitudes_
+      ABSL_GUARDED_BY(mutex_);  // [layers, kv_heads, value_dim], of the owned rows.
 };
 
 }  // namespace eduba

@@ -403,7 +403,8 @@ TEST_F(StagedAppendTest, OffsetsAndSharesAreChecked) {
   EXPECT_EQ(code(300, 0, {}), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(300, kMaxPositions, {}), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(300, 300, {{300, 500}}), absl::StatusCode::kInvalidArgument);  // cuts page 1
-  EXPECT_EQ(code(300, 300, {{512, 600}, {300, 512}}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(300, 300, {{512, 600}, {300, 512}}), absl::StatusCode::kOk);
+  EXPECT_EQ(code(300, 300, {{512, 600}, {300, 600}}), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(300, 300, {{512, 601}}), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(300, 300, {{300, 600}}), absl::StatusCode::kOk);
   EXPECT_EQ(code(300, 300, {}), absl::StatusCode::kOk);

@@ -17,7 +17,7 @@ TEST(Visibility, EqualsTheMaskTokenByToken) {
     for (int64_t sinks = 0; sinks <= kLength + 2; ++sinks) {
       for (int64_t window = 1; window <= kLength + 2; ++window) {
         for (int64_t p = -1; p < kLength; ++p) {
-          const Visibility visible = VisibleTo(policy, p, sinks, window, kLength);
+          const Visibility visible = VisibleTo({policy, sinks, window}, p, kLength);
           for (int64_t j = 0; j < kLength; ++j) {
             const bool in_keys = j >= visible.keys.begin && j < visible.keys.end;
             const bool in_sinks = j < visible.sinks;
@@ -33,13 +33,13 @@ TEST(Visibility, EqualsTheMaskTokenByToken) {
 }
 
 TEST(Visibility, StopsAtTheLength) {
-  const Visibility visible = VisibleTo(Policy::kGlobal, 1000, 4, 0, 10);
+  const Visibility visible = VisibleTo({Policy::kGlobal, 4, 0}, 1000, 10);
   EXPECT_EQ(visible.keys, (PositionRange{4, 10}));
   EXPECT_EQ(visible.sinks, 4);
 }
 
 TEST(Visibility, ASequenceShorterThanItsSinksIsAllSinks) {
-  const Visibility visible = VisibleTo(Policy::kWindow, 2, 8, 4, 3);
+  const Visibility visible = VisibleTo({Policy::kWindow, 8, 4}, 2, 3);
   EXPECT_TRUE(visible.keys.empty());
   EXPECT_EQ(visible.sinks, 3);
 }

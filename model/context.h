@@ -10,7 +10,7 @@
 #include "model/config.h"
 #include "model/kv_pages.h"
 #include "model/paged_attention.h"
-#include "model/wave_plan.h"
+#include "model/prefill_plan.h"
 
 namespace eduba {
 
@@ -56,7 +56,7 @@ class Context {
   Context Fork() const { return *this; }
 
   const ContextOptions& options() const { return options_; }
-  const Placement& placement() const { return placement_; }
+  const Placement& placement() const { return pages_.placement(); }
   int64_t length() const { return length_; }
   // [hidden_size]: the hidden state of the last token; empty at the beginning.
   absl::Span<const float> last() const { return last_; }
@@ -70,11 +70,9 @@ class Context {
 
  private:
   friend class ModelEngine;
-  Context(const ContextOptions& options, const Placement& placement, KvPages pages)
-      : options_(options), placement_(placement), pages_(std::move(pages)) {}
+  Context(const ContextOptions& options, KvPages pages) : options_(options), pages_(std::move(pages)) {}
 
   ContextOptions options_;
-  Placement placement_;
   KvPages pages_;
   std::vector<LayerView> append_views_, ask_views_;  // [layers]
   std::vector<LayerKeeping> keeping_;                // [layers]: what later rows may see.

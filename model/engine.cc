@@ -77,8 +77,7 @@ absl::StatusOr<Context> ModelEngine::Open(const ContextOptions& given, const Pla
     pages.push_back({!windowed, options.sink_tokens});
     keeping.push_back(Keeping(append_views.back(), ask_views.back()));
   }
-  const PageShare share{index, placement.size(), placement.stripe_pages};
-  Context context(options, placement, KvPages(options_.backend, options_.store, shape, share, pages));
+  Context context(options, KvPages(options_.backend, options_.store, shape, placement, index, pages));
   context.append_views_ = std::move(append_views);
   context.ask_views_ = std::move(ask_views);
   context.keeping_ = std::move(keeping);
@@ -170,7 +169,7 @@ void ModelEngine::DropUnseen(Context& context, int64_t next) const {
 }
 
 int64_t ModelEngine::NextChunk(const Context& context, int64_t left) const {
-  const int64_t stripe_rows = context.placement_.stripe_pages * kPageRows;
+  const int64_t stripe_rows = context.placement().stripe_pages * kPageRows;
   const int64_t in_stripe = context.length_ % stripe_rows;
   const int64_t end = std::min(stripe_rows, (in_stripe / options_.chunk_rows + 1) * options_.chunk_rows);
   return std::min(left, end - in_stripe);
@@ -241,7 +240,7 @@ std::unique_ptr<SequenceParallelPrefill> ModelEngine::StartPrefill(const Context
                                                                    Communicator& group) const {
   const int64_t begin = context.length_;
   const int64_t end = begin + std::min(static_cast<int64_t>(ids.size()), kMaxPositions - begin);
-  const std::optional<WavePlan> plan = PlanWave({begin, end}, group.size(), context.placement_.stripe_pages);
+  const std::optional<PrefillPlan> plan = PlanPrefill({begin, end}, context.placement());
   if (!plan) return nullptr;
   SequenceParallelPrefill::Rows rows;
   const auto taken = ids.first(plan->positions.size());

@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "attention/page_store.h"
+#include "base/placement.h"
 #include "collective/communicator.h"
 #include "kernels/backend.h"
 #include "model/context.h"

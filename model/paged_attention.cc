@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "attention/sharded_attention.h"
@@ -42,8 +43,7 @@ absl::Status PagedAttention::AttendWritten(const LayerRows& rows, float* outputs
     const ContextRows& context = contexts_[c];
     for (int64_t row = 0; row < context.rows;) {
       const int64_t end = std::min(context.rows, PositionsFor(context.first + row) - context.first);
-      Part part = MakePart(rows, c, row, end - row, step_row);
-      part.output_row = output_row;
+      Part part{c, output_row, context.owner, InputsFor(rows, context, row, end - row, step_row)};
       if (IsAnsweredHere(context.owner)) output_row += end - row;
       if (IsShared(context.views[rows.layer])) {
         shared.push_back(std::move(part));
@@ -67,47 +67,27 @@ int64_t PagedAttention::RowBytes(const AttentionShape& shape, int64_t sink_token
   return shape.query_heads * head + 48;
 }
 
-PagedAttention::Part PagedAttention::MakePart(const LayerRows& rows, size_t context, int64_t row,
-                                              int64_t count, int64_t step_row) const {
-  const ContextRows& own = contexts_[context];
-  const LayerView& view = own.views[rows.layer];
-  const AttentionShape& shape = own.pages->shape();
-  const int64_t first = own.first + row;
-  const int64_t length = first + count;
-  Part part;
-  part.context = context;
-  part.step_row = step_row + row;
-  part.owner = own.owner;
-  part.visible.resize(count);
-  part.visible_sinks.resize(count);
-  PositionRange seen{INT64_MAX, 0};
-  for (int64_t i = 0; i < count; ++i) {
-    const Visibility v = VisibleTo(view.policy, first + i, view.sink_tokens, view.window, length);
-    part.visible[i] = v.keys;
-    part.visible_sinks[i] = v.sinks;
-    if (!v.keys.empty()) seen = {std::min(seen.begin, v.keys.begin), std::max(seen.end, v.keys.end)};
-  }
+StepInputs PagedAttention::InputsFor(const LayerRows& rows, const ContextRows& context, int64_t row,
+                                     int64_t count, int64_t step_row) const {
+  const KvPages& pages = *context.pages;
+  const LayerView& view = context.views[rows.layer];
+  const int64_t first = context.first + row;
+  const int64_t first_query = (step_row + row) * pages.shape().query_heads * pages.shape().head_dim;
+  StepArgs common;
+  common.shape = pages.shape();
+  common.queries = rows.queries + first_query;
+  if (rows.sink_queries != rows.queries) common.sink_queries = rows.sink_queries + first_query;
+  common.exponents = model_->value_exponents(rows.layer);
+  common.positions = PositionsFor(first);
 
-  const int64_t query_row = int64_t{shape.query_heads} * shape.head_dim;
-  StepArgs& args = part.args;
-  args.shape = shape;
-  args.rows = static_cast<int>(count);
-  args.queries = rows.queries + part.step_row * query_row;
-  if (rows.sink_queries != rows.queries) args.sink_queries = rows.sink_queries + part.step_row * query_row;
-  args.visible = part.visible;
+  std::vector<int64_t> positions(count);
+  std::iota(positions.begin(), positions.end(), first);
+  StepPages from{&pages.table(rows.layer), &pages.table(rows.layer)};
   if (IsShared(view)) {
-    part.owned = own.pages->OwnedPages(rows.layer, seen);
-    args.pages = part.owned;
-  } else {
-    args.pages = own.pages->Pages(rows.layer, seen);
+    from.placement = &pages.placement();
+    from.index = pages.index();
   }
-  part.lists = OwnedPageLists(static_cast<int64_t>(args.pages.size()), count);
-  args.lists = part.lists.view();
-  args.sink_pages = own.pages->Pages(rows.layer, {0, std::min(view.sink_tokens, length)});
-  args.visible_sinks = part.visible_sinks;
-  args.exponents = model_->value_exponents(rows.layer);
-  args.positions = PositionsFor(first);
-  return part;
+  return StepInputs(common, view, positions, first + count, from);
 }
 
 absl::Status PagedAttention::AttendParts(const LayerRows& rows, Communicator* communicator,
@@ -116,7 +96,7 @@ absl::Status PagedAttention::AttendParts(const LayerRows& rows, Communicator* co
   std::vector<int> owners;
   steps.reserve(parts.size());
   for (const Part& part : parts) {
-    steps.push_back(part.args);
+    steps.push_back(part.inputs.args);
     if (part.owner >= 0) owners.push_back(part.owner);
   }
   EDUBA_ASSIGN_OR_RETURN(const std::vector<AttentionAnswer> answers,
@@ -124,7 +104,7 @@ absl::Status PagedAttention::AttendParts(const LayerRows& rows, Communicator* co
   for (size_t i = 0; i < parts.size(); ++i) {
     bytes_read_ += answers[i].bytes_read;
     if (!IsAnsweredHere(parts[i].owner)) continue;
-    const AttentionShape& shape = parts[i].args.shape;
+    const AttentionShape& shape = parts[i].inputs.args.shape;
     std::copy(answers[i].outputs.begin(), answers[i].outputs.end(),
               outputs + parts[i].output_row * shape.query_heads * shape.value_dim);
     AddSinkMass(rows, parts[i].context, answers[i].sink_mass);

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "attention/step_inputs.h"
 #include "attention/visibility.h"
 #include "collective/communicator.h"
 #include "kernels/backend.h"
@@ -16,13 +17,6 @@
 #include "model/transformer.h"
 
 namespace eduba {
-
-// Which keys a row sees in one layer (attention/visibility.h).
-struct LayerView {
-  Policy policy = Policy::kGlobal;
-  int64_t sink_tokens = 0;
-  int64_t window = 0;  // kWindow only.
-};
 
 // One unit of sink mass in a sum over rows: kMaxPositions rows of mass 1 are 2^62.
 inline constexpr double kSinkMassUnit = 0x1p-32;
@@ -73,19 +67,10 @@ class PagedAttention final : public LayerAttention {
  private:
   // Neighbouring rows of a context that one step of the backend takes.
   struct Part {
-    Part() = default;
-    Part(Part&&) = default;  // `args` points to the same then, and would not in a copy.
-
     size_t context = 0;
-    int64_t step_row = 0;  // Of all contexts' rows.
     int64_t output_row = 0;
     int owner = -1;  // ContextRows::owner
-    StepArgs args;
-    // What `args` points to.
-    std::vector<PositionRange> visible;
-    std::vector<int32_t> visible_sinks;
-    std::vector<PageRef> owned;
-    OwnedPageLists lists;
+    StepInputs inputs;
   };
 
   bool IsAnsweredHere(int owner) const { return owner < 0 || owner == communicator_->rank(); }
@@ -93,8 +78,9 @@ class PagedAttention final : public LayerAttention {
   bool IsShared(const LayerView& view) const {
     return communicator_ != nullptr && view.policy == Policy::kGlobal;
   }
-  // Of rows [row, row + count) of the context, which begins at `step_row`.
-  Part MakePart(const LayerRows& rows, size_t context, int64_t row, int64_t count, int64_t step_row) const;
+  // Of rows [row, row + count) of the context; its first row is row `step_row` of the step.
+  StepInputs InputsFor(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
+                       int64_t step_row) const;
   // Together with the other ranks, or with nobody.
   absl::Status AttendParts(const LayerRows& rows, Communicator* communicator, absl::Span<const Part> parts,
                            float* outputs);

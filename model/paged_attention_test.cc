@@ -73,7 +73,7 @@ TEST(PagedAttention, UnitsDependOnARowsPositionAlone) {
   const auto told = [&](int64_t chunk) {
     SpyBackend backend(MakeCpuBackend(1));
     PageStore store(&backend, int64_t{1} << 24);
-    KvPages pages(&backend, &store, f.shape, {}, {LayerPages()});
+    KvPages pages(&backend, &store, f.shape, Placement::OfRanks(1), 0, {LayerPages()});
     EXPECT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, end).ok());
     const std::vector<float> numbers((end - begin) * f.shape.query_heads * f.head_dim, 0.5F);
     std::vector<float> outputs(numbers.size());
@@ -106,7 +106,7 @@ TEST(PagedAttention, RowsThatAreCutAtAPowerOfTwoShareTheirCollectives) {
   PageStore store(&backend, int64_t{1} << 24);
   const int64_t begin = (1 << 16) - 3;
   const int64_t rows = 8;
-  KvPages pages(&backend, &store, f.shape, {}, {LayerPages()});
+  KvPages pages(&backend, &store, f.shape, Placement::OfRanks(1), 0, {LayerPages()});
   ASSERT_TRUE(pages.Reserve(begin / kPageRows * kPageRows, begin + rows).ok());
   const std::vector<LayerView> views = {{Policy::kGlobal, 0, 0}};
   const ContextRows context{&pages, begin, rows, views};

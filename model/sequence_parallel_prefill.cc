@@ -19,7 +19,7 @@ namespace {
 // Of a rank, that attend together where all ranks' rows do: pages are read once for them.
 constexpr int64_t kFewestRows = 32;
 
-int64_t LongestSlice(const WavePlan& plan) {
+int64_t LongestSlice(const PrefillPlan& plan) {
   int64_t longest = 0;
   for (const PositionRange& slice : plan.slices) longest = std::max(longest, slice.size());
   return longest;
@@ -33,7 +33,7 @@ int64_t Count(absl::Span<const PositionRange> ranges) {
 
 }  // namespace
 
-SequenceParallelPrefill::SequenceParallelPrefill(const Options& options, WavePlan plan, KvPages pages,
+SequenceParallelPrefill::SequenceParallelPrefill(const Options& options, PrefillPlan plan, KvPages pages,
                                                  Rows rows)
     : options_(options),
       plan_(std::move(plan)),
@@ -47,7 +47,8 @@ SequenceParallelPrefill::SequenceParallelPrefill(const Options& options, WavePla
       chunks_((LongestSlice(plan_) + options.chunk_rows - 1) / options.chunk_rows) {
   EDUBA_CHECK_EQ(static_cast<int64_t>(rows_.ids.size()), plan_.positions.size());
   for (size_t layer = 0; layer < rows_.views.size(); ++layer) {
-    layer_pages_.push_back(PagesFor(plan_, rows_.views[layer], rows_.keeping[layer], pages_.share()));
+    layer_pages_.push_back(
+        PagesFor(plan_, rows_.views[layer], rows_.keeping[layer], pages_.placement(), pages_.index()));
   }
 }
 
@@ -91,7 +92,7 @@ int64_t SequenceParallelPrefill::buffer_bytes() const {
 absl::Status SequenceParallelPrefill::Reserve() {
   std::vector<std::vector<int64_t>> kept;
   int64_t spare = 0;
-  for (const WavePages& pages : layer_pages_) {
+  for (const PrefillPages& pages : layer_pages_) {
     kept.push_back(pages.kept);
     spare = std::max(spare, static_cast<int64_t>(pages.lent.size()));
   }

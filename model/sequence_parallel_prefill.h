@@ -14,8 +14,8 @@
 #include "model/kv_pages.h"
 #include "model/paged_attention.h"
 #include "model/pooler.h"
+#include "model/prefill_plan.h"
 #include "model/transformer.h"
-#include "model/wave_plan.h"
 
 namespace eduba {
 
@@ -48,9 +48,9 @@ class SequenceParallelPrefill {
     bool log_probs = false;      // Wanted.
     std::optional<Pooler> part;  // Takes the hidden states.
   };
-  SequenceParallelPrefill(const Options& options, WavePlan plan, KvPages pages, Rows rows);
+  SequenceParallelPrefill(const Options& options, PrefillPlan plan, KvPages pages, Rows rows);
 
-  const WavePlan& plan() const { return plan_; }
+  const PrefillPlan& plan() const { return plan_; }
 
   // Takes all the memory that the prefill needs: pages, and buffer_bytes() beside them. RESOURCE_EXHAUSTED:
   // this rank has not enough, and took none; no rank may go on then. Any other error is that of its device,
@@ -119,14 +119,14 @@ class SequenceParallelPrefill {
   absl::Status Combine(absl::Time deadline);
 
   const Options options_;
-  const WavePlan plan_;
+  const PrefillPlan plan_;
   const PositionRange own_;
   const int64_t width_;      // hidden_size
   const int64_t query_row_;  // Floats of a row's queries.
   ReservedBytes buffers_;
   KvPages pages_;
   Rows rows_;
-  std::vector<WavePages> layer_pages_;  // [layers]
+  std::vector<PrefillPages> layer_pages_;  // [layers]
   KvPages::SparePages spare_;
   RowAngles angles_;                           // Of this rank's rows.
   LayerFloats hidden_;                         // [own rows, hidden_size]

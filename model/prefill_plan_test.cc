@@ -1,4 +1,4 @@
-#include "model/wave_plan.h"
+#include "model/prefill_plan.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -17,30 +17,35 @@ namespace {
 
 using ::testing::ElementsAre;
 
-TEST(WavePlan, GivesEveryRankTheNextOfItsOwnStripes) {
+TEST(PrefillPlan, GivesEveryRankTheNextOfItsOwnStripes) {
   const int64_t stripe = 2 * kPageRows;
   // From the middle of rank 1's first stripe to the middle of its second.
-  const auto plan = PlanWave({700, 100'000}, 3, 2);
+  const auto plan = PlanPrefill({700, 100'000}, Placement::OfRanks(3, 2));
   ASSERT_TRUE(plan.has_value());
   EXPECT_EQ(plan->positions, (PositionRange{700, 4 * stripe}));
   EXPECT_THAT(plan->slices, ElementsAre(PositionRange{3 * stripe, 4 * stripe}, PositionRange{700, 2 * stripe},
                                         PositionRange{2 * stripe, 3 * stripe}));
-  const auto rest = PlanWave({4 * stripe, 5 * stripe + 1}, 3, 2);
+  const auto rest = PlanPrefill({4 * stripe, 5 * stripe + 1}, Placement::OfRanks(3, 2));
   ASSERT_TRUE(rest.has_value());
   EXPECT_EQ(rest->positions, (PositionRange{4 * stripe, 5 * stripe + 1}));
   EXPECT_TRUE(rest->slices[0].empty());
+  // The same stripes where stripe 0 is rank 2's.
+  const auto later = PlanPrefill({700, 100'000}, Placement::OfRanks(3, 2, 2));
+  ASSERT_TRUE(later.has_value());
+  EXPECT_EQ(later->positions, plan->positions);
+  EXPECT_THAT(later->slices, ElementsAre(plan->slices[1], plan->slices[2], plan->slices[0]));
 }
 
-TEST(WavePlan, IsNoneWhereOneRankWouldHaveAllRows) {
-  EXPECT_FALSE(PlanWave({0, 2 * kPageRows}, 3, 2).has_value());
-  EXPECT_TRUE(PlanWave({0, 2 * kPageRows + 1}, 3, 2).has_value());
-  EXPECT_FALSE(PlanWave({0, 100'000}, 1, 2).has_value());
-  EXPECT_FALSE(PlanWave({700, 700}, 3, 2).has_value());
+TEST(PrefillPlan, IsNoneWhereOneRankWouldHaveAllRows) {
+  EXPECT_FALSE(PlanPrefill({0, 2 * kPageRows}, Placement::OfRanks(3, 2)).has_value());
+  EXPECT_TRUE(PlanPrefill({0, 2 * kPageRows + 1}, Placement::OfRanks(3, 2)).has_value());
+  EXPECT_FALSE(PlanPrefill({0, 100'000}, Placement::OfRanks(1, 2)).has_value());
+  EXPECT_FALSE(PlanPrefill({700, 700}, Placement::OfRanks(3, 2)).has_value());
 }
 
 // Position by position: who has what behind the exchange is who needs it, for what its rows see and for what
 // every rank keeps.
-TEST(WavePlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
+TEST(PrefillPlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
   for (uint64_t seed = 1; seed <= 400; ++seed) {
     std::mt19937_64 random(seed);
     const auto pick = [&](auto... options) {
@@ -49,6 +54,8 @@ TEST(WavePlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
     };
     const int ranks = static_cast<int>(pick(2, 3, 4));
     const int64_t stripe_pages = pick(1, 2);
+    const Placement placement =
+        Placement::OfRanks(ranks, stripe_pages, static_cast<int64_t>(random() % ranks));
     const auto begin = static_cast<int64_t>(random() % 1500);
     const PositionRange left = {begin, begin + 300 + static_cast<int64_t>(random() % 2500)};
     LayerView view;
@@ -63,14 +70,13 @@ TEST(WavePlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
       keeping.owned = true;
       keeping.window = pick(0, 0, 40, 700);
     }
-    const auto plan = PlanWave(left, ranks, stripe_pages);
+    const auto plan = PlanPrefill(left, placement);
     if (!plan) continue;
     const std::string problem =
-        absl::StrCat("seed ", seed, ": ranks ", ranks, " stripe_pages ", stripe_pages, " wave [",
+        absl::StrCat("seed ", seed, ": ranks ", ranks, " stripe_pages ", stripe_pages, " block [",
                      plan->positions.begin, ", ", plan->positions.end, ") window ", view.window, " keeps ",
                      keeping.window, " sinks ", keeping.sink_tokens, " owned ", keeping.owned);
     for (int rank = 0; rank < ranks; ++rank) {
-      const PageShare share{rank, ranks, stripe_pages};
       const PositionRange own = plan->slices[rank];
       // What it should get of the others.
       std::set<int64_t> wanted;
@@ -85,7 +91,7 @@ TEST(WavePlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
         want(j);
       }
       for (int64_t i = own.begin; view.policy == Policy::kWindow && i < own.end; ++i) {
-        const Visibility sees = VisibleTo(view.policy, i, view.sink_tokens, view.window, plan->positions.end);
+        const Visibility sees = VisibleTo(view, i, plan->positions.end);
         for (int64_t j = sees.keys.begin; j < sees.keys.end; ++j) want(j);
       }
       std::vector<int64_t> got;
@@ -98,7 +104,7 @@ TEST(WavePlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
       std::sort(got.begin(), got.end());
       ASSERT_EQ(got, std::vector<int64_t>(wanted.begin(), wanted.end())) << problem << " rank " << rank;
 
-      const WavePages pages = PagesFor(*plan, view, keeping, share);
+      const PrefillPages pages = PagesFor(*plan, view, keeping, placement, rank);
       std::set<int64_t> has(pages.kept.begin(), pages.kept.end());
       const int64_t fresh = PageCount(plan->positions.begin);
       for (int64_t page = fresh; page < PageCount(plan->positions.end); ++page) {
@@ -106,8 +112,9 @@ TEST(WavePlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
         // in.
         const bool dropped = page >= PageCount(keeping.sink_tokens) &&
                              PageBegin(page + 1) <= plan->positions.end - keeping.window + 1;
-        const bool kept = keeping.window == 0 ? share.Owns(page) || page < PageCount(keeping.sink_tokens)
-                                              : !dropped || (keeping.owned && share.Owns(page));
+        const bool kept = keeping.window == 0
+                              ? placement.Owns(rank, page) || page < PageCount(keeping.sink_tokens)
+                              : !dropped || (keeping.owned && placement.Owns(rank, page));
         ASSERT_EQ(has.count(page) > 0, kept) << problem << " rank " << rank << " page " << page;
       }
       has.insert(pages.lent.begin(), pages.lent.end());

@@ -1,4 +1,4 @@
-#include "model/wave_plan.h"
+#include "model/prefill_plan.h"
 
 #include <algorithm>
 #include <array>
@@ -7,9 +7,9 @@
 namespace eduba {
 namespace {
 
-// Parts of the wave that a rank needs, its own rows or not; they may overlap.
-std::array<PositionRange, 3> Needed(const WavePlan& plan, const LayerView& view, const LayerKeeping& keeping,
-                                    int rank) {
+// Parts of the block whose keys and values a rank needs, whether it computes them or not; they may overlap.
+std::array<PositionRange, 3> Needed(const PrefillPlan& plan, const LayerView& view,
+                                    const LayerKeeping& keeping, int rank) {
   const PositionRange& all = plan.positions;
   const PositionRange& own = plan.slices[rank];
   const bool halo = view.policy == Policy::kWindow && !own.empty();
@@ -21,17 +21,17 @@ std::array<PositionRange, 3> Needed(const WavePlan& plan, const LayerView& view,
 
 }  // namespace
 
-std::optional<WavePlan> PlanWave(PositionRange left, int ranks, int64_t stripe_pages) {
-  WavePlan plan;
-  plan.slices.resize(ranks);
-  const int64_t first = StripeOf(left.begin, stripe_pages);
+std::optional<PrefillPlan> PlanPrefill(PositionRange left, const Placement& placement) {
+  PrefillPlan plan;
+  plan.slices.resize(placement.size());
+  const int64_t stripe_rows = placement.stripe_pages * kPageRows;
+  const int64_t first = StripeOf(left.begin, placement.stripe_pages);
   int with_rows = 0;
-  for (int64_t stripe = first; stripe < first + ranks; ++stripe) {
+  for (int64_t stripe = first; stripe < first + placement.size(); ++stripe) {
     const PositionRange slice =
-        PositionRange{PageBegin(stripe * stripe_pages), PageBegin((stripe + 1) * stripe_pages)}.Intersect(
-            left);
+        PositionRange{stripe * stripe_rows, (stripe + 1) * stripe_rows}.Intersect(left);
     if (slice.empty()) break;
-    plan.slices[stripe % ranks] = slice;
+    plan.slices[placement.OwnerOfStripe(stripe)] = slice;
     plan.positions = {left.begin, slice.end};
     ++with_rows;
   }
@@ -39,28 +39,28 @@ std::optional<WavePlan> PlanWave(PositionRange left, int ranks, int64_t stripe_p
   return plan;
 }
 
-std::vector<PositionRange> RowsToSend(const WavePlan& plan, const LayerView& view,
+std::vector<PositionRange> RowsToSend(const PrefillPlan& plan, const LayerView& view,
                                       const LayerKeeping& keeping, int from, int to) {
   std::vector<PositionRange> rows;
   if (from == to) return rows;
   for (const PositionRange& needed : Needed(plan, view, keeping, to)) {
-    const PositionRange range = needed.Intersect(plan.slices[from]);
-    if (!range.empty()) rows.push_back(range);
+    rows.push_back(needed.Intersect(plan.slices[from]));
   }
   return Union(std::move(rows));
 }
 
-WavePages PagesFor(const WavePlan& plan, const LayerView& view, const LayerKeeping& keeping,
-                   const PageShare& share) {
+PrefillPages PagesFor(const PrefillPlan& plan, const LayerView& view, const LayerKeeping& keeping,
+                      const Placement& placement, int rank) {
   const PositionRange& all = plan.positions;
   std::array<PositionRange, 4> used;
-  const std::array<PositionRange, 3> needed = Needed(plan, view, keeping, share.rank);
+  const std::array<PositionRange, 3> needed = Needed(plan, view, keeping, rank);
   std::copy(needed.begin(), needed.end(), used.begin());
-  used[3] = plan.slices[share.rank];
+  used[3] = plan.slices[rank];
   const int64_t window_begin = std::max<int64_t>(0, all.end - keeping.window + 1);
-  WavePages pages;
+  PrefillPages pages;
   for (int64_t page = PageCount(all.begin); page < PageCount(all.end); ++page) {
-    const bool kept = page < PageCount(keeping.sink_tokens) || (keeping.owned && share.Owns(page)) ||
+    const bool kept = page < PageCount(keeping.sink_tokens) ||
+                      (keeping.owned && placement.Owns(rank, page)) ||
                       (keeping.window > 0 && page >= PageOf(window_begin));
     const PositionRange positions = {PageBegin(page), PageBegin(page + 1)};
     if (kept) {
