@@ -3,6 +3,8 @@
 #include <chrono>
 #include <thread>
 
+#include "base/mutex.h"
+
 namespace eduba {
 namespace {
 
@@ -29,10 +31,10 @@ ThreadPool::ThreadPool(int threads) {
 
 ThreadPool::~ThreadPool() {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const MutexLock lock(mutex_);
     stopping_ = true;
   }
-  start_.notify_all();
+  start_.NotifyAll();
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -43,19 +45,19 @@ void ThreadPool::ParallelFor(int64_t count, const std::function<void(int64_t, in
     return;
   }
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const MutexLock lock(mutex_);
     body_ = &body;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
     running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
   }
-  start_.notify_all();
+  start_.NotifyAll();
   Drain(0);
   const auto all_done = [this] { return running_.load(std::memory_order_acquire) == 0; };
   if (ComesSoon(all_done)) return;
-  std::unique_lock<std::mutex> lock(mutex_);
-  done_.wait(lock, all_done);
+  const MutexLock lock(mutex_);
+  while (!all_done()) done_.Wait(mutex_);
 }
 
 void ThreadPool::Drain(int thread) {
@@ -70,16 +72,16 @@ void ThreadPool::Work(int thread) {
   const auto has_work = [&] { return generation_.load(std::memory_order_acquire) != seen; };
   for (;;) {
     if (!ComesSoon(has_work)) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      start_.wait(lock, [&] { return stopping_ || has_work(); });
+      const MutexLock lock(mutex_);
+      while (!stopping_ && !has_work()) start_.Wait(mutex_);
       if (stopping_) return;
     }
     ++seen;  // Nobody begins a loop before all have ended the one before.
     Drain(thread);
     if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      // The lock is the caller's who looked and is about to sleep.
-      { const std::lock_guard<std::mutex> lock(mutex_); }
-      done_.notify_one();
+      // The caller may have looked and be about to sleep: until it sleeps it holds the mutex, so this waits for that.
+      { const MutexLock lock(mutex_); }
+      done_.NotifyOne();
     }
   }
 }

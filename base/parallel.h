@@ -2,12 +2,12 @@
 #define EDUBA_BASE_PARALLEL_H_
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
-#include <mutex>
 #include <thread>
 #include <vector>
+
+#include "base/mutex.h"
 
 namespace eduba {
 
@@ -32,12 +32,12 @@ class ThreadPool {
   void Drain(int thread);
 
   std::vector<std::thread> workers_;
-  std::mutex mutex_;
-  std::condition_variable start_;
-  std::condition_variable done_;
+  Mutex mutex_;
+  CondVar start_;
+  CondVar done_;
   std::atomic<uint64_t> generation_{0};  // One more for every loop. Written under mutex_.
-  bool stopping_ = false;                // Guarded by mutex_.
-  std::atomic<int> running_{0};          // Workers that have not finished this generation.
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<int> running_{0};  // Workers that have not finished this generation.
   const std::function<void(int64_t, int)>* body_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};

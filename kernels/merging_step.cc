@@ -10,6 +10,7 @@
 #include "absl/container/inlined_vector.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/mutex.h"
 #include "base/status_macros.h"
 #include "kernels/merge_kernels.h"
 #include "kernels/portable_math.h"
@@ -179,7 +180,7 @@ int MergingStep::Exponent(int64_t kv_head, int channel) const {
 }
 
 void MergingStep::RecordFault(int64_t page, int64_t row_head) {
-  const std::lock_guard<std::mutex> lock(fault_mutex_);
+  const MutexLock lock(fault_mutex_);
   if (!fault_ || std::make_pair(page, row_head) < std::make_pair(fault_->page, fault_->row_head)) {
     fault_ = Fault{page, row_head};
   }

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "base/mutex.h"
 #include "base/parallel.h"
 #include "kernels/backend.h"
 #include "kernels/merge_kernels.h"
@@ -173,8 +173,8 @@ class MergingStep : public AttentionStep {
   PathCounts paths_;
   int64_t bytes_read_ = 0;
 
-  std::mutex fault_mutex_;
-  std::optional<Fault> fault_;
+  Mutex fault_mutex_;
+  std::optional<Fault> fault_ ABSL_GUARDED_BY(fault_mutex_);
 };
 
 }  // namespace eduba

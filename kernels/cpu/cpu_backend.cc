@@ -4,11 +4,11 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/mutex.h"
 #include "base/parallel.h"
 #include "base/status_macros.h"
 #include "hwy/targets.h"
@@ -257,7 +257,7 @@ class CpuStep final : public MergingStep {
       add_queries(rows * pages(), thread);
       begin(thread, row_heads[thread]);
       run(rows * pages() + pages() * part / parts, rows * pages() + pages() * (part + 1) / parts, thread);
-      const std::scoped_lock lock(end_mutexes_[rows % std::size(end_mutexes_)]);
+      const MutexLock lock(end_mutexes_[rows % std::size(end_mutexes_)]);
       end(thread, row_heads[thread]);
     });
   }
@@ -357,7 +357,7 @@ class CpuStep final : public MergingStep {
   std::vector<Bf16Pair> query_pairs_;  // [row_heads, QueryPairs()] where score_dots_.
   // [units] of m [unit_queries], l [unit_queries], o [unit_queries, value_pitch]; null: not kept.
   float* kept_ = nullptr;
-  std::mutex end_mutexes_[32];       // ForEachUnit's; rows share them.
+  Mutex end_mutexes_[32];            // ForEachUnit's; rows share them.
   std::vector<float> maxima_;        // [row_heads]
   std::vector<int64_t> sink_words_;  // Of SinkSums; made by Attend where there are sinks, until asked for.
 };

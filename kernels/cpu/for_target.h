@@ -2,14 +2,14 @@
 #define EDUBA_KERNELS_CPU_FOR_TARGET_H_
 
 #include <cstdint>
-#include <mutex>
 
+#include "base/mutex.h"
 #include "hwy/targets.h"
 
 namespace eduba {
 
 namespace internal {
-inline std::mutex target_mutex;
+inline Mutex target_mutex;
 }  // namespace internal
 
 // What `choose`, a HWY_DYNAMIC_DISPATCH, finds for one of Highway's targets that this machine runs. Highway
@@ -17,7 +17,7 @@ inline std::mutex target_mutex;
 // keep what they took. The choice is global, so one thread at a time.
 template <class Choose>
 auto ForTarget(int64_t target, const Choose& choose) {
-  const std::scoped_lock lock(internal::target_mutex);
+  const MutexLock lock(internal::target_mutex);
   hwy::GetChosenTarget().Update(target);
   const auto found = choose();
   hwy::GetChosenTarget().DeInit();

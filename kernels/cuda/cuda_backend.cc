@@ -3,17 +3,16 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/mutex.h"
 #include "base/parallel.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/cuda_device.h"
@@ -122,14 +121,14 @@ struct Workspace {
       : device(owner), precision(how), pool(threads), partials(owner, Memory::Kind::kDevice) {}
 
   std::unique_ptr<StepMemory> Take() {
-    const std::scoped_lock lock(mutex);
+    const MutexLock lock(mutex);
     if (free.empty()) return std::make_unique<StepMemory>(device);
     std::unique_ptr<StepMemory> memory = std::move(free.back());
     free.pop_back();
     return memory;
   }
   void Give(std::unique_ptr<StepMemory> memory) {
-    const std::scoped_lock lock(mutex);
+    const MutexLock lock(mutex);
     free.push_back(std::move(memory));
   }
 
@@ -139,8 +138,8 @@ struct Workspace {
   Stream stream = nullptr;  // Of all steps: their work is done in the order in which it was queued.
   Memory partials;
   const CudaStep* partials_of = nullptr;  // Whose partials of the maximum path lie there, if all do.
-  std::mutex mutex;
-  std::vector<std::unique_ptr<StepMemory>> free;  // Guarded by mutex.
+  Mutex mutex;
+  std::vector<std::unique_ptr<StepMemory>> free ABSL_GUARDED_BY(mutex);
 };
 
 // The sink path goes through the device in three kernels: ScoreSinks, Attend, and, behind the all-reduce,
@@ -1008,23 +1007,27 @@ class CudaBackend final : public Backend {
   struct Slot {
     Stream stream = nullptr;
     std::unique_ptr<Staging> staging;
-    bool taken = false;  // Guarded by slots_mutex_.
+    bool taken = false;
   };
 
   template <class Work>
   absl::Status WithSlot(const Work& work) {
     Slot* slot = nullptr;
     {
-      std::unique_lock lock(slots_mutex_);
+      const MutexLock lock(slots_mutex_);
       const auto is_free = [](const Slot& s) { return !s.taken; };
-      slot_freed_.wait(lock, [&] { return std::any_of(slots_.begin(), slots_.end(), is_free); });
-      slot = &*std::find_if(slots_.begin(), slots_.end(), is_free);
+      auto found = std::find_if(slots_.begin(), slots_.end(), is_free);
+      while (found == slots_.end()) {
+        slot_freed_.Wait(slots_mutex_);
+        found = std::find_if(slots_.begin(), slots_.end(), is_free);
+      }
+      slot = &*found;
       slot->taken = true;
     }
     absl::Status status = work(*slot);
-    const std::scoped_lock lock(slots_mutex_);
+    const MutexLock lock(slots_mutex_);
     slot->taken = false;
-    slot_freed_.notify_one();
+    slot_freed_.NotifyOne();
     return status;
   }
 
@@ -1032,9 +1035,9 @@ class CudaBackend final : public Backend {
   cuda::SlabPool pool_;
   Memory pool_memory_;
   Workspace workspace_;
-  std::mutex slots_mutex_;
-  std::condition_variable slot_freed_;
-  std::array<Slot, kUploadSlots> slots_;
+  Mutex slots_mutex_;
+  CondVar slot_freed_;
+  std::array<Slot, kUploadSlots> slots_;  // Whether each is taken is guarded by slots_mutex_.
 };
 
 }  // namespace

@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <map>
-#include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -12,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "base/mutex.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/cuda_errors.h"
 #include "kernels/cuda/cuda_kernels.h"
@@ -88,7 +88,7 @@ class CudaDevice final : public Device {
   const std::string& kind() const override { return kind_; }
   const std::string& model() const override { return model_; }
   absl::Status health() const override {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     return health_;
   }
   absl::Status Attach() override {
@@ -96,7 +96,7 @@ class CudaDevice final : public Device {
     return Check(cudaSetDevice(index_), "choosing the device");
   }
   absl::Status Fail(const std::string& what) override {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (health_.ok()) health_ = DeviceFailed(name_, "calling a library", what);
     return health_;
   }
@@ -151,7 +151,7 @@ class CudaDevice final : public Device {
   int64_t shared_bytes_max() const override { return shared_bytes_max_; }
   // Asked for at every step: CUDA takes microseconds to say it.
   int64_t AttendBlocksAtOnce(Element element, const AttendArgs& args) override {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     const auto [known, is_new] =
         blocks_at_once_.try_emplace({element, args.tile, AttendSharedBytes(args)}, multiprocessors_);
     if (!is_new) return known->second;
@@ -208,7 +208,7 @@ class CudaDevice final : public Device {
   absl::StatusOr<double> AttentionSeconds() override {
     std::vector<std::pair<cudaEvent_t, cudaEvent_t>> timed;
     {
-      const std::scoped_lock lock(mutex_);
+      const MutexLock lock(mutex_);
       timed.swap(timed_);
     }
     double seconds = 0;
@@ -245,7 +245,7 @@ class CudaDevice final : public Device {
       if (end != nullptr) cudaEventDestroy(end);
       return status;
     }
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     timed_.emplace_back(begin, end);
     return absl::OkStatus();
   }
@@ -273,7 +273,7 @@ class CudaDevice final : public Device {
   // done. A device that has failed once does not come back in this process.
   absl::Status CheckQueued(cudaError_t error, absl::string_view what) {
     if (error == cudaSuccess) return absl::OkStatus();
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (health_.ok()) health_ = DeviceFailed(name_, std::string(what), cudaGetErrorString(error));
     return health_;
   }
@@ -286,11 +286,11 @@ class CudaDevice final : public Device {
   int64_t multiprocessors_ = 1;
   bool has_warpgroups_ = false;
   std::atomic<bool> is_timed_ = false;
-  mutable std::mutex mutex_;
-  absl::Status health_;  // Guarded by mutex_.
+  mutable Mutex mutex_;
+  absl::Status health_ ABSL_GUARDED_BY(mutex_);
   // What Attend's occupancy depends on (element, tile, bytes of shared memory), to AttendBlocksAtOnce.
-  std::map<std::tuple<Element, int, int64_t>, int64_t> blocks_at_once_;  // Guarded by mutex_.
-  std::vector<std::pair<cudaEvent_t, cudaEvent_t>> timed_;               // Guarded by mutex_.
+  std::map<std::tuple<Element, int, int64_t>, int64_t> blocks_at_once_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::pair<cudaEvent_t, cudaEvent_t>> timed_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <string>
 #include <thread>
@@ -15,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/mutex.h"
 #include "base/testing/emulated_queue.h"
 #include "kernels/cuda/cuda_errors.h"
 #include "kernels/cuda/emulated_block.h"
@@ -99,7 +99,7 @@ class EmulatedDevice final : public Device {
   }
 
   absl::StatusOr<void*> AllocateDevice(int64_t bytes) override {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     if (bytes > free_bytes_) {
       return absl::ResourceExhaustedError(
           absl::StrCat(name_, ": no memory for ", bytes, " bytes, ", free_bytes_, " are free"));
@@ -112,7 +112,7 @@ class EmulatedDevice final : public Device {
   }
   void FreeDevice(void* data) override {
     WaitForAll();
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     free_bytes_ += allocated_.at(data);
     allocated_.erase(data);
     std::free(data);
@@ -128,18 +128,18 @@ class EmulatedDevice final : public Device {
   }
 
   absl::StatusOr<Stream> CreateStream() override {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     return streams_.emplace_back(std::make_unique<EmulatedQueue>()).get();
   }
   absl::StatusOr<Stream> CreateUrgentStream() override {
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     Stream const stream = streams_.emplace_back(std::make_unique<EmulatedQueue>()).get();
     urgent_.insert(stream);
     return stream;
   }
   void DestroyStream(Stream stream) override {
     WaitFor(*static_cast<EmulatedQueue*>(stream));
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     urgent_.erase(stream);
     std::erase_if(streams_, [&](const auto& one) { return one.get() == stream; });
   }
@@ -205,7 +205,7 @@ class EmulatedDevice final : public Device {
   }
   absl::Status Write(Stream stream, const WriteArgs& args) override {
     {
-      const std::scoped_lock lock(mutex_);
+      const MutexLock lock(mutex_);
       EDUBA_CHECK(urgent_.contains(stream));
     }
     return Queue(stream, [=] {
@@ -245,7 +245,7 @@ class EmulatedDevice final : public Device {
   void TimeAttention() override {}
   absl::StatusOr<double> AttentionSeconds() override {
     WaitForAll();
-    const std::scoped_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     return std::exchange(attention_seconds_, 0);
   }
 
@@ -276,7 +276,7 @@ class EmulatedDevice final : public Device {
       const auto begin = std::chrono::steady_clock::now();
       body();
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
-      const std::scoped_lock lock(mutex_);
+      const MutexLock lock(mutex_);
       attention_seconds_ += taken.count();
     });
   }
@@ -291,7 +291,7 @@ class EmulatedDevice final : public Device {
   void WaitForAll() {
     std::vector<EmulatedQueue*> streams;
     {
-      const std::scoped_lock lock(mutex_);
+      const MutexLock lock(mutex_);
       for (const auto& stream : streams_) streams.push_back(stream.get());
     }
     for (EmulatedQueue* const stream : streams) WaitFor(*stream);
@@ -302,12 +302,12 @@ class EmulatedDevice final : public Device {
   const bool has_warpgroups_;
   std::atomic<int> calls_left_{kForEver};
   std::atomic<int> calls_to_exhaustion_{kForEver};
-  std::mutex mutex_;
-  int64_t free_bytes_;  // Guarded by mutex_, as all below.
-  double attention_seconds_ = 0;
-  std::map<void*, int64_t> allocated_;
-  std::vector<std::unique_ptr<EmulatedQueue>> streams_;
-  std::set<Stream> urgent_;
+  Mutex mutex_;
+  int64_t free_bytes_ ABSL_GUARDED_BY(mutex_);
+  double attention_seconds_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::map<void*, int64_t> allocated_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<EmulatedQueue>> streams_ ABSL_GUARDED_BY(mutex_);
+  std::set<Stream> urgent_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace

@@ -3,19 +3,18 @@
 
 #include <algorithm>
 #include <bit>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <iterator>
 #include <map>
-#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "base/check.h"
+#include "base/mutex.h"
 #include "kernels/cuda/arithmetic.h"
 #include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/fragments.h"
@@ -108,15 +107,13 @@ class GroupSchedule {
   void Run(int groups, int first, const Group& group) {
     waits_.assign(groups, Waited{});
     is_done_.assign(groups, 0);
-    locks_.assign(groups, nullptr);
     now_ = first % groups;
     std::vector<std::thread> threads;
     threads.reserve(groups);
     for (int i = 0; i < groups; ++i) {
       threads.emplace_back([this, i, &group] {
-        std::unique_lock lock(mutex_);
-        locks_[i] = &lock;
-        turn_.wait(lock, [&] { return now_ == i; });
+        const MutexLock lock(mutex_);
+        while (now_ != i) turn_.Wait(mutex_);
         group(i);
         is_done_[i] = 1;
         Pass();
@@ -125,11 +122,13 @@ class GroupSchedule {
     for (std::thread& thread : threads) thread.join();
   }
 
-  void Wait(int group, const void* barrier, uint32_t parity) {
+  // Called by the group that runs, which holds the mutex: through pieces of kernels that know of no lock, so the
+  // compiler cannot see it.
+  void Wait(int group, const void* barrier, uint32_t parity) ABSL_NO_THREAD_SAFETY_ANALYSIS {
     waits_[group] = {barrier, parity};
     if (!IsOver(waits_[group])) {
       Pass();
-      turn_.wait(*locks_[group], [&] { return now_ == group; });
+      while (now_ != group) turn_.Wait(mutex_);
     }
     waits_[group] = {};
   }
@@ -168,7 +167,7 @@ class GroupSchedule {
         const int next = (now_ + k) % groups;
         if (is_done_[next] != 0 || !IsOver(waits_[next])) continue;
         now_ = next;
-        turn_.notify_all();
+        turn_.NotifyAll();
         return;
       }
       EDUBA_CHECK(!copies_.empty());  // Or the groups wait for each other.
@@ -183,12 +182,11 @@ class GroupSchedule {
 
   std::map<const void*, Barrier> barriers_;
   std::vector<BulkCopy> copies_;
-  std::mutex mutex_;  // Of whoever runs.
-  std::condition_variable turn_;
+  Mutex mutex_;  // Of whoever runs.
+  CondVar turn_;
   int now_ = 0;
   std::vector<Waited> waits_;
   std::vector<char> is_done_;
-  std::vector<std::unique_lock<std::mutex>*> locks_;
 };
 
 class EmulatedWarpgroup {

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "base/check.h"
+#include "base/mutex.h"
 
 namespace eduba::cuda {
 namespace {
@@ -21,7 +22,7 @@ SlabPool::SlabPool(int64_t bytes) {
 
 int64_t SlabPool::Take(int64_t bytes) {
   EDUBA_CHECK(bytes > 0);
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   const int64_t wanted = RoundUp(bytes);
   for (auto range = free_.begin(); range != free_.end(); ++range) {
     const auto [offset, length] = *range;
@@ -34,7 +35,7 @@ int64_t SlabPool::Take(int64_t bytes) {
 }
 
 void SlabPool::Give(int64_t offset, int64_t bytes) {
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   auto [range, is_new] = free_.emplace(offset, RoundUp(bytes));
   EDUBA_CHECK(is_new);
   if (const auto next = std::next(range); next != free_.end()) {
@@ -54,7 +55,7 @@ void SlabPool::Give(int64_t offset, int64_t bytes) {
 }
 
 int64_t SlabPool::free_bytes() const {
-  const std::scoped_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   int64_t bytes = 0;
   for (const auto& [offset, length] : free_) bytes += length;
   return bytes;

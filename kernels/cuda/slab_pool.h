@@ -3,7 +3,8 @@
 
 #include <cstdint>
 #include <map>
-#include <mutex>
+
+#include "base/mutex.h"
 
 namespace eduba::cuda {
 
@@ -23,8 +24,8 @@ class SlabPool {
   int64_t free_bytes() const;
 
  private:
-  mutable std::mutex mutex_;
-  std::map<int64_t, int64_t> free_;  // Guarded by mutex_. First byte to length; no two touch.
+  mutable Mutex mutex_;
+  std::map<int64_t, int64_t> free_ ABSL_GUARDED_BY(mutex_);  // First byte to length; no two touch.
 };
 
 }  // namespace eduba::cuda
