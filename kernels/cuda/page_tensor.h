@@ -242,301 +242,379 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
   }
 }
 
+// One block's work: a tile of query vectors against one KV head of one page.
 template <class Type, class Block>
-EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
-  static_assert(Type::kElement == 2);
-  const PageLayout& layout = args.layout;
-  auto& shared = *reinterpret_cast<TensorShared*>(block.shared());
-  typename Block::template Registers<TensorRegisters> registers(block);
+class TensorPage {
+ public:
+  using Registers = typename Block::template Registers<TensorRegisters>;
 
-  const int tile = static_cast<int>(block.index() % args.tiles);
-  const int kv_head = static_cast<int>(block.index() / args.tiles % layout.kv_heads);
-  const int64_t slot = block.index() / args.tiles / layout.kv_heads;
-  const PageEntry page = args.page[slot];
-  const int64_t row_heads = int64_t{args.rows} * args.query_heads;
-  const int first_vector = tile * args.tile;
-  const int left = args.rows * args.group - first_vector;
-  const int vectors = left < args.tile ? left : args.tile;
-  const int warps = args.tile / kTileRows;
-  const auto row_of = [&](int v) { return (first_vector + v) / args.group; };
-  const auto row_head_of = [&](int v) {
-    return int64_t{row_of(v)} * args.query_heads + kv_head * args.group + (first_vector + v) % args.group;
-  };
-  block.Threads([&](int t) {
-    if (t >= args.tile) return;
-    shared.begin[t] = shared.end[t] = 0;
-    if (t >= vectors) return;
-    VectorState v;
-    SetVisible(args, row_of(t), v);
-    const KeyRange keys = KeysSeen(v, slot, page);
-    shared.begin[t] = keys.begin;
-    shared.end[t] = keys.end;
-  });
-  block.Threads([&](int t) {
-    for (int row = t; row < kPageRows; row += block.threads()) {
-      bool is_seen = false;
-      for (int v = 0; v < vectors && !is_seen; ++v) is_seen = row >= shared.begin[v] && row < shared.end[v];
-      shared.seen[row] = is_seen && IsLive(page, row);
+  // All outlive the object; `registers` is the threads' own.
+  EDUBA_DEVICE TensorPage(const Block& block, const AttendArgs& args, Registers& registers)
+      : block_(block),
+        args_(args),
+        layout_(args.layout),
+        registers_(registers),
+        shared_(*reinterpret_cast<TensorShared*>(block.shared())),
+        kv_head_(static_cast<int>(block.index() / args.tiles % args.layout.kv_heads)),
+        slot_(block.index() / args.tiles / args.layout.kv_heads),
+        page_(args.page[slot_]),
+        row_heads_(int64_t{args.rows} * args.query_heads),
+        first_vector_(static_cast<int>(block.index() % args.tiles) * args.tile),
+        vectors_(Smaller(args.rows * args.group - first_vector_, args.tile)),
+        warps_(args.tile / kTileRows),
+        data_(static_cast<const char*>(page_.data)),
+        key_slices_(layout_.head_pitch / kTileDepth),
+        passes_((layout_.value_pitch + kChannels - 1) / kChannels),
+        slices_(key_slices_ + passes_ * kValueSlices) {}
+
+  EDUBA_DEVICE void Attend() {
+    FindSeenRows();
+    if (block_begin_ >= block_end_) return KeepNothing();
+    for (int slice = 0; slice < kSlots - 1; ++slice) StartSlice(slice);
+    PrepareQueries();
+    for (int slice = 0; slice < key_slices_; ++slice) {
+      NextSlice(slice);
+      block_.Warps([&](const auto& warp) { MultiplyKeys(warp, slice); });
     }
-    if (t >= warps) return;
-    int begin = kPageRows;
-    int end = 0;
-    for (int v = t * kTileRows; v < (t + 1) * kTileRows; ++v) {
-      if (shared.begin[v] >= shared.end[v]) continue;
-      begin = shared.begin[v] < begin ? shared.begin[v] : begin;
-      end = shared.end[v] > end ? shared.end[v] : end;
-    }
-    shared.warp_begin[t] = begin;
-    shared.warp_end[t] = end;
-  });
-  int block_begin = kPageRows;
-  int block_end = 0;
-  for (int w = 0; w < warps; ++w) {
-    block_begin = shared.warp_begin[w] < block_begin ? shared.warp_begin[w] : block_begin;
-    block_end = shared.warp_end[w] > block_end ? shared.warp_end[w] : block_end;
-  }
-  if (block_begin >= block_end) {
-    block.Threads([&](int t) {
-      if (t >= vectors) return;
-      args.m[slot * row_heads + row_head_of(t)] = -Infinity();
-      args.l[slot * row_heads + row_head_of(t)] = 0;
+    // Every warp weighs the keys by itself: all of the page's are in its registers.
+    block_.Warps([&](const auto& warp) {
+      WeighKeys<Type>(
+          warp, args_, [&](int lane) -> TensorRegisters& { return Of(warp, lane); },
+          [&](int lane, int i) {
+            const int v = VectorOf(warp, lane, i);
+            return KeyRange{shared_.begin[v], shared_.end[v]};
+          },
+          page_.live, /*all_seen=*/false);
     });
-    return;
+    for (int pass = 0; pass < passes_; ++pass) {
+      block_.Warps([&](const auto& warp) { ClearOutputs(warp); });
+      EDUBA_UNROLL
+      for (int part = 0; part < kValueSlices; ++part) {
+        const int slice = key_slices_ + pass * kValueSlices + part;
+        NextSlice(slice);
+        block_.Warps([&](const auto& warp) { MultiplyValues(warp, slice, part, TilesOf(pass)); });
+      }
+      block_.Warps([&](const auto& warp) { KeepOutputs(warp, pass); });
+    }
+    block_.Warps([&](const auto& warp) { KeepSums(warp); });
   }
 
-  const char* const data = static_cast<const char*>(page.data);
-  const int key_slices = layout.head_pitch / kTileDepth;
-  const int passes = (layout.value_pitch + kChannels - 1) / kChannels;
-  const int slices = key_slices + passes * kValueSlices;
-  // Tiles of 8 channels, and units of 16 bytes.
-  const auto tiles_of = [&](int pass) {
-    const int tiles = (layout.value_pitch - pass * kChannels) / kTileColumns;
-    return tiles < kChannelTiles ? tiles : kChannelTiles;
-  };
-  const auto is_needed = [](int from, int rows, int begin, int end) {
+ private:
+  EDUBA_DEVICE static int Smaller(int x, int y) { return x < y ? x : y; }
+  // Whether any of rows [from, from + rows) lies in [begin, end).
+  EDUBA_DEVICE static bool IsNeeded(int from, int rows, int begin, int end) {
     return from < end && from + rows > begin;
-  };
+  }
+
+  template <class Warp>
+  EDUBA_DEVICE TensorRegisters& Of(const Warp& warp, int lane) {
+    return registers_[warp.index() * kWarpThreads + lane];
+  }
+  // The lane's query vector i, 0 or 1, as the tile numbers it.
+  template <class Warp>
+  EDUBA_DEVICE static int VectorOf(const Warp& warp, int lane, int i) {
+    return warp.index() * kTileRows + lane / 4 + 8 * i;
+  }
+  EDUBA_DEVICE int RowOf(int v) const { return (first_vector_ + v) / args_.group; }
+  EDUBA_DEVICE int64_t RowHeadOf(int v) const {
+    return int64_t{RowOf(v)} * args_.query_heads + kv_head_ * args_.group + (first_vector_ + v) % args_.group;
+  }
+  // Tiles of 8 channels, and units of 16 bytes, of a pass over the values.
+  EDUBA_DEVICE int TilesOf(int pass) const {
+    return Smaller((layout_.value_pitch - pass * kChannels) / kTileColumns, kChannelTiles);
+  }
+
+  // Which rows of the page each vector, each warp, and the block sees.
+  EDUBA_DEVICE void FindSeenRows() {
+    block_.Threads([&](int t) {
+      if (t >= args_.tile) return;
+      shared_.begin[t] = shared_.end[t] = 0;
+      if (t >= vectors_) return;
+      VectorState v;
+      SetVisible(args_, RowOf(t), v);
+      const KeyRange keys = KeysSeen(v, slot_, page_);
+      shared_.begin[t] = keys.begin;
+      shared_.end[t] = keys.end;
+    });
+    block_.Threads([&](int t) {
+      for (int row = t; row < kPageRows; row += block_.threads()) {
+        bool is_seen = false;
+        for (int v = 0; v < vectors_ && !is_seen; ++v) {
+          is_seen = row >= shared_.begin[v] && row < shared_.end[v];
+        }
+        shared_.seen[row] = is_seen && IsLive(page_, row);
+      }
+      if (t >= warps_) return;
+      int begin = kPageRows;
+      int end = 0;
+      for (int v = t * kTileRows; v < (t + 1) * kTileRows; ++v) {
+        if (shared_.begin[v] >= shared_.end[v]) continue;
+        begin = shared_.begin[v] < begin ? shared_.begin[v] : begin;
+        end = shared_.end[v] > end ? shared_.end[v] : end;
+      }
+      shared_.warp_begin[t] = begin;
+      shared_.warp_end[t] = end;
+    });
+    for (int w = 0; w < warps_; ++w) {
+      block_begin_ = shared_.warp_begin[w] < block_begin_ ? shared_.warp_begin[w] : block_begin_;
+      block_end_ = shared_.warp_end[w] > block_end_ ? shared_.warp_end[w] : block_end_;
+    }
+  }
+
+  EDUBA_DEVICE void KeepNothing() {
+    block_.Threads([&](int t) {
+      if (t >= vectors_) return;
+      args_.m[slot_ * row_heads_ + RowHeadOf(t)] = -Infinity();
+      args_.l[slot_ * row_heads_ + RowHeadOf(t)] = 0;
+    });
+  }
+
   // Starts the copies of a slice. Keys come in pieces of 32 rows that are as far apart as in the page; those
   // of a piece that nobody sees are not there, those of one that somebody sees may be anything. A row of
   // values that nobody sees counts as zeros, which its weight is as well.
-  const auto start = [&](int slice) {
-    block.Warps([&](const auto& warp) {
+  EDUBA_DEVICE void StartSlice(int slice) {
+    block_.Warps([&](const auto& warp) {
       warp.Lanes([&](int lane) {
         const int t = warp.index() * kWarpThreads + lane;
-        char* const to = shared.slot[slice % kSlots];
-        if (slice < key_slices) {
-          for (int unit = t; unit < kPageRows * 2; unit += block.threads()) {
-            const int piece = unit / (2 * kKeyBlockRows);
-            if (!is_needed(piece * kKeyBlockRows, kKeyBlockRows, block_begin, block_end)) continue;
-            const int row = piece * kKeyBlockRows + unit % kKeyBlockRows;
-            const int d = slice * kTileDepth + unit / kKeyBlockRows % 2 * 8;
-            block.CopyAsync(t, to + unit * kLoadBytes, data + layout.key(kv_head, row, d) * 2, true);
-          }
-        } else if (slice < slices) {
-          const int pass = (slice - key_slices) / kValueSlices;
-          const int first = (slice - key_slices) % kValueSlices * kValueRows;
-          const int units = tiles_of(pass);
-          if (is_needed(first, kValueRows, block_begin, block_end)) {
-            for (int i = t; i < kValueRows * kChannelTiles; i += block.threads()) {
-              const int row = i / kChannelTiles;
-              const int unit = i % kChannelTiles;
-              if (unit >= units) continue;
-              const int channel = pass * kChannels + unit * kTileColumns;
-              block.CopyAsync(t, to + row * kValueRowBytes + unit * kLoadBytes,
-                              data + layout.value(kv_head, first + row, channel) * 2,
-                              shared.seen[first + row]);
-            }
-          }
+        if (slice < key_slices_) {
+          CopyKeys(t, slice);
+        } else if (slice < slices_) {
+          CopyValues(t, slice);
         }
-        block.CommitCopies(t);
+        block_.CommitCopies(t);
       });
     });
-  };
-  // Waits for a slice, and lets the next ones come: into the slot of the one before, which all have used.
-  const auto next = [&](int slice) {
-    block.Threads([&](int t) { block.template WaitForCopies<kSlots - 2>(t); });
-    start(slice + kSlots - 1);
-  };
-  for (int slice = 0; slice < kSlots - 1; ++slice) start(slice);
-
-  const auto query_of = [&](int warp, int lane, const float*(&query)[2]) {
-    for (int i = 0; i < 2; ++i) {
-      const int v = warp * kTileRows + lane / 4 + 8 * i;
-      query[i] = v < vectors ? args.queries + row_head_of(v) * layout.head_dim : nullptr;
+  }
+  EDUBA_DEVICE void CopyKeys(int t, int slice) {
+    char* const to = shared_.slot[slice % kSlots];
+    for (int unit = t; unit < kPageRows * 2; unit += block_.threads()) {
+      const int piece = unit / (2 * kKeyBlockRows);
+      if (!IsNeeded(piece * kKeyBlockRows, kKeyBlockRows, block_begin_, block_end_)) continue;
+      const int row = piece * kKeyBlockRows + unit % kKeyBlockRows;
+      const int d = slice * kTileDepth + unit / kKeyBlockRows % 2 * 8;
+      block_.CopyAsync(t, to + unit * kLoadBytes, data_ + layout_.key(kv_head_, row, d) * 2, true);
     }
-  };
-  block.Warps([&](const auto& warp) {
-    warp.Lanes([&](int lane) {
-      TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
-      EDUBA_UNROLL
-      for (int j = 0; j < kKeyTiles; ++j) r.s[j][0] = r.s[j][1] = r.s[j][2] = r.s[j][3] = 0;
+  }
+  EDUBA_DEVICE void CopyValues(int t, int slice) {
+    char* const to = shared_.slot[slice % kSlots];
+    const int pass = (slice - key_slices_) / kValueSlices;
+    const int first = (slice - key_slices_) % kValueSlices * kValueRows;
+    const int units = TilesOf(pass);
+    if (!IsNeeded(first, kValueRows, block_begin_, block_end_)) return;
+    for (int i = t; i < kValueRows * kChannelTiles; i += block_.threads()) {
+      const int row = i / kChannelTiles;
+      const int unit = i % kChannelTiles;
+      if (unit >= units) continue;
+      const int channel = pass * kChannels + unit * kTileColumns;
+      block_.CopyAsync(t, to + row * kValueRowBytes + unit * kLoadBytes,
+                       data_ + layout_.value(kv_head_, first + row, channel) * 2, shared_.seen[first + row]);
+    }
+  }
+  // Waits for a slice, and lets the next ones come: into the slot of the one before, which all have used.
+  EDUBA_DEVICE void NextSlice(int slice) {
+    block_.Threads([&](int t) { block_.template WaitForCopies<kSlots - 2>(t); });
+    StartSlice(slice + kSlots - 1);
+  }
+
+  template <class Warp>
+  EDUBA_DEVICE void QueryOf(const Warp& warp, int lane, const float* (&query)[2]) const {
+    for (int i = 0; i < 2; ++i) {
+      const int v = VectorOf(warp, lane, i);
+      query[i] = v < vectors_ ? args_.queries + RowHeadOf(v) * layout_.head_dim : nullptr;
+    }
+  }
+  // Clears the dot products and, for a type of a small range, finds what brings each query into it.
+  EDUBA_DEVICE void PrepareQueries() {
+    block_.Warps([&](const auto& warp) {
+      warp.Lanes([&](int lane) {
+        TensorRegisters& r = Of(warp, lane);
+        EDUBA_UNROLL
+        for (int j = 0; j < kKeyTiles; ++j) r.s[j][0] = r.s[j][1] = r.s[j][2] = r.s[j][3] = 0;
+        if constexpr (!Type::kHasFloatRange) FindLargest(warp, lane);
+      });
       if constexpr (!Type::kHasFloatRange) {
-        const float* query[2];
-        query_of(warp.index(), lane, query);
+        EDUBA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          r.m[i] = 0;
-          for (int d = lane % 4; d < layout.head_dim; d += 4) {
-            const float x = QueryElement(query[i], d, layout.head_dim);
-            const float size = x < 0 ? -x : x;
-            r.m[i] = size > r.m[i] ? size : r.m[i];
-          }
+          warp.QuadMax([&](int lane) -> float& { return Of(warp, lane).m[i]; });
+          warp.Lanes([&](int lane) {
+            TensorRegisters& r = Of(warp, lane);
+            const int k = StretchOf(r.m[i]);
+            r.stretch[i] = FloatPowerOfTwo(k);
+            r.shrink[i] = FloatPowerOfTwo(-k);
+          });
         }
       }
     });
-    if constexpr (!Type::kHasFloatRange) {
+  }
+  // The largest element, in magnitude, of the lane's share of its two queries.
+  template <class Warp>
+  EDUBA_DEVICE void FindLargest(const Warp& warp, int lane) {
+    TensorRegisters& r = Of(warp, lane);
+    const float* query[2];
+    QueryOf(warp, lane, query);
+    for (int i = 0; i < 2; ++i) {
+      r.m[i] = 0;
+      for (int d = lane % 4; d < layout_.head_dim; d += 4) {
+        const float x = QueryElement(query[i], d, layout_.head_dim);
+        const float size = x < 0 ? -x : x;
+        r.m[i] = size > r.m[i] ? size : r.m[i];
+      }
+    }
+  }
+
+  // Adds 16 dimensions to the warp's dot products with all keys that it sees.
+  template <class Warp>
+  EDUBA_DEVICE void MultiplyKeys(const Warp& warp, int slice) {
+    const int begin = shared_.warp_begin[warp.index()];
+    const int end = shared_.warp_end[warp.index()];
+    if (begin >= end) return;
+    warp.Lanes([&](int lane) {
+      const float* query[2];
+      QueryOf(warp, lane, query);
+      SplitQuery<Type>(query, slice * kTileDepth, layout_.head_dim, lane, Of(warp, lane));
+    });
+    const char* const keys = shared_.slot[slice % kSlots];
+    EDUBA_UNROLL
+    for (int piece = 0; piece < kPageRows / kKeyBlockRows; ++piece) {
+      if (!IsNeeded(piece * kKeyBlockRows, kKeyBlockRows, begin, end)) continue;
       EDUBA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        warp.QuadMax([&](int lane) -> float& { return registers[warp.index() * kWarpThreads + lane].m[i]; });
+      for (int i = 0; i < kKeyBlockRows / kTileColumns; ++i) {
+        const int j = piece * (kKeyBlockRows / kTileColumns) + i;
+        // 8 keys of 8 dimensions are 128 consecutive bytes, in the order of lanes.
         warp.Lanes([&](int lane) {
-          TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
-          const int k = StretchOf(r.m[i]);
-          r.stretch[i] = FloatPowerOfTwo(k);
-          r.shrink[i] = FloatPowerOfTwo(-k);
+          EDUBA_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            Of(warp, lane).b[0][half] =
+                *reinterpret_cast<const uint32_t*>(keys + (piece * 2 + half) * (kKeyBlockRows * kLoadBytes) +
+                                                   i * (kTileColumns * kLoadBytes) + lane * 4);
+          }
+        });
+        warp.template Multiply<Type>([&](int lane) {
+          TensorRegisters& r = Of(warp, lane);
+          return MatrixOperands{r.s[j], r.low, r.b[0]};
+        });
+        warp.template Multiply<Type>([&](int lane) {
+          TensorRegisters& r = Of(warp, lane);
+          return MatrixOperands{r.s[j], r.high, r.b[0]};
         });
       }
     }
-  });
+  }
 
-  for (int slice = 0; slice < key_slices; ++slice) {
-    next(slice);
-    block.Warps([&](const auto& warp) {
-      const int first_thread = warp.index() * kWarpThreads;
-      const int begin = shared.warp_begin[warp.index()];
-      const int end = shared.warp_end[warp.index()];
-      if (begin >= end) return;
-      warp.Lanes([&](int lane) {
-        const float* query[2];
-        query_of(warp.index(), lane, query);
-        SplitQuery<Type>(query, slice * kTileDepth, layout.head_dim, lane, registers[first_thread + lane]);
-      });
-      const char* const keys = shared.slot[slice % kSlots];
+  template <class Warp>
+  EDUBA_DEVICE void ClearOutputs(const Warp& warp) {
+    warp.Lanes([&](int lane) {
+      TensorRegisters& r = Of(warp, lane);
       EDUBA_UNROLL
-      for (int piece = 0; piece < kPageRows / kKeyBlockRows; ++piece) {
-        if (!is_needed(piece * kKeyBlockRows, kKeyBlockRows, begin, end)) continue;
+      for (int n = 0; n < kChannelTiles; ++n) r.o[n][0] = r.o[n][1] = r.o[n][2] = r.o[n][3] = 0;
+    });
+  }
+  // Adds the weighted values of one slice: part `part` of the rows, `tiles` tiles of channels.
+  template <class Warp>
+  EDUBA_DEVICE void MultiplyValues(const Warp& warp, int slice, int part, int tiles) {
+    const int begin = shared_.warp_begin[warp.index()];
+    const int end = shared_.warp_end[warp.index()];
+    EDUBA_UNROLL
+    for (int i = 0; i < kValueRows / kTileDepth; ++i) {
+      const int step = part * (kValueRows / kTileDepth) + i;
+      if (!IsNeeded(step * kTileDepth, kTileDepth, begin, end)) continue;
+      const char* const values = shared_.slot[slice % kSlots] + i * kTileDepth * kValueRowBytes;
+      // Two tiles of 8 keys as c are one of 16 keys as a.
+      warp.Lanes([&](int lane) {
+        TensorRegisters& r = Of(warp, lane);
         EDUBA_UNROLL
-        for (int i = 0; i < kKeyBlockRows / kTileColumns; ++i) {
-          const int j = piece * (kKeyBlockRows / kTileColumns) + i;
-          // 8 keys of 8 dimensions are 128 consecutive bytes, in the order of lanes.
-          warp.Lanes([&](int lane) {
-            EDUBA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              registers[first_thread + lane].b[0][half] = *reinterpret_cast<const uint32_t*>(
-                  keys + (piece * 2 + half) * (kKeyBlockRows * kLoadBytes) + i * (kTileColumns * kLoadBytes) +
-                  lane * 4);
-            }
-          });
-          warp.template Multiply<Type>([&](int lane) {
-            TensorRegisters& r = registers[first_thread + lane];
-            return MatrixOperands{r.s[j], r.low, r.b[0]};
-          });
-          warp.template Multiply<Type>([&](int lane) {
-            TensorRegisters& r = registers[first_thread + lane];
-            return MatrixOperands{r.s[j], r.high, r.b[0]};
-          });
+        for (int j = 0; j < 4; ++j) {
+          const float(&p)[4] = r.s[2 * step + j / 2];
+          Split<Type>(p[j % 2 * 2], p[j % 2 * 2 + 1], r.high[j], r.low[j]);
+        }
+      });
+      EDUBA_UNROLL
+      for (int n = 0; n < kChannelTiles; n += 2) {
+        if (n < tiles) MultiplyTwoTiles(warp, values, n);
+      }
+    }
+  }
+  // Channel tiles n and n + 1 of 16 rows of values.
+  template <class Warp>
+  EDUBA_DEVICE void MultiplyTwoTiles(const Warp& warp, const char* values, int n) {
+    warp.LoadTransposed(
+        [&](int lane) { return values + lane % 16 * kValueRowBytes + (n + lane / 16) * kLoadBytes; },
+        [&](int lane) -> uint32_t(&)[2][2] { return Of(warp, lane).b; });
+    EDUBA_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      warp.template Multiply<Type>([&](int lane) {
+        TensorRegisters& r = Of(warp, lane);
+        return MatrixOperands{r.o[n + k], r.low, r.b[k]};
+      });
+      warp.template Multiply<Type>([&](int lane) {
+        TensorRegisters& r = Of(warp, lane);
+        return MatrixOperands{r.o[n + k], r.high, r.b[k]};
+      });
+    }
+  }
+
+  template <class Warp>
+  EDUBA_DEVICE void KeepOutputs(const Warp& warp, int pass) {
+    warp.Lanes([&](int lane) {
+      TensorRegisters& r = Of(warp, lane);
+      EDUBA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int v = VectorOf(warp, lane, i);
+        if (shared_.begin[v] >= shared_.end[v]) continue;
+        float* const to = args_.o + (slot_ * row_heads_ + RowHeadOf(v)) * layout_.value_pitch +
+                          pass * kChannels + lane % 4 * 2;
+        EDUBA_UNROLL
+        for (int n = 0; n < kChannelTiles; ++n) {
+          if (n >= TilesOf(pass)) continue;
+          const float x = Unshifted<Type>(r.o[n][2 * i]);
+          const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
+          if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
+          StorePair(to + n * kTileColumns, x, y);
         }
       }
     });
   }
-
-  // Of the page, so of every warp by itself.
-  block.Warps([&](const auto& warp) {
-    WeighKeys<Type>(
-        warp, args,
-        [&](int lane) -> TensorRegisters& { return registers[warp.index() * kWarpThreads + lane]; },
-        [&](int lane, int i) {
-          const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
-          return KeyRange{shared.begin[v], shared.end[v]};
-        },
-        page.live, /*all_seen=*/false);
-  });
-
-  for (int pass = 0; pass < passes; ++pass) {
-    const int tiles = tiles_of(pass);
-    block.Warps([&](const auto& warp) {
-      warp.Lanes([&](int lane) {
-        TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
-        EDUBA_UNROLL
-        for (int n = 0; n < kChannelTiles; ++n) r.o[n][0] = r.o[n][1] = r.o[n][2] = r.o[n][3] = 0;
-      });
-    });
-    EDUBA_UNROLL
-    for (int part = 0; part < kValueSlices; ++part) {
-      const int slice = key_slices + pass * kValueSlices + part;
-      next(slice);
-      block.Warps([&](const auto& warp) {
-        const int first_thread = warp.index() * kWarpThreads;
-        const int begin = shared.warp_begin[warp.index()];
-        const int end = shared.warp_end[warp.index()];
-        EDUBA_UNROLL
-        for (int i = 0; i < kValueRows / kTileDepth; ++i) {
-          const int step = part * (kValueRows / kTileDepth) + i;
-          if (!is_needed(step * kTileDepth, kTileDepth, begin, end)) continue;
-          const char* const values = shared.slot[slice % kSlots] + i * kTileDepth * kValueRowBytes;
-          // Two tiles of 8 keys as c are one of 16 keys as a.
-          warp.Lanes([&](int lane) {
-            TensorRegisters& r = registers[first_thread + lane];
-            EDUBA_UNROLL
-            for (int j = 0; j < 4; ++j) {
-              const float(&p)[4] = r.s[2 * step + j / 2];
-              Split<Type>(p[j % 2 * 2], p[j % 2 * 2 + 1], r.high[j], r.low[j]);
-            }
-          });
-          EDUBA_UNROLL
-          for (int n = 0; n < kChannelTiles; n += 2) {
-            if (n >= tiles) continue;
-            warp.LoadTransposed(
-                [&](int lane) { return values + lane % 16 * kValueRowBytes + (n + lane / 16) * kLoadBytes; },
-                [&](int lane) -> uint32_t(&)[2][2] { return registers[first_thread + lane].b; });
-            EDUBA_UNROLL
-            for (int k = 0; k < 2; ++k) {
-              warp.template Multiply<Type>([&](int lane) {
-                TensorRegisters& r = registers[first_thread + lane];
-                return MatrixOperands{r.o[n + k], r.low, r.b[k]};
-              });
-              warp.template Multiply<Type>([&](int lane) {
-                TensorRegisters& r = registers[first_thread + lane];
-                return MatrixOperands{r.o[n + k], r.high, r.b[k]};
-              });
-            }
-          }
-        }
-      });
-    }
-    block.Warps([&](const auto& warp) {
-      warp.Lanes([&](int lane) {
-        TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
-        EDUBA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
-          if (shared.begin[v] >= shared.end[v]) continue;
-          float* const to = args.o + (slot * row_heads + row_head_of(v)) * layout.value_pitch +
-                            pass * kChannels + lane % 4 * 2;
-          EDUBA_UNROLL
-          for (int n = 0; n < kChannelTiles; ++n) {
-            if (n >= tiles) continue;
-            const float x = Unshifted<Type>(r.o[n][2 * i]);
-            const float y = Unshifted<Type>(r.o[n][2 * i + 1]);
-            if (!IsFinite(x) || !IsFinite(y)) r.bad[i] = 1;
-            StorePair(to + n * kTileColumns, x, y);
-          }
-        }
-      });
-    });
-  }
-
-  block.Warps([&](const auto& warp) {
+  template <class Warp>
+  EDUBA_DEVICE void KeepSums(const Warp& warp) {
     EDUBA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      warp.QuadMax([&](int lane) -> float& { return registers[warp.index() * kWarpThreads + lane].bad[i]; });
+      warp.QuadMax([&](int lane) -> float& { return Of(warp, lane).bad[i]; });
       warp.Lanes([&](int lane) {
-        const TensorRegisters& r = registers[warp.index() * kWarpThreads + lane];
-        const int v = warp.index() * kTileRows + lane / 4 + 8 * i;
-        if (lane % 4 != 0 || v >= vectors) return;
-        KeepTotals(args, slot, page.index, row_head_of(v), shared.begin[v] < shared.end[v],
+        const TensorRegisters& r = Of(warp, lane);
+        const int v = VectorOf(warp, lane, i);
+        if (lane % 4 != 0 || v >= vectors_) return;
+        KeepTotals(args_, slot_, page_.index, RowHeadOf(v), shared_.begin[v] < shared_.end[v],
                    r.bad[i] == 0 && IsFinite(r.l[i]), r.m[i], r.l[i]);
       });
     }
-  });
+  }
+
+  const Block& block_;
+  const AttendArgs& args_;
+  const PageLayout& layout_;
+  Registers& registers_;
+  TensorShared& shared_;
+  const int kv_head_;
+  const int64_t slot_;  // Of the page among the step's pages.
+  const PageEntry page_;
+  const int64_t row_heads_;
+  const int first_vector_;  // The tile's, among the KV head's.
+  const int vectors_;       // Of the tile.
+  const int warps_;
+  const char* const data_;
+  const int key_slices_;
+  const int passes_;
+  const int slices_;
+  // Rows that some vector of the block sees lie in [block_begin_, block_end_).
+  int block_begin_ = kPageRows;
+  int block_end_ = 0;
+};
+
+template <class Type, class Block>
+EDUBA_DEVICE void AttendPageTensor(const Block& block, const AttendArgs& args) {
+  static_assert(Type::kElement == 2);
+  typename Block::template Registers<TensorRegisters> registers(block);
+  TensorPage<Type, Block>(block, args, registers).Attend();
 }
 
 }  // namespace eduba::cuda
