@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <random>
 #include <string>
@@ -13,6 +12,7 @@
 #include "attention/page_store.h"
 #include "attention/staged_append.h"
 #include "base/check.h"
+#include "base/testing/same_bits.h"
 #include "collective/gloo/gloo_communicator.h"
 #include "collective/local/local_communicator.h"
 #include "collective/map_rendezvous.h"
@@ -238,11 +238,6 @@ class Cluster {
   std::vector<std::unique_ptr<Sequence>> sequences_;
 };
 
-bool SameBytes(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() &&
-         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
 AttentionQuery QueryOf(const Problem& p) {
   AttentionQuery query;
   query.layer = p.layer;
@@ -291,9 +286,9 @@ TEST(ShardedAttention, AnyRanksStripesChunksAndBatchesGiveTheSameBytes) {
       for (const auto& answer : answers) {
         ASSERT_TRUE(answer.ok()) << answer.status();
         if (ranks == 1) first = *answer;
-        ASSERT_TRUE(SameBytes(answer->outputs, first.outputs));
-        ASSERT_TRUE(SameBytes(answer->lse, first.lse));
-        ASSERT_TRUE(SameBytes(answer->sink_mass, first.sink_mass));
+        ASSERT_TRUE(SameBits(answer->outputs, first.outputs));
+        ASSERT_TRUE(SameBits(answer->lse, first.lse));
+        ASSERT_TRUE(SameBits(answer->sink_mass, first.sink_mass));
         ASSERT_EQ(answer->row_heads_maximum, first.row_heads_maximum);
         ASSERT_EQ(answer->collectives, first.collectives);
       }
@@ -310,8 +305,9 @@ TEST(ShardedAttention, AnyRanksStripesChunksAndBatchesGiveTheSameBytes) {
       single.positions = {p.positions[row]};
       const auto alone = cluster.Attend(QueryOf(single));
       ASSERT_TRUE(alone[0].ok()) << alone[0].status();
-      ASSERT_TRUE(SameBytes(alone[0]->outputs, {first.outputs.begin() + row * output_row,
-                                                first.outputs.begin() + (row + 1) * output_row}));
+      ASSERT_TRUE(SameBits(alone[0]->outputs, absl::MakeConstSpan(first.outputs)
+                                                  .subspan(static_cast<size_t>(row * output_row),
+                                                           static_cast<size_t>(output_row))));
     }
     for (const int32_t heads : first.row_heads_maximum) {
       maximum_path += heads;
@@ -349,8 +345,8 @@ TEST(ShardedAttention, ALaterAppendDoesNotChangeABitOfAQueryOnTheEarlierLength) 
     cluster.Append(earlier, p.length - earlier, 1);
     const auto after = cluster.Attend(query);
     ASSERT_TRUE(before[0].ok() && after[0].ok()) << before[0].status() << after[0].status();
-    EXPECT_TRUE(SameBytes(after[0]->outputs, before[0]->outputs));
-    EXPECT_TRUE(SameBytes(after[0]->lse, before[0]->lse));
+    EXPECT_TRUE(SameBits(after[0]->outputs, before[0]->outputs));
+    EXPECT_TRUE(SameBits(after[0]->lse, before[0]->lse));
   }
 }
 
@@ -598,9 +594,9 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
             EXPECT_EQ(counting.TakeReductions(), (any_sinks ? 1 : 0) + (any_maximum ? 2 : 0));
             for (size_t i = 0; i < alone.size(); ++i) {
               const AttentionAnswer& answer = (*together)[i];
-              EXPECT_TRUE(SameBytes(answer.outputs, alone[i].outputs)) << problems[i].Text();
-              EXPECT_TRUE(SameBytes(answer.lse, alone[i].lse));
-              EXPECT_TRUE(SameBytes(answer.sink_mass, alone[i].sink_mass));
+              EXPECT_TRUE(SameBits(answer.outputs, alone[i].outputs)) << problems[i].Text();
+              EXPECT_TRUE(SameBits(answer.lse, alone[i].lse));
+              EXPECT_TRUE(SameBits(answer.sink_mass, alone[i].sink_mass));
               EXPECT_EQ(answer.row_heads_maximum, alone[i].row_heads_maximum);
               EXPECT_EQ(answer.collectives, alone[i].collectives);
             }
@@ -612,9 +608,9 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
               const AttentionAnswer nothing;
               const AttentionAnswer& wanted = owners[i] == rank ? alone[i] : nothing;
               const AttentionAnswer& answer = (*mine)[i];
-              EXPECT_TRUE(SameBytes(answer.outputs, wanted.outputs)) << problems[i].Text();
-              EXPECT_TRUE(SameBytes(answer.lse, wanted.lse));
-              EXPECT_TRUE(SameBytes(answer.sink_mass, wanted.sink_mass));
+              EXPECT_TRUE(SameBits(answer.outputs, wanted.outputs)) << problems[i].Text();
+              EXPECT_TRUE(SameBits(answer.lse, wanted.lse));
+              EXPECT_TRUE(SameBits(answer.sink_mass, wanted.sink_mass));
               EXPECT_EQ(answer.row_heads_maximum, wanted.row_heads_maximum);
               EXPECT_EQ(answer.collectives, alone[i].collectives);
               EXPECT_EQ(answer.bytes_read, (*together)[i].bytes_read);

@@ -25,7 +25,6 @@ using testing::FixtureOptions;
 using testing::RandomModel;
 using testing::RandomOptions;
 using testing::RunGroup;
-using testing::SameBits;
 using testing::Session;
 using testing::ToString;
 

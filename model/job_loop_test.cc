@@ -22,7 +22,6 @@ namespace {
 using testing::Fixture;
 using testing::JobOutcome;
 using testing::RandomModel;
-using testing::SameBits;
 using testing::Session;
 
 constexpr int kRanks = 2;

@@ -28,7 +28,6 @@ using testing::JobOutcome;
 using testing::RandomModel;
 using testing::RandomOptions;
 using testing::RunGroup;
-using testing::SameBits;
 using testing::Session;
 using testing::ToString;
 

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -16,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "attention/page_store.h"
+#include "base/testing/same_bits.h"
 #include "collective/local/local_communicator.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_layer_kernels.h"
@@ -113,10 +113,6 @@ struct Fixture {
     return jobs->engine().Logits(session.last());
   }
 };
-
-inline bool SameBits(absl::Span<const float> a, absl::Span<const float> b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
 
 inline std::string ToString(const ContextOptions& o) {
   return absl::StrCat("{policy=", static_cast<int>(o.policy), " positions=", static_cast<int>(o.positions),

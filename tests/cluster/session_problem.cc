@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "base/testing/same_bits.h"
 #include "gtest/gtest.h"
 #include "kernels/reference/attention.h"
 #include "rpc/spec.h"
@@ -34,11 +35,8 @@ class ContentSource : public RowSource {
 }  // namespace
 
 bool Answers::operator==(const Answers& other) const {
-  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-  };
-  return same(outputs, other.outputs) && same(lse, other.lse) && same(sink_mass, other.sink_mass) &&
-         summary.row_heads_sink() == other.summary.row_heads_sink() &&
+  return SameBits(outputs, other.outputs) && SameBits(lse, other.lse) &&
+         SameBits(sink_mass, other.sink_mass) && summary.row_heads_sink() == other.summary.row_heads_sink() &&
          summary.row_heads_maximum() == other.summary.row_heads_maximum();
 }
 

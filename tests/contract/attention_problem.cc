@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -11,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "base/testing/same_bits.h"
 
 namespace eduba {
 namespace {
@@ -253,11 +253,9 @@ std::vector<float> Problem::PlainFloatAttention(bool fused) const {
 }
 
 bool Answer::operator==(const Answer& other) const {
-  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-  };
-  return same(outputs, other.outputs) && same(lse, other.lse) && same(sink_mass, other.sink_mass) &&
-         paths.sink == other.paths.sink && paths.maximum == other.paths.maximum;
+  return SameBits(outputs, other.outputs) && SameBits(lse, other.lse) &&
+         SameBits(sink_mass, other.sink_mass) && paths.sink == other.paths.sink &&
+         paths.maximum == other.paths.maximum;
 }
 
 namespace {

@@ -3,13 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "base/testing/same_bits.h"
 #include "gtest/gtest.h"
 #include "ingest/npy.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -111,10 +111,6 @@ double Error(const float* got, const std::vector<float>& wanted) {
     size = std::max(size, std::abs(static_cast<double>(wanted[i])));
   }
   return std::isfinite(error) ? error / size : 1e30;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 class Golden : public ::testing::TestWithParam<std::string> {};
