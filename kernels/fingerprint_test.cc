@@ -42,5 +42,20 @@ TEST(Fingerprint, TellsWorkersThatRoundToBf16FromOthers) {
   }
 }
 
+// The numbers of every release so far. Another number says that answers have changed: workers of both builds
+// refuse each other, and stored answers are no longer what this build gives.
+TEST(Fingerprint, IsWhatItHasAlwaysBeen) {
+  for (const std::string& target : CpuTargets()) {
+    const bool fma = CpuTargetHasFma(target);
+    EXPECT_EQ(Fingerprint(*MakeCpuBackendForTest(1, target)).value(),
+              fma ? 0x703ec82626e5451fU : 0x1f99a93f41fba070U)
+        << target;
+    EXPECT_EQ(
+        Fingerprint(*MakeCpuBackendForTest(1, target, kKeptPartialsBytesMax, Activations::kBf16)).value(),
+        fma ? 0x1c899412ee9f91feU : 0x3ae517aa699aebf7U)
+        << target;
+  }
+}
+
 }  // namespace
 }  // namespace eduba

@@ -92,5 +92,18 @@ TEST(LayerFingerprint, RefusesKernelsWhoseRowsDependOnTheirBatch) {
   EXPECT_THAT(std::string(print.status().message()), testing::HasSubstr("row 11"));
 }
 
+// As of attention (fingerprint_test.cc).
+TEST(LayerFingerprint, IsWhatItHasAlwaysBeen) {
+  for (const std::string& target : CpuTargets()) {
+    const bool fma = CpuTargetHasFma(target);
+    EXPECT_EQ(LayerFingerprint(*MakeCpuLayerKernelsForTest(1, target)).value(),
+              fma ? 0x87aa3592114d66eeU : 0x0bd708272822b38aU)
+        << target;
+    EXPECT_EQ(LayerFingerprint(*MakeCpuLayerKernelsForTest(1, target, Activations::kBf16)).value(),
+              fma ? 0xd7975a9651538a45U : 0xb97bac16c49c9e44U)
+        << target;
+  }
+}
+
 }  // namespace
 }  // namespace eduba
