@@ -28,7 +28,7 @@ passed() {
 }
 # The tests of one preset; a preset that runs no test has failed.
 run_tests() {
-  ctest --preset "$1" --no-tests=error "${@:2}"
+  ctest --preset "$1" --no-tests=error -j "$jobs" "${@:2}"
 }
 
 say "What is needed"
