@@ -21,6 +21,8 @@ namespace {
 // The kernel is asked to write to the disk whenever so much has come, so that a sync has little left to do.
 constexpr int64_t kSendBytes = int64_t{8} << 20;
 
+constexpr int64_t kReserveBytes = int64_t{64} << 10;
+
 absl::Status SystemError(int error, const std::string& path, const char* doing) {
   const std::string text = absl::StrCat("cannot ", doing, " ", path, ": ", std::strerror(error));
   if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
@@ -72,6 +74,7 @@ AppendFile& AppendFile::operator=(AppendFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(fd_, other.fd_);
   std::swap(size_, other.size_);
+  std::swap(reserved_, other.reserved_);
   std::swap(sent_, other.sent_);
   return *this;
 }
@@ -99,6 +102,17 @@ absl::Status AppendFile::Append(absl::Span<const absl::Span<const char>> pieces)
   return absl::OkStatus();
 }
 
+absl::Status AppendFile::Reserve(int64_t bytes) {
+  if (size_ + bytes <= reserved_) return absl::OkStatus();
+  // More than asked for, so that small steps do not ask every time.
+  const int64_t more = std::max(bytes, kReserveBytes);
+  if (fallocate(fd_, FALLOC_FL_KEEP_SIZE, size_, more) == 0) {
+    reserved_ = size_ + more;
+    return absl::OkStatus();
+  }
+  return errno == EOPNOTSUPP ? absl::OkStatus() : SystemError(errno, path_, "make room in");
+}
+
 absl::Status AppendFile::Sync() const {
   return fdatasync(fd_) == 0 ? absl::OkStatus() : SystemError(errno, path_, "sync");
 }
@@ -106,6 +120,7 @@ absl::Status AppendFile::Sync() const {
 absl::Status AppendFile::Truncate(int64_t size) {
   if (ftruncate(fd_, size) != 0) return SystemError(errno, path_, "cut");
   size_ = size;
+  reserved_ = 0;
   sent_ = std::min(sent_, size);
   return absl::OkStatus();
 }

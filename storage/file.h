@@ -27,6 +27,8 @@ class AppendFile {
 
   // Writes the pieces one after another. After an error the file is as long as before, where the disk allows.
   absl::Status Append(absl::Span<const absl::Span<const char>> pieces);
+  // Makes room on the disk for `bytes` more, where the file system can promise it.
+  absl::Status Reserve(int64_t bytes);
   // What was appended before is on the disk when this returns. After an error nobody knows what is there, and
   // another try would not tell (the kernel forgets that it failed): the process has to end.
   absl::Status Sync() const;
@@ -42,7 +44,8 @@ class AppendFile {
   std::string path_;
   int fd_ = -1;
   int64_t size_ = 0;
-  int64_t sent_ = 0;  // Bytes that the kernel was asked to begin writing to the disk.
+  int64_t reserved_ = 0;  // There is room up to this size.
+  int64_t sent_ = 0;      // Bytes that the kernel was asked to begin writing to the disk.
 };
 
 // The file's bytes. NOT_FOUND where there is none; FAILED_PRECONDITION where it has more than `bytes_max`.

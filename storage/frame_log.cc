@@ -140,6 +140,12 @@ absl::Status FrameLog::Append(FrameHeader header, absl::Span<const absl::Span<co
   return WriteFrame(header, payload);
 }
 
+absl::Status FrameLog::Reserve(int64_t bytes) {
+  const MutexLock lock(mutex_);
+  EDUBA_RETURN_IF_ERROR(PrepareToWrite());
+  return open_.back()->Reserve(bytes);
+}
+
 absl::Status FrameLog::WriteFrame(FrameHeader header, absl::Span<const absl::Span<const char>> payload) {
   AppendFile& file = *open_.back();
   header.checksum = ChecksumOf(header, end_.segment, end_.offset, payload);

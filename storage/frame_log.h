@@ -51,6 +51,9 @@ class FrameLog {
   // Adds a frame; `header` is without checksum and size. RESOURCE_EXHAUSTED or UNAVAILABLE: the log is as
   // before.
   absl::Status Append(FrameHeader header, absl::Span<const absl::Span<const char>> payload);
+  // Makes room for frames of `bytes` in all, headers included: Append takes as many, where the file system can
+  // promise it. RESOURCE_EXHAUSTED or UNAVAILABLE as Append.
+  absl::Status Reserve(int64_t bytes);
   // All frames that were appended before are on the disk when this returns. Errors: AppendFile::Sync.
   absl::Status Sync();
   // Drops all frames from `place` on, which is where a frame begins, or the end. The disk has dropped them when

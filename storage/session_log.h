@@ -19,7 +19,7 @@ namespace eduba {
 
 // The appends of one tensor session as frames of a log, in one folder.
 //
-// Begin, Seal, Publish and Cut come from one thread; AddRows and Sync from any.
+// Begin, Seal, Publish and Cut come from one thread; AddRows from any, and frames()->Sync().
 class SessionLog final : public AppendLog {
  public:
   // Reads what is there and gives it to `replay`, in order: of the last append perhaps only a part. The first
@@ -39,9 +39,8 @@ class SessionLog final : public AppendLog {
 
   // Drops the append that has begun and is not published, if there is one.
   absl::Status Cut();
-  // What was written before is on the disk when this returns. After an error the process has to end
-  // (AppendFile::Sync).
-  absl::Status Sync() { return log_->Sync(); }
+  // What is to be synced.
+  const std::shared_ptr<FrameLog>& frames() const { return log_; }
 
   // What is wrong after the last whole frame; empty: nothing.
   const std::string& damage() const { return log_->damage(); }
@@ -51,7 +50,7 @@ class SessionLog final : public AppendLog {
 
   absl::Status WritePublish(absl::Span<const int16_t> exponents);
 
-  std::unique_ptr<FrameLog> log_;
+  std::shared_ptr<FrameLog> log_;
   // Where the append that has begun and is not published begins in the log; none: there is no such append.
   std::optional<LogPlace> begun_;
   // Exponents of a publication that the disk did not take.

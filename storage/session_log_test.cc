@@ -76,7 +76,7 @@ class SessionLogTest : public ::testing::Test {
               absl::OkStatus());
     if (!seals) return;
     ASSERT_EQ(log.Seal({{~uint64_t{0}, 5}, {-3, 7}}), absl::OkStatus());
-    ASSERT_EQ(log.Sync(), absl::OkStatus());
+    ASSERT_EQ(log.frames()->Sync(), absl::OkStatus());
     if (publishes) {
       ASSERT_EQ(log.Publish({-3, 8}), absl::OkStatus());
     }

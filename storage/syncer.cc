@@ -21,7 +21,7 @@ Syncer::~Syncer() {
   thread_.join();
 }
 
-void Syncer::Sync(std::shared_ptr<SessionLog> log, std::function<void()> done) {
+void Syncer::Sync(std::shared_ptr<FrameLog> log, std::function<void()> done) {
   const MutexLock lock(mutex_);
   waiting_.push_back({std::move(log), std::move(done)});
   changed_.NotifyOne();
@@ -36,7 +36,7 @@ void Syncer::Run() {
       if (waiting_.empty()) return;
       batch.swap(waiting_);
     }
-    std::set<SessionLog*> synced;
+    std::set<FrameLog*> synced;
     for (const Waiting& waiting : batch) {
       if (!synced.insert(waiting.log.get()).second) continue;
       const absl::Status status = waiting.log->Sync();

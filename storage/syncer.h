@@ -8,7 +8,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "base/mutex.h"
-#include "storage/session_log.h"
+#include "storage/frame_log.h"
 
 namespace eduba {
 
@@ -24,11 +24,11 @@ class Syncer {
   Syncer& operator=(const Syncer&) = delete;
 
   // Calls done() from the syncer's thread when all that has been written to `log` is on the disk.
-  void Sync(std::shared_ptr<SessionLog> log, std::function<void()> done);
+  void Sync(std::shared_ptr<FrameLog> log, std::function<void()> done);
 
  private:
   struct Waiting {
-    std::shared_ptr<SessionLog> log;
+    std::shared_ptr<FrameLog> log;
     std::function<void()> done;
   };
 

@@ -140,7 +140,11 @@ void CommandLoop::Form(const Task& task) {
   }
   if (status.ok()) {
     membership_ = task.membership;
-    membership_->StartModels(options_.content, [this](const v1::WorkerMessage& message) { Send(message); });
+    membership_->StartModels(options_.content, [this](const v1::WorkerMessage& message,
+                                                      const std::shared_ptr<FrameLog>& unsynced) {
+      if (unsynced != nullptr) return SendWhenSynced(unsynced, message);
+      Send(message);
+    });
     admitted_ = 0;
   }
   v1::WorkerMessage answer;
@@ -167,7 +171,7 @@ void CommandLoop::Execute(const v1::Command& command) {
   v1::WorkerMessage answer;
   v1::CommandResult& result = *answer.mutable_result();
   bool is_job = false;
-  std::shared_ptr<SessionLog> unsynced;
+  std::shared_ptr<FrameLog> unsynced;
   absl::Status status;
   if (membership_ == nullptr || membership_->epoch() != command.epoch()) {
     status = absl::AbortedError(absl::StrCat("epoch ", command.epoch(), " is over or was never joined"));
@@ -189,7 +193,7 @@ void CommandLoop::Execute(const v1::Command& command) {
   Send(std::move(answer));
 }
 
-void CommandLoop::SendWhenSynced(std::shared_ptr<SessionLog> log, v1::WorkerMessage answer) {
+void CommandLoop::SendWhenSynced(std::shared_ptr<FrameLog> log, v1::WorkerMessage answer) {
   syncer_.Sync(std::move(log), [this, answer = std::move(answer)] {
     const MutexLock lock(mutex_);
     synced_.push_back(answer);
@@ -206,7 +210,7 @@ void CommandLoop::Send(v1::WorkerMessage message) {
 }
 
 absl::Status CommandLoop::Dispatch(const v1::Command& command, v1::CommandResult& result, bool& is_job,
-                                   std::shared_ptr<SessionLog>& unsynced) {
+                                   std::shared_ptr<FrameLog>& unsynced) {
   switch (command.kind_case()) {
     case v1::Command::kRetainSessions:
       return RetainSessions(command.retain_sessions());
@@ -240,14 +244,14 @@ absl::Status CommandLoop::Dispatch(const v1::Command& command, v1::CommandResult
 }
 
 absl::Status CommandLoop::DispatchToTensors(const v1::Command& command, v1::CommandResult& result,
-                                            std::shared_ptr<SessionLog>& unsynced) {
+                                            std::shared_ptr<FrameLog>& unsynced) {
   switch (command.kind_case()) {
     case v1::Command::kBeginAppend:
       return tensors_.BeginAppend(command.begin_append());
     case v1::Command::kSealAppend: {
       EDUBA_ASSIGN_OR_RETURN(TensorContent::Sealed sealed, tensors_.SealAppend(command.seal_append()));
       *result.mutable_seal() = std::move(sealed.result);
-      unsynced = std::move(sealed.log);
+      unsynced = std::move(sealed.frames);
       return absl::OkStatus();
     }
     case v1::Command::kCommitAppend:
@@ -278,13 +282,16 @@ absl::Status CommandLoop::DispatchToModels(const v1::Command& command, bool& is_
 }
 
 absl::Status CommandLoop::RetainSessions(const v1::RetainSessions& request) {
-  tensors_.Retain(std::set<uint64_t>(request.session_ids().begin(), request.session_ids().end()));
+  const std::set<uint64_t> ids(request.session_ids().begin(), request.session_ids().end());
+  options_.content->RetainUnreadable(ids);
+  tensors_.Retain(ids);
   const auto models = membership_->Models();
   if (models.ok()) (*models)->Retain(request);
   return absl::OkStatus();
 }
 
 absl::Status CommandLoop::OpenSession(const v1::OpenSession& request, v1::SessionContent& content) {
+  EDUBA_RETURN_IF_ERROR(options_.content->CheckReadable(request.session_id()));
   if (request.spec().has_model()) {
     EDUBA_ASSIGN_OR_RETURN(ModelSessions * models, membership_->Models());
     EDUBA_ASSIGN_OR_RETURN(content, models->Open(request));
@@ -301,6 +308,7 @@ absl::Status CommandLoop::CloseSession(const v1::CloseSession& request) {
   const auto models = membership_->Models();
   if (models.ok()) (*models)->Close(request.session_id());
   tensors_.Close(request.session_id());
+  options_.content->CloseUnreadable(request.session_id());
   return absl::OkStatus();
 }
 

@@ -82,15 +82,15 @@ class CommandLoop {
   // What came of the command, in `result`; or OK with `is_job`: the result comes when the job has ended.
   // The same with `unsynced`: when that has been synced.
   absl::Status Dispatch(const v1::Command& command, v1::CommandResult& result, bool& is_job,
-                        std::shared_ptr<SessionLog>& unsynced);
+                        std::shared_ptr<FrameLog>& unsynced);
   absl::Status DispatchToTensors(const v1::Command& command, v1::CommandResult& result,
-                                 std::shared_ptr<SessionLog>& unsynced);
+                                 std::shared_ptr<FrameLog>& unsynced);
   absl::Status DispatchToModels(const v1::Command& command, bool& is_job);
   absl::Status RetainSessions(const v1::RetainSessions& request);
   absl::Status OpenSession(const v1::OpenSession& request, v1::SessionContent& content);
   absl::Status CloseSession(const v1::CloseSession& request);
   // Has the result sent when what was sealed is on the disk.
-  void SendWhenSynced(std::shared_ptr<SessionLog> log, v1::WorkerMessage answer);
+  void SendWhenSynced(std::shared_ptr<FrameLog> log, v1::WorkerMessage answer);
   // Every message passes here. Results say whether the group is over.
   void Send(v1::WorkerMessage message);
 

@@ -103,25 +103,14 @@ TensorContent::~TensorContent() {
   while (!sessions_.empty()) Drop(sessions_.begin()->first);
 }
 
-absl::Status TensorContent::Load(NodeStorage* storage) {
-  storage_ = storage;
-  EDUBA_ASSIGN_OR_RETURN(const std::vector<uint64_t> ids, storage_->Sessions());
-  for (const uint64_t id : ids) {
-    absl::Status status = LoadSession(id);
-    if (status.ok()) continue;
-    status =
-        Annotate(status, absl::StrCat("session ", id, " in ", storage_->FolderOf(id), " cannot be read"));
-    LogWarning(std::string(status.message()));
-    Drop(id);
-    unreadable_.emplace(id, std::move(status));
-  }
-  return absl::OkStatus();
+absl::Status TensorContent::Load(const v1::OpenSession& opened) {
+  absl::Status status = Read(opened);
+  if (!status.ok()) Drop(opened.session_id());
+  return status;
 }
 
-absl::Status TensorContent::LoadSession(uint64_t session_id) {
-  EDUBA_ASSIGN_OR_RETURN(const std::string descriptor, storage_->Descriptor(session_id));
-  v1::OpenSession opened;
-  if (!opened.ParseFromString(descriptor)) return absl::DataLossError("its descriptor makes no sense");
+absl::Status TensorContent::Read(const v1::OpenSession& opened) {
+  const uint64_t session_id = opened.session_id();
   Session& session = sessions_[session_id];
   EDUBA_ASSIGN_OR_RETURN(session.spec, CompleteSpec(opened.spec()));
   EDUBA_ASSIGN_OR_RETURN(SequenceSpec spec, SequenceSpecOf(session.spec));
@@ -162,9 +151,6 @@ void TensorContent::Retain(const std::set<uint64_t>& session_ids) {
   for (const auto& [id, session] : sessions_) {
     if (session_ids.count(id) == 0) doomed.push_back(id);
   }
-  for (const auto& [id, why] : unreadable_) {
-    if (session_ids.count(id) == 0) doomed.push_back(id);
-  }
   for (const uint64_t id : doomed) Close(id);
 }
 
@@ -172,8 +158,6 @@ absl::StatusOr<v1::SessionContent> TensorContent::Open(const v1::OpenSession& re
                                                        const Placement& placement) {
   EDUBA_ASSIGN_OR_RETURN(const v1::SessionSpec spec, CompleteSpec(request.spec()));
   EDUBA_ASSIGN_OR_RETURN(SequenceSpec sequence_spec, SequenceSpecOf(spec));
-  const auto unreadable = unreadable_.find(request.session_id());
-  if (unreadable != unreadable_.end()) return unreadable->second;
   const auto held = sessions_.find(request.session_id());
   if (held != sessions_.end() && held->second.placement == placement && Equal(held->second.spec, spec)) {
     return ContentOf(*held->second.sequence);
@@ -233,8 +217,7 @@ absl::Status TensorContent::Settle(const v1::SettleSession& request) {
 
 void TensorContent::Close(uint64_t session_id) {
   const auto session = sessions_.find(session_id);
-  const bool kept =
-      unreadable_.erase(session_id) > 0 || (session != sessions_.end() && session->second.log != nullptr);
+  const bool kept = session != sessions_.end() && session->second.log != nullptr;
   Drop(session_id);
   if (kept) storage_->Erase(session_id);
 }
@@ -278,7 +261,8 @@ absl::StatusOr<TensorContent::Sealed> TensorContent::SealAppend(const v1::SealAp
   Sealed sealed;
   SetDigest(seal.digest, sealed.result);
   sealed.result.set_exponents(BytesOf(seal.exponents));
-  if (!append->share().compare_only) sealed.log = LogOf(append->sequence());
+  const std::shared_ptr<SessionLog> log = LogOf(append->sequence());
+  if (log != nullptr && !append->share().compare_only) sealed.frames = log->frames();
   return sealed;
 }
 

@@ -29,7 +29,7 @@ namespace eduba {
 // Appends that are not sealed belong to the group in which they began: whoever ends the group calls
 // DropUnsealed.
 //
-// With a storage, sessions and appends are written down as they come, and a new process begins with Load.
+// With a storage, sessions and appends are written down as they come, and a new process begins with Load of each.
 //
 // Upload and TakeTouchedAppends may be called from any thread. All other calls come from one thread at a
 // time.
@@ -41,17 +41,16 @@ class TensorContent {
   TensorContent(const TensorContent&) = delete;
   TensorContent& operator=(const TensorContent&) = delete;
 
-  // Takes in what `storage` holds, and keeps sessions there from now on. Sessions that cannot be read stay on the disk as they are, and Open says
-  // why; the log has a line for each. UNAVAILABLE: the storage cannot be read at all.
-  absl::Status Load(NodeStorage* storage);
   // Where sessions are kept from now on; null: in memory only. REQUIRES: there are no sessions.
   void UseStorage(NodeStorage* storage) { storage_ = storage; }
+  // Takes in the session that the storage holds as `opened` says. RESOURCE_EXHAUSTED, DATA_LOSS, UNAVAILABLE:
+  // it could not be read, is not here, and stays on the disk as it is.
+  absl::Status Load(const v1::OpenSession& opened);
 
   // Drops the sessions that are not named, on the disk too.
   void Retain(const std::set<uint64_t>& session_ids);
   // Makes an empty session, or finds the one that is held with the same spec and placement; one with others
   // is dropped first. Says what is held now. INVALID_ARGUMENT: the spec is not one of a tensor session.
-  // RESOURCE_EXHAUSTED, DATA_LOSS, UNAVAILABLE: the disk holds it, and it could not be read.
   absl::StatusOr<v1::SessionContent> Open(const v1::OpenSession& request, const Placement& placement);
   // Publishes the sealed append that ends at `request.length`, and drops all others.
   //   NOT_FOUND            the session is not open
@@ -66,7 +65,7 @@ class TensorContent {
   absl::Status BeginAppend(const v1::BeginAppend& request);
   struct Sealed {
     v1::SealResult result;
-    std::shared_ptr<SessionLog> log;  // To be synced before the result is told. Null: there is no need.
+    std::shared_ptr<FrameLog> frames;  // To be synced before the result is told. Null: there is no need.
   };
   absl::StatusOr<Sealed> SealAppend(const v1::SealAppend& request);
   absl::Status CommitAppend(const v1::CommitAppend& request);
@@ -93,8 +92,7 @@ class TensorContent {
   };
   using Appends = std::map<uint64_t, std::shared_ptr<StagedAppend>>;
 
-  // Reads one session from the storage.
-  absl::Status LoadSession(uint64_t session_id);
+  absl::Status Read(const v1::OpenSession& opened);
   // Gives the session a log, if there is a storage and it has none yet.
   absl::Status MakeLog(uint64_t session_id, Session& session);
   // Takes the session's appends away, and the session. The disk keeps what it has.
@@ -117,7 +115,6 @@ class TensorContent {
   PageStore* const store_;
   NodeStorage* storage_ = nullptr;  // Null: none.
   std::map<uint64_t, Session> sessions_;
-  std::map<uint64_t, absl::Status> unreadable_;  // Sessions that the disk holds, and why they are not here.
   uint64_t loaded_ = 0;  // Appends that were loaded; their ids count down from the largest.
 
   mutable Mutex mutex_;

@@ -319,34 +319,52 @@ TEST_F(ContentResume, AKilledCoordinatorLeavesAGenerationWhereItStood) {
 TEST_F(ContentResume, WhateverIsKilledComesBackWithTheSameBytes) {
   const Problem problem = SpreadProblem(44);
   const v1::Session session = Store("tensors", problem.content);
+  ASSERT_NO_FATAL_FAILURE(StorePrompt("model", false));
+  ASSERT_NO_FATAL_FAILURE(StorePrompt("streaming", true));
+  // Generated tokens are read again as they were read first, in a fork too.
+  std::string said;
+  ASSERT_TRUE(Generate("model", 9, &said).ok());
+  ASSERT_TRUE(Generate("streaming", 9, &said).ok());
+  ASSERT_TRUE(client_->ForkSession("model", "fork").ok());
+  ASSERT_TRUE(client_->AppendTokens("fork", {7, 8, 9}, {}).ok());
   const std::vector<Answers> answers = AskAll(session, problem.calls);
   ASSERT_NO_FATAL_FAILURE(ExpectOracle(problem.content, problem.calls[0], answers[0]));
+  const ModelBytes model = AskModel("model");
+  const ModelBytes streaming = AskModel("streaming");
+  const ModelBytes fork = AskModel("fork");
+  const auto expect_the_same = [&] {
+    EXPECT_TRUE(AskAll(session, problem.calls) == answers);
+    EXPECT_TRUE(AskModel("model") == model);
+    EXPECT_TRUE(AskModel("streaming") == streaming);
+    EXPECT_TRUE(AskModel("fork") == fork);
+  };
 
   KillWorker(1);
   AwaitInactive();
   EXPECT_EQ(Ask(*client_, session, problem.calls[0]).status().code(), absl::StatusCode::kUnavailable);
   workers_[1] = StartWorker(1);
   epoch_ = AwaitEpochAfter(*client_, epoch_);
-  EXPECT_TRUE(AskAll(session, problem.calls) == answers);
+  expect_the_same();
 
   for (int i = 0; i < kWorkers; ++i) KillWorker(i);
   KillCoordinator();
   StartCoordinator(address_);
   for (int i = 0; i < kWorkers; ++i) workers_[i] = StartWorker(i);
   epoch_ = AwaitEpochAfter(*client_, epoch_);
-  EXPECT_TRUE(AskAll(session, problem.calls) == answers);
+  expect_the_same();
 
-  // What is deleted is gone from the disks, and what is stored after that is kept as well.
-  const v1::Session other = Store("other", problem.content);
-  EXPECT_EQ(client_->DeleteSession("tensors"), absl::OkStatus());
-  for (int i = 0; i < kWorkers; ++i) {
-    KillWorker(i);
-    EXPECT_FALSE(std::filesystem::exists(absl::StrCat(dir_, "/worker", i, "/content/session-1")));
-    EXPECT_TRUE(std::filesystem::exists(absl::StrCat(dir_, "/worker", i, "/content/session-2")));
-    workers_[i] = StartWorker(i);
+  // What is deleted is gone from the disks.
+  for (const char* name : {"tensors", "model", "streaming"}) {
+    EXPECT_EQ(client_->DeleteSession(name), absl::OkStatus());
   }
-  epoch_ = AwaitEpochAfter(*client_, epoch_);
-  EXPECT_TRUE(AskAll(other, problem.calls) == answers);
+  for (int i = 0; i < kWorkers; ++i) {
+    int64_t sessions = 0;
+    for (const auto& entry :
+         std::filesystem::directory_iterator(absl::StrCat(dir_, "/worker", i, "/content"))) {
+      if (entry.is_directory()) ++sessions;
+    }
+    EXPECT_EQ(sessions, 1) << i;  // The fork.
+  }
 }
 
 TEST_F(ContentResume, WorkersKilledDuringAppendsLeaveEachWhollyOrNotAtAll) {
