@@ -153,10 +153,19 @@ absl::Status WriteFile(const std::string& path, const std::string& bytes) {
 
 absl::Status MakeFolder(const std::string& path) {
   if (mkdir(path.c_str(), 0700) != 0) {
-    if (errno == EEXIST) return absl::OkStatus();
-    return SystemError(errno, path, "make");
+    const int error = errno;
+    struct stat info {};
+    const bool is_folder = stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+    return error == EEXIST && is_folder ? absl::OkStatus() : SystemError(error, path, "make the folder");
   }
   return SyncFolder(FolderOf(path));
+}
+
+absl::Status MakeFolders(const std::string& path) {
+  struct stat info {};
+  if (path.empty() || stat(path.c_str(), &info) == 0) return MakeFolder(path.empty() ? "." : path);
+  EDUBA_RETURN_IF_ERROR(MakeFolders(FolderOf(path)));
+  return MakeFolder(path);
 }
 
 absl::Status SyncFolder(const std::string& path) {

@@ -57,6 +57,8 @@ absl::Status WriteFile(const std::string& path, const std::string& bytes);
 
 // Makes the folder, if it is not there, so that it is there after a power cut too.
 absl::Status MakeFolder(const std::string& path);
+// The same for a path whose first folders may be missing too.
+absl::Status MakeFolders(const std::string& path);
 // What was made, renamed or removed in the folder is on the disk when this returns.
 absl::Status SyncFolder(const std::string& path);
 // The names in the folder, sorted.
