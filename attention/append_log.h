@@ -39,8 +39,8 @@ class AppendLog {
 
   // REQUIRES: no other append has begun and is neither published nor cut off. `share` stores something.
   virtual absl::Status Begin(const AppendShare& share) = 0;
-  // Positions [first, first + count) of a layer, in the sequence's types: keys [count, kv_heads, head_dim] and
-  // values [count, kv_heads, value_dim]. From any number of threads, between Begin and Seal.
+  // Positions [first, first + count) of a layer, in the sequence's types: keys [count, kv_heads, head_dim]
+  // and values [count, kv_heads, value_dim]. From any number of threads, between Begin and Seal.
   virtual absl::Status AddRows(int layer, int64_t first, int64_t count, absl::Span<const char> keys,
                                absl::Span<const char> values) = 0;
   virtual absl::Status Seal(const AppendSeal& seal) = 0;

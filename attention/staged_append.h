@@ -40,8 +40,8 @@ class StagedAppend {
   //   FAILED_PRECONDITION  the append does not start at the sequence's end (compare_only: does not lie
   //                        within it)
   //   INVALID_ARGUMENT     the share is not as AppendShare says
-  // `log` null: nothing is written down, as is with compare_only. Else it outlives the append or its Abort; its
-  // errors are this append's, here and below.
+  // `log` null: nothing is written down, as is with compare_only. Else it outlives the append or its Abort;
+  // its errors are this append's, here and below.
   static absl::StatusOr<std::shared_ptr<StagedAppend>> Begin(Backend* backend, PageStore* store,
                                                              Sequence* sequence, AppendShare share,
                                                              AppendLog* log = nullptr);

@@ -233,8 +233,8 @@ absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::v
   return address;
 }
 
-// Until the program is asked to end. A part that ends before all have started is an error; later it is started
-// again.
+// Until the program is asked to end. A part that ends before all have started is an error; later it is
+// started again.
 absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::string>& devices,
                                Supervisor& children) {
   EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, devices, children));

@@ -64,7 +64,8 @@ class ModelContent {
   void Close(uint64_t session_id);
   // Drops the sessions that are not in `session_ids`.
   void Retain(const std::set<uint64_t>& session_ids);
-  // The same session under another id. NOT_FOUND, ALREADY_EXISTS; as TokenLog where it cannot be written down.
+  // The same session under another id. NOT_FOUND, ALREADY_EXISTS; as TokenLog where it cannot be written
+  // down.
   absl::Status Fork(uint64_t session_id, uint64_t fork_id);
 
   // NOT_FOUND. The session stays where it is until it is closed or dropped.

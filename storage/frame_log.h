@@ -51,13 +51,13 @@ class FrameLog {
   // Adds a frame; `header` is without checksum and size. RESOURCE_EXHAUSTED or UNAVAILABLE: the log is as
   // before.
   absl::Status Append(FrameHeader header, absl::Span<const absl::Span<const char>> payload);
-  // Makes room for frames of `bytes` in all, headers included: Append takes as many, where the file system can
-  // promise it. RESOURCE_EXHAUSTED or UNAVAILABLE as Append.
+  // Makes room for frames of `bytes` in all, headers included: Append takes as many, where the file system
+  // can promise it. RESOURCE_EXHAUSTED or UNAVAILABLE as Append.
   absl::Status Reserve(int64_t bytes);
   // All frames that were appended before are on the disk when this returns. Errors: AppendFile::Sync.
   absl::Status Sync();
-  // Drops all frames from `place` on, which is where a frame begins, or the end. The disk has dropped them when
-  // the next Sync returns.
+  // Drops all frames from `place` on, which is where a frame begins, or the end. The disk has dropped them
+  // when the next Sync returns.
   absl::Status CutTo(LogPlace place);
   // Closes the files until the next Append. REQUIRES: nobody waits for a Sync.
   void Rest();
@@ -86,7 +86,8 @@ class FrameLog {
 
   mutable Mutex mutex_;
   LogPlace end_ ABSL_GUARDED_BY(mutex_);
-  // The segments that have been written to since Rest; the last one takes the next frame. Empty: none is open.
+  // The segments that have been written to since Rest; the last one takes the next frame. Empty: none is
+  // open.
   std::vector<std::shared_ptr<AppendFile>> open_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -33,8 +33,8 @@ class SessionLog final : public AppendLog {
   absl::Status AddRows(int layer, int64_t first, int64_t count, absl::Span<const char> keys,
                        absl::Span<const char> values) override;
   absl::Status Seal(const AppendSeal& seal) override;
-  // Always OK: what the disk does not take now is written before the next append begins. Until then the append
-  // is one that is sealed.
+  // Always OK: what the disk does not take now is written before the next append begins. Until then the
+  // append is one that is sealed.
   absl::Status Publish(absl::Span<const int16_t> exponents) override;
 
   // Drops the append that has begun and is not published, if there is one.

@@ -12,9 +12,9 @@
 
 namespace eduba {
 
-// A thread that brings logs to the disk, so that nobody else waits for it. Whatever asked while it was busy is
-// done together, with one sync for each log. If a sync fails, the process ends with a line that says why: what
-// the disk holds is not known then, and nothing may be acknowledged any more.
+// A thread that brings logs to the disk, so that nobody else waits for it. Whatever asked while it was busy
+// is done together, with one sync for each log. If a sync fails, the process ends with a line that says why:
+// what the disk holds is not known then, and nothing may be acknowledged any more.
 class Syncer {
  public:
   Syncer();

@@ -32,8 +32,8 @@ class TokenFrames {
   // one another; nothing on the disk has changed then.
   static absl::StatusOr<std::unique_ptr<TokenFrames>> Open(const std::string& folder, Reader& reader);
 
-  // RESOURCE_EXHAUSTED or UNAVAILABLE: nothing has changed. After a success of Reserve(n), Add takes n ids, in
-  // any number of calls.
+  // RESOURCE_EXHAUSTED or UNAVAILABLE: nothing has changed. After a success of Reserve(n), Add takes n ids,
+  // in any number of calls.
   absl::Status Reserve(int64_t count);
   absl::Status Add(int64_t at, absl::Span<const int32_t> ids, bool generated);
   absl::Status SetLength(int64_t length);

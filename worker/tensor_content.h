@@ -29,7 +29,8 @@ namespace eduba {
 // Appends that are not sealed belong to the group in which they began: whoever ends the group calls
 // DropUnsealed.
 //
-// With a storage, sessions and appends are written down as they come, and a new process begins with Load of each.
+// With a storage, sessions and appends are written down as they come, and a new process begins with Load of
+// each.
 //
 // Upload and TakeTouchedAppends may be called from any thread. All other calls come from one thread at a
 // time.

@@ -1,7 +1,7 @@
 // Real processes of the real program. Content belongs to the workers' processes: while they live, sessions
 // answer with the same bytes after the coordinator was killed or a connection broke, and nothing is appended
-// again. With a data directory content belongs to the directory, and whatever is killed, it comes back. What a
-// worker without one held goes with it, and with nothing else.
+// again. With a data directory content belongs to the directory, and whatever is killed, it comes back. What
+// a worker without one held goes with it, and with nothing else.
 #include <signal.h>
 
 #include <algorithm>
