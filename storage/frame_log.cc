@@ -28,7 +28,9 @@ constexpr uint64_t kPayloadBytesMax = uint64_t{1} << 30;
 // Reads a segment from its beginning to its end, through a buffer.
 class SegmentReader {
  public:
-  SegmentReader(std::string path, int fd, int64_t size) : path_(std::move(path)), fd_(fd), size_(size) {}
+  // `buffer` may be used by one reader after another.
+  SegmentReader(std::string path, int fd, int64_t size, std::vector<uint64_t>& buffer)
+      : path_(std::move(path)), fd_(fd), size_(size), buffer_(buffer) {}
   ~SegmentReader() { close(fd_); }
   SegmentReader(const SegmentReader&) = delete;
   SegmentReader& operator=(const SegmentReader&) = delete;
@@ -42,7 +44,8 @@ class SegmentReader {
     if (begin < from_ || begin + bytes > from_ + held_) {
       // Frames begin at any byte; what is given away begins at a multiple of 8 of the buffer.
       const int64_t wanted = std::min(std::max(bytes, kReadBytes), std::max<int64_t>(0, size_ - begin));
-      buffer_.resize(static_cast<size_t>((wanted + 7) / 8));
+      const auto words = static_cast<size_t>((wanted + 7) / 8);
+      if (buffer_.size() < words) buffer_.resize(words);
       from_ = begin;
       absl::StatusOr<int64_t> count = ReadAt(
           fd_, from_, absl::MakeSpan(reinterpret_cast<char*>(buffer_.data()), static_cast<size_t>(wanted)));
@@ -61,7 +64,7 @@ class SegmentReader {
   const int fd_;
   const int64_t size_;
   int64_t offset_ = 0;
-  std::vector<uint64_t> buffer_;
+  std::vector<uint64_t>& buffer_;
   int64_t from_ = 0;  // The file's byte at the buffer's beginning.
   int64_t held_ = 0;
 };
@@ -76,20 +79,21 @@ absl::StatusOr<std::unique_ptr<FrameLog>> FrameLog::Open(
     const std::string& folder, absl::FunctionRef<absl::Status(const Frame& frame)> visit) {
   auto log = std::unique_ptr<FrameLog>(new FrameLog(folder));
   bool more = true;
+  std::vector<uint64_t> buffer;
   for (uint32_t segment = 1; more; ++segment) {
-    EDUBA_ASSIGN_OR_RETURN(more, log->ReadSegment(segment, visit));
+    EDUBA_ASSIGN_OR_RETURN(more, log->ReadSegment(segment, buffer, visit));
   }
   return log;
 }
 
-absl::StatusOr<bool> FrameLog::ReadSegment(uint32_t segment,
+absl::StatusOr<bool> FrameLog::ReadSegment(uint32_t segment, std::vector<uint64_t>& buffer,
                                            absl::FunctionRef<absl::Status(const Frame& frame)> visit) {
   const std::string path = PathOf(segment);
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0 && errno == ENOENT) return false;
   if (fd < 0) return absl::UnavailableError(absl::StrCat("cannot open ", path, ": ", std::strerror(errno)));
   const off_t size = lseek(fd, 0, SEEK_END);
-  SegmentReader reader(path, fd, std::max<int64_t>(0, size));
+  SegmentReader reader(path, fd, std::max<int64_t>(0, size), buffer);
   const auto stop = [&](const char* why) {
     damage_ = absl::StrCat(path, " is not whole from byte ", reader.offset(), " on: ", why);
     return false;

@@ -72,7 +72,7 @@ class FrameLog {
 
   std::string PathOf(uint32_t segment) const;
   // Reads one segment. False: no frame comes after those that were read.
-  absl::StatusOr<bool> ReadSegment(uint32_t segment,
+  absl::StatusOr<bool> ReadSegment(uint32_t segment, std::vector<uint64_t>& buffer,
                                    absl::FunctionRef<absl::Status(const Frame& frame)> visit);
   // Opens the last segment, or the next one where that is full.
   absl::Status PrepareToWrite() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -4,6 +4,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "worker/model_sessions.h"
@@ -16,7 +18,7 @@ NodeContent::NodeContent(Backend* backend, PageStore* store, ServedModel* model)
 }
 
 absl::Status NodeContent::OpenStorage(const std::string& data_dir, const std::string& node,
-                                      uint64_t fingerprint) {
+                                      uint64_t fingerprint, int threads) {
   EDUBA_ASSIGN_OR_RETURN(storage_, NodeStorage::Open(data_dir, fingerprint));
   cluster_ = storage_->cluster();
   keeps_ = true;
@@ -26,23 +28,30 @@ absl::Status NodeContent::OpenStorage(const std::string& data_dir, const std::st
     models_->UseLogs(tokens_.get());
   }
   EDUBA_ASSIGN_OR_RETURN(const std::vector<uint64_t> ids, storage_->Sessions());
+  const absl::Time begun = absl::Now();
+  ThreadPool pool(threads);
   for (const uint64_t id : ids) {
-    absl::Status status = Load(id);
+    absl::Status status = Load(id, pool);
     if (status.ok()) continue;
     status = Annotate(status, absl::StrCat(storage_->FolderOf(id), " cannot be read"));
     LogWarning(std::string(status.message()));
     unreadable_.emplace(id, std::move(status));
   }
+  if (!ids.empty()) {
+    LogInfo(absl::StrCat("read ", ids.size() - unreadable_.size(), " of ", ids.size(), " sessions from ",
+                         data_dir, " in ",
+                         absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1)))));
+  }
   return absl::OkStatus();
 }
 
-absl::Status NodeContent::Load(uint64_t session_id) {
+absl::Status NodeContent::Load(uint64_t session_id, ThreadPool& threads) {
   EDUBA_ASSIGN_OR_RETURN(const std::string descriptor, storage_->Descriptor(session_id));
   v1::OpenSession opened;
   if (!opened.ParseFromString(descriptor) || opened.session_id() != session_id) {
     return absl::DataLossError("its descriptor makes no sense");
   }
-  if (!opened.spec().has_model()) return tensors_.Load(opened);
+  if (!opened.spec().has_model()) return tensors_.Load(opened, threads);
   if (tokens_ != nullptr) return tokens_->Load(opened, *models_);
   return absl::FailedPreconditionError("it is a model's session; start this worker with --model");
 }

@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "attention/page_store.h"
+#include "base/parallel.h"
 #include "kernels/backend.h"
 #include "model/model_content.h"
 #include "storage/node_storage.h"
@@ -32,7 +33,8 @@ class NodeContent {
   // Takes in what the data directory of `node` has, and keeps content there from now on. Sessions that cannot
   // be read stay on the disk as they are, and the program's log has a line for each. Call it before anything
   // else happens to the content. Errors: NodeStorage::Open.
-  absl::Status OpenStorage(const std::string& data_dir, const std::string& node, uint64_t fingerprint);
+  absl::Status OpenStorage(const std::string& data_dir, const std::string& node, uint64_t fingerprint,
+                           int threads);
   // Whose sessions the disk holds; none: nobody's, or there is no data directory.
   std::optional<uint64_t> stored_cluster() const {
     return storage_ != nullptr ? storage_->cluster() : std::nullopt;
@@ -57,7 +59,7 @@ class NodeContent {
   StoredTokens* stored_tokens() { return keeps_ ? tokens_.get() : nullptr; }
 
  private:
-  absl::Status Load(uint64_t session_id);
+  absl::Status Load(uint64_t session_id, ThreadPool& threads);
 
   ServedModel* const model_;
   std::unique_ptr<NodeStorage> storage_;  // Null without a data directory.

@@ -11,6 +11,7 @@
 #include "google/protobuf/util/message_differencer.h"
 #include "rpc/placement.h"
 #include "rpc/spec.h"
+#include "worker/append_replay.h"
 
 namespace eduba {
 namespace {
@@ -53,70 +54,26 @@ void SetDigest(const Digest& digest, v1::SealResult& result) {
   result.set_digest_high(digest.high);
 }
 
-// Plays the appends of a log into a sequence, as they came once, and compares their digests.
-class Replay final : public AppendLog {
- public:
-  Replay(Backend* backend, PageStore* store, Sequence* sequence)
-      : backend_(backend), store_(store), sequence_(sequence) {}
-
-  absl::Status Begin(const AppendShare& share) override {
-    EDUBA_ASSIGN_OR_RETURN(append_, StagedAppend::Begin(backend_, store_, sequence_, share));
-    return absl::OkStatus();
-  }
-  absl::Status AddRows(int layer, int64_t first, int64_t count, absl::Span<const char> keys,
-                       absl::Span<const char> values) override {
-    EDUBA_RETURN_IF_ERROR(CheckBegun());
-    return append_->AddRows(layer, first, count, sequence_->spec().shape.key_dtype, keys, values);
-  }
-  absl::Status Seal(const AppendSeal& seal) override {
-    EDUBA_RETURN_IF_ERROR(CheckBegun());
-    EDUBA_ASSIGN_OR_RETURN(const AppendSeal found, append_->Seal());
-    if (found.digest == seal.digest && found.exponents == seal.exponents) return absl::OkStatus();
-    return absl::DataLossError("the rows are not those that were sealed");
-  }
-  absl::Status Publish(absl::Span<const int16_t> exponents) override {
-    EDUBA_RETURN_IF_ERROR(CheckBegun());
-    EDUBA_RETURN_IF_ERROR(append_->Publish({exponents.begin(), exponents.end()}));
-    append_ = nullptr;
-    return absl::OkStatus();
-  }
-
-  // The append that is sealed and not published, or null.
-  std::shared_ptr<StagedAppend> TakeSealed() {
-    return append_ != nullptr && append_->sealed() ? std::move(append_) : nullptr;
-  }
-
- private:
-  absl::Status CheckBegun() const {
-    return append_ != nullptr ? absl::OkStatus() : absl::DataLossError("rows belong to no append");
-  }
-
-  Backend* const backend_;
-  PageStore* const store_;
-  Sequence* const sequence_;
-  std::shared_ptr<StagedAppend> append_;
-};
-
 }  // namespace
 
 TensorContent::~TensorContent() {
   while (!sessions_.empty()) Drop(sessions_.begin()->first);
 }
 
-absl::Status TensorContent::Load(const v1::OpenSession& opened) {
-  absl::Status status = Read(opened);
+absl::Status TensorContent::Load(const v1::OpenSession& opened, ThreadPool& threads) {
+  absl::Status status = Read(opened, threads);
   if (!status.ok()) Drop(opened.session_id());
   return status;
 }
 
-absl::Status TensorContent::Read(const v1::OpenSession& opened) {
+absl::Status TensorContent::Read(const v1::OpenSession& opened, ThreadPool& threads) {
   const uint64_t session_id = opened.session_id();
   Session& session = sessions_[session_id];
   EDUBA_ASSIGN_OR_RETURN(session.spec, CompleteSpec(opened.spec()));
   EDUBA_ASSIGN_OR_RETURN(SequenceSpec spec, SequenceSpecOf(session.spec));
   EDUBA_ASSIGN_OR_RETURN(session.placement, PlacementFromProto(opened.placement()));
   session.sequence = std::make_unique<Sequence>(std::move(spec));
-  Replay replay(backend_, store_, session.sequence.get());
+  AppendReplay replay(backend_, store_, session.sequence.get(), &threads);
   EDUBA_ASSIGN_OR_RETURN(
       session.log, SessionLog::Open(storage_->FolderOf(session_id), RowBytesOf(*session.sequence), replay));
   if (!session.log->damage().empty()) {
@@ -140,7 +97,8 @@ absl::Status TensorContent::MakeLog(uint64_t session_id, Session& session) {
   *descriptor.mutable_spec() = session.spec;
   *descriptor.mutable_placement() = PlacementToProto(session.placement);
   EDUBA_RETURN_IF_ERROR(storage_->Create(session_id, descriptor.SerializeAsString()));
-  Replay nothing(backend_, store_, session.sequence.get());
+  ThreadPool self(1);
+  AppendReplay nothing(backend_, store_, session.sequence.get(), &self);
   EDUBA_ASSIGN_OR_RETURN(
       session.log, SessionLog::Open(storage_->FolderOf(session_id), RowBytesOf(*session.sequence), nothing));
   return absl::OkStatus();

@@ -15,6 +15,7 @@
 #include "attention/sequence.h"
 #include "attention/staged_append.h"
 #include "base/mutex.h"
+#include "base/parallel.h"
 #include "base/placement.h"
 #include "eduba/v1/eduba.pb.h"
 #include "eduba/v1/group.pb.h"
@@ -46,7 +47,7 @@ class TensorContent {
   void UseStorage(NodeStorage* storage) { storage_ = storage; }
   // Takes in the session that the storage holds as `opened` says. RESOURCE_EXHAUSTED, DATA_LOSS, UNAVAILABLE:
   // it could not be read, is not here, and stays on the disk as it is.
-  absl::Status Load(const v1::OpenSession& opened);
+  absl::Status Load(const v1::OpenSession& opened, ThreadPool& threads);
 
   // Drops the sessions that are not named, on the disk too.
   void Retain(const std::set<uint64_t>& session_ids);
@@ -93,7 +94,7 @@ class TensorContent {
   };
   using Appends = std::map<uint64_t, std::shared_ptr<StagedAppend>>;
 
-  absl::Status Read(const v1::OpenSession& opened);
+  absl::Status Read(const v1::OpenSession& opened, ThreadPool& threads);
   // Gives the session a log, if there is a storage and it has none yet.
   absl::Status MakeLog(uint64_t session_id, Session& session);
   // Takes the session's appends away, and the session. The disk keeps what it has.

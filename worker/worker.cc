@@ -196,7 +196,8 @@ absl::Status Worker::Init() {
   EDUBA_RETURN_IF_ERROR(LoadKernels());
   content_ = std::make_unique<NodeContent>(backend_.get(), store_.get(), model_.get());
   if (!options_.data_dir.empty()) {
-    EDUBA_RETURN_IF_ERROR(content_->OpenStorage(options_.data_dir, identity_->id(), fingerprint_));
+    EDUBA_RETURN_IF_ERROR(
+        content_->OpenStorage(options_.data_dir, identity_->id(), fingerprint_, options_.threads));
   }
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
   EDUBA_RETURN_IF_ERROR(Listen());

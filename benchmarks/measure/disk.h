@@ -9,11 +9,11 @@
 
 namespace eduba {
 
-// What the disk under a folder does without Eduba: the ceilings of what Eduba does with it. UNAVAILABLE with the
-// system's words.
+// What the disk under a folder does without Eduba: the ceilings of what Eduba does with it. UNAVAILABLE with
+// the system's words.
 
-// Seconds to write a file of so many bytes in the folder, one piece after another, and to sync it once. The file
-// is removed.
+// Seconds to write a file of so many bytes in the folder, one piece after another, and to sync it once. The
+// file is removed.
 absl::StatusOr<double> WriteAndSync(const std::string& folder, int64_t bytes);
 
 // Takes the folder's files out of the memory in which the system keeps what it has read of them.
