@@ -26,21 +26,24 @@ const char* Rounded(absl::Span<const char> source, DType from, DType to, int64_t
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<StagedAppend>> StagedAppend::Begin(Backend* backend, PageStore* store,
-                                                                  Sequence* sequence, AppendShare share) {
+                                                                  Sequence* sequence, AppendShare share,
+                                                                  AppendLog* log) {
   std::sort(share.owned.begin(), share.owned.end(),
             [](const PositionRange& a, const PositionRange& b) { return a.begin < b.begin; });
-  auto append = std::shared_ptr<StagedAppend>(new StagedAppend(backend, sequence, std::move(share)));
+  auto append = std::shared_ptr<StagedAppend>(new StagedAppend(backend, sequence, std::move(share), log));
   EDUBA_RETURN_IF_ERROR(append->CheckShare());
   append->PlanRuns();
   if (!append->share_.compare_only) EDUBA_RETURN_IF_ERROR(append->StagePages(store));
   append->claimed_ = std::vector<std::atomic<uint64_t>>(append->sequence_->spec().layers * append->Words());
+  if (append->log_ != nullptr) EDUBA_RETURN_IF_ERROR(append->log_->Begin(append->share_));
   return append;
 }
 
-StagedAppend::StagedAppend(Backend* backend, Sequence* sequence, AppendShare share)
+StagedAppend::StagedAppend(Backend* backend, Sequence* sequence, AppendShare share, AppendLog* log)
     : writer_(backend, sequence->spec().shape),
       sequence_(sequence),
       share_(std::move(share)),
+      log_(share_.compare_only ? nullptr : log),
       magnitudes_(sequence->spec().exponents()) {}
 
 absl::Status StagedAppend::CheckShare() const {
@@ -154,6 +157,11 @@ absl::Status StagedAppend::Receive(int layer, int64_t first, int64_t count, DTyp
   EDUBA_RETURN_IF_ERROR(CheckFinite("values", shape.value_dtype, layer, first, shape.value_dim,
                                     value_elements, dtype, values.data(), rows.values));
 
+  if (log_ != nullptr) {
+    EDUBA_RETURN_IF_ERROR(log_->AddRows(
+        layer, first, count, absl::MakeConstSpan(rows.keys, static_cast<size_t>(count * writer_.key_bytes())),
+        absl::MakeConstSpan(rows.values, static_cast<size_t>(count * writer_.value_bytes()))));
+  }
   const PositionRange all{first, first + count};
   const SequenceLayer* const staged = share_.compare_only ? nullptr : &staged_[layer];
   if (staged != nullptr) {
@@ -287,6 +295,7 @@ absl::StatusOr<AppendSeal> StagedAppend::SealLocked() {
       seal_.exponents[i] = std::max(seal_.exponents[i], ExponentOfMagnitude(magnitudes_[i], dtype));
     }
   }
+  if (log_ != nullptr) EDUBA_RETURN_IF_ERROR(log_->Seal(seal_));
   sealed_ = true;
   return seal_;
 }
@@ -338,6 +347,7 @@ absl::Status StagedAppend::Publish(std::vector<int16_t> exponents) {
                                               ", smaller than this worker's own ", seal.exponents[i]));
     }
   }
+  if (log_ != nullptr) EDUBA_RETURN_IF_ERROR(log_->Publish(exponents));
   sequence_->Extend(staged_, share_.at + share_.count, std::move(exponents), std::move(seal.exponents));
   staged_.clear();
   return absl::OkStatus();

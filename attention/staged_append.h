@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "attention/append_log.h"
 #include "attention/kv_page.h"
 #include "attention/page_store.h"
 #include "attention/sequence.h"
@@ -21,25 +22,6 @@
 
 namespace eduba {
 
-// Which part of an append a worker takes.
-struct AppendShare {
-  int64_t at = 0;  // The append is positions [at, at + count).
-  int64_t count = 0;
-  // The positions that this worker owns, disjoint, in any order. Each begins at a page's first position or at
-  // `at`, and ends at a page's end or at the append's.
-  std::vector<PositionRange> owned;
-  bool compare_only = false;  // A retry of positions that are committed: digest what comes, store nothing.
-};
-
-// What a worker says of an append when it has all its rows.
-struct AppendSeal {
-  // The sum of PageWriter::DigestOf over the owned rows of all layers: the same for any chunking and, added
-  // up over the workers, for any placement.
-  Digest digest;
-  // Sequence::owned_exponents as they will be after the append.
-  std::vector<int16_t> exponents;
-};
-
 // An append on its way into a sequence. Rows come in any order from any number of threads; they are rounded,
 // checked and written to pages that no query can see, until Publish puts those pages into the sequence.
 // Dropping the append drops its pages.
@@ -48,6 +30,8 @@ struct AppendSeal {
 // sequence and belong on its thread. The sequence must live until the append is aborted or gone. An append
 // belongs to no group: one that is sealed may be published in a later epoch, as long as the sequence still
 // ends where it begins.
+//
+// With a log, all that it takes is written down there too; whoever drops the append cuts the log.
 class StagedAppend {
  public:
   // Reserves all pages that the share needs: its own, the token sinks', and copies of the tail pages that the
@@ -56,8 +40,14 @@ class StagedAppend {
   //   FAILED_PRECONDITION  the append does not start at the sequence's end (compare_only: does not lie
   //                        within it)
   //   INVALID_ARGUMENT     the share is not as AppendShare says
+  // `log` null: nothing is written down, as is with compare_only. Else it outlives the append or its Abort;
+  // its errors are this append's, here and below.
   static absl::StatusOr<std::shared_ptr<StagedAppend>> Begin(Backend* backend, PageStore* store,
-                                                             Sequence* sequence, AppendShare share);
+                                                             Sequence* sequence, AppendShare share,
+                                                             AppendLog* log = nullptr);
+  // What happens from now on is written to `log`, which has all that happened so far. REQUIRES: no rows come
+  // meanwhile; it began without a log.
+  void ContinueIn(AppendLog* log) { log_ = log; }
 
   // Takes positions [first, first + count) of one layer: keys [count, kv_heads, head_dim] and values [count,
   // kv_heads, value_dim] of type `dtype`, rounded to the sequence's, nearest even. The first error ends the
@@ -103,7 +93,7 @@ class StagedAppend {
     const char* values = nullptr;
   };
 
-  StagedAppend(Backend* backend, Sequence* sequence, AppendShare share);
+  StagedAppend(Backend* backend, Sequence* sequence, AppendShare share, AppendLog* log);
 
   absl::Status CheckShare() const;
   void PlanRuns();
@@ -131,6 +121,7 @@ class StagedAppend {
   const PageWriter writer_;
   Sequence* const sequence_;
   const AppendShare share_;
+  AppendLog* log_;  // Null: none.
 
   std::vector<PositionRange> owned_;  // The owned ranges, ascending; neighbours are merged.
   PositionRange sinks_;               // Token sinks of this append.

@@ -79,8 +79,8 @@ void ThreadPool::Work(int thread) {
     ++seen;  // Nobody begins a loop before all have ended the one before.
     Drain(thread);
     if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      // The caller may have looked and be about to sleep. It holds the mutex until it sleeps, so this waits for
-      // that.
+      // The caller may have looked and be about to sleep. It holds the mutex until it sleeps, so this waits
+      // for that.
       { const MutexLock lock(mutex_); }
       done_.NotifyOne();
     }

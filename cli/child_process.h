@@ -17,8 +17,8 @@ namespace eduba {
 // its stdout comes to us: "ready: ADDRESS" when it serves, and "failed: MESSAGE" when it fails (--child).
 class ChildProcess {
  public:
-  // `arguments` without the program's name. REQUIRES: this process has one thread (between fork and exec
-  // nothing of ours may hold a lock).
+  // `arguments` without the program's name. REQUIRES: the calling thread lives as long as the process,
+  // because the child gets its SIGTERM when that thread ends.
   static absl::StatusOr<std::unique_ptr<ChildProcess>> Start(const std::string& name,
                                                              const std::vector<std::string>& arguments);
   // Kills it when it still runs.

@@ -26,6 +26,7 @@ absl::StatusOr<std::unique_ptr<EmbeddedCluster>> EmbeddedCluster::Start(const Op
   for (int i = 0; i < options.workers; ++i) {
     Worker::Options worker;
     worker.node = nodes[i];
+    if (!options.data_dir.empty()) worker.data_dir = NodeFolder(options.data_dir, nodes[i]);
     worker.coordinator = cluster->address();
     worker.listen = absl::StrCat(host_and_port.first, ":0");
     worker.memory_bytes = options.memory_bytes / options.workers;

@@ -7,12 +7,18 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "collective/local/local_communicator.h"
 #include "coordinator/coordinator.h"
 #include "worker/worker.h"
 
 namespace eduba {
+
+// The data directory of one of the workers of this machine whose coordinator has `data_dir`.
+inline std::string NodeFolder(const std::string& data_dir, const std::string& node) {
+  return absl::StrCat(data_dir, "/nodes/", node);
+}
 
 // A coordinator and its workers in this process, joined by the `local` transport. They speak gRPC with each
 // other as separate processes would: the same code path.
@@ -24,7 +30,8 @@ class EmbeddedCluster {
     int64_t memory_bytes = 0;          // For pages, over all workers. REQUIRES: > 0.
     std::vector<std::string> devices;  // Of each worker (worker.h, backend). Empty: all on the CPU.
     std::string precision = "exact";   // Of each worker (worker.h).
-    std::string data_dir;              // Of the coordinator. Empty: nothing is kept.
+    // Of the coordinator; workers have folders in it (NodeFolder). Empty: nothing is kept.
+    std::string data_dir;
     std::string version;
     std::string model;                            // A model's folder, for every worker. Empty: none.
     Activations activations = Activations::kF32;  // Of the model.

@@ -5,7 +5,6 @@
 #include <csignal>
 #include <iostream>
 #include <memory>
-#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -32,6 +31,7 @@
 #include "cli/model_folder.h"
 #include "cli/output.h"
 #include "cli/signals.h"
+#include "cli/supervisor.h"
 #include "cli/system.h"
 #include "cli/wait_for_group.h"
 #include "coordinator/coordinator.h"
@@ -144,7 +144,9 @@ void AddUpOptions(CLI::App& command, UpOptions& options) {
       "what is free on its GPUs]");
   AddDeviceOption(command, options.device, "What the workers run on; with cuda, this machine's GPUs in turn");
   AddPrecisionOption(command, options.precision);
-  command.add_option("--data-dir", options.data_dir, "Folder for the coordinator's records [kept in memory]");
+  command.add_option("--data-dir", options.data_dir,
+                     "Folder for sessions: the coordinator's records, and a folder of content for each "
+                     "worker [kept in memory]");
   AddModelOption(command, options.model);
   AddActivationsOption(command, options.activations);
   AddReadyJsonFlag(command, options.json);
@@ -178,97 +180,82 @@ std::string TransportOf(const UpOptions& options, const std::vector<std::string>
   return devices.size() > 1 && EachHasItsGpu(devices) ? "nccl" : "gloo";
 }
 
-// The coordinator first, then its workers.
-using Children = std::vector<std::unique_ptr<ChildProcess>>;
+std::vector<std::string> CoordinatorArguments(const UpOptions& options, const std::string& listen,
+                                              const std::string& transport) {
+  std::vector<std::string> arguments = {"coordinator", "--child",      "--listen",
+                                        listen,        "--group-size", absl::StrCat(options.workers),
+                                        "--transport", transport};
+  if (!options.data_dir.empty()) arguments.insert(arguments.end(), {"--data-dir", options.data_dir});
+  return arguments;
+}
 
-// Starts all parts; returns the coordinator's address.
+std::vector<std::string> WorkerArguments(const UpOptions& options, int index, const std::string& node,
+                                         const std::string& device, const std::string& transport,
+                                         const std::string& coordinator, const std::string& host) {
+  std::vector<std::string> arguments = {
+      "worker",         "--child",
+      "--coordinator",  coordinator,
+      "--listen",       absl::StrCat(host, ":0"),
+      "--memory-bytes", absl::StrCat(options.memory_bytes / options.workers),
+      "--threads",      absl::StrCat(std::max(1, UsableCores() / options.workers)),
+      "--device",       device,
+      "--precision",    options.precision,
+      "--transport",    transport,
+      "--node-id",      node};
+  if (!options.data_dir.empty()) {
+    arguments.insert(arguments.end(), {"--data-dir", NodeFolder(options.data_dir, node)});
+  }
+  if (!options.model.empty()) {
+    arguments.insert(arguments.end(), {"--model", options.model, "--activations", options.activations});
+  }
+  return arguments;
+}
+
+// Starts all parts, the coordinator first; returns its address.
 absl::StatusOr<std::string> StartChildren(const UpOptions& options, const std::vector<std::string>& devices,
-                                          Children& children) {
+                                          Supervisor& children) {
   EDUBA_ASSIGN_OR_RETURN(const auto host_and_port, ParseAddress(options.listen));
   const std::string transport = TransportOf(options, devices);
-  std::vector<std::string> arguments = {"coordinator",  "--child",      "--listen",
-                                        options.listen, "--group-size", absl::StrCat(options.workers),
-                                        "--transport",  transport};
-  if (!options.data_dir.empty()) {
-    arguments.insert(arguments.end(), {"--data-dir", options.data_dir});
-  }
-  EDUBA_ASSIGN_OR_RETURN(auto coordinator, ChildProcess::Start("the coordinator", arguments));
-  children.push_back(std::move(coordinator));
-  EDUBA_ASSIGN_OR_RETURN(const std::string address,
-                         children.front()->WaitUntilReady(absl::Now() + kStartTimeout));
+  const std::string name = "the coordinator";
+  EDUBA_ASSIGN_OR_RETURN(ChildProcess * coordinator,
+                         children.Start(name, CoordinatorArguments(options, options.listen, transport)));
+  EDUBA_ASSIGN_OR_RETURN(const std::string address, coordinator->WaitUntilReady(absl::Now() + kStartTimeout));
+  // Another one in its place has the port that this one chose.
+  children.SetArguments(name, CoordinatorArguments(options, address, transport));
   const std::vector<std::string> nodes = Placement::OfRanks(options.workers).nodes;
   for (int i = 0; i < options.workers; ++i) {
-    std::vector<std::string> worker_arguments = {
-        "worker",         "--child",
-        "--coordinator",  address,
-        "--listen",       absl::StrCat(host_and_port.first, ":0"),
-        "--memory-bytes", absl::StrCat(options.memory_bytes / options.workers),
-        "--threads",      absl::StrCat(std::max(1, UsableCores() / options.workers)),
-        "--device",       devices[i],
-        "--precision",    options.precision,
-        "--transport",    transport,
-        "--node-id",      nodes[i]};
-    if (!options.model.empty()) {
-      worker_arguments.insert(worker_arguments.end(),
-                              {"--model", options.model, "--activations", options.activations});
-    }
-    EDUBA_ASSIGN_OR_RETURN(auto worker, ChildProcess::Start(absl::StrCat("worker ", i), worker_arguments));
-    children.push_back(std::move(worker));
+    EDUBA_RETURN_IF_ERROR(
+        children
+            .Start(absl::StrCat("worker ", i),
+                   WorkerArguments(options, i, nodes[i], devices[i], transport, address, host_and_port.first))
+            .status());
   }
   return address;
 }
 
-// Says which children have ended since the last call; `reported` remembers which. False when the coordinator
-// has.
-bool ReportEnded(Children& children, std::set<pid_t>& reported, const std::string& address) {
-  for (const auto& child : children) {
-    if (child->Running() || !reported.insert(child->pid()).second) continue;
-    LogError(
-        absl::StrCat(child->name(), " (process ", child->pid(), ") ended: ", child->how(),
-                     child == children.front()
-                         ? ""
-                         : absl::StrCat("; calls answer UNAVAILABLE until another has joined: eduba worker "
-                                        "--coordinator ",
-                                        address, " --listen 127.0.0.1:0")));
-  }
-  return children.front()->Running();
-}
-
-// Until the program is asked to end, or the coordinator ends.
+// Until the program is asked to end. A part that ends before all have started is an error; later it is
+// started again.
 absl::Status ServeFromChildren(const UpOptions& options, const std::vector<std::string>& devices,
-                               Children& children) {
+                               Supervisor& children) {
   EDUBA_ASSIGN_OR_RETURN(const std::string address, StartChildren(options, devices, children));
   const absl::StatusOr<bool> complete = WaitForGroup(address);
   if (!complete.ok()) {
-    for (const auto& child : children) {
-      if (!child->Running()) return absl::UnavailableError(child->WhyEnded());
-    }
-    return complete.status();
+    const std::string why = children.WhyEnded();
+    return why.empty() ? complete.status() : absl::UnavailableError(why);
   }
   if (!*complete) return absl::OkStatus();
   PrintReady(address, options.json);
-  std::set<pid_t> reported;
-  while (ReportEnded(children, reported, address)) {
-    if (AsksToEnd(WaitForSignal(absl::InfiniteDuration()))) {
-      BeginEnd(/*log=*/true);
-      return absl::OkStatus();
-    }
-  }
-  return absl::UnavailableError("the coordinator ended, so nothing can be served; start again");
+  children.Supervise();
+  BeginEnd(/*log=*/true);
+  return absl::OkStatus();
 }
 
 absl::Status UpInProcesses(const UpOptions& options, const std::vector<std::string>& devices) {
-  Children children;
+  Supervisor children;
   absl::Status served = ServeFromChildren(options, devices, children);
   // The coordinator, which is the first, ends first: its calls under way need the workers. Once it is gone,
   // what the workers still take in can never be committed.
-  if (!children.empty()) {
-    children.front()->Terminate();
-    children.front()->Join(absl::Now() + kDrainGrace + absl::Seconds(5));
-  }
-  for (const auto& child : children) child->Terminate();
-  const absl::Time deadline = absl::Now() + absl::Seconds(1);
-  for (const auto& child : children) child->Join(deadline);
+  children.End(kDrainGrace + absl::Seconds(5));
   return served;
 }
 

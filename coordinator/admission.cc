@@ -19,7 +19,7 @@ bool SameModel(const v1::WorkerHello& a, const v1::WorkerHello& b) {
 }  // namespace
 
 absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transport,
-                        const std::string& version) {
+                        const std::string& version, uint64_t cluster) {
   if (hello.protocol() != kGroupProtocol) {
     return absl::FailedPreconditionError(absl::StrCat(
         "worker ", hello.address(), " speaks protocol ", hello.protocol(), " (version ", hello.version(),
@@ -33,6 +33,13 @@ absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transpo
   if (hello.node().empty()) {
     return absl::FailedPreconditionError(
         absl::StrCat("worker ", hello.address(), " has no node id: its content could not be found again"));
+  }
+  if (hello.cluster() != 0 && hello.cluster() != cluster) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("worker ", hello.address(), " (node ", hello.node(),
+                     ") holds sessions of other records than this "
+                     "coordinator's: start the coordinator with the --data-dir of those sessions, or the "
+                     "worker with another"));
   }
   return absl::OkStatus();
 }

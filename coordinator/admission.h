@@ -1,6 +1,7 @@
 #ifndef EDUBA_COORDINATOR_ADMISSION_H_
 #define EDUBA_COORDINATOR_ADMISSION_H_
 
+#include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
@@ -11,9 +12,10 @@ namespace eduba {
 // Whether a worker may be in this coordinator's group, and beside which others. FAILED_PRECONDITION refuses
 // it for good, UNAVAILABLE for now.
 
-// The worker alone: its protocol, its transport, its node id. `transport`, `version`: the coordinator's.
+// The worker alone: its protocol, its transport, its node id, whose content it has. The other arguments are
+// the coordinator's.
 absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transport,
-                        const std::string& version);
+                        const std::string& version, uint64_t cluster);
 
 // Beside a worker that has been admitted, and is another node: one group has one arithmetic, one model, and
 // an address for each worker.

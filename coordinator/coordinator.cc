@@ -28,6 +28,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Options& o
   state.group_size = options.group_size;
   state.transport = options.transport;
   state.version = options.version;
+  state.lasting = !options.data_dir.empty();
   state.form_timeout_ms = absl::ToInt64Milliseconds(options.form_timeout);
   state.operation_timeout_ms = absl::ToInt64Milliseconds(options.operation_timeout);
 

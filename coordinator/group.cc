@@ -115,7 +115,7 @@ void Group::WorkerGone(WorkerId id, const std::string& why, int64_t now_ms) { Re
 
 void Group::Greet(Worker* worker, v1::WorkerHello hello, int64_t now_ms) {
   const WorkerId id = worker->id;
-  absl::Status status = CheckHello(hello, options_.transport, options_.version);
+  absl::Status status = CheckHello(hello, options_.transport, options_.version, cluster_);
   if (!status.ok()) return Refuse(id, std::move(status));
   ReplaceOld(hello, now_ms);
   for (const auto& [other_id, other] : workers_) {
@@ -230,6 +230,7 @@ void Group::StartAttempt(int64_t now_ms) {
     form->set_size(options_.group_size);
     form->set_timeout_ms(options_.form_timeout_ms);
     form->set_cluster(cluster_);
+    form->set_lasting(options_.lasting);
     form->mutable_nodes()->Add(nodes_.begin(), nodes_.end());
     outbox_->Emit(SendToWorker{worker->id, std::move(message)});
   }

@@ -25,6 +25,7 @@ class Group {
     int group_size = 1;               // 1 to kMaxGroupSize
     std::string transport = "local";  // of the collectives; workers must use the same
     std::string version;              // of the program, for ListWorkers
+    bool lasting = false;             // The records outlast the process: workers keep content on their disks.
     // For all ranks of a group to find each other.
     int64_t form_timeout_ms = 10000;
     // For one command, from when a worker begins it; steps get more, by their work. Not the caller's

@@ -86,8 +86,10 @@ Settlement SettleModel(const SessionRecord& record, const std::vector<v1::Sessio
   const int64_t length = record.length();
   std::vector<int> missing;
   bool equal = true;
+  bool unread = false;
   for (size_t rank = 0; rank < contents.size(); ++rank) {
     if (contents[rank].length() < length) missing.push_back(static_cast<int>(rank));
+    unread = unread || contents[rank].unread();
     equal = equal && contents[rank].length() == contents[0].length() &&
             contents[rank].digest_low() == contents[0].digest_low() &&
             contents[rank].digest_high() == contents[0].digest_high();
@@ -95,7 +97,7 @@ Settlement SettleModel(const SessionRecord& record, const std::vector<v1::Sessio
   if (!missing.empty()) return Lost(record, missing, "does not hold its part");
   Settlement settlement;
   settlement.length = equal ? contents[0].length() : length;
-  settlement.read_again = !equal;
+  settlement.read_again = !equal || unread;
   return settlement;
 }
 

@@ -1,7 +1,10 @@
 #include "coordinator/store.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <filesystem>
-#include <system_error>
 #include <unordered_map>
 #include <utility>
 
@@ -11,6 +14,7 @@
 #include "rpc/placement.h"
 #include "rpc/spec.h"
 #include "sqlite3.h"
+#include "storage/file.h"
 
 namespace eduba {
 namespace {
@@ -125,13 +129,19 @@ Store::~Store() { sqlite3_close(db_); }
 absl::StatusOr<std::unique_ptr<Store>> Store::Open(const std::string& dir) {
   std::string path = ":memory:";
   if (!dir.empty()) {
-    std::error_code error;
-    std::filesystem::create_directories(dir, error);
-    if (error) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "data folder ", dir, " cannot be created: ", error.message(), "; choose another --data-dir"));
+    const absl::Status made = MakeFolders(dir);
+    if (!made.ok()) {
+      return absl::FailedPreconditionError(absl::StrCat("data folder ", dir,
+                                                        " cannot be created: ", std::string(made.message()),
+                                                        "; or choose another --data-dir"));
     }
     path = (std::filesystem::path(dir) / "eduba.db").string();
+    // Readable by nobody else, and so are the files that SQLite puts beside it.
+    const int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (file >= 0) {
+      (void)fchmod(file, 0600);
+      close(file);
+    }
   }
   sqlite3* db = nullptr;
   const int code = sqlite3_open_v2(path.c_str(), &db,
@@ -169,6 +179,8 @@ absl::Status Store::Prepare() {
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA journal_mode = WAL"));
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA synchronous = FULL"));
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA foreign_keys = ON"));
+  // What is deleted is overwritten.
+  EDUBA_RETURN_IF_ERROR(Execute("PRAGMA secure_delete = ON"));
   if (version < kSchemaVersion) {
     EDUBA_RETURN_IF_ERROR(Execute(absl::StrCat("BEGIN;", version == 0 ? kSchema : kFromSchema1,
                                                "PRAGMA user_version = ", kSchemaVersion,

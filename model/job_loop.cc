@@ -194,7 +194,8 @@ absl::Status JobLoop::Begin(SettleJob& request, RunningJob& job) {
   }
   absl::Status status = options_.content->BeginSettle(job.id.session_id, request.length, request.read_again);
   if (!status.ok()) {
-    if (absl::IsUnavailable(status)) options_.group->Abort(status);
+    // The other ranks' disks may have given and taken what this one's did not.
+    if (absl::IsUnavailable(status) || absl::IsResourceExhausted(status)) options_.group->Abort(status);
     return status;
   }
   job.kind = Kind::kReadAgain;

@@ -138,8 +138,10 @@ class JobLoop {
   // Whether the job, which reads, goes on by a prefill, which is under way or begun here; else by a chunk.
   bool GoesByPrefill(RunningJob& job, bool& room);
   static void GiveUpPrefill(RunningJob& job);
-  // ModelEngine::Prepare; a rank whose device is broken ends the group.
-  absl::Status Reserve(const BatchEntry& entry) const;
+  // ModelEngine::Prepare, and room on the disk; a rank whose device is broken ends the group.
+  absl::Status Reserve(const RunningJob& job, const BatchEntry& entry) const;
+  // Room on the disk for what the job adds to its session with `count` more tokens.
+  absl::Status ReserveTokens(const RunningJob& job, int64_t count) const;
   // Reserves memory, and agrees with all ranks. What is left in the plan can be computed by all.
   absl::StatusOr<uint64_t> AgreeOnStep(uint64_t newest, absl::Time deadline, StepPlan& plan);
   // Whether there was any, whose memory an entry may have lacked.
@@ -153,10 +155,12 @@ class JobLoop {
   // As much of the job's prefill as a chunk costs.
   absl::Status RunPrefill(absl::Time deadline, RunningJob& job);
   // Entry `index` of the engine's last step, whose hidden states are [entry's ids, hidden_size], was `job`'s.
-  void Advance(RunningJob& job, const BatchEntry& entry, size_t index, const float* hidden);
+  absl::Status Advance(RunningJob& job, const BatchEntry& entry, size_t index, const float* hidden);
   // `count` more of the job's ids are in its context.
-  void AdvanceReading(RunningJob& job, int64_t count);
-  void AdvanceGeneration(RunningJob& job);
+  absl::Status AdvanceReading(RunningJob& job, int64_t count);
+  absl::Status AdvanceGeneration(RunningJob& job);
+  // Adds tokens to the job's session. What the disk does not take, though there was room, ends the group.
+  absl::Status ExtendSession(RunningJob& job, absl::Span<const int32_t> ids) const;
   // The text that the token completes, and whether a stop string is in it.
   static std::string NextText(RunningJob& job, bool& stop);
 

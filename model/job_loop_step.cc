@@ -35,16 +35,6 @@ struct EndWord {
   }
 };
 
-// Notes that the positions were generated; they come after all that were noted before.
-void AddGenerated(ModelSession& session, PositionRange positions) {
-  if (positions.empty()) return;
-  if (!session.generated.empty() && session.generated.back().end == positions.begin) {
-    session.generated.back().end = positions.end;
-  } else {
-    session.generated.push_back(positions);
-  }
-}
-
 }  // namespace
 
 absl::StatusOr<uint64_t> JobLoop::Step(uint64_t newest) {
@@ -204,7 +194,7 @@ bool JobLoop::GoesByPrefill(RunningJob& job, bool& room) {
       job.in_chunks_until = job.done + static_cast<int64_t>(left.ids.size());
       return false;
     }
-    room = job.prefill->Reserve().ok();
+    room = job.prefill->Reserve().ok() && ReserveTokens(job, std::ssize(left.ids)).ok();
   }
   room = room && job.prefill->status().ok();
   return true;
@@ -215,7 +205,17 @@ void JobLoop::GiveUpPrefill(RunningJob& job) {
   job.prefill.reset();
 }
 
-absl::Status JobLoop::Reserve(const BatchEntry& entry) const {
+absl::Status JobLoop::ReserveTokens(const RunningJob& job, int64_t count) const {
+  if (job.kind != Kind::kAppend && job.kind != Kind::kGenerate) return absl::OkStatus();
+  // Beside an owner rank all tokens of the generation come at its end.
+  if (!Computes(job)) count += job.done;
+  const absl::Status status = options_.content->Reserve(job.id.session_id, *job.session, count);
+  // Whatever the disk says, the ranks agree on who has no room.
+  return status.ok() ? status : absl::ResourceExhaustedError(status.message());
+}
+
+absl::Status JobLoop::Reserve(const RunningJob& job, const BatchEntry& entry) const {
+  EDUBA_RETURN_IF_ERROR(ReserveTokens(job, std::ssize(entry.ids)));
   const absl::Status status = engine().Prepare(entry);
   // A rank whose device is broken is not one without memory, and cannot go on with the others.
   if (!status.ok() && !absl::IsResourceExhausted(status) && !absl::IsOutOfRange(status)) {
@@ -239,7 +239,7 @@ absl::StatusOr<uint64_t> JobLoop::AgreeOnStep(uint64_t newest, absl::Time deadli
     if (job.ended) {
       end_word(i) = EndWord{job.ended->status.code(), job.ended->reason, job.done}.ToWord();
     } else if (!job.cancelled) {
-      prepared[i] = job.no_memory.ok() ? Reserve(plan.entries[i]) : job.no_memory;
+      prepared[i] = job.no_memory.ok() ? Reserve(job, plan.entries[i]) : job.no_memory;
       lacks(i) = prepared[i].ok() ? 0 : 1;
     }
   }
@@ -304,10 +304,7 @@ absl::Status JobLoop::EndOnAllRanks(RunningJob& job, int64_t word, JobEnd otherw
   if (!here) job.ids.resize(job.done);
   EDUBA_RETURN_IF_ERROR(
       engine().ShareRows(*job.context, owner, absl::MakeSpan(job.ids), *options_.group, deadline));
-  if (!here) {
-    job.session->ids.Append(job.ids);
-    AddGenerated(*job.session, {job.context->length() - job.done, job.context->length()});
-  }
+  if (!here) EDUBA_RETURN_IF_ERROR(ExtendSession(job, job.ids));
   Finish(job, end);
   return absl::OkStatus();
 }
@@ -319,7 +316,7 @@ absl::Status JobLoop::RunEntries(absl::Time deadline, const std::vector<RunningJ
   if (status.ok()) {
     const float* hidden = engine().hidden().data();
     for (size_t i = 0; i < jobs.size(); ++i) {
-      Advance(*jobs[i], entries[i], i, hidden);
+      EDUBA_RETURN_IF_ERROR(Advance(*jobs[i], entries[i], i, hidden));
       hidden += static_cast<int64_t>(entries[i].ids.size()) * width;
     }
     return absl::OkStatus();
@@ -330,11 +327,11 @@ absl::Status JobLoop::RunEntries(absl::Time deadline, const std::vector<RunningJ
   for (size_t i = 0; i < jobs.size(); ++i) {
     if (jobs.size() > 1) {
       // The failed step gave the memory back. A rank that had room for all entries has room for one.
-      status = Reserve(entries[i]);
+      status = Reserve(*jobs[i], entries[i]);
       if (status.ok()) status = engine().Step({entries[i]}, *options_.group, deadline);
     }
     if (status.ok()) {
-      Advance(*jobs[i], entries[i], 0, engine().hidden().data());
+      EDUBA_RETURN_IF_ERROR(Advance(*jobs[i], entries[i], 0, engine().hidden().data()));
     } else if (absl::IsInvalidArgument(status)) {
       End(*jobs[i], {status});
     } else {
@@ -357,11 +354,10 @@ absl::Status JobLoop::RunPrefill(absl::Time deadline, RunningJob& job) {
   job.log_probs.insert(job.log_probs.end(), log_probs.begin(), log_probs.end());
   const int64_t count = job.prefill->plan().positions.size();
   job.prefill.reset();
-  AdvanceReading(job, count);
-  return absl::OkStatus();
+  return AdvanceReading(job, count);
 }
 
-void JobLoop::Advance(RunningJob& job, const BatchEntry& entry, size_t index, const float* hidden) {
+absl::Status JobLoop::Advance(RunningJob& job, const BatchEntry& entry, size_t index, const float* hidden) {
   const size_t heads = job.sink_mass.size();
   for (size_t i = 0; i < heads; ++i) job.sink_mass[i] += engine().sink_mass()[index * heads + i];
   if (job.kind == Kind::kGenerate) return AdvanceGeneration(job);
@@ -370,27 +366,38 @@ void JobLoop::Advance(RunningJob& job, const BatchEntry& entry, size_t index, co
   if (job.kind == Kind::kScore) {
     job.before.insert(job.before.end(), hidden, hidden + (rows - 1) * width);
     const auto some = LogProbs(engine().model(), job.before, entry.ids);
-    if (!some.ok()) return Finish(job, {some.status()});
+    if (!some.ok()) {
+      Finish(job, {some.status()});
+      return absl::OkStatus();
+    }
     job.log_probs.insert(job.log_probs.end(), some->begin(), some->end());
   }
   if (job.kind == Kind::kEmbed) job.pooler->Add(job.done, rows, hidden);
-  AdvanceReading(job, rows);
+  return AdvanceReading(job, rows);
 }
 
-void JobLoop::AdvanceReading(RunningJob& job, int64_t count) {
+absl::Status JobLoop::ExtendSession(RunningJob& job, absl::Span<const int32_t> ids) const {
+  const absl::Status status = ModelContent::Extend(*job.session, ids, job.kind == Kind::kGenerate);
+  if (!status.ok()) options_.group->Abort(status);
+  return status;
+}
+
+absl::Status JobLoop::AdvanceReading(RunningJob& job, int64_t count) {
   if (job.kind == Kind::kAppend) {
-    job.session->ids.Append(absl::MakeConstSpan(job.ids).subspan(job.done, count));
+    EDUBA_RETURN_IF_ERROR(ExtendSession(job, absl::MakeConstSpan(job.ids).subspan(job.done, count)));
   }
   job.done += count;
-  if (IsComplete(job)) return Finish(job, {});
-  ReportProgress(job, {});
+  if (IsComplete(job)) {
+    Finish(job, {});
+  } else {
+    ReportProgress(job, {});
+  }
+  return absl::OkStatus();
 }
 
-void JobLoop::AdvanceGeneration(RunningJob& job) {
+absl::Status JobLoop::AdvanceGeneration(RunningJob& job) {
   const int32_t id = job.chosen.id;
-  const int64_t length = job.context->length();
-  job.session->ids.Append({id});
-  AddGenerated(*job.session, {length - 1, length});
+  EDUBA_RETURN_IF_ERROR(ExtendSession(job, {id}));
   job.ids.push_back(id);
   ++job.done;
   const std::vector<int32_t>& stop_ids = job.generate.stop_ids;
@@ -402,6 +409,7 @@ void JobLoop::AdvanceGeneration(RunningJob& job) {
   if (last && job.text_stream != nullptr) progress.text += job.text_stream->Finish();
   ReportProgress(job, progress);
   if (last) End(job, {absl::OkStatus(), stop ? FinishReason::kStop : FinishReason::kLength});
+  return absl::OkStatus();
 }
 
 std::string JobLoop::NextText(RunningJob& job, bool& stop) {

@@ -52,8 +52,11 @@ void CommandLoop::Stop() {
 
 void CommandLoop::Run() {
   std::shared_ptr<Task> task;
-  while (NextTask(task)) {
-    if (task == nullptr) {
+  std::vector<v1::WorkerMessage> synced;
+  while (NextTask(task, synced)) {
+    if (!synced.empty()) {
+      for (v1::WorkerMessage& answer : synced) Send(std::move(answer));
+    } else if (task == nullptr) {
       StepJobs();
     } else {
       RunTask(*task);
@@ -62,12 +65,13 @@ void CommandLoop::Run() {
   LeaveGroup();
 }
 
-bool CommandLoop::NextTask(std::shared_ptr<Task>& task) {
+bool CommandLoop::NextTask(std::shared_ptr<Task>& task, std::vector<v1::WorkerMessage>& synced) {
   const MutexLock lock(mutex_);
-  while (!stopping_ && !StepIsDue() && tasks_.empty()) changed_.Wait(mutex_);
+  while (!stopping_ && synced_.empty() && !StepIsDue() && tasks_.empty()) changed_.Wait(mutex_);
   if (stopping_) return false;
   task = nullptr;
-  if (StepIsDue()) return true;
+  synced = std::exchange(synced_, {});
+  if (!synced.empty() || StepIsDue()) return true;
   task = std::move(tasks_.front());
   tasks_.pop_front();
   return true;
@@ -129,12 +133,18 @@ void CommandLoop::RunTask(const Task& task) {
 void CommandLoop::Form(const Task& task) {
   LeaveGroup();
   const v1::FormGroup& form = task.membership->form();
-  options_.content->EnterCluster(form.cluster());
-  const absl::Status status =
-      task.membership->Connect(options_.connect, task.received + absl::Milliseconds(form.timeout_ms()));
+  absl::Status status = options_.content->EnterCluster(form.cluster(), form.lasting());
+  if (status.ok()) {
+    status =
+        task.membership->Connect(options_.connect, task.received + absl::Milliseconds(form.timeout_ms()));
+  }
   if (status.ok()) {
     membership_ = task.membership;
-    membership_->StartModels(options_.content, [this](const v1::WorkerMessage& message) { Send(message); });
+    membership_->StartModels(options_.content, [this](const v1::WorkerMessage& message,
+                                                      const std::shared_ptr<FrameLog>& unsynced) {
+      if (unsynced != nullptr) return SendWhenSynced(unsynced, message);
+      Send(message);
+    });
     admitted_ = 0;
   }
   v1::WorkerMessage answer;
@@ -161,13 +171,14 @@ void CommandLoop::Execute(const v1::Command& command) {
   v1::WorkerMessage answer;
   v1::CommandResult& result = *answer.mutable_result();
   bool is_job = false;
+  std::shared_ptr<FrameLog> unsynced;
   absl::Status status;
   if (membership_ == nullptr || membership_->epoch() != command.epoch()) {
     status = absl::AbortedError(absl::StrCat("epoch ", command.epoch(), " is over or was never joined"));
   } else {
     status = membership_->TakeTurn(command);
   }
-  if (status.ok()) status = Dispatch(command, result, is_job);
+  if (status.ok()) status = Dispatch(command, result, is_job, unsynced);
   if (status.ok() && is_job) return;
   if (status.ok() && result.ByteSizeLong() > static_cast<size_t>(kMessageBytesMax) - 1024) {
     status = absl::InternalError(absl::StrCat("the answer has ", result.ByteSizeLong(),
@@ -178,7 +189,16 @@ void CommandLoop::Execute(const v1::Command& command) {
   result.set_ordinal(command.ordinal());
   result.set_code(static_cast<int>(status.code()));
   result.set_message(std::string(status.message()));
+  if (status.ok() && unsynced != nullptr) return SendWhenSynced(std::move(unsynced), std::move(answer));
   Send(std::move(answer));
+}
+
+void CommandLoop::SendWhenSynced(std::shared_ptr<FrameLog> log, v1::WorkerMessage answer) {
+  syncer_.Sync(std::move(log), [this, answer = std::move(answer)] {
+    const MutexLock lock(mutex_);
+    synced_.push_back(answer);
+    changed_.NotifyOne();
+  });
 }
 
 void CommandLoop::Send(v1::WorkerMessage message) {
@@ -189,7 +209,8 @@ void CommandLoop::Send(v1::WorkerMessage message) {
   options_.send(message);
 }
 
-absl::Status CommandLoop::Dispatch(const v1::Command& command, v1::CommandResult& result, bool& is_job) {
+absl::Status CommandLoop::Dispatch(const v1::Command& command, v1::CommandResult& result, bool& is_job,
+                                   std::shared_ptr<FrameLog>& unsynced) {
   switch (command.kind_case()) {
     case v1::Command::kRetainSessions:
       return RetainSessions(command.retain_sessions());
@@ -207,7 +228,7 @@ absl::Status CommandLoop::Dispatch(const v1::Command& command, v1::CommandResult
     case v1::Command::kCommitAppend:
     case v1::Command::kAbortAppend:
     case v1::Command::kAttend:
-      return DispatchToTensors(command, result);
+      return DispatchToTensors(command, result, unsynced);
     case v1::Command::kModelAppend:
     case v1::Command::kModelGenerate:
     case v1::Command::kModelScore:
@@ -222,12 +243,15 @@ absl::Status CommandLoop::Dispatch(const v1::Command& command, v1::CommandResult
       "this worker does not know the command; update it to the coordinator's version");
 }
 
-absl::Status CommandLoop::DispatchToTensors(const v1::Command& command, v1::CommandResult& result) {
+absl::Status CommandLoop::DispatchToTensors(const v1::Command& command, v1::CommandResult& result,
+                                            std::shared_ptr<FrameLog>& unsynced) {
   switch (command.kind_case()) {
     case v1::Command::kBeginAppend:
       return tensors_.BeginAppend(command.begin_append());
     case v1::Command::kSealAppend: {
-      EDUBA_ASSIGN_OR_RETURN(*result.mutable_seal(), tensors_.SealAppend(command.seal_append()));
+      EDUBA_ASSIGN_OR_RETURN(TensorContent::Sealed sealed, tensors_.SealAppend(command.seal_append()));
+      *result.mutable_seal() = std::move(sealed.result);
+      unsynced = std::move(sealed.frames);
       return absl::OkStatus();
     }
     case v1::Command::kCommitAppend:
@@ -258,13 +282,16 @@ absl::Status CommandLoop::DispatchToModels(const v1::Command& command, bool& is_
 }
 
 absl::Status CommandLoop::RetainSessions(const v1::RetainSessions& request) {
-  tensors_.Retain(std::set<uint64_t>(request.session_ids().begin(), request.session_ids().end()));
+  const std::set<uint64_t> ids(request.session_ids().begin(), request.session_ids().end());
+  options_.content->RetainUnreadable(ids);
+  tensors_.Retain(ids);
   const auto models = membership_->Models();
   if (models.ok()) (*models)->Retain(request);
   return absl::OkStatus();
 }
 
 absl::Status CommandLoop::OpenSession(const v1::OpenSession& request, v1::SessionContent& content) {
+  EDUBA_RETURN_IF_ERROR(options_.content->CheckReadable(request.session_id()));
   if (request.spec().has_model()) {
     EDUBA_ASSIGN_OR_RETURN(ModelSessions * models, membership_->Models());
     EDUBA_ASSIGN_OR_RETURN(content, models->Open(request));
@@ -281,6 +308,7 @@ absl::Status CommandLoop::CloseSession(const v1::CloseSession& request) {
   const auto models = membership_->Models();
   if (models.ok()) (*models)->Close(request.session_id());
   tensors_.Close(request.session_id());
+  options_.content->CloseUnreadable(request.session_id());
   return absl::OkStatus();
 }
 

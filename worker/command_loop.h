@@ -16,6 +16,7 @@
 #include "eduba/v1/eduba.pb.h"
 #include "eduba/v1/group.pb.h"
 #include "kernels/backend.h"
+#include "storage/syncer.h"
 #include "worker/membership.h"
 #include "worker/node_content.h"
 
@@ -64,8 +65,9 @@ class CommandLoop {
 
   // Until Stop.
   void Run();
-  // False: the loop is to end. Otherwise either a task, or nothing: a step of the jobs is due.
-  bool NextTask(std::shared_ptr<Task>& task);
+  // False: the loop is to end. Otherwise either results that are to be sent, or a task, or neither: a step of
+  // the jobs is due.
+  bool NextTask(std::shared_ptr<Task>& task, std::vector<v1::WorkerMessage>& synced);
   // Whether the next thing to do is a step of the jobs, not a message.
   bool StepIsDue() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The ordinal of the newest command of this epoch that has come.
@@ -78,12 +80,17 @@ class CommandLoop {
 
   void Execute(const v1::Command& command);
   // What came of the command, in `result`; or OK with `is_job`: the result comes when the job has ended.
-  absl::Status Dispatch(const v1::Command& command, v1::CommandResult& result, bool& is_job);
-  absl::Status DispatchToTensors(const v1::Command& command, v1::CommandResult& result);
+  // The same with `unsynced`: when that has been synced.
+  absl::Status Dispatch(const v1::Command& command, v1::CommandResult& result, bool& is_job,
+                        std::shared_ptr<FrameLog>& unsynced);
+  absl::Status DispatchToTensors(const v1::Command& command, v1::CommandResult& result,
+                                 std::shared_ptr<FrameLog>& unsynced);
   absl::Status DispatchToModels(const v1::Command& command, bool& is_job);
   absl::Status RetainSessions(const v1::RetainSessions& request);
   absl::Status OpenSession(const v1::OpenSession& request, v1::SessionContent& content);
   absl::Status CloseSession(const v1::CloseSession& request);
+  // Has the result sent when what was sealed is on the disk.
+  void SendWhenSynced(std::shared_ptr<FrameLog> log, v1::WorkerMessage answer);
   // Every message passes here. Results say whether the group is over.
   void Send(v1::WorkerMessage message);
 
@@ -96,8 +103,11 @@ class CommandLoop {
   Mutex mutex_;
   CondVar changed_;
   std::deque<std::shared_ptr<Task>> tasks_ ABSL_GUARDED_BY(mutex_);
+  // Results that waited for the disk, and are to be sent.
+  std::vector<v1::WorkerMessage> synced_ ABSL_GUARDED_BY(mutex_);
   std::shared_ptr<Membership> latest_ ABSL_GUARDED_BY(mutex_);  // Of the newest FormGroup that has come.
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  Syncer syncer_;
   std::thread thread_;
 };
 

@@ -26,10 +26,11 @@ absl::Status Membership::Connect(const ConnectGroup& connect, absl::Time deadlin
   return absl::OkStatus();
 }
 
-void Membership::StartModels(NodeContent* content, std::function<void(const v1::WorkerMessage&)> send) {
+void Membership::StartModels(NodeContent* content, ModelSessions::SendMessage send) {
   if (content->models() == nullptr) return;
   ModelSessions::Options options;
   options.content = content->models();
+  options.tokens = content->stored_tokens();
   options.model = content->model();
   options.group = group_;
   options.epoch = epoch();

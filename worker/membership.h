@@ -47,7 +47,7 @@ class Membership {
   // REQUIRES: connected.
   Communicator& communicator() { return *group_; }
   // Model sessions can be used from now on, if the content has a model. REQUIRES: connected.
-  void StartModels(NodeContent* content, std::function<void(const v1::WorkerMessage&)> send);
+  void StartModels(NodeContent* content, ModelSessions::SendMessage send);
   // FAILED_PRECONDITION: this worker holds no model.
   absl::StatusOr<ModelSessions*> Models();
   // Ends all jobs with `status`.

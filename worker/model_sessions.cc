@@ -15,18 +15,6 @@
 namespace eduba {
 namespace {
 
-ContextOptions ContextOptionsOf(const v1::ModelSpec& spec) {
-  ContextOptions options;
-  if (spec.policy() == v1::MODEL_POLICY_STREAMING) options.policy = ContextPolicy::kStreaming;
-  if (spec.policy() == v1::MODEL_POLICY_STAR) options.policy = ContextPolicy::kStar;
-  if (spec.positions() == v1::POSITION_MODE_ROLLING) options.positions = PositionMode::kRolling;
-  if (spec.positions() == v1::POSITION_MODE_CLAMPED) options.positions = PositionMode::kClamped;
-  options.sink_tokens = spec.sink_tokens();
-  options.window = spec.window();
-  options.clamp = spec.clamp();
-  return options;
-}
-
 absl::StatusOr<JobRequest> RequestOf(const v1::ModelAppend& given) {
   AppendJob append;
   EDUBA_ASSIGN_OR_RETURN(append.ids, NumbersOf<int32_t>(given.ids(), "token ids", 1));
@@ -78,6 +66,18 @@ v1::FinishReason ToProto(FinishReason reason) {
 
 }  // namespace
 
+ContextOptions ContextOptionsOf(const v1::ModelSpec& spec) {
+  ContextOptions options;
+  if (spec.policy() == v1::MODEL_POLICY_STREAMING) options.policy = ContextPolicy::kStreaming;
+  if (spec.policy() == v1::MODEL_POLICY_STAR) options.policy = ContextPolicy::kStar;
+  if (spec.positions() == v1::POSITION_MODE_ROLLING) options.positions = PositionMode::kRolling;
+  if (spec.positions() == v1::POSITION_MODE_CLAMPED) options.positions = PositionMode::kClamped;
+  options.sink_tokens = spec.sink_tokens();
+  options.window = spec.window();
+  options.clamp = spec.clamp();
+  return options;
+}
+
 ModelEngine::Options ModelContentOptions(Backend* backend, PageStore* store, ServedModel* model) {
   ModelEngine::Options options;
   options.backend = backend;
@@ -106,11 +106,13 @@ absl::StatusOr<v1::SessionContent> ModelSessions::Open(const v1::OpenSession& re
   EDUBA_ASSIGN_OR_RETURN(const Placement placement,
                          OwnPlacement(request.placement(), options_.node, rank, options_.group->size()));
   EDUBA_RETURN_IF_ERROR(jobs_.Open(request.session_id(), ContextOptionsOf(spec), placement, rank));
+  if (options_.tokens != nullptr) options_.tokens->Describe(request);
   EDUBA_ASSIGN_OR_RETURN(const ModelContent::Description description,
                          options_.content->Describe(request.session_id()));
   v1::SessionContent content;
   content.set_length(description.length);
   content.set_digest_low(description.digest);
+  content.set_unread(!description.is_read);
   return content;
 }
 
@@ -134,11 +136,11 @@ absl::Status ModelSessions::Start(const v1::Command& command) {
     case v1::Command::kModelAppend: {
       id.session_id = command.model_append().session_id();
       EDUBA_ASSIGN_OR_RETURN(JobRequest request, RequestOf(command.model_append()));
-      return jobs_.Start(id, std::move(request));
+      return StartExtending(id, std::move(request));
     }
     case v1::Command::kModelGenerate:
       id.session_id = command.model_generate().session_id();
-      return jobs_.Start(id, RequestOf(command.model_generate()));
+      return StartExtending(id, RequestOf(command.model_generate()));
     case v1::Command::kModelScore: {
       id.session_id = command.model_score().session_id();
       EDUBA_ASSIGN_OR_RETURN(JobRequest request, RequestOf(command.model_score()));
@@ -151,11 +153,18 @@ absl::Status ModelSessions::Start(const v1::Command& command) {
     }
     case v1::Command::kSettleSession:
       id.session_id = command.settle_session().session_id();
-      return jobs_.Start(id,
-                         SettleJob{command.settle_session().length(), command.settle_session().read_again()});
+      return StartExtending(
+          id, SettleJob{command.settle_session().length(), command.settle_session().read_again()});
     default:
       return absl::InternalError("the command is no job");
   }
+}
+
+absl::Status ModelSessions::StartExtending(const JobId& id, JobRequest request) {
+  extended_[id.id] = id.session_id;  // Its result may come within the call.
+  absl::Status status = jobs_.Start(id, std::move(request));
+  if (!status.ok()) extended_.erase(id.id);
+  return status;
 }
 
 void ModelSessions::OnProgress(uint64_t job, const JobProgress& progress) {
@@ -186,7 +195,9 @@ void ModelSessions::OnResult(uint64_t job, const JobResult& result) {
   model.set_digest(result.digest);
   model.set_log_probs(BytesOf(absl::MakeConstSpan(result.log_probs)));
   model.set_sink_mass(BytesOf(absl::MakeConstSpan(result.sink_mass)));
-  options_.send(message);
+  const auto extended = extended_.extract(job);
+  const bool unsynced = options_.tokens != nullptr && !extended.empty();
+  options_.send(message, unsynced ? options_.tokens->FramesOf(extended.mapped()) : nullptr);
 }
 
 void ModelSessions::SendVectors(uint64_t job, absl::Span<const float> vectors) {
@@ -209,7 +220,7 @@ void ModelSessions::SendProgress(uint64_t job, v1::ModelProgress progress) {
   progress.set_epoch(options_.epoch);
   v1::WorkerMessage message;
   *message.mutable_progress() = std::move(progress);
-  options_.send(message);
+  options_.send(message, nullptr);
 }
 
 }  // namespace eduba

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
@@ -14,26 +16,34 @@
 #include "kernels/backend.h"
 #include "model/job_loop.h"
 #include "model/model_content.h"
+#include "storage/frame_log.h"
 #include "worker/served_model.h"
+#include "worker/stored_tokens.h"
 
 namespace eduba {
 
 // What a worker's ModelContent is made of. All outlive it.
 ModelEngine::Options ModelContentOptions(Backend* backend, PageStore* store, ServedModel* model);
 
+ContextOptions ContextOptionsOf(const v1::ModelSpec& spec);
+
 // The door of the model sessions on one rank of one group: commands become calls of a JobLoop, and its
 // progress and results become messages. It lives as long as the group; what the sessions are lives in
 // ModelContent, as long as the worker. Each call is made by all ranks in the same order. One thread.
 class ModelSessions final : private JobListener {
  public:
+  // Takes a message, which is to be sent when `unsynced` has been synced. Null: at once.
+  using SendMessage =
+      std::function<void(const v1::WorkerMessage& message, const std::shared_ptr<FrameLog>& unsynced)>;
   struct Options {
     ModelContent* content = nullptr;  // All outlive the object.
+    StoredTokens* tokens = nullptr;   // Null: ids are not kept on the disk.
     const ServedModel* model = nullptr;
     Communicator* group = nullptr;
     uint64_t epoch = 0;
     std::string node;  // This worker's, as placements name it.
     // Progress and results of jobs.
-    std::function<void(const v1::WorkerMessage& message)> send;
+    SendMessage send;
   };
 
   explicit ModelSessions(Options options);
@@ -65,12 +75,15 @@ class ModelSessions final : private JobListener {
   absl::StatusOr<uint64_t> Step(uint64_t newest) { return jobs_.Step(newest); }
 
  private:
+  // Starts a job after which ids may have to be synced.
+  absl::Status StartExtending(const JobId& id, JobRequest request);
   void OnProgress(uint64_t job, const JobProgress& progress) override;
   void OnResult(uint64_t job, const JobResult& result) override;
   void SendVectors(uint64_t job, absl::Span<const float> vectors);
   void SendProgress(uint64_t job, v1::ModelProgress progress);
 
   const Options options_;
+  std::map<uint64_t, uint64_t> extended_;  // Job -> the session that it makes longer, or settles.
   JobLoop jobs_;
 };
 

@@ -153,7 +153,9 @@ class Rank {
     options.group = &counting_;
     options.epoch = epoch;
     options.node = Placement::OfRanks(group_->size()).nodes[group_->rank()];
-    options.send = [this](const v1::WorkerMessage& message) { said_.push_back(message); };
+    options.send = [this](const v1::WorkerMessage& message, const std::shared_ptr<FrameLog>& /*unsynced*/) {
+      said_.push_back(message);
+    };
     sessions_ = std::make_unique<ModelSessions>(std::move(options));
   }
   v1::OpenSession OpenRequest(uint64_t id, int64_t window = 0, int64_t stripe_pages = 1,

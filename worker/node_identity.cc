@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <random>
-#include <system_error>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "storage/file.h"
 
 namespace eduba {
 namespace {
@@ -35,11 +34,11 @@ absl::Status FileError(const std::string& path, const char* doing) {
 
 // Returns the open file that holds the lock.
 absl::StatusOr<int> LockDirectory(const std::string& dir) {
-  std::error_code error;
-  std::filesystem::create_directories(dir, error);
-  if (error) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "data folder ", dir, " cannot be created: ", error.message(), "; choose another --data-dir"));
+  const absl::Status made = MakeFolders(dir);
+  if (!made.ok()) {
+    return absl::FailedPreconditionError(absl::StrCat("data folder ", dir,
+                                                      " cannot be created: ", std::string(made.message()),
+                                                      "; or choose another --data-dir"));
   }
   const std::string path = absl::StrCat(dir, "/worker.lock");
   const int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);

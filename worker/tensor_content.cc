@@ -1,13 +1,17 @@
 #include "worker/tensor_content.h"
 
+#include <limits>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/log.h"
 #include "base/status_macros.h"
 #include "base/wire_array.h"
 #include "google/protobuf/util/message_differencer.h"
+#include "rpc/placement.h"
 #include "rpc/spec.h"
+#include "worker/append_replay.h"
 
 namespace eduba {
 namespace {
@@ -35,6 +39,12 @@ absl::Status EndedWithItsGroup(uint64_t append_id) {
       absl::StrCat("append ", append_id, " ended with its group of workers; plan it again"));
 }
 
+// Of one position of one layer.
+RowBytes RowBytesOf(const Sequence& sequence) {
+  const AttentionShape& shape = sequence.spec().shape;
+  return RowBytesOf(shape.key_dtype, shape.kv_heads, shape.head_dim, shape.value_dim);
+}
+
 bool Equal(const v1::SessionSpec& a, const v1::SessionSpec& b) {
   return google::protobuf::util::MessageDifferencer::Equals(a, b);
 }
@@ -45,6 +55,54 @@ void SetDigest(const Digest& digest, v1::SealResult& result) {
 }
 
 }  // namespace
+
+TensorContent::~TensorContent() {
+  while (!sessions_.empty()) Drop(sessions_.begin()->first);
+}
+
+absl::Status TensorContent::Load(const v1::OpenSession& opened, ThreadPool& threads) {
+  absl::Status status = Read(opened, threads);
+  if (!status.ok()) Drop(opened.session_id());
+  return status;
+}
+
+absl::Status TensorContent::Read(const v1::OpenSession& opened, ThreadPool& threads) {
+  const uint64_t session_id = opened.session_id();
+  Session& session = sessions_[session_id];
+  EDUBA_ASSIGN_OR_RETURN(session.spec, CompleteSpec(opened.spec()));
+  EDUBA_ASSIGN_OR_RETURN(SequenceSpec spec, SequenceSpecOf(session.spec));
+  EDUBA_ASSIGN_OR_RETURN(session.placement, PlacementFromProto(opened.placement()));
+  session.sequence = std::make_unique<Sequence>(std::move(spec));
+  AppendReplay replay(backend_, store_, session.sequence.get(), &threads);
+  EDUBA_ASSIGN_OR_RETURN(
+      session.log, SessionLog::Open(storage_->FolderOf(session_id), RowBytesOf(*session.sequence), replay));
+  if (!session.log->damage().empty()) {
+    // Rows that nobody acknowledged end like this when the process did. Whether more is missing, the
+    // coordinator knows.
+    LogInfo(absl::StrCat("session ", session_id, " is read up to position ", session.sequence->length(), ": ",
+                         session.log->damage()));
+  }
+  if (const std::shared_ptr<StagedAppend> sealed = replay.TakeSealed()) {
+    sealed->ContinueIn(session.log.get());
+    const MutexLock lock(mutex_);
+    appends_.emplace(std::numeric_limits<uint64_t>::max() - loaded_++, sealed);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TensorContent::MakeLog(uint64_t session_id, Session& session) {
+  if (storage_ == nullptr || session.log != nullptr) return absl::OkStatus();
+  v1::OpenSession descriptor;
+  descriptor.set_session_id(session_id);
+  *descriptor.mutable_spec() = session.spec;
+  *descriptor.mutable_placement() = PlacementToProto(session.placement);
+  EDUBA_RETURN_IF_ERROR(storage_->Create(session_id, descriptor.SerializeAsString()));
+  ThreadPool self(1);
+  AppendReplay nothing(backend_, store_, session.sequence.get(), &self);
+  EDUBA_ASSIGN_OR_RETURN(
+      session.log, SessionLog::Open(storage_->FolderOf(session_id), RowBytesOf(*session.sequence), nothing));
+  return absl::OkStatus();
+}
 
 void TensorContent::Retain(const std::set<uint64_t>& session_ids) {
   std::vector<uint64_t> doomed;
@@ -110,15 +168,24 @@ absl::Status TensorContent::Settle(const v1::SettleSession& request) {
                                                         " positions of session ", request.session_id(),
                                                         ", wanted ", request.length()));
   }
+  // What the log has after that belongs to an append that came to nothing.
+  if (status.ok() && session->second.log != nullptr) status = session->second.log->Cut();
   return status;
 }
 
 void TensorContent::Close(uint64_t session_id) {
   const auto session = sessions_.find(session_id);
+  const bool kept = session != sessions_.end() && session->second.log != nullptr;
+  Drop(session_id);
+  if (kept) storage_->Erase(session_id);
+}
+
+void TensorContent::Drop(uint64_t session_id) {
+  const auto session = sessions_.find(session_id);
   if (session == sessions_.end()) return;
   // Its appends end first: uploads under way still look at the sequence.
   const Sequence* const sequence = session->second.sequence.get();
-  DropAppends([sequence](const StagedAppend& append) { return &append.sequence() == sequence; });
+  TakeAppends([sequence](const StagedAppend& append) { return &append.sequence() == sequence; });
   sessions_.erase(session);
 }
 
@@ -137,21 +204,24 @@ absl::Status TensorContent::BeginAppend(const v1::BeginAppend& request) {
   if (FindAppend(request.append_id()).ok()) {
     return absl::AlreadyExistsError(absl::StrCat("append ", request.append_id(), " has begun already"));
   }
-  EDUBA_ASSIGN_OR_RETURN(
-      std::shared_ptr<StagedAppend> append,
-      StagedAppend::Begin(backend_, store_, session->second.sequence.get(), std::move(share)));
+  if (!share.compare_only) EDUBA_RETURN_IF_ERROR(MakeLog(request.session_id(), session->second));
+  EDUBA_ASSIGN_OR_RETURN(std::shared_ptr<StagedAppend> append,
+                         StagedAppend::Begin(backend_, store_, session->second.sequence.get(),
+                                             std::move(share), session->second.log.get()));
   const MutexLock lock(mutex_);
   appends_.emplace(request.append_id(), std::move(append));
   return absl::OkStatus();
 }
 
-absl::StatusOr<v1::SealResult> TensorContent::SealAppend(const v1::SealAppend& request) {
+absl::StatusOr<TensorContent::Sealed> TensorContent::SealAppend(const v1::SealAppend& request) {
   EDUBA_ASSIGN_OR_RETURN(const std::shared_ptr<StagedAppend> append, FindAppend(request.append_id()));
   EDUBA_ASSIGN_OR_RETURN(const AppendSeal seal, append->Seal());
-  v1::SealResult result;
-  SetDigest(seal.digest, result);
-  result.set_exponents(BytesOf(seal.exponents));
-  return result;
+  Sealed sealed;
+  SetDigest(seal.digest, sealed.result);
+  sealed.result.set_exponents(BytesOf(seal.exponents));
+  const std::shared_ptr<SessionLog> log = LogOf(append->sequence());
+  if (log != nullptr && !append->share().compare_only) sealed.frames = log->frames();
+  return sealed;
 }
 
 absl::Status TensorContent::CommitAppend(const v1::CommitAppend& request) {
@@ -230,9 +300,16 @@ std::shared_ptr<StagedAppend> TensorContent::SealedAppendTo(const Sequence& sequ
   return nullptr;
 }
 
+std::shared_ptr<SessionLog> TensorContent::LogOf(const Sequence& sequence) const {
+  for (const auto& [id, session] : sessions_) {
+    if (session.sequence.get() == &sequence) return session.log;
+  }
+  return nullptr;
+}
+
 template <typename Predicate>
-void TensorContent::DropAppends(Predicate doomed) {
-  std::vector<std::shared_ptr<StagedAppend>> dropped;
+std::vector<std::shared_ptr<StagedAppend>> TensorContent::TakeAppends(Predicate doomed) {
+  std::vector<std::shared_ptr<StagedAppend>> taken;
   {
     const MutexLock lock(mutex_);
     for (auto append = appends_.begin(); append != appends_.end();) {
@@ -240,12 +317,24 @@ void TensorContent::DropAppends(Predicate doomed) {
         ++append;
         continue;
       }
-      dropped.push_back(std::move(append->second));
+      taken.push_back(std::move(append->second));
       append = appends_.erase(append);
     }
   }
   // Waits for uploads under way, which must not hold up others meanwhile.
-  for (const auto& append : dropped) append->Abort();
+  for (const auto& append : taken) append->Abort();
+  return taken;
+}
+
+template <typename Predicate>
+void TensorContent::DropAppends(Predicate doomed) {
+  for (const auto& append : TakeAppends(doomed)) {
+    if (append->share().compare_only) continue;
+    const std::shared_ptr<SessionLog> log = LogOf(append->sequence());
+    if (log == nullptr) continue;
+    const absl::Status status = log->Cut();
+    if (!status.ok()) LogWarning(std::string(status.message()));
+  }
 }
 
 }  // namespace eduba

@@ -195,6 +195,10 @@ absl::Status Worker::Init() {
   incarnation_ = RandomId();
   EDUBA_RETURN_IF_ERROR(LoadKernels());
   content_ = std::make_unique<NodeContent>(backend_.get(), store_.get(), model_.get());
+  if (!options_.data_dir.empty()) {
+    EDUBA_RETURN_IF_ERROR(
+        content_->OpenStorage(options_.data_dir, identity_->id(), fingerprint_, options_.threads));
+  }
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
   EDUBA_RETURN_IF_ERROR(Listen());
   thread_ = std::thread([this] { Run(); });
@@ -334,6 +338,7 @@ v1::WorkerHello Worker::Hello() const {
   hello.set_version(options_.version);
   hello.set_node(identity_->id());
   hello.set_incarnation(incarnation_);
+  hello.set_cluster(content_->stored_cluster().value_or(0));
   hello.set_address(address_);
   hello.set_backend(backend_name_);
   hello.set_threads(options_.threads);

@@ -9,6 +9,7 @@
 #include "absl/time/clock.h"
 #include "base/dtype.h"
 #include "base/status_macros.h"
+#include "benchmarks/measure/disk.h"
 #include "client/client.h"
 #include "client/upload.h"
 #include "eduba/v1/eduba.grpc.pb.h"
@@ -93,13 +94,20 @@ absl::StatusOr<double> AppendToNewSession(Client& client, const v1::SessionSpec&
   return seconds;
 }
 
+int64_t PositionsIn(int64_t bytes, const v1::SessionSpec& spec) {
+  return std::max<int64_t>(1, bytes / PositionBytes(spec));
+}
+
 }  // namespace
 
 absl::StatusOr<AppendBenchResult> RunAppendBench(const AppendBenchOptions& options) {
   const v1::SessionSpec spec = BenchSpec();
-  const int64_t count = std::max<int64_t>(1, options.bytes / PositionBytes(spec));
+  const int64_t count = PositionsIn(options.bytes, spec);
+  const int64_t bytes = count * PositionBytes(spec);
   const RepeatedRows rows(spec);
   Client client({options.server, kTimeout});
+  const bool lasts = !options.lasting_server.empty();
+  Client lasting({lasts ? options.lasting_server : options.server, kTimeout});
 
   DiscardingPages discard;
   EDUBA_ASSIGN_OR_RETURN(const auto bare, RpcServer::Start("127.0.0.1:0", {&discard}));
@@ -112,20 +120,44 @@ absl::StatusOr<AppendBenchResult> RunAppendBench(const AppendBenchOptions& optio
   // made.
   std::vector<double> bare_seconds;
   std::vector<double> append_seconds;
+  std::vector<double> lasting_seconds;
+  std::vector<double> disk_seconds;
   for (int round = 0; round <= options.rounds; ++round) {
     EDUBA_ASSIGN_OR_RETURN(const double bare_time, BareUpload(spec, plan, rows));
     EDUBA_ASSIGN_OR_RETURN(const double append_time, AppendToNewSession(client, spec, count, rows));
+    double lasting_time = 1;
+    double disk_time = 1;
+    if (lasts) {
+      EDUBA_ASSIGN_OR_RETURN(lasting_time, AppendToNewSession(lasting, spec, count, rows));
+      EDUBA_ASSIGN_OR_RETURN(disk_time, WriteAndSync(options.data_dir, bytes));
+    }
     if (round > 0) {
       bare_seconds.push_back(bare_time);
       append_seconds.push_back(append_time);
+      lasting_seconds.push_back(lasting_time);
+      disk_seconds.push_back(disk_time);
     }
     if (options.progress) options.progress("rounds", round + 1, options.rounds + 1);
   }
   AppendBenchResult result;
-  result.bytes = count * PositionBytes(spec);
-  result.stream_bytes_per_s = static_cast<double>(result.bytes) / Median(bare_seconds);
-  result.append_bytes_per_s = static_cast<double>(result.bytes) / Median(append_seconds);
+  const auto rate = [bytes](const std::vector<double>& seconds) {
+    return static_cast<double>(bytes) / Median(seconds);
+  };
+  result.bytes = bytes;
+  result.stream_bytes_per_s = rate(bare_seconds);
+  result.append_bytes_per_s = rate(append_seconds);
+  if (lasts) {
+    result.lasting_bytes_per_s = rate(lasting_seconds);
+    result.disk_bytes_per_s = rate(disk_seconds);
+  }
   return result;
+}
+
+absl::Status FillBenchSession(const std::string& server, int64_t bytes) {
+  const v1::SessionSpec spec = BenchSpec();
+  Client client({server, kTimeout});
+  EDUBA_ASSIGN_OR_RETURN(const v1::Session session, client.CreateSession("bench", spec));
+  return client.Append(session, PositionsIn(bytes, spec), RepeatedRows(spec), {}).status();
 }
 
 }  // namespace eduba

@@ -122,8 +122,8 @@ class GroupSchedule {
     for (std::thread& thread : threads) thread.join();
   }
 
-  // The group that runs calls this, and it holds the mutex. It calls through pieces of kernels that know of no
-  // lock, so the compiler cannot see that.
+  // The group that runs calls this, and it holds the mutex. It calls through pieces of kernels that know of
+  // no lock, so the compiler cannot see that.
   void Wait(int group, const void* barrier, uint32_t parity) ABSL_NO_THREAD_SAFETY_ANALYSIS {
     waits_[group] = {barrier, parity};
     if (!IsOver(waits_[group])) {

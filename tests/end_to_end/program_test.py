@@ -202,23 +202,29 @@ class Life(unittest.TestCase):
             self.assertEqual(result.returncode, 1)
             self.assertRegex(result.stderr, r"\Aeduba: session attend: [^\n]+\n\Z")
             program.wait_until(lambda: f"(process {victim}) ended: signal 9" in server.messages(), "the report")
-            # A worker that comes makes the group complete; what was lost is said to be lost.
-            replacement = subprocess.Popen([program.EDUBA, "worker", "--coordinator", server.address, "--listen", "127.0.0.1:0",
-                                            "--memory-bytes", "64MiB"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            try:
-                self.assertRegex(replacement.stdout.readline(), r"ready: 127\.0\.0\.1:\d+\n")
-                program.wait_until(lambda: server.report("workers")["state"] == "active", "a new group")
-                self.assertTrue(server.report("session", "show", "s")["lost"])
-                result = self.attend(server)
-                self.assertEqual(result.returncode, 1)
-                self.assertIn("delete", result.stderr)
-                server.run("session", "delete", "s")
-                self.fill(server)
-                self.assertEqual(self.attend(server).returncode, 0)
-            finally:
-                replacement.terminate()
-                self.assertEqual(replacement.wait(30), 0)
-                replacement.stdout.close()
+            self.assertIn("it is started again", server.messages())
+            # It comes back and holds nothing; what was lost is said to be lost.
+            program.wait_until(lambda: server.report("workers")["state"] == "active", "a new group")
+            self.assertTrue(server.report("session", "show", "s")["lost"])
+            result = self.attend(server)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("delete", result.stderr)
+            server.run("session", "delete", "s")
+            self.fill(server)
+            self.assertEqual(self.attend(server).returncode, 0)
+
+    def test_with_a_data_dir_any_process_may_be_killed(self):
+        with program.Server("--processes", "--workers", 2, "--data-dir", self.dir / "data") as server:
+            self.fill(server)
+            self.assertEqual(self.attend(server).returncode, 0)
+            want = (self.dir / "o.npy").read_bytes()
+            for index in range(3):  # The coordinator, and each worker.
+                (self.dir / "o.npy").unlink()
+                victim = program.children(server.process.pid)[index]
+                os.kill(victim, signal.SIGKILL)
+                program.wait_until(lambda: f"(process {victim}) ended: signal 9" in server.messages(), "the report")
+                program.wait_until(lambda: self.attend(server).returncode == 0, "an answer")
+                self.assertEqual((self.dir / "o.npy").read_bytes(), want)
 
     def test_its_processes_end_with_it_however_it_ends(self):
         server = program.Server("--processes", "--workers", 2)
@@ -230,25 +236,29 @@ class Life(unittest.TestCase):
         program.wait_until(lambda: not any(map(program.alive, children)), "children end after SIGKILL of their parent")
         server.log.close()
 
-    def test_a_dead_coordinator_ends_everything(self):
-        server = program.Server("--processes", "--workers", 1)
-        children = program.children(server.process.pid)
-        os.kill(children[0], signal.SIGKILL)
-        self.assertEqual(server.process.wait(30), 1)
-        self.assertFalse(any(map(program.alive, children)))
-        self.assertIn("the coordinator (process", server.messages())
-        server.process.stdout.close()
-        server.log.close()
+    def test_a_dead_coordinator_is_started_again_at_its_address(self):
+        with program.Server("--processes", "--workers", 1) as server:
+            self.fill(server)
+            os.kill(program.children(server.process.pid)[0], signal.SIGKILL)
+            program.wait_until(lambda: "the coordinator (process" in server.messages(), "the report")
+            program.wait_until(lambda: server.report("workers")["state"] == "active", "a new group")
+            self.fill(server)  # Its records were in memory, so the session is gone.
+            self.assertEqual(self.attend(server).returncode, 0)
 
-    def test_a_data_dir_keeps_the_sessions_and_says_that_their_content_is_lost(self):
+    def test_a_data_dir_keeps_the_sessions(self):
         data = ["--data-dir", self.dir / "data"]
         with program.Server(*data) as server:
             self.fill(server)
             server.run("session", "create", "kept", *SHAPE)
+            self.assertEqual(self.attend(server).returncode, 0)
+            want = (self.dir / "o.npy").read_bytes()
         with program.Server(*data) as server:
             lost = {s["name"]: s["lost"] for s in server.report("session", "list")}
-            self.assertEqual(lost, {"kept": False, "s": True})
-            self.assertEqual(self.attend(server).returncode, 1)
+            self.assertEqual(lost, {"kept": False, "s": False})
+            self.assertEqual(self.attend(server).returncode, 0)
+            self.assertEqual((self.dir / "o.npy").read_bytes(), want)
+            for path in (self.dir / "data").rglob("*"):
+                self.assertEqual(path.stat().st_mode & 0o077, 0, path)
 
     def test_benchmarks_report(self):
         merge = json.loads(program.eduba("bench", "merge", "--rounds", 20, "--json").stdout)

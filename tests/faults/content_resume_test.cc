@@ -1,6 +1,7 @@
 // Real processes of the real program. Content belongs to the workers' processes: while they live, sessions
 // answer with the same bytes after the coordinator was killed or a connection broke, and nothing is appended
-// again. What a worker's process held goes with it, and with nothing else.
+// again. With a data directory content belongs to the directory, and whatever is killed, it comes back. What
+// a worker without one held goes with it, and with nothing else.
 #include <signal.h>
 
 #include <algorithm>
@@ -71,14 +72,32 @@ class ContentResume : public ::testing::Test {
     client_ = std::make_unique<Client>(options);
   }
 
-  std::unique_ptr<Process> StartWorker(int index) const {
-    auto worker = std::make_unique<Process>(
-        EDUBA_PROGRAM,
-        std::vector<std::string>{"worker", "--coordinator", address_, "--listen", "127.0.0.1:0",
-                                 "--memory-bytes", "64MiB", "--threads", "1", "--model", "nano", "--data-dir",
-                                 absl::StrCat(dir_, "/worker", index)});
+  // `lasting`: with a data directory.
+  std::unique_ptr<Process> StartWorker(int index, bool lasting = true) const {
+    std::vector<std::string> arguments = {"worker",      "--coordinator",  address_, "--listen",
+                                          "127.0.0.1:0", "--memory-bytes", "64MiB",  "--threads",
+                                          "1",           "--model",        "nano"};
+    if (lasting) {
+      arguments.insert(arguments.end(), {"--data-dir", absl::StrCat(dir_, "/worker", index)});
+    } else {
+      arguments.insert(arguments.end(), {"--node-id", absl::StrCat("node", index)});
+    }
+    auto worker = std::make_unique<Process>(EDUBA_PROGRAM, arguments);
     worker->AwaitReady();
     return worker;
+  }
+
+  // A group of workers that keep nothing on a disk.
+  void ReplaceWorkers() {
+    for (const auto& worker : workers_) worker->Send(SIGTERM);
+    for (const auto& worker : workers_) EXPECT_EQ(worker->AwaitEnd(), 0);
+    for (int i = 0; i < kWorkers; ++i) workers_[i] = StartWorker(i, /*lasting=*/false);
+    epoch_ = AwaitEpochAfter(*client_, epoch_);
+  }
+
+  void KillWorker(int index) {
+    workers_[index]->Send(SIGKILL);
+    EXPECT_EQ(workers_[index]->AwaitEnd(), 128 + SIGKILL);
   }
 
   void KillCoordinator() {
@@ -297,7 +316,119 @@ TEST_F(ContentResume, AKilledCoordinatorLeavesAGenerationWhereItStood) {
   }
 }
 
-TEST_F(ContentResume, AKilledWorkerTakesItsStripesAndNothingElse) {
+TEST_F(ContentResume, WhateverIsKilledComesBackWithTheSameBytes) {
+  const Problem problem = SpreadProblem(44);
+  const v1::Session session = Store("tensors", problem.content);
+  ASSERT_NO_FATAL_FAILURE(StorePrompt("model", false));
+  ASSERT_NO_FATAL_FAILURE(StorePrompt("streaming", true));
+  // Generated tokens are read again as they were read first, in a fork too.
+  std::string said;
+  ASSERT_TRUE(Generate("model", 9, &said).ok());
+  ASSERT_TRUE(Generate("streaming", 9, &said).ok());
+  ASSERT_TRUE(client_->ForkSession("model", "fork").ok());
+  ASSERT_TRUE(client_->AppendTokens("fork", {7, 8, 9}, {}).ok());
+  const std::vector<Answers> answers = AskAll(session, problem.calls);
+  ASSERT_NO_FATAL_FAILURE(ExpectOracle(problem.content, problem.calls[0], answers[0]));
+  const ModelBytes model = AskModel("model");
+  const ModelBytes streaming = AskModel("streaming");
+  const ModelBytes fork = AskModel("fork");
+  const auto expect_the_same = [&] {
+    EXPECT_TRUE(AskAll(session, problem.calls) == answers);
+    EXPECT_TRUE(AskModel("model") == model);
+    EXPECT_TRUE(AskModel("streaming") == streaming);
+    EXPECT_TRUE(AskModel("fork") == fork);
+  };
+
+  KillWorker(1);
+  AwaitInactive();
+  EXPECT_EQ(Ask(*client_, session, problem.calls[0]).status().code(), absl::StatusCode::kUnavailable);
+  workers_[1] = StartWorker(1);
+  epoch_ = AwaitEpochAfter(*client_, epoch_);
+  expect_the_same();
+
+  for (int i = 0; i < kWorkers; ++i) KillWorker(i);
+  KillCoordinator();
+  StartCoordinator(address_);
+  for (int i = 0; i < kWorkers; ++i) workers_[i] = StartWorker(i);
+  epoch_ = AwaitEpochAfter(*client_, epoch_);
+  expect_the_same();
+
+  // What is deleted is gone from the disks.
+  for (const char* name : {"tensors", "model", "streaming"}) {
+    EXPECT_EQ(client_->DeleteSession(name), absl::OkStatus());
+  }
+  for (int i = 0; i < kWorkers; ++i) {
+    int64_t sessions = 0;
+    for (const auto& entry :
+         std::filesystem::directory_iterator(absl::StrCat(dir_, "/worker", i, "/content"))) {
+      if (entry.is_directory()) ++sessions;
+    }
+    EXPECT_EQ(sessions, 1) << i;  // The fork.
+  }
+}
+
+TEST_F(ContentResume, WorkersKilledDuringAppendsLeaveEachWhollyOrNotAtAll) {
+  const Problem problem = SpreadProblem(45);
+  const Content& content = problem.content;
+  const v1::Session whole = Store("whole", content);
+  const std::vector<Answers> wanted = AskAll(whole, problem.calls);
+  const auto session = client_->CreateSession("grown", content.spec);
+  ASSERT_TRUE(session.ok()) << session.status();
+  int64_t at = 0;
+  for (int round = 0; round < 6; ++round) {
+    const int victim = round % kWorkers;
+    const int64_t kill_at = at + 10 + 7 * round;
+    std::thread killer;
+    absl::Status status;
+    while (status.ok() && at < content.length) {
+      if (at >= kill_at && !killer.joinable()) {
+        killer = std::thread([this, victim] { workers_[victim]->Send(SIGKILL); });
+      }
+      status = Append(*client_, *session, content, at, 1, round % 2 == 0, true).status();
+      if (status.ok()) ++at;
+    }
+    ASSERT_TRUE(killer.joinable());
+    killer.join();
+    EXPECT_EQ(workers_[victim]->AwaitEnd(), 128 + SIGKILL);
+    workers_[victim] = StartWorker(victim);
+    epoch_ = AwaitEpochAfter(*client_, epoch_);
+    const auto after = client_->GetSession("grown");
+    ASSERT_TRUE(after.ok()) << after.status();
+    EXPECT_FALSE(after->lost());
+    EXPECT_GE(after->length(), at);
+    EXPECT_LE(after->length(), at + 1);
+    at = after->length();
+  }
+  ASSERT_TRUE(Append(*client_, *session, content, at, content.length - at, false, true).ok());
+  EXPECT_TRUE(AskAll(*session, problem.calls) == wanted);
+  EXPECT_TRUE(AskAll(whole, problem.calls) == wanted);
+}
+
+// A bit that flips on a disk is never served: the session says whose part is missing, and others answer.
+TEST_F(ContentResume, ADamagedFileIsNamedAndNeverServed) {
+  const Problem problem = SpreadProblem(46);
+  const v1::Session session = Store("tensors", problem.content);
+  const v1::Session other = Store("other", problem.content);
+  const std::vector<Answers> answers = AskAll(session, problem.calls);
+  KillWorker(0);
+  {
+    const std::string path = dir_ + "/worker0/content/session-1/00000001.frames";
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(std::filesystem::file_size(path) / 2));
+    const auto byte = static_cast<char>(file.peek() ^ 4);
+    file.put(byte);
+    ASSERT_TRUE(file.good());
+  }
+  workers_[0] = StartWorker(0);
+  epoch_ = AwaitEpochAfter(*client_, epoch_);
+  const absl::Status lost = Ask(*client_, session, problem.calls[0]).status();
+  EXPECT_EQ(lost.code(), absl::StatusCode::kDataLoss) << lost;
+  EXPECT_THAT(std::string(lost.message()), HasSubstr("does not hold its part"));
+  EXPECT_TRUE(AskAll(other, problem.calls) == answers);
+}
+
+TEST_F(ContentResume, AKilledWorkerWithoutADiskTakesItsStripesAndNothingElse) {
+  ReplaceWorkers();
   const Problem problem = SpreadProblem(43);
   const v1::Session session = Store("tensors", problem.content);
   ASSERT_NO_FATAL_FAILURE(StorePrompt("model", false));
@@ -307,12 +438,12 @@ TEST_F(ContentResume, AKilledWorkerTakesItsStripesAndNothingElse) {
   AwaitInactive();
   EXPECT_EQ(Ask(*client_, session, problem.calls[0]).status().code(), absl::StatusCode::kUnavailable);
 
-  workers_[2] = StartWorker(2);  // The same node, which holds nothing.
+  workers_[2] = StartWorker(2, /*lasting=*/false);  // The same node, which holds nothing.
   epoch_ = AwaitEpochAfter(*client_, epoch_);
   const absl::Status lost = Ask(*client_, session, problem.calls[0]).status();
   EXPECT_EQ(lost.code(), absl::StatusCode::kDataLoss) << lost;
   EXPECT_THAT(std::string(lost.message()),
-              ContainsRegex("node [0-9a-f]{16} does not hold its part, with [0-9]+ of [0-9]+ stripes"));
+              ContainsRegex("node node2 does not hold its part, with [0-9]+ of [0-9]+ stripes"));
   EXPECT_EQ(client_->Score("model", {1, 2}).status().code(), absl::StatusCode::kDataLoss);
   EXPECT_TRUE(client_->GetSession("tensors")->lost());
 
