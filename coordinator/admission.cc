@@ -1,5 +1,7 @@
 #include "coordinator/admission.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "rpc/limits.h"
 
@@ -19,7 +21,7 @@ bool SameModel(const v1::WorkerHello& a, const v1::WorkerHello& b) {
 }  // namespace
 
 absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transport,
-                        const std::string& version, uint64_t cluster) {
+                        const std::string& version, uint64_t cluster, const std::vector<Term>& terms) {
   if (hello.protocol() != kGroupProtocol) {
     return absl::FailedPreconditionError(absl::StrCat(
         "worker ", hello.address(), " speaks protocol ", hello.protocol(), " (version ", hello.version(),
@@ -40,6 +42,14 @@ absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transpo
                      ") holds sessions of other records than this "
                      "coordinator's: start the coordinator with the --data-dir of those sessions, or the "
                      "worker with another"));
+  }
+  const Term obeyed{hello.term(), hello.term_nonce()};
+  if (hello.cluster() != 0 && obeyed.number != 0 &&
+      std::find(terms.begin(), terms.end(), obeyed) == terms.end()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "worker ", hello.address(), " (node ", hello.node(), ") obeyed a coordinator of term ", obeyed.number,
+        " of which these records know nothing: they are an earlier copy, or another coordinator runs with a "
+        "copy; start the coordinator with the newest records, and only one"));
   }
   return absl::OkStatus();
 }

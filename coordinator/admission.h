@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
+#include "coordinator/records.h"
 #include "eduba/v1/group.pb.h"
 
 namespace eduba {
@@ -12,10 +14,10 @@ namespace eduba {
 // Whether a worker may be in this coordinator's group, and beside which others. FAILED_PRECONDITION refuses
 // it for good, UNAVAILABLE for now.
 
-// The worker alone: its protocol, its transport, its node id, whose content it has. The other arguments are
-// the coordinator's.
+// The worker alone: its protocol, its transport, its node id, whose content it has, and whether the last
+// coordinator that it obeyed had these records. The other arguments are the coordinator's.
 absl::Status CheckHello(const v1::WorkerHello& hello, const std::string& transport,
-                        const std::string& version, uint64_t cluster);
+                        const std::string& version, uint64_t cluster, const std::vector<Term>& terms);
 
 // Beside a worker that has been admitted, and is another node: one group has one arithmetic, one model, and
 // an address for each worker.

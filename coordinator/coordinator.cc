@@ -23,6 +23,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Start(const Options& o
         absl::StrCat("group size is ", options.group_size, ", wanted 1 to ", kMaxGroupSize));
   }
   EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<Store> store, Store::Open(options.data_dir));
+  EDUBA_RETURN_IF_ERROR(store->BeginTerm());
   EDUBA_ASSIGN_OR_RETURN(StoredState stored, store->Load());
   ClusterState::Options state;
   state.group_size = options.group_size;

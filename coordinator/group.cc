@@ -22,15 +22,15 @@ constexpr int64_t kAnswerGraceMs = 2000;
 
 }  // namespace
 
-Group::Group(Options options, uint64_t last_epoch, uint64_t cluster, Journal* journal, Outbox* outbox,
-             Listener* listener)
+Group::Group(Options options, const StoredState& stored, Journal* journal, Outbox* outbox, Listener* listener)
     : options_(std::move(options)),
-      cluster_(cluster),
+      cluster_(stored.cluster),
+      terms_(stored.terms),
       journal_(journal),
       outbox_(outbox),
       listener_(listener),
       commands_(options_.operation_timeout_ms, outbox),
-      epoch_(last_epoch) {
+      epoch_(stored.epoch) {
   EDUBA_CHECK(options_.group_size >= 1 && options_.group_size <= kMaxGroupSize);
 }
 
@@ -115,7 +115,7 @@ void Group::WorkerGone(WorkerId id, const std::string& why, int64_t now_ms) { Re
 
 void Group::Greet(Worker* worker, v1::WorkerHello hello, int64_t now_ms) {
   const WorkerId id = worker->id;
-  absl::Status status = CheckHello(hello, options_.transport, options_.version, cluster_);
+  absl::Status status = CheckHello(hello, options_.transport, options_.version, cluster_, terms_);
   if (!status.ok()) return Refuse(id, std::move(status));
   ReplaceOld(hello, now_ms);
   for (const auto& [other_id, other] : workers_) {
@@ -231,6 +231,10 @@ void Group::StartAttempt(int64_t now_ms) {
     form->set_timeout_ms(options_.form_timeout_ms);
     form->set_cluster(cluster_);
     form->set_lasting(options_.lasting);
+    if (!terms_.empty()) {
+      form->set_term(terms_.back().number);
+      form->set_term_nonce(terms_.back().nonce);
+    }
     form->mutable_nodes()->Add(nodes_.begin(), nodes_.end());
     outbox_->Emit(SendToWorker{worker->id, std::move(message)});
   }

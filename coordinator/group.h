@@ -43,9 +43,8 @@ class Group {
     virtual void OnProgress(int rank, v1::ModelProgress progress, int64_t now_ms) = 0;
   };
 
-  // `last_epoch`, `cluster`: of the store. `listener` is not called by the constructor.
-  Group(Options options, uint64_t last_epoch, uint64_t cluster, Journal* journal, Outbox* outbox,
-        Listener* listener);
+  // `stored`: cluster, epoch and terms count. `listener` is not called by the constructor.
+  Group(Options options, const StoredState& stored, Journal* journal, Outbox* outbox, Listener* listener);
 
   // ---- Events. A worker that was closed is forgotten: later events of it are ignored.
   void WorkerConnected(WorkerId worker, int64_t now_ms);
@@ -111,6 +110,7 @@ class Group {
 
   const Options options_;
   const uint64_t cluster_;
+  const std::vector<Term> terms_;  // Of these records; the last is this coordinator's.
   Journal* const journal_;
   Outbox* const outbox_;
   Listener* const listener_;

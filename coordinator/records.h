@@ -34,10 +34,20 @@ struct SessionRecord {
   int64_t length() const { return appends.empty() ? 0 : appends.back().at + appends.back().count; }
 };
 
+// One start of a coordinator with these records. Terms are numbered from 1; the nonce tells two starts from
+// each other that took the same number, from two copies of the records.
+struct Term {
+  uint64_t number = 0;
+  uint64_t nonce = 0;
+
+  bool operator==(const Term&) const = default;
+};
+
 struct StoredState {
   uint64_t cluster = 0;  // Drawn once for each store: whose session ids these are.
   uint64_t epoch = 0;    // the last one that was begun
   uint64_t next_session_id = 1;
+  std::vector<Term> terms;  // Ascending; the last is this coordinator's.
   std::vector<SessionRecord> sessions;
 };
 

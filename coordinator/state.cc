@@ -8,7 +8,7 @@ namespace eduba {
 
 ClusterState::ClusterState(Options options, StoredState stored)
     : journal_(&outbox_),
-      group_(std::move(options), stored.epoch, stored.cluster, &journal_, &outbox_, this),
+      group_(std::move(options), stored, &journal_, &outbox_, this),
       sessions_(std::move(stored), &group_, &journal_, &outbox_),
       reopening_(&group_, &sessions_, &journal_, &outbox_),
       appends_(&group_, &sessions_, &journal_, &outbox_),

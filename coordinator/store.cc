@@ -4,34 +4,44 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <random>
+#include <string>
 #include <unordered_map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "base/pages.h"
 #include "base/status_macros.h"
 #include "rpc/placement.h"
 #include "rpc/spec.h"
 #include "sqlite3.h"
 #include "storage/file.h"
+#include "xxhash.h"
 
 namespace eduba {
 namespace {
 
 // One more with every change of the tables.
-constexpr int kSchemaVersion = 2;
+constexpr int kSchemaVersion = 3;
 // "Edub": another program's database is not to be taken for ours.
 constexpr int kApplicationId = 0x45647562;
 
+// Every row has a hash of its other columns, of row_hash below, because SQLite checks the structure of a
+// database and not what is in it. A session's row also counts its appends, and meta counts the sessions, so
+// that a row that is missing is missed.
 constexpr char kSchema[] = R"sql(
-  CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+  CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL, hash INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
   CREATE TABLE sessions (
     id INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
     spec BLOB NOT NULL,             -- eduba.v1.SessionSpec, completed
     created_unix_ms INTEGER NOT NULL,
-    placement BLOB NOT NULL DEFAULT x''   -- eduba.v1.PagePlacement; empty: of a release that knew no nodes
+    placement BLOB NOT NULL DEFAULT x'',  -- eduba.v1.PagePlacement; empty: of a release that knew no nodes
+    appends INTEGER NOT NULL DEFAULT 0,   -- how many rows of the table appends belong to it
+    hash INTEGER NOT NULL DEFAULT 0
   );
   CREATE TABLE appends (
     session_id INTEGER NOT NULL REFERENCES sessions (id) ON DELETE CASCADE,
@@ -39,9 +49,13 @@ constexpr char kSchema[] = R"sql(
     count INTEGER NOT NULL,
     digest_low INTEGER NOT NULL,    -- the bits of an unsigned number
     digest_high INTEGER NOT NULL,
+    hash INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (session_id, at)
   ) WITHOUT ROWID;
-  INSERT INTO meta VALUES ('epoch', 0), ('next_session_id', 1), ('cluster', random());
+  -- The starts of coordinators with these records.
+  CREATE TABLE terms (number INTEGER PRIMARY KEY, nonce INTEGER NOT NULL, hash INTEGER NOT NULL);
+  INSERT INTO meta (key, value) VALUES ('epoch', 0), ('next_session_id', 1), ('cluster', random()), ('sessions', 0);
+  UPDATE meta SET hash = row_hash(key, value);
 )sql";
 
 // From schema 1, whose sessions had no placement: those that are empty get one when a group forms; content of
@@ -50,6 +64,42 @@ constexpr char kFromSchema1[] = R"sql(
   ALTER TABLE sessions ADD COLUMN placement BLOB NOT NULL DEFAULT x'';
   INSERT INTO meta VALUES ('cluster', random());
 )sql";
+// From schema 2, whose rows had no hashes.
+constexpr char kFromSchema2[] = R"sql(
+  ALTER TABLE meta ADD COLUMN hash INTEGER NOT NULL DEFAULT 0;
+  ALTER TABLE sessions ADD COLUMN appends INTEGER NOT NULL DEFAULT 0;
+  ALTER TABLE sessions ADD COLUMN hash INTEGER NOT NULL DEFAULT 0;
+  ALTER TABLE appends ADD COLUMN hash INTEGER NOT NULL DEFAULT 0;
+  CREATE TABLE terms (number INTEGER PRIMARY KEY, nonce INTEGER NOT NULL, hash INTEGER NOT NULL);
+  INSERT INTO meta (key, value) SELECT 'sessions', count(*) FROM sessions;
+  UPDATE meta SET hash = row_hash(key, value);
+  UPDATE sessions SET appends = (SELECT count(*) FROM appends WHERE session_id = id);
+  UPDATE sessions SET hash = row_hash(id, name, spec, created_unix_ms, placement, appends);
+  UPDATE appends SET hash = row_hash(session_id, at, count, digest_low, digest_high);
+)sql";
+constexpr const char* kSteps[] = {kSchema, kFromSchema1, kFromSchema2};  // From schema 0, 1, 2.
+
+constexpr int64_t kWitnessBytesMax = 4096;
+
+// SQL: the hash of its arguments, their types included.
+void RowHash(sqlite3_context* context, int count, sqlite3_value** arguments) {
+  std::string bytes;
+  for (int i = 0; i < count; ++i) {
+    const int type = sqlite3_value_type(arguments[i]);
+    const int64_t number = type == SQLITE_INTEGER ? sqlite3_value_int64(arguments[i]) : 0;
+    const void* data = type == SQLITE_INTEGER ? &number : sqlite3_value_blob(arguments[i]);
+    const int64_t size = type == SQLITE_INTEGER ? int64_t{8} : sqlite3_value_bytes(arguments[i]);
+    absl::StrAppend(&bytes, type, ":", size, ":");
+    if (size > 0) bytes.append(static_cast<const char*>(data), static_cast<size_t>(size));
+  }
+  sqlite3_result_int64(context, static_cast<int64_t>(XXH3_64bits(bytes.data(), bytes.size())));
+}
+
+// What DIR/eduba.witness says: the newest start, and whose records it was with.
+std::string WitnessText(uint64_t cluster, const Term& term) {
+  return absl::StrFormat("eduba witness 1\ncluster %016x\nterm %d\nnonce %016x\n", cluster, term.number,
+                         term.nonce);
+}
 
 // Empty bytes: there is no placement.
 std::string PlacementBytes(const Placement& placement) {
@@ -181,9 +231,15 @@ absl::Status Store::Prepare() {
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA foreign_keys = ON"));
   // What is deleted is overwritten.
   EDUBA_RETURN_IF_ERROR(Execute("PRAGMA secure_delete = ON"));
+  const int code = sqlite3_create_function(db_, "row_hash", -1, SQLITE_UTF8 | SQLITE_DETERMINISTIC, nullptr,
+                                           RowHash, nullptr, nullptr);
+  if (code != SQLITE_OK) return Error(code, "prepare");
   if (version < kSchemaVersion) {
-    EDUBA_RETURN_IF_ERROR(Execute(absl::StrCat("BEGIN;", version == 0 ? kSchema : kFromSchema1,
-                                               "PRAGMA user_version = ", kSchemaVersion,
+    std::string steps = version == 0 ? kSteps[0] : "";
+    for (int64_t from = std::max<int64_t>(1, version); version > 0 && from < kSchemaVersion; ++from) {
+      absl::StrAppend(&steps, kSteps[from]);
+    }
+    EDUBA_RETURN_IF_ERROR(Execute(absl::StrCat("BEGIN;", steps, "PRAGMA user_version = ", kSchemaVersion,
                                                "; PRAGMA application_id = ", kApplicationId, "; COMMIT")
                                       .c_str()));
   }
@@ -227,6 +283,19 @@ absl::StatusOr<StoredState> Store::Load() {
                                             "; restore it from a copy, or move it away to begin anew"));
   };
   StoredState state;
+  Statement hashes(
+      this,
+      "SELECT (SELECT count(*) FROM meta WHERE hash <> row_hash(key, value))"
+      " + (SELECT count(*) FROM sessions WHERE hash <> row_hash(id, name, spec, created_unix_ms,"
+      " placement, appends))"
+      " + (SELECT count(*) FROM appends WHERE hash <> row_hash(session_id, at, count, digest_low,"
+      " digest_high))"
+      " + (SELECT count(*) FROM terms WHERE hash <> row_hash(number, nonce)),"
+      " (SELECT count(*) FROM sessions) - (SELECT value FROM meta WHERE key = 'sessions'),"
+      " (SELECT count(*) FROM appends) - (SELECT coalesce(sum(appends), 0) FROM sessions)");
+  EDUBA_RETURN_IF_ERROR(hashes.Run("read"));
+  if (hashes.Int(0) != 0) return damaged(absl::StrCat(hashes.Int(0), " rows are not what was written"));
+  if (hashes.Int(1) != 0 || hashes.Int(2) != 0) return damaged("rows are missing");
   Statement meta(this,
                  "SELECT (SELECT value FROM meta WHERE key = 'epoch'), (SELECT value FROM meta WHERE key = "
                  "'next_session_id'), (SELECT value FROM meta WHERE key = 'cluster')");
@@ -235,6 +304,13 @@ absl::StatusOr<StoredState> Store::Load() {
   state.next_session_id = static_cast<uint64_t>(meta.Int(1));
   state.cluster = static_cast<uint64_t>(meta.Int(2));
   if (state.next_session_id == 0) return damaged("it has no next session id");
+
+  Statement terms(this, "SELECT number, nonce FROM terms ORDER BY number");
+  for (;;) {
+    EDUBA_ASSIGN_OR_RETURN(const bool row, terms.Step("read"));
+    if (!row) break;
+    state.terms.push_back({static_cast<uint64_t>(terms.Int(0)), static_cast<uint64_t>(terms.Int(1))});
+  }
 
   std::unordered_map<uint64_t, size_t> index;
   Statement sessions(this, "SELECT id, name, spec, created_unix_ms, placement FROM sessions ORDER BY id");
@@ -270,6 +346,35 @@ absl::StatusOr<StoredState> Store::Load() {
     record.appends.push_back(append);
   }
   return state;
+}
+
+absl::Status Store::BeginTerm() {
+  EDUBA_ASSIGN_OR_RETURN(const StoredState state, Load());
+  const std::string witness =
+      absl::StrCat(std::filesystem::path(path_).parent_path().string(), "/eduba.witness");
+  const bool on_disk = path_ != ":memory:";
+  if (on_disk) {
+    const absl::StatusOr<std::string> seen = ReadFile(witness, kWitnessBytesMax);
+    if (!seen.ok() && !absl::IsNotFound(seen.status())) return seen.status();
+    const bool agrees =
+        !seen.ok() || std::any_of(state.terms.begin(), state.terms.end(), [&](const Term& term) {
+          return *seen == WitnessText(state.cluster, term);
+        });
+    if (!agrees) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "database ", path_, " is older than ", witness, " says: an earlier copy was put back, or ", path_,
+          "-wal is lost; restore the newest copy of the whole folder, or remove ", witness,
+          " to go on without what is missing"));
+    }
+  }
+  std::random_device random;
+  const Term term{state.terms.empty() ? 1 : state.terms.back().number + 1,
+                  uint64_t{random()} << 32 | random()};
+  EDUBA_RETURN_IF_ERROR(Statement(this, "INSERT INTO terms VALUES (?1, ?2, row_hash(?1, ?2))")
+                            .Bind(term.number)
+                            .Bind(term.nonce)
+                            .Run("begin a term in"));
+  return on_disk ? WriteFile(witness, WitnessText(state.cluster, term)) : absl::OkStatus();
 }
 
 absl::Status Store::Apply(const Change& change) { return ApplyAll({change})[0]; }
@@ -309,41 +414,66 @@ absl::Status Store::ApplyOne(const Change& change) {
             .Bind(session.created_unix_ms)
             .BindBlob(placement)
             .Run("add a session to"));
+    EDUBA_RETURN_IF_ERROR(HashSession(session.id));
     for (const AppendRecord& append : session.appends) EDUBA_RETURN_IF_ERROR(AddAppend(session.id, append));
+    EDUBA_RETURN_IF_ERROR(CountSessions());
     return SetMeta("next_session_id", session.id + 1);
   }
   if (const auto* erased = std::get_if<SessionErased>(&change)) {
-    return Statement(this, "DELETE FROM sessions WHERE id = ?")
-        .Bind(erased->session_id)
-        .Run("erase a session from");
+    EDUBA_RETURN_IF_ERROR(Statement(this, "DELETE FROM sessions WHERE id = ?")
+                              .Bind(erased->session_id)
+                              .Run("erase a session from"));
+    return CountSessions();
   }
   if (const auto* placed = std::get_if<SessionPlaced>(&change)) {
     // Of a session that has been erased meanwhile it changes nothing.
     const std::string placement = PlacementBytes(placed->placement);
-    return Statement(this, "UPDATE sessions SET placement = ? WHERE id = ?")
-        .BindBlob(placement)
-        .Bind(placed->session_id)
-        .Run("place a session in");
+    EDUBA_RETURN_IF_ERROR(Statement(this, "UPDATE sessions SET placement = ? WHERE id = ?")
+                              .BindBlob(placement)
+                              .Bind(placed->session_id)
+                              .Run("place a session in"));
+    return HashSession(placed->session_id);
   }
   const auto& committed = std::get<AppendCommitted>(change);
   return AddAppend(committed.session_id, committed.append);
 }
 
 absl::Status Store::AddAppend(uint64_t session_id, const AppendRecord& append) {
-  return Statement(
-             this,
-             "INSERT INTO appends (session_id, at, count, digest_low, digest_high) VALUES (?, ?, ?, ?, ?)")
+  EDUBA_RETURN_IF_ERROR(
+      Statement(this,
+                "INSERT INTO appends (session_id, at, count, digest_low, digest_high, hash) "
+                "VALUES (?1, ?2, ?3, ?4, ?5, row_hash(?1, ?2, ?3, ?4, ?5))")
+          .Bind(session_id)
+          .Bind(append.at)
+          .Bind(append.count)
+          .Bind(append.digest.low)
+          .Bind(append.digest.high)
+          .Run("add an append to"));
+  EDUBA_RETURN_IF_ERROR(Statement(this, "UPDATE sessions SET appends = appends + 1 WHERE id = ?")
+                            .Bind(session_id)
+                            .Run("add an append to"));
+  return HashSession(session_id);
+}
+
+absl::Status Store::HashSession(uint64_t session_id) {
+  return Statement(this,
+                   "UPDATE sessions SET hash = row_hash(id, name, spec, created_unix_ms, placement, appends) "
+                   "WHERE id = ?")
       .Bind(session_id)
-      .Bind(append.at)
-      .Bind(append.count)
-      .Bind(append.digest.low)
-      .Bind(append.digest.high)
-      .Run("add an append to");
+      .Run("write to");
+}
+
+absl::Status Store::CountSessions() {
+  EDUBA_RETURN_IF_ERROR(
+      Execute("UPDATE meta SET value = (SELECT count(*) FROM sessions) WHERE key = 'sessions'"));
+  return Execute("UPDATE meta SET hash = row_hash(key, value) WHERE key = 'sessions'");
 }
 
 absl::Status Store::SetMeta(const char* key, uint64_t value) {
   const std::string name = key;
-  return Statement(this, "UPDATE meta SET value = max(value, ?) WHERE key = ?")
+  return Statement(
+             this,
+             "UPDATE meta SET value = max(value, ?1), hash = row_hash(key, max(value, ?1)) WHERE key = ?2")
       .Bind(value)
       .BindText(name)
       .Run("write to");

@@ -27,8 +27,12 @@ class Store final : public Recorder {
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
-  // DATA_LOSS when what is there makes no sense.
+  // DATA_LOSS when what is there makes no sense, or is not what was written.
   absl::StatusOr<StoredState> Load();
+  // A coordinator begins to use the records: its term is the last of StoredState::terms from now on. Before
+  // Load, once. FAILED_PRECONDITION where DIR/eduba.witness knows of a later term than the database: an
+  // earlier copy was put back, or its write-ahead log is lost.
+  absl::Status BeginTerm();
   // RESOURCE_EXHAUSTED when the disk is full.
   absl::Status Apply(const Change& change);
   // All changes in one transaction, so that they cost one wait for the disk. If that fails, each is tried by
@@ -45,6 +49,9 @@ class Store final : public Recorder {
   absl::Status ApplyOne(const Change& change);
   absl::Status AddAppend(uint64_t session_id, const AppendRecord& append);
   absl::Status SetMeta(const char* key, uint64_t value);
+  // Brings the hash of a session's row up to date, and the number of sessions.
+  absl::Status HashSession(uint64_t session_id);
+  absl::Status CountSessions();
 
   class Statement;
 

@@ -2,9 +2,15 @@
 
 #include <filesystem>
 #include <fstream>
+#include <iterator>
+#include <random>
+#include <string>
 
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "rpc/placement.h"
 #include "rpc/spec.h"
 #include "sqlite3.h"
 
@@ -143,6 +149,9 @@ TEST_F(StoreTest, AClusterKeepsItsNumberAndOthersHaveAnother) {
 
 TEST_F(StoreTest, TakesOverTheFirstSchemaWithoutPlacements) {
   std::filesystem::create_directories(dir_);
+  const std::string spec = Session(2, "old").spec.SerializeAsString();
+  const std::string old =
+      absl::StrCat("INSERT INTO sessions VALUES (2, 'old', x'", absl::BytesToHexString(spec), "', 9)");
   Sql("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;"
       "CREATE TABLE sessions (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, spec BLOB NOT NULL,"
       " created_unix_ms INTEGER NOT NULL);"
@@ -151,7 +160,9 @@ TEST_F(StoreTest, TakesOverTheFirstSchemaWithoutPlacements) {
       "NULL,"
       " PRIMARY KEY (session_id, at)) WITHOUT ROWID;"
       "INSERT INTO meta VALUES ('epoch', 5), ('next_session_id', 8);"
+      "INSERT INTO appends VALUES (2, 0, 4, 5, 6);"
       "PRAGMA user_version = 1; PRAGMA application_id = 1164211554");
+  Sql(old.c_str());
   {
     const auto store = Open();
     ASSERT_NE(store, nullptr);
@@ -161,10 +172,11 @@ TEST_F(StoreTest, TakesOverTheFirstSchemaWithoutPlacements) {
     EXPECT_NE(state->cluster, 0);
     ASSERT_TRUE(store->Apply(SessionCreated{Session(8, "new")}).ok());
   }
-  Sql("UPDATE sessions SET placement = x''");
   const auto state = Open()->Load();
   ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_EQ(state->sessions[1].name, "new");
   EXPECT_TRUE(state->sessions[0].placement.nodes.empty());
+  EXPECT_EQ(state->sessions[0].length(), 4);
 }
 
 TEST_F(StoreTest, LetsOnlyOneCoordinatorIn) {
@@ -205,12 +217,83 @@ TEST_F(StoreTest, RefusesRecordsThatMakeNoSense) {
     const auto store = Open();
     ASSERT_TRUE(store->Apply(SessionCreated{Session(1, "a")}).ok());
   }
-  Sql("INSERT INTO appends VALUES (1, 5, 5, 0, 0)");
-  EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
-  Sql("DELETE FROM appends; UPDATE sessions SET placement = x'ff'");
-  EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
-  Sql("UPDATE sessions SET placement = x'', spec = x'ff'");
-  EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss);
+  for (const char* change : {"INSERT INTO appends VALUES (1, 5, 5, 0, 0, 0)",
+                             "UPDATE sessions SET placement = x'ff'", "UPDATE sessions SET name = 'b'",
+                             "UPDATE meta SET value = 7 WHERE key = 'epoch'", "DELETE FROM sessions"}) {
+    const std::string copy = path() + ".copy";
+    std::filesystem::copy_file(path(), copy, std::filesystem::copy_options::overwrite_existing);
+    ASSERT_TRUE(Open()->Load().ok());
+    Sql(change);
+    EXPECT_EQ(Open()->Load().status().code(), absl::StatusCode::kDataLoss) << change;
+    std::filesystem::copy_file(copy, path(), std::filesystem::copy_options::overwrite_existing);
+  }
+}
+
+// SQLite itself takes a changed number or letter as it is.
+TEST_F(StoreTest, AFlippedBitIsFoundOrChangesNothing) {
+  {
+    const auto store = Open();
+    ASSERT_TRUE(store->BeginTerm().ok());
+    for (uint64_t id = 1; id <= 20; ++id) {
+      ASSERT_TRUE(store->Apply(SessionCreated{Session(id, absl::StrCat("session", id))}).ok());
+      for (int64_t at = 0; at < 30; at += 10) {
+        ASSERT_TRUE(store->Apply(AppendCommitted{id, {at, 10, {id, 77}}}).ok());
+      }
+    }
+  }
+  const auto text = [](const StoredState& state) {
+    std::string all = absl::StrCat(state.cluster, " ", state.epoch, " ", state.next_session_id, " ",
+                                   state.terms.back().nonce);
+    for (const SessionRecord& session : state.sessions) {
+      absl::StrAppend(&all, "\n", session.id, session.name, session.spec.SerializeAsString(),
+                      session.created_unix_ms, PlacementToProto(session.placement).SerializeAsString());
+      for (const AppendRecord& append : session.appends) {
+        absl::StrAppend(&all, " ", append.at, " ", append.count, " ", append.digest.low, " ",
+                        append.digest.high);
+      }
+    }
+    return all;
+  };
+  const std::string want = text(*Open()->Load());
+  std::ifstream file(path(), std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  std::mt19937_64 random(1);
+  int found = 0;
+  for (int i = 0; i < 1000; ++i) {
+    std::string damaged = bytes;
+    const size_t bit = random() % (8 * bytes.size());
+    damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << bit % 8));
+    std::ofstream(path(), std::ios::binary | std::ios::trunc) << damaged;
+    const auto store = Store::Open(dir_);
+    const auto state = store.ok() ? (*store)->Load() : store.status();
+    if (!state.ok()) {
+      ++found;
+    } else {
+      EXPECT_EQ(text(*state), want) << "bit " << bit;
+    }
+  }
+  EXPECT_GT(found, 100);  // The others hit pages that are not in use.
+}
+
+TEST_F(StoreTest, TermsAreCountedAndAnEarlierCopyIsRefused) {
+  for (uint64_t term = 1; term <= 3; ++term) {
+    const auto store = Open();
+    ASSERT_TRUE(store->BeginTerm().ok());
+    const auto state = store->Load();
+    ASSERT_TRUE(state.ok()) << state.status();
+    ASSERT_EQ(state->terms.size(), term);
+    EXPECT_EQ(state->terms.back().number, term);
+    if (term == 2) std::filesystem::copy_file(path(), path() + ".old");
+  }
+  // The copy was made while the write-ahead log had the second term.
+  std::filesystem::copy_file(path() + ".old", path(), std::filesystem::copy_options::overwrite_existing);
+  const absl::Status refused = Open()->BeginTerm();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(refused.message()), testing::HasSubstr("eduba.witness says"));
+  std::filesystem::remove(path());
+  EXPECT_EQ(Open()->BeginTerm().code(), absl::StatusCode::kFailedPrecondition);
+  std::filesystem::remove(dir_ / "eduba.witness");
+  EXPECT_TRUE(Open()->BeginTerm().ok());
 }
 
 TEST_F(StoreTest, WithoutAFolderKeepsAllInMemory) {

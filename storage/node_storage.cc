@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <tuple>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -38,6 +39,14 @@ absl::StatusOr<std::string> ReadChecked(const std::string& path) {
 }
 
 }  // namespace
+
+absl::Status CheckTerm(const ObeyedTerm& before, const ObeyedTerm& now) {
+  if (now.number > before.number || now == before) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "this worker has obeyed a coordinator of term ", before.number, ", and does not obey ",
+      now.number == before.number ? "another one of the same term" : absl::StrCat("one of term ", now.number),
+      ": its records are an earlier copy; start the coordinator with the newest records"));
+}
 
 absl::StatusOr<std::unique_ptr<NodeStorage>> NodeStorage::Open(const std::string& data_dir,
                                                                uint64_t fingerprint) {
@@ -78,6 +87,8 @@ absl::Status NodeStorage::ReadDescription() {
     absl::string_view value = line;
     uint64_t cluster = 0;
     if (absl::ConsumePrefix(&value, "cluster ") && absl::SimpleHexAtoi(value, &cluster)) cluster_ = cluster;
+    if (absl::ConsumePrefix(&value, "term ")) (void)absl::SimpleAtoi(value, &obeyed_.number);
+    if (absl::ConsumePrefix(&value, "nonce ")) (void)absl::SimpleHexAtoi(value, &obeyed_.nonce);
     if (absl::ConsumePrefix(&value, "fingerprint ")) (void)absl::SimpleHexAtoi(value, &fingerprint);
   }
   if (fingerprint == fingerprint_) return absl::OkStatus();
@@ -88,22 +99,26 @@ absl::Status NodeStorage::ReadDescription() {
 }
 
 absl::Status NodeStorage::WriteDescription() const {
-  return WriteFile(absl::StrCat(root_, "/description"),
-                   WithChecksum(absl::StrFormat("%s\ncluster %016x\nfingerprint %016x\n", kFormat,
-                                                cluster_.value(), fingerprint_)));
+  return WriteFile(
+      absl::StrCat(root_, "/description"),
+      WithChecksum(absl::StrFormat("%s\ncluster %016x\nterm %d\nnonce %016x\nfingerprint %016x\n", kFormat,
+                                   cluster_.value(), obeyed_.number, obeyed_.nonce, fingerprint_)));
 }
 
-absl::Status NodeStorage::EnterCluster(uint64_t cluster) {
-  if (cluster_ == cluster) return absl::OkStatus();
-  if (cluster_) {
+absl::Status NodeStorage::Enter(uint64_t cluster, const ObeyedTerm& term) {
+  if (cluster_ && cluster_ != cluster) {
     return absl::FailedPreconditionError(
         absl::StrCat(root_,
                      " holds sessions of another coordinator's records; start this worker with that "
                      "coordinator, or with another --data-dir"));
   }
+  EDUBA_RETURN_IF_ERROR(CheckTerm(obeyed_, term));
+  if (cluster_ && term == obeyed_) return absl::OkStatus();
+  const auto before = std::make_pair(cluster_, obeyed_);
   cluster_ = cluster;
+  obeyed_ = term;
   const absl::Status status = WriteDescription();
-  if (!status.ok()) cluster_.reset();
+  if (!status.ok()) std::tie(cluster_, obeyed_) = before;
   return status;
 }
 

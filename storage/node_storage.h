@@ -13,6 +13,16 @@
 
 namespace eduba {
 
+// A start of a coordinator (coordinator/records.h, Term), as a worker remembers it. 0: none.
+struct ObeyedTerm {
+  uint64_t number = 0;
+  uint64_t nonce = 0;
+
+  bool operator==(const ObeyedTerm&) const = default;
+};
+// FAILED_PRECONDITION: who has obeyed `before` must not obey `now`.
+absl::Status CheckTerm(const ObeyedTerm& before, const ObeyedTerm& now);
+
 // The part of a node's data directory that holds content: DIR/content. It says which cluster's sessions these
 // are and on which arithmetic they were served, and has a folder for each session, DIR/content/session-ID:
 // a descriptor, which whoever made the session chose, and the frames of its log. One thread at a time.
@@ -26,8 +36,12 @@ class NodeStorage {
 
   // Whose sessions these are; none: nobody's yet.
   std::optional<uint64_t> cluster() const { return cluster_; }
-  // The sessions are this cluster's from now on. FAILED_PRECONDITION: they are another's.
-  absl::Status EnterCluster(uint64_t cluster);
+  // The last coordinator that was obeyed.
+  const ObeyedTerm& obeyed() const { return obeyed_; }
+  // The sessions are this cluster's from now on, and its coordinator of this term is obeyed; that is on the
+  // disk when this returns. FAILED_PRECONDITION: they are another's, or a later term has been obeyed, or
+  // another coordinator of the same.
+  absl::Status Enter(uint64_t cluster, const ObeyedTerm& term);
 
   // The ids of the sessions that are held, ascending.
   absl::StatusOr<std::vector<uint64_t>> Sessions() const;
@@ -49,6 +63,7 @@ class NodeStorage {
   const std::string root_;
   const uint64_t fingerprint_;
   std::optional<uint64_t> cluster_;
+  ObeyedTerm obeyed_;
 };
 
 }  // namespace eduba

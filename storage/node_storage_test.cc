@@ -47,7 +47,7 @@ TEST_F(NodeStorageTest, SessionsAreThereAgainUntilTheyAreErased) {
   {
     const auto storage = Open();
     EXPECT_FALSE(storage->cluster());
-    ASSERT_EQ(storage->EnterCluster(0xabcdef), absl::OkStatus());
+    ASSERT_EQ(storage->Enter(0xabcdef, {1, 5}), absl::OkStatus());
     ASSERT_EQ(storage->Create(12, std::string("any\0bytes\n", 10)), absl::OkStatus());
     ASSERT_EQ(storage->Create(3, ""), absl::OkStatus());
   }
@@ -66,7 +66,7 @@ TEST_F(NodeStorageTest, SessionsAreThereAgainUntilTheyAreErased) {
 // A session that was being made or removed when the machine stopped.
 TEST_F(NodeStorageTest, WhatWasBeingRemovedIsRemovedByTheNextStart) {
   const auto storage = Open();
-  ASSERT_EQ(storage->EnterCluster(1), absl::OkStatus());
+  ASSERT_EQ(storage->Enter(1, {1, 5}), absl::OkStatus());
   ASSERT_EQ(storage->Create(5, "five"), absl::OkStatus());
   std::filesystem::rename(storage->FolderOf(5), dir_ + "/content/removed-5");
   EXPECT_THAT(*Open()->Sessions(), IsEmpty());
@@ -75,7 +75,7 @@ TEST_F(NodeStorageTest, WhatWasBeingRemovedIsRemovedByTheNextStart) {
 
 TEST_F(NodeStorageTest, OnlyTheOwnerCanReadIt) {
   const auto storage = Open();
-  ASSERT_EQ(storage->EnterCluster(1), absl::OkStatus());
+  ASSERT_EQ(storage->Enter(1, {1, 5}), absl::OkStatus());
   ASSERT_EQ(storage->Create(5, "five"), absl::OkStatus());
   for (const auto& entry : std::filesystem::recursive_directory_iterator(dir_)) {
     struct stat info {};
@@ -86,10 +86,10 @@ TEST_F(NodeStorageTest, OnlyTheOwnerCanReadIt) {
 
 TEST_F(NodeStorageTest, AnotherClusterOrArithmeticIsRefusedAndChangesNothing) {
   const auto storage = Open();
-  ASSERT_EQ(storage->EnterCluster(7), absl::OkStatus());
-  ASSERT_EQ(storage->EnterCluster(7), absl::OkStatus());
+  ASSERT_EQ(storage->Enter(7, {1, 5}), absl::OkStatus());
+  ASSERT_EQ(storage->Enter(7, {1, 5}), absl::OkStatus());
   ASSERT_EQ(storage->Create(5, "five"), absl::OkStatus());
-  const absl::Status cluster = storage->EnterCluster(8);
+  const absl::Status cluster = storage->Enter(8, {1, 5});
   EXPECT_EQ(cluster.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(cluster.message()), HasSubstr("another coordinator's records"));
   EXPECT_EQ(storage->cluster(), 7U);
@@ -100,10 +100,22 @@ TEST_F(NodeStorageTest, AnotherClusterOrArithmeticIsRefusedAndChangesNothing) {
   EXPECT_EQ(*Open()->Descriptor(5), "five");
 }
 
+TEST_F(NodeStorageTest, AnEarlierTermIsRefusedAndALaterOneRemembered) {
+  ASSERT_EQ(Open()->Enter(7, {3, 33}), absl::OkStatus());
+  const auto storage = Open();
+  EXPECT_EQ(storage->obeyed(), (ObeyedTerm{3, 33}));
+  for (const ObeyedTerm& term : {ObeyedTerm{2, 33}, ObeyedTerm{3, 34}, ObeyedTerm{}}) {
+    EXPECT_EQ(storage->Enter(7, term).code(), absl::StatusCode::kFailedPrecondition);
+  }
+  ASSERT_EQ(storage->Enter(7, {3, 33}), absl::OkStatus());
+  ASSERT_EQ(storage->Enter(7, {5, 1}), absl::OkStatus());
+  EXPECT_EQ(Open()->obeyed(), (ObeyedTerm{5, 1}));
+}
+
 TEST_F(NodeStorageTest, DamageIsNamedAndNeverTakenForAnEmptyFolder) {
   {
     const auto storage = Open();
-    ASSERT_EQ(storage->EnterCluster(7), absl::OkStatus());
+    ASSERT_EQ(storage->Enter(7, {1, 5}), absl::OkStatus());
     ASSERT_EQ(storage->Create(5, "five"), absl::OkStatus());
   }
   std::string bytes;

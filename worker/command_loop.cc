@@ -133,7 +133,8 @@ void CommandLoop::RunTask(const Task& task) {
 void CommandLoop::Form(const Task& task) {
   LeaveGroup();
   const v1::FormGroup& form = task.membership->form();
-  absl::Status status = options_.content->EnterCluster(form.cluster(), form.lasting());
+  absl::Status status =
+      options_.content->EnterCluster(form.cluster(), form.lasting(), {form.term(), form.term_nonce()});
   if (status.ok()) {
     status =
         task.membership->Connect(options_.connect, task.received + absl::Milliseconds(form.timeout_ms()));

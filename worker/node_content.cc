@@ -21,6 +21,7 @@ absl::Status NodeContent::OpenStorage(const std::string& data_dir, const std::st
                                       uint64_t fingerprint, int threads) {
   EDUBA_ASSIGN_OR_RETURN(storage_, NodeStorage::Open(data_dir, fingerprint));
   cluster_ = storage_->cluster();
+  obeyed_ = storage_->obeyed();
   keeps_ = true;
   tensors_.UseStorage(storage_.get());
   if (models_) {
@@ -56,12 +57,17 @@ absl::Status NodeContent::Load(uint64_t session_id, ThreadPool& threads) {
   return absl::FailedPreconditionError("it is a model's session; start this worker with --model");
 }
 
-absl::Status NodeContent::EnterCluster(uint64_t cluster, bool lasting) {
-  if (cluster_ == cluster) return absl::OkStatus();
+absl::Status NodeContent::EnterCluster(uint64_t cluster, bool lasting, const ObeyedTerm& term) {
   if (storage_ != nullptr && (lasting || storage_->cluster())) {
-    EDUBA_RETURN_IF_ERROR(storage_->EnterCluster(cluster));
+    EDUBA_RETURN_IF_ERROR(storage_->Enter(cluster, term));
+  }
+  if (cluster_ == cluster) {
+    EDUBA_RETURN_IF_ERROR(CheckTerm(obeyed_, term));
+    obeyed_ = term;
+    return absl::OkStatus();
   }
   cluster_ = cluster;
+  obeyed_ = term;
   tensors_.Retain({});
   if (models_) models_->Retain({});
   keeps_ = lasting && storage_ != nullptr;

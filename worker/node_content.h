@@ -39,11 +39,14 @@ class NodeContent {
   std::optional<uint64_t> stored_cluster() const {
     return storage_ != nullptr ? storage_->cluster() : std::nullopt;
   }
+  // The last coordinator that was obeyed with it.
+  ObeyedTerm stored_term() const { return storage_ != nullptr ? storage_->obeyed() : ObeyedTerm(); }
 
   // Session ids mean the sessions of this cluster from now on (FormGroup.cluster). What is held in memory of
   // another cluster's is dropped; what is held on the disk is not: FAILED_PRECONDITION, and nothing changed.
   // `lasting`: the coordinator keeps records. Where it keeps none, nothing is kept on the disk either.
-  absl::Status EnterCluster(uint64_t cluster, bool lasting);
+  // FAILED_PRECONDITION also where a later term of the cluster has been obeyed.
+  absl::Status EnterCluster(uint64_t cluster, bool lasting, const ObeyedTerm& term);
 
   // Why the disk holds the session and it could not be read; OK: it was read, or the disk does not hold it.
   absl::Status CheckReadable(uint64_t session_id) const;
@@ -69,6 +72,7 @@ class NodeContent {
   TensorContent tensors_;
   std::optional<ModelContent> models_;
   std::optional<uint64_t> cluster_;
+  ObeyedTerm obeyed_;  // Of cluster_.
 };
 
 }  // namespace eduba

@@ -339,6 +339,8 @@ v1::WorkerHello Worker::Hello() const {
   hello.set_node(identity_->id());
   hello.set_incarnation(incarnation_);
   hello.set_cluster(content_->stored_cluster().value_or(0));
+  hello.set_term(content_->stored_term().number);
+  hello.set_term_nonce(content_->stored_term().nonce);
   hello.set_address(address_);
   hello.set_backend(backend_name_);
   hello.set_threads(options_.threads);

@@ -427,6 +427,33 @@ TEST_F(ContentResume, ADamagedFileIsNamedAndNeverServed) {
   EXPECT_TRUE(AskAll(other, problem.calls) == answers);
 }
 
+// Whoever puts an earlier copy of the records back, or runs two coordinators with copies, is refused by the
+// workers, and nothing is lost.
+TEST_F(ContentResume, AnEarlierCopyOfTheRecordsIsNotObeyed) {
+  const std::string records = dir_ + "/coordinator";
+  KillCoordinator();
+  std::filesystem::copy(records, records + ".old", std::filesystem::copy_options::recursive);
+  RestartCoordinator();
+  const Problem problem = SpreadProblem(47);
+  const v1::Session session = Store("tensors", problem.content);
+  const std::vector<Answers> answers = AskAll(session, problem.calls);
+  KillCoordinator();
+  std::filesystem::rename(records, records + ".new");
+  std::filesystem::rename(records + ".old", records);
+
+  // All three workers leave it for good.
+  StartCoordinator(address_);
+  for (const auto& worker : workers_) EXPECT_EQ(worker->AwaitEnd(), 1);
+  KillCoordinator();
+  std::filesystem::remove_all(records);
+  std::filesystem::rename(records + ".new", records);
+
+  StartCoordinator(address_);
+  for (int i = 0; i < kWorkers; ++i) workers_[i] = StartWorker(i);
+  epoch_ = AwaitEpochAfter(*client_, epoch_);
+  EXPECT_TRUE(AskAll(session, problem.calls) == answers);
+}
+
 TEST_F(ContentResume, AKilledWorkerWithoutADiskTakesItsStripesAndNothingElse) {
   ReplaceWorkers();
   const Problem problem = SpreadProblem(43);
