@@ -146,8 +146,8 @@ void ProxiedAppend::Ask(Phase phase, const Runtime::Event& event) {
     const MutexLock lock(mutex_);
     request_ = id;
     asking_ = false;
-    // A failure that came meanwhile is ours to see to, unless the answer has done so. The answer may have come
-    // before this, and the next message after it, so the phase may be a later one.
+    // A failure that came meanwhile is ours to see to, unless the answer has done so. The answer may have
+    // come before this, and the next message after it, so the phase may be a later one.
     if (failure_.ok() || phase_ == Phase::kAbort || phase_ == Phase::kEnded) return;
   }
   Unwind(id);
