@@ -237,7 +237,7 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
   Copier copier(*copies);
   EDUBA_RETURN_IF_ERROR(copier.Init(std::min(kCopyBytesMin, std::max<int64_t>(options.bytes, 256))));
   EDUBA_ASSIGN_OR_RETURN(const auto matrix, cuda::MatrixRate::Make(*copies));
-  const bool played = copies->is_played();
+  const bool emulated = copies->is_emulated();
   const double most = precision == CudaPrecision::kExact ? 3e-6 : 3e-4;
   ThreadPool pool(cuda.threads);
   std::vector<AttendResult> results;
@@ -250,7 +250,7 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
     }
     if (c.has_16_bit_queries && precision != CudaPrecision::kTensor) continue;
     // A host that plays a GPU would take an hour for a prefill.
-    if (c.keys * kKeyBytes > options.bytes || (played && c.rows > kCheckRows)) continue;
+    if (c.keys * kKeyBytes > options.bytes || (emulated && c.rows > kCheckRows)) continue;
     EDUBA_ASSIGN_OR_RETURN(const AttendResult result,
                            RunCase(*backend, *timed, copier, *matrix, c, options.rounds, most, pool));
     results.push_back(result);

@@ -160,13 +160,13 @@ absl::Status FillNormalBf16(Device& device, Stream stream, char* data, int64_t b
 
 absl::StatusOr<std::unique_ptr<MatrixRate>> MatrixRate::Make(Device& device) {
   // Enough for some milliseconds on any GPU; a host that plays one must not take minutes.
-  const bool is_played = device.is_played();
-  if (const CublasApi* const api = is_played ? nullptr : LoadCublas(); api != nullptr) {
+  const bool is_emulated = device.is_emulated();
+  if (const CublasApi* const api = is_emulated ? nullptr : LoadCublas(); api != nullptr) {
     auto rate = std::make_unique<Cublas>(device, *api);
     EDUBA_RETURN_IF_ERROR(rate->Init());
     return rate;
   }
-  auto rate = std::make_unique<Loop>(device, is_played ? 1 : 1024, is_played ? 1 : 4096);
+  auto rate = std::make_unique<Loop>(device, is_emulated ? 1 : 1024, is_emulated ? 1 : 4096);
   EDUBA_RETURN_IF_ERROR(rate->Init());
   return rate;
 }

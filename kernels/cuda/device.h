@@ -40,7 +40,7 @@ class Device {
   // "NVIDIA H200": what decides about a library's choices for it.
   virtual const std::string& model() const = 0;
   // Whether a host plays it: nothing about its speed means anything then.
-  virtual bool is_played() const { return false; }
+  virtual bool is_emulated() const { return false; }
   // Not OK once it has failed.
   virtual absl::Status health() const = 0;
   virtual absl::Status Attach() = 0;

@@ -91,7 +91,7 @@ class EmulatedDevice final : public Device {
     return calls_left_ > 0 ? absl::OkStatus()
                            : DeviceFailed(name_, "running kernels", "unspecified launch failure");
   }
-  bool is_played() const override { return true; }
+  bool is_emulated() const override { return true; }
   absl::Status Attach() override { return health(); }
   absl::Status Fail(const std::string& /*what*/) override {
     calls_left_ = 0;

@@ -19,8 +19,8 @@ constexpr int kColumns = 64;
 constexpr int kBytes = 16 << 10;
 
 // A block of warpgroups over memory of its own.
-struct Played {
-  explicit Played(int groups) : block(0, groups * kGroupThreads, memory, kBytes) {
+struct EmulatedWarpgroups {
+  explicit EmulatedWarpgroups(int groups) : block(0, groups * kGroupThreads, memory, kBytes) {
     std::memset(memory, 0xff, sizeof(memory));
   }
   uint16_t* At(int address) { return reinterpret_cast<uint16_t*>(memory + address) - 512; }
@@ -77,21 +77,21 @@ struct Numbers {
 template <class Type>
 void MultipliesAsPtxSays() {
   const Numbers n;
-  Played played(1);
+  EmulatedWarpgroups emulated(1);
   // a: core matrices of 8 rows and 8 of the depth; the next 8 rows 144 bytes on, the next depth 4096.
   constexpr int kA = 1024;
   constexpr int kKeys = 1024 + 1408;
   constexpr int kValues = 1024 + 8192;
   for (int row = 0; row < 64; ++row) {
     for (int d = 0; d < 16; ++d) {
-      *(played.At(kA + row / 8 * 144 + d / 8 * 4096 + row % 8 * 16) + d % 8) = Stored<Type>(n.a[row][d]);
+      *(emulated.At(kA + row / 8 * 144 + d / 8 * 4096 + row % 8 * 16) + d % 8) = Stored<Type>(n.a[row][d]);
     }
   }
   for (int d = 0; d < 16; ++d) {
     for (int column = 0; column < kColumns; ++column) {
-      *(played.At(kKeys + column / 8 * 128 + d / 8 * 1024 + column % 8 * 16) + d % 8) =
+      *(emulated.At(kKeys + column / 8 * 128 + d / 8 * 1024 + column % 8 * 16) + d % 8) =
           Stored<Type>(n.b[d][column]);
-      *(played.At(kValues + column / 8 * 272 + d / 8 * 128 + d % 8 * 16) + column % 8) =
+      *(emulated.At(kValues + column / 8 * 272 + d / 8 * 128 + d % 8 * 16) + column % 8) =
           Stored<Type>(n.b[d][column]);
     }
   }
@@ -110,7 +110,7 @@ void MultipliesAsPtxSays() {
       }
     }
   };
-  played.block.Groups([&](const auto& group) {
+  emulated.block.Groups([&](const auto& group) {
     group.FenceRegisters();
     group.template MultiplyKeys<Type>(c_of, MatrixDescriptor(kA, 4096, 144),
                                       MatrixDescriptor(kKeys, 1024, 128), false);
@@ -141,63 +141,63 @@ TEST(EmulatedWarpgroup, MultipliesAsPtxSays) {
 
 // One group copies, the other waits.
 TEST(EmulatedWarpgroup, BulkCopiesLandWhenTheyAreWaitedForAndNotBefore) {
-  Played played(2);
+  EmulatedWarpgroups emulated(2);
   alignas(16) const uint16_t from[8] = {1, 2, 3};
-  auto* const barrier = reinterpret_cast<uint64_t*>(played.memory);
-  played.block.InitBarrier(barrier, 1);
-  played.block.Groups([&](const auto& group) {
+  auto* const barrier = reinterpret_cast<uint64_t*>(emulated.memory);
+  emulated.block.InitBarrier(barrier, 1);
+  emulated.block.Groups([&](const auto& group) {
     if (group.index() == 0) {
-      played.block.Expect(barrier, 16);
-      played.block.CopyBulk(played.memory + 64, from, 16, barrier);
-      EXPECT_EQ(*played.At(1024 + 64), 0xffff);
-      played.block.Arrive(barrier);
-      EXPECT_EQ(*played.At(1024 + 64), 0xffff);
+      emulated.block.Expect(barrier, 16);
+      emulated.block.CopyBulk(emulated.memory + 64, from, 16, barrier);
+      EXPECT_EQ(*emulated.At(1024 + 64), 0xffff);
+      emulated.block.Arrive(barrier);
+      EXPECT_EQ(*emulated.At(1024 + 64), 0xffff);
     } else {
       group.Wait(barrier, 1);  // Of no phase yet.
       group.Wait(barrier, 0);
-      EXPECT_EQ(*played.At(1024 + 64 + 4), 3);
+      EXPECT_EQ(*emulated.At(1024 + 64 + 4), 3);
     }
   });
 }
 
 TEST(EmulatedWarpgroup, StoresAndCopiesAreSeenWhenTheyWerePublished) {
-  Played played(1);
+  EmulatedWarpgroups emulated(1);
   const Load16 from = {{1, 2, 3, 4}};
-  played.block.Store(7, played.memory, from);
-  played.block.CopyAsync(7, played.memory + 16, &from, true);
-  played.block.CommitCopies(7);
-  played.block.WaitForCopies<0>(7);
-  EXPECT_EQ(*played.At(1024), 0xffff);
-  EXPECT_EQ(*played.At(1024 + 16), 0xffff);
-  played.block.Publish(7);
-  EXPECT_EQ(std::memcmp(played.memory, &from, 16), 0);
-  EXPECT_EQ(std::memcmp(played.memory + 16, &from, 16), 0);
+  emulated.block.Store(7, emulated.memory, from);
+  emulated.block.CopyAsync(7, emulated.memory + 16, &from, true);
+  emulated.block.CommitCopies(7);
+  emulated.block.WaitForCopies<0>(7);
+  EXPECT_EQ(*emulated.At(1024), 0xffff);
+  EXPECT_EQ(*emulated.At(1024 + 16), 0xffff);
+  emulated.block.Publish(7);
+  EXPECT_EQ(std::memcmp(emulated.memory, &from, 16), 0);
+  EXPECT_EQ(std::memcmp(emulated.memory + 16, &from, 16), 0);
 }
 
-void Multiply(Played& played, bool is_fenced, bool is_changed) {
-  std::memset(played.memory, 0, sizeof(played.memory));
+void Multiply(EmulatedWarpgroups& emulated, bool is_fenced, bool is_changed) {
+  std::memset(emulated.memory, 0, sizeof(emulated.memory));
   std::vector<float[kColumns / 8][4]> c(kGroupThreads);
-  played.block.Groups([&](const auto& group) {
+  emulated.block.Groups([&](const auto& group) {
     if (is_fenced) group.FenceRegisters();
     group.template MultiplyKeys<Bf16>([&](int t) -> float(&)[kColumns / 8][4] { return c[t]; },
                                       MatrixDescriptor(1024, 1024, 128), MatrixDescriptor(1024, 1024, 128),
                                       false);
     group.CommitProducts();
-    if (is_changed) *played.At(1024) = 1;
+    if (is_changed) *emulated.At(1024) = 1;
     group.template WaitForProducts<0>();
   });
 }
 
 TEST(EmulatedWarpgroupDeathTest, WhatAGpuWouldNotForgiveEndsTheProcess) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  Played played(1);
-  Multiply(played, true, false);
-  EXPECT_DEATH(Multiply(played, false, false), "is_fenced_");
-  EXPECT_DEATH(Multiply(played, true, true), "rows == product.rows");
-  auto* const barrier = reinterpret_cast<uint64_t*>(played.memory);
-  played.block.InitBarrier(barrier, 1);
+  EmulatedWarpgroups emulated(1);
+  Multiply(emulated, true, false);
+  EXPECT_DEATH(Multiply(emulated, false, false), "is_fenced_");
+  EXPECT_DEATH(Multiply(emulated, true, true), "rows == product.rows");
+  auto* const barrier = reinterpret_cast<uint64_t*>(emulated.memory);
+  emulated.block.InitBarrier(barrier, 1);
   // Nobody will ever arrive.
-  EXPECT_DEATH(played.block.Groups([&](const auto& group) { group.Wait(barrier, 0); }), "copies_.empty");
+  EXPECT_DEATH(emulated.block.Groups([&](const auto& group) { group.Wait(barrier, 0); }), "copies_.empty");
 }
 
 // The fewest slots still let a group wait while the slice before has not been given back.

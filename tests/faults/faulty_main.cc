@@ -106,7 +106,7 @@ void FailWhenAsked(Device* device) {
   EDUBA_CHECK_EQ(sigaction(SIGUSR1, &action, nullptr), 0);
   std::thread([device] {
     while (sem_wait(&asked_to_fail) != 0) EDUBA_CHECK_EQ(errno, EINTR);
-    device->is_played() ? BreakEmulatedDevice(*device, calls_to_failure) : LoseReal(*device);
+    device->is_emulated() ? BreakEmulatedDevice(*device, calls_to_failure) : LoseReal(*device);
   }).detach();
 }
 
