@@ -11,7 +11,8 @@
 namespace eduba {
 namespace {
 
-// One array for what several steps reduce together, one behind the other. Not cleared: each fills its own.
+// One array for what several steps reduce together, one step after the other. It is not cleared, because each
+// step fills its own part.
 template <class T>
 class Message {
  public:

@@ -53,9 +53,9 @@ absl::StatusOr<std::vector<AttentionAnswer>> AttendPages(Backend& backend, Commu
 // a row needs the maximum path, two without sinks), and every rank gets the same answer.
 //
 // INVALID_ARGUMENT when the arithmetic left the finite numbers; all ranks get it, and the group lives on.
-// CANCELLED when `cancelled` became true. Any
-// other error is this rank's own or the communicator's, which is dead then: an error ahead of a collective
-// aborts it, so that no rank waits for one that will not come.
+// CANCELLED when `cancelled` became true. Any other error is this rank's own or the communicator's, and the
+// communicator is dead then: an error before a collective aborts it, so that no rank waits for a rank that
+// will not come.
 absl::StatusOr<AttentionAnswer> AttendSharded(Backend& backend, Communicator& communicator,
                                               const Sequence& sequence, const AttentionQuery& query,
                                               absl::Time deadline);

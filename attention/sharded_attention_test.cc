@@ -559,14 +559,14 @@ TEST(ShardedAttention, StepsInOneMessageGetTheBytesThatTheyGetAlone) {
       for (const bool gloo : {false, true}) {
         SCOPED_TRACE(gloo ? "gloo" : "local");
         LocalHub hub;
-        MapRendezvous board;
+        MapRendezvous store;
         std::vector<std::thread> threads;
         threads.reserve(ranks);
         for (int rank = 0; rank < ranks; ++rank) {
           threads.emplace_back([&, rank] {
             const absl::Time deadline = absl::Now() + absl::Seconds(60);
             auto communicator =
-                gloo ? ConnectGloo(rank, ranks, board, {}, deadline) : hub.Join(1, 1, rank, ranks, deadline);
+                gloo ? ConnectGloo(rank, ranks, store, {}, deadline) : hub.Join(1, 1, rank, ranks, deadline);
             ASSERT_TRUE(communicator.ok()) << communicator.status();
             testing::CountingCommunicator counting(communicator->get());
             std::vector<std::unique_ptr<RankStep>> steps;

@@ -68,7 +68,7 @@ def main():
         some, _ = embed("first", few)
         vectors, seconds = embed("whole", ranges)
         if not np.isfinite(vectors).all() or some.tobytes() != vectors[:len(few)].tobytes():
-            print("the vectors of the first cells depend on what comes behind them", file=sys.stderr)
+            print("the vectors of the first cells depend on what comes after them", file=sys.stderr)
             return 1
         print(f"embedded {len(ranges)} cells in {seconds:.1f} s ({len(ids) / seconds:,.0f} tokens/s); the first {len(few)} have the bytes of a "
               f"session of {FIRST:,} tokens")

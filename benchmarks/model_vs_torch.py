@@ -8,7 +8,7 @@ A Llama of 16 layers, 1,024 wide, with random bf16 weights (253 million), writte
 scaled_dot_product_attention and its own cache, in bf16 and with the weights widened to f32.
 
 Checked first: Eduba gives the same greedy continuation of the prompt as PyTorch in f32, and the log-probabilities of that continuation
-are compared: the worst error against PyTorch in f32. Prefill is the prompt into an empty context; decode is tokens behind it, one
+are compared: the worst error against PyTorch in f32. Prefill is the prompt into an empty context; decode is tokens after it, one
 context. The rounds alternate, best of each counts. Eduba is run twice: as it is, with f32 activations whatever the weights' type, and
 with `--activations bf16`, which rounds what bf16 weights and keys are multiplied with; PyTorch's bf16 rounds everything to bf16."""
 
@@ -61,7 +61,7 @@ class Torch:
             return prefill, time.perf_counter() - began, tokens[:-1]
 
     def score(self, ids, tokens):
-        """Log-probabilities of `tokens` behind `ids`."""
+        """Log-probabilities of `tokens` after `ids`."""
         with torch.inference_mode():
             both = torch.from_numpy(np.concatenate([ids, tokens]))[None].long()
             logits = self.model(both, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()

@@ -5,7 +5,7 @@
 
 eduba-nano reads the first million tokens of the HSMM atlas again and again, so that every million holds the same text and only the length
 differs: nothing it computes can reach back further than 4 layers of 256 tokens. In each million the last 100,000 tokens are scored (each given
-everything before it), by `eduba score` ahead of each append. Two sessions: `streaming` with 4 sinks and rolling positions, which is how the model
+everything before it), by `eduba score` before each append. Two sessions: `streaming` with 4 sinks and rolling positions, which is how the model
 was trained, and the same window without sinks (at absolute positions; without sinks there is nothing to roll). Wanted: the last million's
 perplexity within 1 % of the second's, and constant memory. Pages are: their bytes must be equal but for one page a layer, which a window begins to
 touch or not. The token ids that coordinator and worker keep, for repeated appends and embeddings, are on the disk; by how many bytes a token the process

@@ -24,13 +24,13 @@ struct CellFlags {
 
 // The cells as a model reads them, block by block.
 //   A gene vocabulary    [CELL] and one token for each expressed gene, as model/nano/cell_sentences.py has it
-//   Any other tokenizer  the genes' names with a space between and a line break behind
+//   Any other tokenizer  the genes' names with a space between and a line break after them them
 // A gene's token is that of its name, or, for a name that several genes share, that of "name|its name in the
 // index of var"; genes without one are left out.
 class CellTokens {
  public:
   // INVALID_ARGUMENT, NOT_FOUND: as CellSentences::Open; also when no gene has a token, or two genes have the
-  // same. `special_tokens`: a text tokenizer's own come ahead of the first cell.
+  // same. `special_tokens`: a text tokenizer's own come before the first cell.
   static absl::StatusOr<std::unique_ptr<CellTokens>> Open(const CellFlags& flags,
                                                           std::unique_ptr<Tokenizer> tokenizer,
                                                           bool special_tokens);
@@ -42,7 +42,7 @@ class CellTokens {
   // Expressed genes of the cells read so far that were left out, for want of a token.
   int64_t left_out() const { return left_out_; }
 
-  // The next cells' tokens, one vector a cell, in order; empty behind the last cell.
+  // The next cells' tokens, one vector a cell, in order; empty after the last cell.
   absl::StatusOr<std::vector<std::vector<int32_t>>> Next();
 
  private:

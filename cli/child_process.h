@@ -34,8 +34,8 @@ class ChildProcess {
   // says), DEADLINE_EXCEEDED when the line did not come in time.
   absl::StatusOr<std::string> WaitUntilReady(absl::Time deadline);
 
-  // False once it has ended; then how() says how: "exit code 1", "signal 9 (Killed)", with its own message
-  // behind it when it left one: "exit code 1: cannot listen on ...".
+  // False once it has ended; then how() says how: "exit code 1", "signal 9 (Killed)", followed by its own
+  // message when it left one: "exit code 1: cannot listen on ...".
   bool Running();
   const std::string& how() const { return how_; }
   // "worker 2: cannot listen on ...", or "worker 2 ended: signal 9 (Killed)". REQUIRES: it has ended.
@@ -57,7 +57,7 @@ class ChildProcess {
   std::string said_;  // On stdout, so far.
   bool running_ = true;
   std::string how_;
-  std::string message_;  // Behind "failed: ".
+  std::string message_;  // What follows "failed: " on stderr.
 };
 
 // What `ask` answers in a copy of this process, which ends then: what it did to that process, a GPU's context

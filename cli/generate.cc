@@ -53,7 +53,7 @@ void AddGenerateOptions(CLI::App& command, GenerateFlags& flags) {
       ->capture_default_str();
   command.add_option("--stop-id", flags.stop_ids, "Token id that ends it; may be repeated");
   command.add_option("--stop", flags.stop_strings, "Text that ends it; may be repeated");
-  command.add_flag("--ignore-eos", flags.ignore_eos, "Go on behind the model's end-of-text tokens");
+  command.add_flag("--ignore-eos", flags.ignore_eos, "Go on after the model's end-of-text tokens");
   AddSinkMassOption(command, flags.sink_mass);
   AddServerFlags(command, flags.server);
   AddJsonFlag(command, flags.json);
@@ -104,7 +104,7 @@ absl::Status RunGenerate(const GenerateFlags& flags) {
   const auto client = Connect(flags.server);
   EDUBA_ASSIGN_OR_RETURN(const v1::Model model, client->GetModel());
   const v1::GenerateRequest request = RequestOf(flags, model);
-  // The server would find the same, but behind the prompt, which would stay.
+  // The server would find the same, but only after it has appended the prompt, which would stay.
   EDUBA_RETURN_IF_ERROR(CheckGenerateRequest(request, model));
   EDUBA_RETURN_IF_ERROR(
       CheckSampling({flags.temperature, flags.top_k, flags.top_p == 0 ? 1 : flags.top_p, flags.seed}));

@@ -63,7 +63,7 @@ class TokenAppender {
   Client& client_;
   const std::string session_;
   const int64_t start_;
-  int64_t sent_;  // Position behind what the server has.
+  int64_t sent_;  // The first position that the server does not have.
   std::vector<int32_t> waiting_;
   v1::AppendTokensReceipt receipt_;
 };

@@ -65,7 +65,7 @@ void AddCreateOptions(CLI::App& command, CreateOptions& options) {
   command
       .add_option(
           "--sink-token", options.sink_token,
-          "Token id that the server puts at the first --sink-tokens positions, ahead of the first append; or "
+          "Token id that the server puts at the first --sink-tokens positions, before the first append; or "
           "none [what the model's folder says, else none]")
       ->check([](const std::string& text) {
         int32_t id = 0;

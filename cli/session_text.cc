@@ -73,7 +73,7 @@ void PrintSession(const v1::Session& session) {
     rows.push_back({"model", ModelSpecText(spec.model())});
     if (const int64_t sinks = DedicatedSinks(spec); sinks > 0) {
       rows.push_back(
-          {"own sinks", absl::StrFormat("positions 0 to %d are token %d, put in ahead of the first append",
+          {"own sinks", absl::StrFormat("positions 0 to %d are token %d, put in before the first append",
                                         sinks - 1, spec.model().sink_token())});
     }
   }

@@ -21,8 +21,8 @@ namespace eduba {
 // of the first one.
 absl::Status CheckFiniteQueries(const std::string& queries, const v1::SessionSpec& spec, int64_t first_row);
 
-// One Attend call, its messages still encoded (rpc/raw.h says why). Reads ahead of the answers that the
-// client has taken by a bounded number of bytes. Deletes itself when the stream has ended.
+// One Attend call, its messages still encoded (rpc/raw.h says why). It reads queries while the client
+// has not taken all answers yet, up to a bounded number of bytes. Deletes itself when the stream has ended.
 class AttendStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>, public Caller {
  public:
   explicit AttendStream(Runtime* runtime);

@@ -778,7 +778,8 @@ TEST_F(ModelStateTest, AnswersThatMakeNoSenseEndTheEpoch) {
   result.set_log_probs(std::string(4, '\0'));
   EndHeldJob(absl::OkStatus(), result);
   EXPECT_EQ(StatusOf(request).code(), absl::StatusCode::kInternal);
-  // Tokens without their probabilities, vectors ahead of others, and less of them than were asked for.
+  // Tokens without their probabilities, vectors that come before others, and fewer of them than were asked
+  // for.
   for (const int part : {0, 1, 2}) {
     name = restart();
     v1::WorkerMessage message;

@@ -54,7 +54,7 @@ class LayerMemory {
 // never become numbers: a result that would have been one of them is one of them, if not the same.
 //
 // Operations take pointers into memory of Allocate. They are queued, and run in order; what they work on must
-// stay until Wait. What fails is said by Wait, and what was queued behind it is not computed; a device that
+// stay until Wait. What fails is said by Wait, and what was queued after it is not computed; a device that
 // fails computes nothing from then on. Where the memory is the host's (the default here), operands may lie
 // anywhere, and an operation is done when its call returns.
 class LayerKernels {

@@ -14,7 +14,7 @@ void RopeAngles(absl::Span<const double> frequencies, absl::Span<const int64_t> 
                 float* sines);
 
 // Turns pairs (i, i + rotary_dim / 2) of each head (the halves of GPT-NeoX and of everything converted to
-// Hugging Face's layout; not GPT-J's neighbours) and copies the dimensions behind rotary_dim:
+// Hugging Face's layout; not GPT-J's neighbours) and copies the dimensions after rotary_dim:
 //   y[i] = x[i] cos - x[i + half] sin        y[i + half] = x[i + half] cos + x[i] sin
 struct RopeArgs {
   int64_t rows = 0;

@@ -13,7 +13,7 @@
 namespace eduba {
 namespace {
 
-// What StepArgs::positions is for a row: the same for every way in which the row can come. The bits behind
+// What StepArgs::positions is for a row: the same for every way in which the row can come. The bits after
 // the binary point that a larger number costs are not missed below 2^16.
 int64_t PositionsFor(int64_t position) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(position + 1, 1 << 16))));

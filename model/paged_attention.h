@@ -51,9 +51,9 @@ class PagedAttention final : public LayerAttention {
         deadline_(deadline) {}
 
   absl::Status Attend(const LayerRows& rows, float* outputs) override;
-  // Of rows whose keys and values are in the pages already, and `rows.keys` and `rows.values` null. Where the
-  // contexts have owners, `outputs` takes the rows of those that are this rank's, one behind the other, and
-  // an INVALID_ARGUMENT is theirs. REQUIRES of owners: rows that see all keys.
+  // Attends with rows whose keys and values are in the pages already; `rows.keys` and `rows.values` are null.
+  // Where the contexts have owners, `outputs` takes the rows of those that are this rank's, one after the
+  // other, and an INVALID_ARGUMENT is theirs. REQUIRES of owners: rows that see all keys.
   absl::Status AttendWritten(const LayerRows& rows, float* outputs);
   // Host memory that AttendWritten takes, at most, for one more row that another rank owns.
   static int64_t RowBytes(const AttentionShape& shape, int64_t sink_tokens);

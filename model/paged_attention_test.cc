@@ -36,7 +36,7 @@ class SpyBackend final : public testing::ForwardingBackend {
     return ForwardingBackend::StartStep(args);
   }
 
-  // By the position behind the row's.
+  // By the position after the row's.
   std::map<int64_t, std::pair<int64_t, std::vector<int16_t>>> told;
   int64_t rows = 0;
   int64_t steps = 0;

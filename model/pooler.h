@@ -38,7 +38,7 @@ class Pooler {
   // [ranges, dim + 1]: what it has seen. Summed over the ranks' parts they are those of one part that saw
   // all.
   absl::Span<int64_t> words() { return absl::MakeSpan(words_); }
-  // Takes in what a part of this pooler has seen, as Add would have: positions ahead of it may not come any
+  // Takes in what a part of this pooler has seen, as Add would have: positions before it may not come any
   // more.
   void AddPart(const Pooler& part);
 
@@ -59,7 +59,7 @@ class Pooler {
   Pool pool_;
   std::vector<int16_t> exponents_;
   size_t offset_ = 0;  // In a part: its first range among those it is a part of.
-  size_t next_ = 0;    // The first range that is not behind us.
+  size_t next_ = 0;    // The first range that is not complete.
   // kMean: sums; kLast: the last state's floats as they are. Then how many positions came.
   std::vector<int64_t> words_;
 };

@@ -43,7 +43,7 @@ TEST(PrefillPlan, IsNoneWhereOneRankWouldHaveAllRows) {
   EXPECT_FALSE(PlanPrefill({700, 700}, Placement::OfRanks(3, 2)).has_value());
 }
 
-// Position by position: who has what behind the exchange is who needs it, for what its rows see and for what
+// Position by position: who has a row after the exchange is who needs it, for what its rows see and for what
 // every rank keeps.
 TEST(PrefillPlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
   for (uint64_t seed = 1; seed <= 400; ++seed) {
@@ -108,7 +108,7 @@ TEST(PrefillPlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
       std::set<int64_t> has(pages.kept.begin(), pages.kept.end());
       const int64_t fresh = PageCount(plan->positions.begin);
       for (int64_t page = fresh; page < PageCount(plan->positions.end); ++page) {
-        // What KvPages::Drop leaves behind a step of the same rows, and what a layer without a window takes
+        // What KvPages::Drop leaves after a step of the same rows, and what a layer without a window takes
         // in.
         const bool dropped = page >= PageCount(keeping.sink_tokens) &&
                              PageBegin(page + 1) <= plan->positions.end - keeping.window + 1;

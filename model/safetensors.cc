@@ -107,7 +107,7 @@ absl::Status CheckMetadata(const json& metadata, const std::string& name) {
   return absl::InvalidArgumentError(absl::StrCat(name, ": __metadata__ is no object of texts"));
 }
 
-// Tensors lie one behind the other and fill the data: nothing is shared, nothing hidden.
+// Tensors lie one after the other and fill the data: nothing is shared, nothing hidden.
 absl::Status CheckTiling(const SafetensorsHeader& header, int64_t data_bytes, const std::string& name) {
   std::vector<std::pair<int64_t, const std::pair<const std::string, StoredTensor>*>> order;
   for (const auto& entry : header.tensors) order.emplace_back(entry.second.begin, &entry);

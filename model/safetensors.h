@@ -41,7 +41,7 @@ struct SafetensorsHeader {
 // Reads the header of a file of `file_bytes` bytes that begins with `start`, its first min(file_bytes, 8 +
 // kSafetensorsHeaderBytesMax) bytes. Checks all that can be checked: lengths, every tensor's shape times
 // dtype against its offsets without overflow, that tensors tile the data exactly (no overlap, no hole,
-// nothing behind), and that no name appears twice. kInvalidArgument; `name` begins the message.
+// nothing after them), and that no name appears twice. kInvalidArgument; `name` begins the message.
 absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::Span<const uint8_t> start, int64_t file_bytes,
                                                          const std::string& name);
 

@@ -88,7 +88,7 @@ TokenChoice ChooseToken(absl::Span<const float> logits, const SamplingOptions& o
     weights = std::move(kept_weights);
   }
   double left = Uniform(options.seed, position) * mass;
-  size_t last = 0;  // That can be drawn: rounding may leave a little behind the last.
+  size_t last = 0;  // The last one that can be drawn: rounding may leave a little of `left` after it.
   for (size_t i = 0; i < ids.size() && left >= 0; ++i) {
     if (weights[i] > 0) last = i;
     left -= weights[i];

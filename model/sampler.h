@@ -23,9 +23,9 @@ struct TokenChoice {
   float log_prob = 0;  // Natural, of the untempered distribution over the whole vocabulary.
 };
 
-// The token behind `position` - 1 positions. Chance comes from (seed, position) alone, so it does not matter
-// in how many calls a text was generated, or beside which others. REQUIRES: logits are finite and not empty;
-// options are OK.
+// Chooses the token that follows `position` - 1 positions. Chance comes from (seed, position) alone, so it
+// does not matter in how many calls a text was generated, or beside which others. REQUIRES: logits are finite
+// and not empty; options are OK.
 TokenChoice ChooseToken(absl::Span<const float> logits, const SamplingOptions& options, int64_t position);
 
 // ln of the probability of `id`.

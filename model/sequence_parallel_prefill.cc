@@ -121,7 +121,7 @@ absl::Status SequenceParallelPrefill::Reserve() {
 
 absl::Status SequenceParallelPrefill::Run(int64_t units, absl::Time deadline) {
   absl::Status status = RunUnits(units, deadline);
-  // An error ahead of a collective: no rank shall wait for one that will not come.
+  // After an error before a collective, no rank shall wait for a rank that will not come.
   if (!status.ok()) options_.communicator->Abort(status);
   return status;
 }

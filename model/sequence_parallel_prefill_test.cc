@@ -487,7 +487,7 @@ TEST(SequenceParallelPrefill, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheG
   }
 }
 
-// Three ways for arithmetic to fail at one token: its embedding, its attention, the logits behind it.
+// Three ways for arithmetic to fail at one token: its embedding, its attention, the logits after it.
 TEST(SequenceParallelPrefill, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberOfRanks) {
   enum class Poison { kEmbedding, kAttention, kLogits };
   const auto model = [](Poison poison, int64_t window) {
@@ -572,7 +572,7 @@ TEST(SequenceParallelPrefill, AnAppendThatFailsAtATokenHasReadAsMuchOnAnyNumberO
   }
 }
 
-// The last product overflows behind some rows. All ranks say so, whoever computed them, and leave the context
+// The last product overflows after some rows. All ranks say so, whoever computed them, and leave the context
 // as it was; a softcap does not hide it.
 TEST(SequenceParallelPrefill, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
   for (const float softcap : {0.0F, 30.0F}) {
@@ -591,7 +591,7 @@ TEST(SequenceParallelPrefill, LogitsThatAreNotFiniteAreAnErrorOnAllRanks) {
         const std::vector<int32_t> ids = f.Text(1000);
         const Session context = f.Open();
         f.Append(context, absl::MakeConstSpan(ids).first(1));
-        int64_t at = 0;  // Behind which the logits are not finite.
+        int64_t at = 0;  // The number of tokens after which the logits are not finite.
         while (at < 1000 && f.NextLogits(context).ok()) {
           f.Append(context, absl::MakeConstSpan(ids).subspan(++at, 1));
         }

@@ -387,7 +387,7 @@ absl::Status Transformer::FinalNorm(int64_t first, int64_t rows, const LayerFloa
   EDUBA_RETURN_IF_ERROR(kernels_->Wait());
   if (projected_.host()[0] == 0) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      "behind the last layer: a hidden state is not finite; are the weights whole?");
+      "after the last layer: a hidden state is not finite; are the weights whole?");
 }
 
 absl::StatusOr<absl::Span<const float>> Transformer::Logits(const float* hidden, int64_t rows) {

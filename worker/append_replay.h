@@ -16,9 +16,9 @@
 
 namespace eduba {
 
-// Plays the appends of a log into a sequence: through StagedAppend, as they came once, so every check is made
-// again. Rows are taken by all threads of a pool, some of them together. DATA_LOSS where the rows are not
-// those that were sealed, or frames do not follow one another; else StagedAppend's errors.
+// Replays the appends of a log into a sequence: through StagedAppend, as they came once, so every check is
+// made again. Rows are taken by all threads of a pool, some of them together. DATA_LOSS where the rows are
+// not those that were sealed, or frames do not follow one another; else StagedAppend's errors.
 class AppendReplay final : public AppendLog {
  public:
   // All outlive the replay.

@@ -40,7 +40,7 @@ enum class Faults {
   kPoison,          // The last token is poisonous.
   kHeadOverflows,   // And the logit of token 1 is not finite where a hidden state's first channel is larger
                     // than 1.13.
-  kLayerOverflows,  // The last token's hidden state is finite in the first layer, and NaN behind it.
+  kLayerOverflows,  // The last token's hidden state is finite in the first layer, and NaN after it.
 };
 
 // A golden model with a tokenizer (token i is "g<i>").
@@ -351,7 +351,7 @@ TEST(ModelSessions, AJobWhoseLogitsAreNotFiniteEndsAloneAndItsSessionGoesOn) {
     rank.RunAll();
     return rank.ResultOf(generation).code() != 0;
   };
-  // One session behind which the logits are finite, and one behind which they are not.
+  // One session after which the logits are finite, and one after which they are not.
   uint64_t good = 0;
   uint64_t bad = 0;
   for (int32_t token = 1; good == 0 || bad == 0; ++token) {
@@ -401,7 +401,7 @@ TEST_F(ModelSessionsTest, AStopStringEndsItWhereTheTextHasIt) {
   EXPECT_EQ(got.substr(0, got.rfind(' ')).find(stop), std::string::npos);
 }
 
-// One as long as may be, of which much text comes ahead.
+// The stop string is as long as one may be, and much text comes before its end.
 TEST(ModelSessions, AStopStringMayBeginLongBeforeItEnds) {
   LocalHub hub;
   Rank rank(hub, ModelFolder(Faults::kNone), 0, 1);

@@ -249,7 +249,7 @@ absl::StatusOr<std::vector<AttendResult>> RunCudaAttendBenchOn(std::unique_ptr<c
                        done++, static_cast<int>(std::size(kCases)));
     }
     if (c.has_16_bit_queries && precision != CudaPrecision::kTensor) continue;
-    // A host that plays a GPU would take an hour for a prefill.
+    // A host that emulates a GPU would take an hour for a prefill.
     if (c.keys * kKeyBytes > options.bytes || (emulated && c.rows > kCheckRows)) continue;
     EDUBA_ASSIGN_OR_RETURN(const AttendResult result,
                            RunCase(*backend, *timed, copier, *matrix, c, options.rounds, most, pool));

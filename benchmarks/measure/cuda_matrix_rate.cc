@@ -159,7 +159,7 @@ absl::Status FillNormalBf16(Device& device, Stream stream, char* data, int64_t b
 }
 
 absl::StatusOr<std::unique_ptr<MatrixRate>> MatrixRate::Make(Device& device) {
-  // Enough for some milliseconds on any GPU; a host that plays one must not take minutes.
+  // Enough for some milliseconds on any GPU; a host that emulates one must not take minutes.
   const bool is_emulated = device.is_emulated();
   if (const CublasApi* const api = is_emulated ? nullptr : LoadCublas(); api != nullptr) {
     auto rate = std::make_unique<Cublas>(device, *api);

@@ -44,13 +44,13 @@ def time_course(eduba, atlas, work, whole):
         appended = service.run("session", "append", "hsmm", "--cells", atlas, "--ranges-out", ranges, *top)
         read_s = time.monotonic() - began
         cells = numpy.load(ranges)
-        # [CELL] and the most expressed genes; what comes behind them in a whole cell is mostly noise.
+        # [CELL] and the most expressed genes; what comes after them in a whole cell is mostly noise.
         cells[:, 1] = numpy.minimum(cells[:, 1], cells[:, 0] + FIRST)
         numpy.save(ranges, cells)
         began = time.monotonic()
         service.run("embed", "hsmm", "--ranges", ranges, "--pool", "mean", "--out", vectors)
         embed_s = time.monotonic() - began
-        print(f"  {appended['count']:,} tokens behind {appended['at']} sinks read in {read_s:.0f} s "
+        print(f"  {appended['count']:,} tokens after {appended['at']} sinks read in {read_s:.0f} s "
               f"({appended['count'] / read_s:,.0f} a second), {len(cells)} cells embedded in {embed_s:.0f} s, on {WORKERS} worker")
         service.run("session", "fork", "hsmm", "next-cell")
         said = service.run("generate", "next-cell", "--prompt", "[CELL]", "--max-tokens", 12, "--temperature", 0.7, "--seed", 1)

@@ -284,7 +284,7 @@ class CpuStep final : public MergingStep {
   PartialView ViewOf(const float* memory) const {
     return {memory, memory + unit_queries_, memory + 2 * unit_queries_};
   }
-  // Behind Attend.
+  // May be called after Attend.
   PartialView KeptOrComputed(int64_t unit, int thread) {
     return kept_ != nullptr ? ViewOf(PartialMemory(unit, thread)) : Compute(unit, thread);
   }

@@ -48,7 +48,7 @@ constexpr int kUploadSlots = 4;
 // Bytes of rows, or of a page, that one of them stages at a time: more than the largest row, and than the
 // largest KV head of a page, by rpc/limits.h.
 constexpr int64_t kUploadBytes = int64_t{8} << 20;
-// With what aligns values behind their keys.
+// Room for such a piece, and for what aligns values after their keys.
 constexpr int64_t kStagedBytes = kUploadBytes + 64;
 // Of shared memory for one block: two blocks, or more, share what a multiprocessor has.
 constexpr int64_t kSharedBytesMax = int64_t{80} << 10;
@@ -74,7 +74,7 @@ PageLayout LayoutOf(const AttentionShape& shape) {
                               shape.value_dim);
 }
 
-// Arrays one behind the other in one block, so that one copy carries them all. First every array is added,
+// Arrays one after the other in one block, so that one copy carries them all. First every array is added,
 // then memory is taken, then they are written and pointed at.
 class Packing {
  public:
@@ -142,7 +142,7 @@ struct Workspace {
   std::vector<std::unique_ptr<StepMemory>> free ABSL_GUARDED_BY(mutex);
 };
 
-// The sink path goes through the device in three kernels: ScoreSinks, Attend, and, behind the all-reduce,
+// The sink path goes through the device in three kernels: ScoreSinks, Attend, and, after the all-reduce,
 // Finalise; on tensor cores Attend may leave partials, in parts, for a fourth. The maximum path computes
 // partials of the rows that have selected heads, twice where they do not fit at once, and the host makes its
 // plan in between.
@@ -192,8 +192,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
       EDUBA_RETURN_IF_ERROR(memory_->words.Reserve(row_heads() * words_per_target() * kWordBytes));
       words_ = At<uint64_t>(memory_->words.device, 0);
     }
-    // For QueueFinalise, which comes behind the all-reduce: growing waits for what is queued, with no
-    // deadline.
+    // Memory for QueueFinalise is taken now: after the all-reduce, memory that grows would wait for what is
+    // queued, with no deadline.
     EDUBA_RETURN_IF_ERROR(ReserveOut());
     EDUBA_RETURN_IF_ERROR(ScoreSinks());
     return SumsDirectly() ? SumDirectly() : SumPartials();
@@ -633,14 +633,15 @@ class CudaStep final : public MergingStep, public QueuedStep {
     });
   }
 
-  // Queues use(partials) behind the partials of each part of the pages.
+  // Queues use(partials) after the partials of each part of the pages.
   template <class Use>
   absl::Status ForParts(const Rows& rows, const Use& use) {
     AttendArgs args = AttendOf(rows, /*is_summed=*/false);
     EDUBA_ASSIGN_OR_RETURN(const int64_t most, PartPages(rows.count, args.tile));
     const auto page_count = static_cast<int64_t>(pages_.size());
     const bool is_there = rows.is_kept && most >= page_count && workspace_.partials_of == this;
-    // What lies there is written over from here on: an error on the way must not leave its name behind.
+    // What lies there is written over from here on: after an error on the way, nobody may take it for a
+    // step's partials.
     if (!is_there) workspace_.partials_of = nullptr;
     Partials partials;
     partials.m = At<float>(workspace_.partials, 0);

@@ -258,7 +258,7 @@ class CudaDevice final : public Device {
   // `priority` as CUDA has it: lower numbers first.
   absl::StatusOr<Stream> CreateStream(int priority) {
     cudaStream_t stream = nullptr;
-    // Not ordered behind the default stream, which nobody here uses.
+    // The stream does not wait for the default stream, which nobody here uses.
     EDUBA_RETURN_IF_ERROR(
         Check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority), "creating a stream"));
     return stream;

@@ -203,7 +203,8 @@ class CudaLayerKernels final : public LayerKernels {
   absl::Status Wait() override {
     Queue([&] { return device_->Synchronize(stream_); });
     if (status_.ok() || !device_->health().ok()) return status_;
-    // No memory for one of the operations, so that those behind it were left out; the next may find some.
+    // There was no memory for one of the operations, so those after it were left out. The next one may find
+    // some.
     absl::Status status = device_->Synchronize(stream_);
     status_.Update(status);
     return std::exchange(status_, status);

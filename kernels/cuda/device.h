@@ -39,7 +39,7 @@ class Device {
   virtual const std::string& kind() const = 0;
   // "NVIDIA H200": what decides about a library's choices for it.
   virtual const std::string& model() const = 0;
-  // Whether a host plays it: nothing about its speed means anything then.
+  // Whether a host emulates it: nothing about its speed means anything then.
   virtual bool is_emulated() const { return false; }
   // Not OK once it has failed.
   virtual absl::Status health() const = 0;

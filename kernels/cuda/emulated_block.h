@@ -11,7 +11,7 @@
 #include "kernels/cuda/arithmetic.h"
 #include "kernels/cuda/fragments.h"
 
-// The Block of page_attention.h and the Warp of page_tensor.h, played by one thread of a host.
+// The Block of page_attention.h and the Warp of page_tensor.h, emulated by one thread of a host.
 namespace eduba::cuda {
 
 // How NVIDIA's tensor cores add up, as far as it was found out (Fasi, Higham, Mikaitis and Pranesh,

@@ -19,9 +19,9 @@
 #include "kernels/cuda/emulated_block.h"
 #include "kernels/cuda/fragments.h"
 
-// The Block of page_warpgroup.h, played by a host. Each warpgroup has a thread of its own, but one runs at a
-// time, until it has to wait for a barrier. What a GPU does on its own happens as late as it can: a bulk copy
-// lands when no group can go on without it, a product is made when it is waited for. Their targets are
+// The Block of page_warpgroup.h, emulated by a host. Each warpgroup has a thread of its own, but one runs at
+// a time, until it has to wait for a barrier. What a GPU does on its own happens as late as it can: a bulk
+// copy lands when no group can go on without it, a product is made when it is waited for. Their targets are
 // spoiled until then, and what a product reads has to be the same when it is started and when it is made. So
 // whoever uses something too early, writes over it too early, or waits for the wrong phase gets NaN, or ends
 // the process.

@@ -13,7 +13,7 @@
 #include "kernels/rope.h"
 
 // What a transformer's layers do besides products (kernels/layer_kernels.h), and what a product's rows need
-// before and behind it. An element, or a vector, is one thread's or one group of threads', whose number is
+// before and after it. An element, or a vector, is one thread's or one group of threads', whose number is
 // the vector's length's: so nothing depends on what else is in the batch. See page_attention.h for what a
 // Block is.
 namespace eduba::cuda {
@@ -112,7 +112,7 @@ EDUBA_DEVICE void RunLayer(const Block& block, const NormArgs& args) {
   });
 }
 
-// ---- Rotations: a thread for each pair, or for each number behind rotary_dim.
+// ---- Rotations: a thread for each pair, or for each number after rotary_dim.
 
 constexpr int64_t LayerBlocks(const RopeArgs& args) {
   return BlocksFor(args.rows * args.heads * (args.dim - args.rotary_dim / 2));

@@ -13,7 +13,7 @@
 // partial in the device's memory, or, where the reference logits are known, as integers that the block adds
 // up in shared memory over all its pages (section 3) and adds to the step's words once, at its end.
 //
-// The code is written once for the device and for a host that plays it (emulated_device.h). A Block runs
+// The code is written once for the device and for a host that emulates it (emulated_device.h). A Block runs
 // phases: Threads(f) calls f(thread) for every thread of the block and waits for all of them, and nothing
 // passes between threads but through shared memory from one phase to the next. Every branch around a phase
 // depends on what all threads of the block see alike.
@@ -116,9 +116,9 @@ EDUBA_DEVICE void KeepTotals(const AttendArgs& args, int64_t slot, int64_t page,
   args.l[place] = sum;
 }
 
-// Adds a block's sum to the total L of a row and head, and sets the flag behind it: whether the rank's total
-// is above the limit, exactly, whoever adds when. Terms are not negative, so the total passes the limit at
-// most once, in the addition of one block, which sees that it did; what comes later (it may wrap around)
+// Adds a block's sum to the total L of a row and head, and sets the flag that follows it: whether the rank's
+// total is above the limit, exactly, whoever adds when. Terms are not negative, so the total passes the limit
+// at most once, in the addition of one block, which sees that it did; what comes later (it may wrap around)
 // clears no flag. Where the flag is set the row and head's other words mean nothing.
 EDUBA_DEVICE void AddToTotal(uint64_t* total, uint64_t sum, bool is_fault, uint64_t limit) {
   uint64_t* const flag = total + 1;

@@ -23,7 +23,8 @@
 // is one fixed sequence: 16 dimensions at a time for all its keys, then 16 keys at a time for all channels.
 // Keys that no vector of a warp sees are left out: they would add zeros.
 //
-// Beyond what page_attention.h asks of a Block, and all of it so that a host can play it (emulated_block.h):
+// Beyond what page_attention.h asks of a Block, and all of it so that a host can emulate it
+// (emulated_block.h):
 //   Registers<T> r(block)          r[thread] stays with its thread from phase to phase
 //   Warps(f)                       f(warp) for each warp, without a barrier; a warp has
 //     Lanes(f)                       f(lane) for each lane
@@ -79,7 +80,7 @@ struct TensorRegisters {
   float bad[2];  // 1: something was not finite.
 };
 
-// Element `d` of a query, or 0 behind its end.
+// Element `d` of a query, or 0 after its end.
 EDUBA_DEVICE float QueryElement(const float* query, int d, int head_dim) {
   return query != nullptr && d < head_dim ? query[d] : 0;
 }

@@ -24,7 +24,8 @@
 // A page ends as in page_attention.h: as a partial, or as integers that a group adds up in shared memory over
 // all its pages, where they have room beside the slots (ChooseWarpgroupTile).
 //
-// Beyond what page_tensor.h asks of a Block, and all of it so that a host can play it (emulated_warpgroup.h):
+// Beyond what page_tensor.h asks of a Block, and all of it so that a host can emulate it
+// (emulated_warpgroup.h):
 //   Uniform(x)                    x, which all threads of a warp have alike: the compiler cannot know
 //   Groups(f)                     f(group) for each warpgroup, all at the same time; its warps have Sync(), a
 //                                 barrier of their lanes, and a group has
@@ -38,13 +39,13 @@
 //     FenceRegisters()              before the first product of several, and after registers of them changed
 //     CommitProducts(), WaitForProducts<n>()   a group of products; until all groups but the n last are done.
 //                                   Until then their c means nothing, and what they read stays as it is
-//     KeepProducts(c_of)            behind a wait for all: nothing that uses c may move in front of it
+//     KeepProducts(c_of)            after a wait for all: nothing that uses c may move before it
 //   InitBarrier(barrier, count)   of `count` arrivals a phase, and of the bytes that were expected
 //   Expect(barrier, bytes), Arrive(barrier)
 //   CopyBulk(shared, global, bytes, barrier)      multiples of 16; tells the barrier when it is there
 //   Store(t, shared, value)       16 bytes that products will read; Publish(t): the thread's stores and
 //   copies
-//                                 that are done may be read by products, behind a barrier
+//                                 that are done may be read by products, after a barrier
 //   AddressOf(shared)             as a descriptor has it
 namespace eduba::cuda {
 

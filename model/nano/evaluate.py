@@ -87,7 +87,7 @@ def perplexity(model, sentences, split):
 
 
 def pooled(model, ids, ranges):
-    """The mean hidden state of every range [cells, hidden_size]. The cells are ONE context: each is computed behind as many
+    """The mean hidden state of every range [cells, hidden_size]. The cells are ONE context: each is computed after as many
     of the tokens before it as can reach it through the layers' windows."""
     reach = model.config["num_hidden_layers"] * (WINDOW - 1)
     out = []

@@ -20,7 +20,7 @@ from first_weights import set_first_weights
 from nano_model import Nano
 
 EPOCHS = 6
-BATCH, STRETCH = 2, 1024  # Stretches of the epoch's stream of cells, each behind the sinks.
+BATCH, STRETCH = 2, 1024  # Stretches of the epoch's stream of cells, each after the sinks.
 RATE, EMBEDDING_RATE, WARM_UP = 1e-3, 3e-4, 20
 CANDIDATES = 2500  # Expected number of tokens in a step's sampled softmax.
 NOISE = 0.1  # Of log expression, before every epoch's sort: how neighbours in a sentence are ordered is chance.
@@ -62,7 +62,7 @@ def sampled_loss(hidden, targets, table, inclusion, generator):
 
 
 def exact_loss(model, sentences):
-    """Mean loss over whole sentences, each alone behind the sinks."""
+    """Mean loss over whole sentences, each alone after the sinks."""
     total, count = 0.0, 0
     with torch.no_grad():
         for sentence in sentences:

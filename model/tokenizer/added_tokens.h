@@ -18,7 +18,7 @@ struct AddedToken {
   std::string content;
   std::string written;       // How it appears in text, and is decoded: `content`, normalized if `normalized`.
   bool left_strip = false;   // Takes the white space before it along.
-  bool right_strip = false;  // And behind it.
+  bool right_strip = false;  // Takes the white space after it along.
   bool normalized = false;   // Is looked for in the normalized text, in its own normalized form.
   bool special = false;      // Left out of decoded text on request.
 };

@@ -172,7 +172,7 @@ std::vector<int32_t> Bpe::Characters(absl::string_view word) const {
     }
     const auto has_token = [&](char byte) { return byte_tokens_[static_cast<uint8_t>(byte)] >= 0; };
     if (!byte_tokens_.empty() && std::all_of(character.begin(), character.end(), has_token)) {
-      // An unknown character that waits stays behind these bytes: tokenizers does it so.
+      // An unknown character that waits comes after these bytes: tokenizers does it so.
       for (const char byte : character) symbols.push_back(byte_tokens_[static_cast<uint8_t>(byte)]);
       continue;
     }

@@ -62,7 +62,7 @@ absl::StatusOr<std::unique_ptr<GeneVocabulary>> GeneVocabulary::Parse(absl::stri
       return bad("has white space inside a name");
     }
     if (IsSpecial(line)) {
-      if (vocabulary->special_tokens_ + 1 < line_number) return bad("is a special token behind genes");
+      if (vocabulary->special_tokens_ + 1 < line_number) return bad("is a special token after genes");
       ++vocabulary->special_tokens_;
     }
     const auto id = static_cast<int32_t>(vocabulary->names_.size());

@@ -123,7 +123,7 @@ absl::Status JsonTokenizer::ReadAddedTokens(const json& tokens, const std::strin
     if (token.content.empty() || static_cast<int64_t>(token.content.size()) > kTokenBytesMax) {
       fields.Invalid("content", absl::StrCat("1 to ", kTokenBytesMax, " bytes"));
     }
-    // The id is not free: a token of the vocabulary keeps its own, others are numbered behind.
+    // The id is not free: a token of the vocabulary keeps its own, others are numbered after them.
     const int64_t expected = model_.Id(token.content).value_or(std::max(model_.size(), largest + 1));
     if (id != expected) fields.Invalid("id", absl::StrCat(expected, " for ", JsonText(json(token.content))));
     EDUBA_RETURN_IF_ERROR(fields.Finish());

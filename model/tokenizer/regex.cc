@@ -87,7 +87,7 @@ class Translator {
     return absl::StrCat("\\x{", absl::Hex(static_cast<uint32_t>(CodePoint(character))), "}");
   }
 
-  // The name in \p{name}, behind the p.
+  // Takes the name in \p{name}, from after the p.
   absl::string_view TakeCategory() {
     const size_t close = rest_.find('}');
     if (!absl::StartsWith(rest_, "{") || close == absl::string_view::npos) {
@@ -152,7 +152,7 @@ class Translator {
     out_.push_back('[');
     if (absl::StartsWith(rest_, "^")) absl::StrAppend(&out_, Take(1));
     bool empty = true;
-    bool range_may_follow = false;  // Behind a single character.
+    bool range_may_follow = false;  // True after a single character.
     while (status_.ok()) {
       if (rest_.empty()) return Refuse("[");
       if (rest_[0] == ']') {

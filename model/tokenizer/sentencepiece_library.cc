@@ -9,7 +9,7 @@
 
 // Debian's libsentencepiece brings a protobuf of its own and exports it. Linked beside the libprotobuf that
 // gRPC needs, whichever comes first answers for both, and the program dies before main(). So the library is
-// opened behind a wall instead: its names are seen by nobody else, and it sees its own before others'.
+// opened in isolation instead: its names are seen by nobody else, and it sees its own before others'.
 // Everything that is used of it is virtual; by name we need its constructor, and util::Status's destructor.
 
 // Sanitizers do not run with deep binding; what they test has no second protobuf.

@@ -847,7 +847,7 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
   }
 }
 
-// A total of 2^64 and a little, in units of the sink path: a sum that went on behind 2^56 would come round to
+// A total of 2^64 and a little, in units of the sink path: a sum that went on beyond 2^56 would come round to
 // a harmless number. A GPU's blocks take all pages of a head here, or every other: the rest weighs nothing.
 TEST_P(BackendContract, ATotalThatWouldComeRoundLeavesTheSinkPath) {
   ProblemSpec spec;
@@ -1243,7 +1243,7 @@ TEST_P(BackendContract, ErrorStaysWithin3e6ForModerateLogits) {
   double worst = 0;
   for (const int head_dim : {16, 64, 128, 256}) {
     for (const int64_t positions : {1, 2, 5, 30, 300, 3000, 20000}) {
-      if (GetParam().IsEmulated() && positions > 3000) continue;  // A host plays a GPU slowly.
+      if (GetParam().IsEmulated() && positions > 3000) continue;  // A host emulates a GPU slowly.
       // Sink mass from 1e-9 to 1 - 1e-7, and none.
       for (const float sink : {-1000.0F, -15.0F, 0.0F, 18.0F, 33.0F}) {
         ProblemSpec spec = AccuracySpec(head_dim, positions, 20, positions + head_dim);

@@ -359,7 +359,7 @@ TEST_F(GpuSums, AMissingRankIsADeadlineAndTheBackendLivesOn) {
   EXPECT_TRUE(answers[0].ok()) << answers[0].status();
 }
 
-// Nothing behind the all-reduce may wait for the GPU, as memory that grows would.
+// Nothing after the all-reduce may wait for the GPU, as memory that grows would.
 TEST_F(GpuSums, AMissingRankIsADeadlineForALargerStepThanAnyBefore) {
   TheFakeNccl().peers_are_told = false;
   RankGroup group = Backends(2, CudaPrecision::kExact);
@@ -422,7 +422,7 @@ TEST_F(GpuSums, AFaultIsEveryRanksError) {
   }
 }
 
-// The flag of the last row and head is the last word of all, here behind the first frame.
+// The flag of the last row and head is the last word of all, here after the first frame.
 TEST_F(GpuSums, AFaultInTheLastWordOfALongSumIsEveryRanksError) {
   RankGroup group = Backends(2, CudaPrecision::kExact);
   ProblemSpec spec;

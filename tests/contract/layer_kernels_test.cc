@@ -192,7 +192,7 @@ std::unique_ptr<PackedMatrix> Pack(LayerKernels& kernels, const Product& p,
 
 std::vector<float> Multiply(LayerKernels& kernels, const PackedMatrix& weights, const float* x, int64_t rows,
                             const float* bias) {
-  std::vector<float> y(rows * weights.outputs() + 1, kNaN);  // One behind the end, to see it stay.
+  std::vector<float> y(rows * weights.outputs() + 1, kNaN);  // One number after the end, to see it stay.
   kernels.Multiply({&weights, rows, x, bias, y.data()});
   EXPECT_TRUE(std::isnan(y.back()));
   y.pop_back();

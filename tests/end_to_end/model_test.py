@@ -257,7 +257,7 @@ class ModelSessions(unittest.TestCase):
                 process.communicate(timeout=program.COMMAND_TIMEOUT_S)
 
     def gene_model(self, name, **streaming):
-        """The model, with a streaming.json of these fields and a vocabulary of genes behind [sOS] and [CELL]."""
+        """The model, with a streaming.json of these fields and a vocabulary of genes after [sOS] and [CELL]."""
         folder = self.dir / name
         shutil.copytree(self.model, folder)
         (folder / "streaming.json").write_text(json.dumps(streaming))
@@ -275,7 +275,7 @@ class ModelSessions(unittest.TestCase):
             self.assertEqual({key: got[key] for key in shown}, shown)
             self.assertEqual(got["length"], 0)
             self.assertIn("positions 0 to 2 are token 5", server.run("session", "show", "s"))
-            # The first token of a client is behind them, wherever it comes from.
+            # The first token of a client is after them, wherever it comes from.
             appended = server.report("session", "append", "s", "--tokens", self.path("ids.npy"))
             self.assertEqual((appended["at"], appended["length"]), (3, 3 + len(self.ids)))
             again = server.report("session", "append", "s", "--tokens", self.path("ids.npy"), "--at", 3)
@@ -326,7 +326,7 @@ class ModelSessions(unittest.TestCase):
             self.assertEqual(embedded["ranges"], 4)
             server.run("embed", "cells", "--ranges", self.path("r.npy"), "--out", self.path("mean.npy"))
             self.assertEqual((self.dir / "c2s.npy").read_bytes(), (self.dir / "mean.npy").read_bytes())
-            # Some cells, their first genes, behind what is there.
+            # Some cells, their first genes, after what is there.
             report = server.report("session", "append", "cells", "--cells", self.path("cells.h5ad"), "--rows", self.path("some.npy"),
                                    "--top-genes", 1, "--ranges-out", self.path("r.npy"))
             self.assertEqual(report["at"], 2 + len(flat))

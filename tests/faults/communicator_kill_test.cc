@@ -270,7 +270,7 @@ TEST_P(CommunicatorProcesses, WhenARankIsStoppedTheOthersReturnInTimeAndItLearns
     ranks_[victim]->AwaitRound(10);
     ranks_[victim]->Send(SIGSTOP);
     for (int r = 0; r < kSize; ++r) {
-      // The first to run out of time ends the group; for those a little behind it the connections break.
+      // The first to run out of time ends the group; for those that are a little later the connections break.
       if (r != victim) ExpectGoodEnd(r, {kDeadlineExceeded, kUnavailable});
     }
     ranks_[victim]->Send(SIGCONT);

@@ -64,7 +64,7 @@ left_out=0
 current=
 group=
 
-# NCCL and cuBLAS, where they came with a Python package: behind what the user names, and nothing else of these folders, so that profilers find
+# NCCL and cuBLAS, where they came with a Python package: after what the user names, and nothing else of these folders, so that profilers find
 # their own of the rest.
 mkdir "$scratch/libraries"
 while read -r library; do ln -sf "$library" "$scratch/libraries/"; done < <(
@@ -418,7 +418,7 @@ sanitizer() {
   where_it_works 'Device not supported' compute-sanitizer --tool "$1" --error-exitcode 9 "$programs_in/$2" --gtest_filter="$3"
 }
 
-# profile PRECISION KERNELS BYTES: what the kernels are bound by, for whoever finds a figure missed. Of the shapes of that size, behind those of
+# profile PRECISION KERNELS BYTES: what the kernels are bound by, for whoever finds a figure missed. Of the shapes of that size, after those of
 # 8 Ki keys, which take nine launches: three each, of which the last is the timed one. In a file beside the report.
 profile() {
   local file=${report%.md}-profile-$1.txt
@@ -456,7 +456,7 @@ step "PyTorch's attention beside it" 40 python3 benchmarks/sdpa_gpu.py
 step "contract of a model's layers" 20 on_gpu layer_kernels_test '*/cuda:*/cuda_bf16:CudaLayerKernels.*:CublasLt.*'
 step "a model's layers" 10 on_gpu gpu_layers_test '*/cuda'
 step "contract of the transports" 20 share_gpu "$programs_in/communicator_contract_test" --gtest_filter='*/nccl'
-# But for the one whose library, an old NCCL that is played, stays with the build.
+# But for the one whose library, an old NCCL that is emulated, stays with the build.
 step "nccl's own tests" 10 share_gpu "$programs_in/nccl_communicator_test" --gtest_filter=-LoadNccl.WithoutTheLibrary*
 # Ranks that share the GPU.
 step "contract of the transports over processes" 150 on_gpu communicator_kill_test '*/nccl'

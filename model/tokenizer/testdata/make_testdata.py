@@ -225,8 +225,8 @@ def codes():
 
 
 def digest(encode_batch):
-    """Over the ids, as little-endian int32 with -1 behind each text. A text is a surrounding with each of CHUNK
-    characters put in, one behind the other."""
+    """Over the ids, as little-endian int32 with -1 after each text. A text is a surrounding with each of CHUNK
+    characters put in, one after the other."""
     state = xxhash.xxh3_64()
     for surrounding in SURROUNDINGS:
         pieces = [surrounding.replace("{}", chr(c)) for c in codes()]
