@@ -18,7 +18,7 @@ namespace {
 constexpr int kGridFirst = -16;
 constexpr int kGridLast = 4;
 constexpr int kGridDefault = -5;  // 0.42 m: best on the PBMC atlas.
-// Of the probability, what is spread evenly over the labels when a width is judged.
+// The part of the probability that is spread evenly over the labels when a width is judged.
 constexpr double kSpread = 0.01;
 constexpr double kSinkQuantile = 0.95;
 // sigma may be this much smaller than the largest norm.

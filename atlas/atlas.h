@@ -45,7 +45,7 @@ struct Atlas {
   std::string label_column;         // Where the labels were: "obs/bulk_labels".
   std::vector<std::string> labels;  // [value_dim]
   std::vector<float> centre;        // [dims] Subtracted from every cell, reference and query.
-  DType dtype = DType::kBf16;       // Of the stored keys.
+  DType dtype = DType::kBf16;       // The stored keys' type.
   double sigma = 1;                 // Kernel width, in the embedding's units.
   double sink_distance = 1;         // D, in the embedding's units.
 

@@ -110,7 +110,7 @@ class PageStore {
   mutable Mutex mutex_;
   Slabs slabs_ ABSL_GUARDED_BY(mutex_);
   std::map<int64_t, SizeClass> classes_ ABSL_GUARDED_BY(mutex_);  // By page bytes.
-  int64_t taken_bytes_ ABSL_GUARDED_BY(mutex_) = 0;               // Of slabs, and reserved.
+  int64_t taken_bytes_ ABSL_GUARDED_BY(mutex_) = 0;               // The bytes of slabs and of reservations.
   int64_t used_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

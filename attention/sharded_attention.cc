@@ -113,7 +113,7 @@ using RowHeads = std::vector<int64_t>;
 absl::StatusOr<std::vector<RowHeads>> ShareSelections(Merge& merge) {
   constexpr int64_t kBits = 64;
   std::vector<RowHeads> selected(merge.args.size());
-  std::vector<int64_t> first_word(merge.args.size() + 1);  // Of a step's bits.
+  std::vector<int64_t> first_word(merge.args.size() + 1);  // Where each step's bits begin.
   for (size_t i = 0; i < merge.args.size(); ++i) {
     const StepArgs& args = merge.args[i];
     first_word[i + 1] = first_word[i] + (args.has_sinks() ? (args.row_heads() + kBits - 1) / kBits : 0);

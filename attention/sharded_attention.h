@@ -23,7 +23,7 @@ struct AttentionQuery {
   absl::Span<const float> queries;               // [rows, query_heads, head_dim], finite
   absl::Span<const int64_t> positions;           // [rows], each below `length`
   int64_t first_row = 0;                         // What messages call the first row.
-  const std::atomic<bool>* cancelled = nullptr;  // As StepArgs::cancelled.
+  const std::atomic<bool>* cancelled = nullptr;  // Means what StepArgs::cancelled means.
 };
 
 struct AttentionAnswer {
@@ -31,8 +31,8 @@ struct AttentionAnswer {
   std::vector<float> lse;                  // [rows, query_heads], natural log
   std::vector<float> sink_mass;            // [rows, query_heads]
   std::vector<int32_t> row_heads_maximum;  // [rows]: heads of the row that took the maximum path.
-  int64_t bytes_read = 0;                  // Of keys and values, by this worker.
-  int collectives = 0;                     // That its sums and maxima took part in.
+  int64_t bytes_read = 0;                  // The bytes of keys and values that this worker read.
+  int collectives = 0;                     // The collectives that its sums and maxima took part in.
 };
 
 // The half of AttendSharded that is not about sequences: steps over pages that the caller chose, merged with

@@ -125,7 +125,7 @@ class StagedAppend {
 
   std::vector<PositionRange> owned_;  // The owned ranges, ascending; neighbours are merged.
   PositionRange sinks_;               // Token sinks of this append.
-  std::vector<Run> runs_;             // Of both, ascending; neighbours are merged.
+  std::vector<Run> runs_;             // The owned rows and the sinks, ascending; neighbours are merged.
   int64_t rows_ = 0;                  // Per layer, that must come.
   // [layers, words]: a bit per row that must come, set when it does.
   std::vector<std::atomic<uint64_t>> claimed_;
@@ -140,7 +140,7 @@ class StagedAppend {
 
   Mutex mutex_;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
-  Digest digest_ ABSL_GUARDED_BY(mutex_);  // Of the owned rows.
+  Digest digest_ ABSL_GUARDED_BY(mutex_);  // The owned rows' digest.
   std::vector<uint32_t> magnitudes_
       ABSL_GUARDED_BY(mutex_);  // [layers, kv_heads, value_dim], of the owned rows.
 };

@@ -18,7 +18,7 @@ namespace eduba {
 struct StepPages {
   const PageTable* keys = nullptr;
   const PageTable* sinks = nullptr;  // With the pages that hold the token sinks.
-  // Of `keys`, only the pages that node `index` of a placement owns; null: all.
+  // The step reads only those pages of `keys` that node `index` of this placement owns. Null: all pages.
   const Placement* placement = nullptr;
   int index = 0;
 };

@@ -26,7 +26,7 @@ struct Visibility {
   bool operator==(const Visibility&) const = default;
 };
 
-// Of a row at `position` (-1: before the first) of a sequence of `length` positions.
+// What a row at `position` (-1: before the first) sees of a sequence of `length` positions.
 inline Visibility VisibleTo(const LayerView& view, int64_t position, int64_t length) {
   const int64_t end = std::clamp<int64_t>(position, -1, length - 1) + 1;
   Visibility visible;

@@ -96,7 +96,7 @@ TEST(IdLog, CopiesShareWhatIsWrittenAndThenGoTheirOwnWay) {
   EXPECT_EQ(All(second), expected);
 }
 
-// As a coordinator and its workers in one process.
+// A coordinator and its workers may keep logs in one process, on several threads.
 TEST(IdLog, LogsOfTwoThreadsDoNotMeet) {
   const auto run = [](int32_t first) {
     for (int round = 0; round < 10; ++round) {

@@ -165,7 +165,7 @@ int Run(int threads, bool nano, Activations activations) {
 }  // namespace eduba
 
 int main(int argc, char** argv) {
-  eduba::KeepFreedMemory();  // As the program does.
+  eduba::KeepFreedMemory();  // The program does so too.
   return eduba::Run(
       argc > 1 ? std::atoi(argv[1]) : 2, argc > 2 && std::string(argv[2]) == "nano",
       argc > 3 && std::string(argv[3]) == "bf16" ? eduba::Activations::kBf16 : eduba::Activations::kF32);

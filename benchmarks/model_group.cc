@@ -139,7 +139,7 @@ int Run(int ranks, bool gloo, int sessions, int64_t tokens) {
 }  // namespace eduba
 
 int main(int argc, char** argv) {
-  eduba::KeepFreedMemory();  // As the program does.
+  eduba::KeepFreedMemory();  // The program does so too.
   return eduba::Run(argc > 1 ? std::atoi(argv[1]) : 2, argc > 2 && std::string(argv[2]) == "gloo",
                     argc > 3 ? std::atoi(argv[3]) : 8, argc > 4 ? std::atoll(argv[4]) : 500);
 }

@@ -25,7 +25,7 @@ class AtlasCells {
   const H5adFile& file() const { return *file_; }
   int64_t size() const { return static_cast<int64_t>(rows_.size()); }
   int64_t dims() const { return matrix_->cols(); }
-  // Of each cell, its row in the file.
+  // Each cell's row in the file.
   const std::vector<int64_t>& rows() const { return rows_; }
 
   // Cells [first, first + count) of these, [count, dims()]. Thread-safe.

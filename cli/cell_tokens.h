@@ -18,13 +18,13 @@ namespace eduba {
 struct CellFlags {
   std::string path;
   CellSentences::Options sentences;
-  int64_t top_genes = 0;  // Of each cell, the most expressed; 0: all.
+  int64_t top_genes = 0;  // Only so many of each cell's genes are read, the most expressed; 0: all.
   std::string ranges_out;
 };
 
 // The cells as a model reads them, block by block.
 //   A gene vocabulary    [CELL] and one token for each expressed gene, as model/nano/cell_sentences.py has it
-//   Any other tokenizer  the genes' names with a space between and a line break after them them
+//   Any other tokenizer  the genes' names with a space between and a line break after them
 // A gene's token is that of its name, or, for a name that several genes share, that of "name|its name in the
 // index of var"; genes without one are left out.
 class CellTokens {
@@ -59,7 +59,7 @@ class CellTokens {
   std::unique_ptr<CellSentences> sentences_;
   bool one_token_a_gene_ = false;
   int32_t cell_token_ = 0;
-  std::vector<int32_t> tokens_;  // Of every column; -1: none. For text: 0 where there is a name.
+  std::vector<int32_t> tokens_;  // Each column's token; -1: none. For text: 0 where there is a name.
   int64_t unknown_genes_ = 0;
   int64_t left_out_ = 0;
   int64_t next_ = 0;

@@ -17,7 +17,7 @@
 namespace eduba {
 namespace {
 
-// Of a model's files; 0 where there are none.
+// The bytes of a model's weight files; 0 where there are none.
 int64_t WeightBytes(const std::string& model) {
   int64_t bytes = 0;
   std::error_code error;

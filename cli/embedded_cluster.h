@@ -25,24 +25,25 @@ inline std::string NodeFolder(const std::string& data_dir, const std::string& no
 class EmbeddedCluster {
  public:
   struct Options {
-    std::string listen = "127.0.0.1:0";  // Of the coordinator; workers listen on free ports of the same host.
+    // The coordinator's address; workers listen on free ports of the same host.
+    std::string listen = "127.0.0.1:0";
     int workers = 1;
     int64_t memory_bytes = 0;          // For pages, over all workers. REQUIRES: > 0.
-    std::vector<std::string> devices;  // Of each worker (worker.h, backend). Empty: all on the CPU.
-    std::string precision = "exact";   // Of each worker (worker.h).
-    // Of the coordinator; workers have folders in it (NodeFolder). Empty: nothing is kept.
+    std::vector<std::string> devices;  // Each worker's backend (worker.h). Empty: all on the CPU.
+    std::string precision = "exact";   // Each worker's precision (worker.h).
+    // The coordinator's data directory; workers have folders in it (NodeFolder). Empty: nothing is kept.
     std::string data_dir;
     std::string version;
     std::string model;                            // A model's folder, for every worker. Empty: none.
-    Activations activations = Activations::kF32;  // Of the model.
+    Activations activations = Activations::kF32;  // The model's activations.
   };
 
   // Returns when everything listens; the group forms after that.
   static absl::StatusOr<std::unique_ptr<EmbeddedCluster>> Start(const Options& options);
-  // As Shutdown(absl::ZeroDuration()).
+  // Calls Shutdown(absl::ZeroDuration()).
   ~EmbeddedCluster();
 
-  // Of the coordinator.
+  // The coordinator's address.
   const std::string& address() const { return coordinator_->address(); }
   // Calls under way get `grace`. Idempotent.
   void Shutdown(absl::Duration grace);

@@ -34,7 +34,7 @@ class NpyRows : public RowSource {
   std::unique_ptr<NpyFile> keys_;
   std::unique_ptr<NpyFile> values_;
   int64_t tokens_;
-  int64_t key_elements_;  // Of one row.
+  int64_t key_elements_;  // The elements of one row's key.
   int64_t value_elements_;
   DType dtype_;
 };

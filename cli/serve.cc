@@ -91,7 +91,7 @@ struct UpOptions {
   int64_t memory_bytes = 0;  // 0: what DefaultMemoryBytes says.
   std::string device = "cpu";
   std::string precision = "exact";
-  std::string transport;  // Of processes. Empty: what TransportOf says.
+  std::string transport;  // What joins worker processes. Empty: what TransportOf says.
   std::string data_dir;
   std::string model;
   std::string activations = "f32";
@@ -174,7 +174,7 @@ absl::Status UpInThisProcess(const UpOptions& options, const std::vector<std::st
   return absl::OkStatus();
 }
 
-// Of workers that are processes. One alone has nobody to reduce with, and needs no NCCL.
+// The transport of workers that are processes. One worker alone has nobody to reduce with, and needs no NCCL.
 std::string TransportOf(const UpOptions& options, const std::vector<std::string>& devices) {
   if (!options.transport.empty()) return options.transport;
   return devices.size() > 1 && EachHasItsGpu(devices) ? "nccl" : "gloo";

@@ -18,7 +18,7 @@ std::string ProcessorName();
 // The release of NVIDIA's driver from what its kernel module says of itself, /proc/driver/nvidia/version:
 // "580.65.06"; empty where `version` is, "of unknown release" where it says none.
 std::string NvidiaDriverRelease(const std::string& version);
-// Of this machine's: empty where there is no driver.
+// The release of this machine's driver; empty where there is none.
 std::string NvidiaDriverRelease();
 
 // Memory for pages when --memory-bytes is not given: 60 % of what there is. The rest is for the operating

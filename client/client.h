@@ -68,7 +68,7 @@ using ResultSink = std::function<absl::Status(const AnsweredRows& rows)>;
 
 struct ClientOptions {
   std::string server = "127.0.0.1:7070";
-  // Of one call of this class: a whole append or attend is one.
+  // The time limit of one call of this class: a whole append or attend is one call.
   absl::Duration timeout = absl::Minutes(10);
 };
 

@@ -361,7 +361,7 @@ class FakeEduba : public v1::Eduba::Service {
   std::vector<v1::AppendRequest> thin;
   std::vector<v1::AppendTokensRequest> tokens;
   v1::GenerateRequest generate;
-  absl::Time deadline;  // Of the generation's call.
+  absl::Time deadline;  // The deadline of the generation's call.
   std::atomic<int> commits = 0;
   std::atomic<int> aborts = 0;
 };

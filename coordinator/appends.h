@@ -48,7 +48,7 @@ class Appends {
     v1::AppendPlan plan;
     Phase phase = Phase::kBeginning;
     int64_t expires_ms = 0;          // Later with every piece that comes in.
-    std::vector<RequestId> waiters;  // Of the plan, then of the commit.
+    std::vector<RequestId> waiters;  // Those who wait for the plan, later for the commit.
     Digest digest;                   // After the seal: over all workers.
     std::string exponents;           // After the seal: the maximum over all workers.
   };

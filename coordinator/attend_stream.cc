@@ -16,8 +16,8 @@
 namespace eduba {
 namespace {
 
-// Of queries or answers that one call may have in our memory: enough for the steps that are under way and the
-// next, little enough for hundreds of calls.
+// How many bytes of queries or answers one call may have in our memory: enough for the steps that are under
+// way and the next, little enough for hundreds of calls.
 constexpr int64_t kCallBytesMax = 4 << 20;
 
 }  // namespace

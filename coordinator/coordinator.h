@@ -31,7 +31,7 @@ class Coordinator {
   // Listens when it returns; health is SERVING while a group is active. INVALID_ARGUMENT for options,
   // UNAVAILABLE when the port or the data folder is in use, and what Store::Open says.
   static absl::StatusOr<std::unique_ptr<Coordinator>> Start(const Options& options);
-  // As Shutdown(absl::ZeroDuration()).
+  // Calls Shutdown(absl::ZeroDuration()).
   ~Coordinator();
 
   const std::string& address() const { return address_; }

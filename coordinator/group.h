@@ -65,7 +65,7 @@ class Group {
   const std::vector<std::string>& nodes() const { return nodes_; }
   std::string NameOf(int rank) const;
   std::string AddressOf(int rank) const;
-  // As CommandStream::Send.
+  // Sends as CommandStream::Send does.
   std::shared_ptr<const v1::GroupMessage> Send(v1::Command command, int64_t now_ms,
                                                CommandStream::Done done = nullptr,
                                                const CommandStream::Share& share = nullptr,
@@ -110,7 +110,7 @@ class Group {
 
   const Options options_;
   const uint64_t cluster_;
-  const std::vector<Term> terms_;  // Of these records; the last is this coordinator's.
+  const std::vector<Term> terms_;  // The terms that used these records; the last is this coordinator's.
   Journal* const journal_;
   Outbox* const outbox_;
   Listener* const listener_;

@@ -16,8 +16,8 @@ static_assert(std::endian::native == std::endian::little, "path counts travel as
 // While one step computes, the next is on its way to the workers.
 constexpr size_t kStepsInFlightMax = 2;
 
-// Of the ranks' errors the one that says most: the ranks that only hear of a bad number elsewhere say less
-// than the one whose page it is in.
+// Whether error `a` says more than error `b`: ranks that only hear of a bad number elsewhere say less than
+// the rank whose page it is in.
 bool SaysMore(const absl::Status& a, const absl::Status& b) {
   const auto names_page = [](const absl::Status& status) {
     return std::string(status.message()).find("page") != std::string::npos;

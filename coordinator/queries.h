@@ -62,7 +62,7 @@ class Queries {
   void SendStep(Batch batch, int64_t now_ms);
   void OnStep(Answered answered, int64_t now_ms);
   void Deliver(const Step& step, int64_t now_ms);
-  // Of the ranks' errors the one that says most; OK when there is none. Adds up `totals`.
+  // Returns the one of the ranks' errors that says most; OK when there is none. Adds up `totals`.
   absl::Status Sum(const Step& step, AttendTotals* totals) const;
   void DeliverFailure(const Step& step, const absl::Status& failure);
   // `first`: the part's first row in the step.

@@ -23,7 +23,7 @@ class RecordWriter {
   using Done = std::function<void(const Written& written)>;
 
   RecordWriter(std::unique_ptr<Recorder> recorder, Done done);
-  // As Drain; ends the thread.
+  // Writes what was added, as Drain does, and ends the thread.
   ~RecordWriter();
   RecordWriter(const RecordWriter&) = delete;
   RecordWriter& operator=(const RecordWriter&) = delete;

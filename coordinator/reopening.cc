@@ -17,8 +17,8 @@ constexpr int64_t kReadAgainMsPerToken = 100;
 void Reopening::OnActive(int64_t now_ms) {
   v1::Command command;
   const std::vector<SessionEntry*> all = sessions_->All();
-  // Of earlier epochs are only sessions that are ready or being struck out: whatever else was under way has
-  // ended with its epoch, or with the writing down of this one (Journal).
+  // Earlier epochs have left only sessions that are ready or being struck out: whatever else was under way
+  // has ended with its epoch, or with the writing down of this one (Journal).
   for (SessionEntry* session : all) {
     command.mutable_retain_sessions()->add_session_ids(session->record.id);
     session->open_epoch = group_->epoch();
@@ -29,7 +29,7 @@ void Reopening::OnActive(int64_t now_ms) {
   group_->Send(std::move(command), now_ms);
   waiting_ = static_cast<int64_t>(all.size()) + 1;
   for (SessionEntry* session : all) Begin(session, now_ms);
-  Ended();  // Of the loop itself: a coordinator without sessions serves at once.
+  Ended();  // Called for the loop itself, so that a coordinator without sessions serves at once.
 }
 
 void Reopening::OnOver() {

@@ -53,7 +53,7 @@ class Runtime {
   // `set_serving` is called with the mutex held, whenever a group becomes active or ends.
   Runtime(ClusterState::Options options, std::unique_ptr<Recorder> store, StoredState stored,
           std::function<void(bool)> set_serving);
-  // As Stop.
+  // Calls Stop.
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;

@@ -80,7 +80,7 @@ class FakeWorker final : public v1::Pages::Service {
     server_->Shutdown(absl::ZeroDuration());
   }
 
-  // As if the process died.
+  // Ends the stream as if the worker's process had died.
   void Kill() { context_.TryCancel(); }
   // Steps wait until they may go on.
   void Hold(bool hold) {
@@ -672,7 +672,7 @@ TEST_F(DoorsTest, AThousandWaitingCallsHoldNoThreads) {
   ManyCalls calls(1000);
   const v1::RendezvousGetRequest request = Get("key");
   std::deque<v1::RendezvousGetResponse> responses(calls.size());
-  // Of ten processes, as it were.
+  // Ten stubs stand for ten processes.
   std::vector<std::unique_ptr<v1::Group::Stub>> stubs;
   for (int i = 0; i < 10; ++i) stubs.push_back(v1::Group::NewStub(OpenChannel(server_->address())));
   for (size_t i = 0; i < calls.size(); ++i) {

@@ -40,7 +40,7 @@ struct SessionEntry {
   std::vector<LostStripes> lost_stripes;  // The same, counted.
   uint64_t open_epoch = 0;                // The last epoch whose workers were told of the session.
   int64_t recorded = 0;                   // Positions of a model session that are written down.
-  RequestId waiter = 0;                   // Of the creation or deletion.
+  RequestId waiter = 0;                   // The request that waits for the creation or deletion.
 };
 
 // Which sessions there are: created, listed, forked, deleted. A new session is told to the workers, then

@@ -40,7 +40,7 @@ Settlement Settle(const SessionRecord& record, const std::vector<v1::SessionCont
 // No rank of the group was asked, because `absent` nodes of its placement are not in the group.
 Settlement SettleWithout(const SessionRecord& record, const std::vector<std::string>& absent);
 
-// Of int16 little-endian arrays, element by element, the maximum. False when the sizes differ.
+// Takes the maximum of two little-endian int16 arrays, element by element. False when the sizes differ.
 bool MergeExponents(const std::string& from, std::string* into);
 
 // Bytes of a session's exponents. REQUIRES: a completed spec.

@@ -404,7 +404,7 @@ TEST_F(ModelStateTest, TokensFromAnotherRankThanTheReportingOneEndTheEpoch) {
   cluster_.Settle();
   v1::WorkerMessage message;
   message.mutable_progress()->set_epoch(1);
-  cluster_.state().WorkerSaid(b_, message, cluster_.now());  // Of a job that has ended.
+  cluster_.state().WorkerSaid(b_, message, cluster_.now());  // This is the progress of a job that has ended.
   cluster_.Collect();
   EXPECT_TRUE(cluster_.serving);
   message.mutable_progress()->set_ordinal(4);
@@ -846,7 +846,7 @@ TEST_F(ModelStateTest, ADeletedSessionsGenerationMayEndAtAnyMoment) {
     } else {
       while (cluster_.FinishWrite()) {
       }
-      EndHeldJob(absl::NotFoundError("deleted"), {});  // As the workers close it.
+      EndHeldJob(absl::NotFoundError("deleted"), {});  // The workers close the session.
     }
     cluster_.Settle();
     EXPECT_TRUE(StatusOf(deletion).ok()) << StatusOf(deletion);

@@ -131,7 +131,7 @@ class StateTest : public testing::Test {
     cluster_.state().FinishRows(id, cluster_.now());
     cluster_.Collect();
   }
-  // Of the group, as clients see it; without letting anything else happen.
+  // The group's state as clients see it. Asking lets nothing else happen.
   std::string State() {
     const RequestId id =
         cluster_.Ask([](ClusterState& state, RequestId request) { state.ListWorkers(request); });

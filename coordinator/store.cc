@@ -426,7 +426,7 @@ absl::Status Store::ApplyOne(const Change& change) {
     return CountSessions();
   }
   if (const auto* placed = std::get_if<SessionPlaced>(&change)) {
-    // Of a session that has been erased meanwhile it changes nothing.
+    // The statement changes nothing where the session has been erased meanwhile.
     const std::string placement = PlacementBytes(placed->placement);
     EDUBA_RETURN_IF_ERROR(Statement(this, "UPDATE sessions SET placement = ? WHERE id = ?")
                               .BindBlob(placement)

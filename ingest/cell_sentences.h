@@ -31,7 +31,7 @@ class CellSentences {
   static absl::StatusOr<std::unique_ptr<CellSentences>> Open(const std::string& path, const Options& options);
 
   int64_t cells() const { return static_cast<int64_t>(rows_.size()); }
-  // Of every column of the matrix: its gene's name ("" where it has none), and its name in the index of var.
+  // For every column of the matrix: its gene's name ("" where it has none), and its name in the index of var.
   const std::vector<std::string>& genes() const { return genes_; }
   const std::vector<std::string>& index() const { return index_; }
   // Where genes() come from: "var/feature_name", "the index of var".

@@ -50,8 +50,8 @@ class CellMatrix {
 
 // One label per cell.
 struct CellLabels {
-  std::vector<std::string>
-      names;  // As the file orders its categories; alphabetical for a column of plain text or numbers.
+  // The categories in the file's order; in alphabetical order for a column of plain text or numbers.
+  std::vector<std::string> names;
   std::vector<int32_t> codes;              // [cells] index into `names`, or kMissing.
   static constexpr int32_t kMissing = -1;  // The cell has no label (pandas' NaN).
 };

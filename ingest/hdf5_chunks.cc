@@ -12,10 +12,10 @@
 namespace eduba::hdf5 {
 namespace {
 
-// Of unpacked chunks kept for the next block, which often begins in the last chunk of this one. Where one
-// chunk is larger, one is kept.
+// How many bytes of unpacked chunks are kept for the next block, which often begins in the last chunk of this
+// one. Where one chunk is larger, one is kept.
 constexpr size_t kKeptBytesMax = size_t{4} << 20;
-constexpr size_t kKeptChunkOverhead = 128;  // Of a small chunk, about.
+constexpr size_t kKeptChunkOverhead = 128;  // About what keeping a chunk costs besides its bytes.
 
 // Bytes of one element in the file. H5Tget_size gives those in memory, where a reference to a value of
 // variable length is a pointer; in the file it is a length, an address and an index.

@@ -67,7 +67,7 @@ class Chunks {
   int64_t chunk_[2] = {1, 1};
   int64_t chunks_wide_ = 1;                       // Along the second axis.
   size_t element_bytes_ = 0;                      // In the file.
-  size_t bytes_ = 0;                              // Of a chunk, unpacked.
+  size_t bytes_ = 0;                              // The bytes of an unpacked chunk.
   std::map<int64_t, std::vector<uint8_t>> kept_;  // By place: row * chunks_wide_ + column.
   std::vector<bool> checked_;                     // By place.
 };

@@ -40,7 +40,7 @@ herr_t AppendName(hid_t, const char* name, const H5L_info_t*, void* out) {
 // The memory type of the dataset's or field's strings: HDF5 does not convert between its kinds of string.
 struct TextType {
   bool variable = false;
-  size_t bytes = 0;  // Of one element in memory.
+  size_t bytes = 0;  // The bytes of one element in memory.
   bool space_padded = false;
 };
 

@@ -142,7 +142,7 @@ class Column {
   std::shared_ptr<const Dataset> data_;
   std::string field_;  // Empty: the dataset itself.
   std::string name_;
-  Id type_;  // Of one row, as stored.
+  Id type_;  // The type of one row, as it is stored.
   Kind kind_ = Kind::kOther;
   bool is_array_ = false;
   int64_t width_ = 1;

@@ -77,7 +77,8 @@ absl::StatusOr<FilterPipeline> FilterPipeline::Of(hid_t plist, const std::string
                        ", which is not installed here; install its HDF5 plugin or write the file again with "
                        "compression='gzip'"));
     }
-    // As h5py writes. Only so is what is stored what was packed.
+    // The filters must come in the order in which h5py writes them: only then is what is stored what was
+    // packed.
     const bool packed = out.deflate_ >= 0 || out.lzf_ >= 0 || out.plugin_ >= 0;
     bool known = true;
     if (filter == H5Z_FILTER_SHUFFLE) {

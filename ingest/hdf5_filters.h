@@ -19,8 +19,8 @@ namespace eduba::hdf5 {
 // here, into exactly the bytes of their shape.
 class FilterPipeline {
  public:
-  // Of the dataset whose creation properties are `plist`. kInvalidArgument, beginning with `name`, when a
-  // filter is not installed, or they are others or in another order.
+  // The filters of the dataset whose creation properties are `plist`. kInvalidArgument, beginning with
+  // `name`, when a filter is not installed, or they are others or in another order.
   static absl::StatusOr<FilterPipeline> Of(hid_t plist, const std::string& name);
 
   // Whether HDF5 may unpack chunks that nobody has looked at: there are no filters.
@@ -42,7 +42,7 @@ class FilterPipeline {
   int lzf_ = -1;
   int plugin_ = -1;
   int checksum_ = -1;
-  size_t shuffled_bytes_ = 0;  // Of the elements whose bytes were shuffled.
+  size_t shuffled_bytes_ = 0;  // The size of the elements whose bytes were shuffled.
 };
 
 }  // namespace eduba::hdf5

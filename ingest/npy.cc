@@ -28,7 +28,7 @@ struct TypeRow {
   NpyType type;
   size_t bytes;
   const char* name;
-  const char* descr;  // As in the header, without the byte order.
+  const char* descr;  // The name that the header has, without the byte order.
 };
 constexpr TypeRow kTypes[] = {
     {NpyType::kBool, 1, "bool", "b1"},   {NpyType::kI8, 1, "int8", "i1"},

@@ -21,8 +21,8 @@ struct AttentionShape {
   int kv_heads = 1;
   int head_dim = 1;
   int value_dim = 1;
-  DType key_dtype = DType::kF32;    // Of the stored keys; queries are f32.
-  DType value_dtype = DType::kF32;  // Of the stored values.
+  DType key_dtype = DType::kF32;    // The stored keys' type; queries are f32.
+  DType value_dtype = DType::kF32;  // The stored values' type.
   float scale = 1;                  // logit = scale * (q . k), natural units (weights are exp(logit)).
   float softcap = 0;                // > 0: logit = softcap * tanh(scale * (q . k) / softcap). 0: none.
 
@@ -84,7 +84,7 @@ struct StepArgs {
   // take away from it.
   absl::Span<const PositionRange> visible;
   absl::Span<const PageRef> pages;  // This worker's pages, any order; pages that no row sees are skipped.
-  PageLists lists;                  // Of `pages`.
+  PageLists lists;                  // The lists that rows have of `pages`.
   // Replicated: pages that hold positions [0, sink tokens), in order. The sinks that a row sees are live.
   absl::Span<const PageRef> sink_pages;
   absl::Span<const int32_t> visible_sinks;  // [rows]: row r sees token sinks [0, visible_sinks[r])

@@ -92,7 +92,7 @@ TEST(LayerFingerprint, RefusesKernelsWhoseRowsDependOnTheirBatch) {
   EXPECT_THAT(std::string(print.status().message()), testing::HasSubstr("row 11"));
 }
 
-// As of attention (fingerprint_test.cc).
+// These are held as those of attention are (fingerprint_test.cc).
 TEST(LayerFingerprint, IsWhatItHasAlwaysBeen) {
   for (const std::string& target : CpuTargets()) {
     const bool fma = CpuTargetHasFma(target);

@@ -25,7 +25,7 @@ class PackedMatrix {
 
   int64_t outputs() const { return outputs_; }
   int64_t inputs() const { return inputs_; }
-  // Of memory: what one row of activations has to read.
+  // The bytes of memory that one row of activations has to read.
   int64_t bytes() const { return bytes_; }
 
  protected:

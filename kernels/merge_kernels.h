@@ -14,7 +14,7 @@ struct FinaliseCall {
   double weight = 0;
   int sinks = 0;
   const double* sink_weights = nullptr;  // [sinks]
-  const float* sink_values = nullptr;    // Of sink t from sink_values + t * sink_stride.
+  const float* sink_values = nullptr;    // Sink t's begin at sink_values + t * sink_stride.
   int64_t sink_stride = 0;
   double total = 1;
   float* out = nullptr;  // [count]
@@ -34,7 +34,7 @@ struct MergeKernels {
 };
 
 MergeKernels MergeKernelsFor(int64_t target);
-// Of the machine's best target.
+// The kernels of the machine's best target.
 const MergeKernels& BestMergeKernels();
 
 }  // namespace eduba

@@ -76,7 +76,7 @@ TEST(MergeKernels, SumSquaresIsItsDefinitionBitForBitOnEveryTarget) {
   std::mt19937_64 random(2);
   for (const int count : kCounts) {
     for (int round = 0; round < 20; ++round) {
-      // Of one size, so that every rounding counts.
+      // The numbers are of one size, so that every rounding counts.
       std::vector<int64_t> words;
       std::vector<double> units;
       double lanes[8] = {};

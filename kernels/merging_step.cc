@@ -57,7 +57,7 @@ absl::Status ValidateLists(const StepArgs& args) {
       return absl::InvalidArgumentError(absl::StrCat("a row reads list ", list, " of ", count));
     }
   }
-  std::vector<int32_t> last_list(args.pages.size(), -1);  // That named the page.
+  std::vector<int32_t> last_list(args.pages.size(), -1);  // The last list that named each page.
   for (int32_t list = 0; list < count; ++list) {
     for (int32_t i = lists.indptr[list]; i < lists.indptr[list + 1]; ++i) {
       const ListedPage& entry = lists.entries[i];

@@ -53,7 +53,7 @@ class MergingStep : public AttentionStep {
   // All sums of one path.
   struct SumPlan {
     std::vector<Target> targets;
-    int fraction_bits = 0;  // Of L.
+    int fraction_bits = 0;  // The fraction bits of L.
     int64_t limit = 0;      // The largest L that a rank may contribute.
     // The largest word of O that one page can make where the units come from what the pages hold. 0: the
     // units come from the session's exponents, so |O[c]| <= L.
@@ -117,7 +117,7 @@ class MergingStep : public AttentionStep {
   int64_t words_per_target() const { return args_.words_per_row_head(); }
   // The exponent of a channel in the sink path's units.
   int Exponent(int64_t kv_head, int channel) const;
-  // Of every row and head: whether it takes the maximum path.
+  // Says of every row and head whether it takes the maximum path.
   void Select(absl::Span<const char> takes_maximum);
   // What Finish answers before there is anything to finalise, if that is an error. `sinks_finite`: all token
   // sinks' keys and values that some row sees are.
@@ -140,7 +140,7 @@ class MergingStep : public AttentionStep {
   // What came of the keys of one row and head.
   struct Keys {
     const int64_t* words = nullptr;  // [words_per_target()], or none
-    const SumPlan* plan = nullptr;   // Of the path that they are of.
+    const SumPlan* plan = nullptr;   // The plan of the words' path.
     int64_t unit_row = 0;
     double reference = -std::numeric_limits<double>::infinity();
   };

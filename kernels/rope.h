@@ -19,7 +19,7 @@ void RopeAngles(absl::Span<const double> frequencies, absl::Span<const int64_t> 
 struct RopeArgs {
   int64_t rows = 0;
   int heads = 1;
-  int dim = 1;  // Of a head; head h lies at h * dim.
+  int dim = 1;  // The dimensions of a head; head h lies at h * dim.
   int rotary_dim = 0;
   const float* cosines = nullptr;  // [rows, rotary_dim / 2]
   const float* sines = nullptr;

@@ -77,7 +77,7 @@ std::vector<int32_t> TokenIds(JsonFields& fields, const std::string& field, int6
   return ids;
 }
 
-// Of every family.
+// Reads the fields that every family has.
 void ParseCommon(JsonFields& fields, ModelConfig& config) {
   // Absent means transformers' default for the family; null means none.
   const bool llama = config.family == ModelFamily::kLlama || config.family == ModelFamily::kMistral;

@@ -50,7 +50,7 @@ struct ModelConfig {
   int64_t intermediate_size = 0;
   int query_heads = 0;
   int kv_heads = 0;
-  int head_dim = 0;  // Of queries, keys and values. query_heads * head_dim need not be hidden_size.
+  int head_dim = 0;  // The width of queries, keys and values. query_heads * head_dim need not be hidden_size.
   std::vector<LayerConfig> layers;  // Never empty.
   int64_t trained_positions =
       0;  // max_position_embeddings: what the model was trained for. Informs, limits nothing.

@@ -18,7 +18,8 @@ enum class ContextPolicy : uint8_t {
   kModel,      // The model's own layers: windows where its configuration has them, all keys elsewhere.
   kStreaming,  // Every layer sees token sinks and a window (StreamingLLM, Xiao et al., 2023): constant
                // memory.
-  kStar,       // As kStreaming while appending; a row that is asked or generated sees all keys.
+  // Appended rows see what they see with kStreaming; a row that is asked or generated sees all keys.
+  kStar,
 };
 
 enum class PositionMode : uint8_t {

@@ -73,7 +73,7 @@ class ModelEngine {
   // Any other error is that of this node's device or of the group; the group is dead. `deadline` is for the
   // collectives, of which there are none where every layer of every context sees a window.
   absl::Status Step(absl::Span<const BatchEntry> entries, Communicator& group, absl::Time deadline);
-  // Of `left` more tokens of an append, as many as its next step reads. Steps end at multiples of chunk_rows
+  // How many of `left` more tokens of an append its next step reads. Steps end at multiples of chunk_rows
   // from where a stripe begins, and where it ends, as sequence-parallel prefill does: so an append that fails
   // at some token has read as much on any number of ranks.
   int64_t NextChunk(const Context& context, int64_t left) const;
@@ -106,7 +106,7 @@ class ModelEngine {
   // INVALID_ARGUMENT where a logit is not finite.
   absl::StatusOr<std::vector<float>> Logits(absl::Span<const float> hidden) const;
 
-  // Of the last step. hidden: [rows, hidden_size], entry after entry.
+  // The last step's hidden states: [rows, hidden_size], entry after entry.
   absl::Span<const float> hidden() const { return absl::MakeConstSpan(hidden_.host(), hidden_size_); }
   // [entries, layers, query_heads]: the token sinks' share of each head's weights, summed over the rows of
   // each entry, in units of kSinkMassUnit.

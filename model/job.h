@@ -80,7 +80,7 @@ struct JobResult {
   absl::Status status;
   int64_t done = 0;            // Tokens of this job that are in the session (score, embed: were read).
   int64_t already_stored = 0;  // AppendJob: those of them that were there before.
-  int64_t length = 0;          // Of the session (score, embed: of the fork that they read into).
+  int64_t length = 0;          // The session's length (score, embed: that of the fork that they read into).
   FinishReason finish_reason = FinishReason::kNone;
   bool cancelled = false;
   // Hash of all that was computed, from the ranks that computed it (else 0): ranks whose digests differ do

@@ -51,8 +51,9 @@ class JobLoop {
   JobLoop(const JobLoop&) = delete;
   JobLoop& operator=(const JobLoop&) = delete;
 
-  // As ModelContent's. Jobs of sessions that go end with NOT_FOUND. Of Fork also: UNAVAILABLE while the
-  // session is being read again. REQUIRES of Fork: no generation of the session is under way.
+  // These do what ModelContent's functions of the same names do. Jobs of sessions that go end with NOT_FOUND.
+  // Fork also answers UNAVAILABLE while the session is being read again. REQUIRES of Fork: no generation of
+  // the session is under way.
   absl::Status Open(uint64_t session_id, const ContextOptions& options, const Placement& placement,
                     int index);
   void Close(uint64_t session_id);
@@ -100,7 +101,7 @@ class JobLoop {
   bool Computes(const RunningJob& job) const { return job.generate.owner_rank.value_or(rank()) == rank(); }
   bool Reports(const RunningJob& job) const { return job.generate.owner_rank.value_or(0) == rank(); }
 
-  // Of job_loop.cc: how jobs begin and end.
+  // The functions of job_loop.cc: how jobs begin and end.
   // Whether a job with a smaller id reads the session again, or waits for one that does.
   bool IsBeingReadAgain(uint64_t session_id, uint64_t before_job) const;
   absl::Status Begin(JobRequest& request, RunningJob& job);
@@ -123,7 +124,7 @@ class JobLoop {
   void WantSinkMass(bool wanted, RunningJob& job) const;
   void ReportProgress(const RunningJob& job, const JobProgress& progress) const;
 
-  // Of job_loop_step.cc: the parts of a step, in order.
+  // The functions of job_loop_step.cc: the parts of a step, in order.
   // All jobs that generate, and last the one that reads.
   std::vector<RunningJob*> NextJobs();
   // Jobs whose logits are not finite end and leave `jobs`, those with an owner rank in the next step.
@@ -152,7 +153,7 @@ class JobLoop {
   // Computes rows that all ranks compute, or some that are this rank's alone.
   absl::Status RunEntries(absl::Time deadline, const std::vector<RunningJob*>& jobs,
                           const std::vector<BatchEntry>& entries);
-  // As much of the job's prefill as a chunk costs.
+  // Runs as much of the job's prefill as a chunk costs.
   absl::Status RunPrefill(absl::Time deadline, RunningJob& job);
   // Entry `index` of the engine's last step, whose hidden states are [entry's ids, hidden_size], was `job`'s.
   absl::Status Advance(RunningJob& job, const BatchEntry& entry, size_t index, const float* hidden);

@@ -47,8 +47,8 @@ absl::StatusOr<uint64_t> JobLoop::Step(uint64_t newest) {
   StepPlan plan = PlanStep(std::move(jobs));
   const absl::Time deadline = absl::Now() + timeout;
   EDUBA_ASSIGN_OR_RETURN(const uint64_t agreed, AgreeOnStep(newest, deadline, plan));
-  StepPlan own;     // Of generations that this rank alone computes.
-  StepPlan common;  // Of all others that it computes.
+  StepPlan own;     // The generations that this rank alone computes.
+  StepPlan common;  // All other jobs that it computes.
   for (size_t i = 0; i < plan.jobs.size(); ++i) {
     RunningJob& job = *plan.jobs[i];
     if (!Computes(job)) {

@@ -33,7 +33,7 @@ ContextOptions Options(ContextPolicy policy) {
   return options;
 }
 
-// Whose layers have no window of their own, so that policies differ in what rows see.
+// A model whose layers have no window of their own, so that policies differ in what rows see.
 RandomModel ModelThatSeesAllKeys() {
   ModelConfig config = RandomModel::RandomConfig(7);
   config.layers.resize(2, config.layers[0]);

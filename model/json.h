@@ -12,7 +12,7 @@ namespace eduba {
 
 struct JsonLimits {
   int64_t bytes_max = int64_t{1} << 20;
-  int depth_max = 16;  // Of arrays and objects in one another.
+  int depth_max = 16;  // How deep arrays and objects may lie in one another.
 };
 
 // The JSON that `text` is, strictly: valid UTF-8, every key once in its object (readers that let the first or

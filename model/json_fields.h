@@ -39,7 +39,7 @@ class JsonFields {
   double Number(const std::string& field, std::optional<double> fallback,
                 double min = std::numeric_limits<double>::lowest(),
                 double max = std::numeric_limits<double>::max());
-  // As above; nullopt where it is absent or null.
+  // Reads a number as Number does; nullopt where it is absent or null.
   std::optional<double> OptionalNumber(const std::string& field, double min, double max);
   bool Flag(const std::string& field, bool fallback);
   std::string Text(const std::string& field, const std::string& fallback);

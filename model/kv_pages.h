@@ -79,15 +79,15 @@ class KvPages {
   int64_t key_bytes() const { return writer_.key_bytes(); }
   int64_t value_bytes() const { return writer_.value_bytes(); }
   const PageTable& table(int layer) const { return layers_[layer].table; }
-  // Of the pages of all layers; what forks share counts for each.
+  // The bytes of the pages of all layers; what forks share counts for each.
   int64_t bytes() const;
 
  private:
   struct Layer {
     LayerPages kept;
     PageTable table;
-    WrittenRows
-        tail;  // Of the page that holds position reserved_at_, before rows from there on were written.
+    // The rows that the page with position reserved_at_ had before rows from there on were written.
+    WrittenRows tail;
   };
 
   bool Owns(int64_t page) const { return placement_->Owns(index_, page); }

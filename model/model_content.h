@@ -21,7 +21,7 @@ namespace eduba {
 //   context.length() == ids.size(), or it is smaller where an interruption left keys and values that have to
 //   be read again from the ids (ModelContent::BeginSettle).
 struct ModelSession {
-  ContextOptions options;  // As given to Open.
+  ContextOptions options;  // The options that Open was given.
   Context context;
   IdLog ids;
   // Positions of generated tokens, ascending and apart. They were read with BatchEntry::asks, and have to be

@@ -61,7 +61,7 @@ class PagedAttention final : public LayerAttention {
   // [contexts, layers, query_heads]: the token sinks' share of the weights, summed over the context's rows,
   // in units of kSinkMassUnit: integers, so that a sum over many steps does not depend on how they were cut.
   const std::vector<int64_t>& sink_mass() const { return sink_mass_; }
-  // Of keys and values, by this worker.
+  // The bytes of keys and values that this worker has read.
   int64_t bytes_read() const { return bytes_read_; }
 
  private:
@@ -78,7 +78,7 @@ class PagedAttention final : public LayerAttention {
   bool IsShared(const LayerView& view) const {
     return communicator_ != nullptr && view.policy == Policy::kGlobal;
   }
-  // Of rows [row, row + count) of the context; its first row is row `step_row` of the step.
+  // The inputs for rows [row, row + count) of the context, whose first row is row `step_row` of the step.
   StepInputs InputsFor(const LayerRows& rows, const ContextRows& context, int64_t row, int64_t count,
                        int64_t step_row) const;
   // Together with the other ranks, or with nobody.

@@ -33,7 +33,7 @@ class Pooler {
 
   // For positions of `range` that ranks share: a pooler of what the ranges have there, with nothing in it.
   Pooler Part(PositionRange range) const;
-  // Of memory, its answer not counted.
+  // The bytes of memory that it takes, its answer not counted.
   int64_t bytes() const { return static_cast<int64_t>(words_.size() * sizeof(int64_t)); }
   // [ranges, dim + 1]: what it has seen. Summed over the ranks' parts they are those of one part that saw
   // all.
@@ -59,7 +59,7 @@ class Pooler {
   Pool pool_;
   std::vector<int16_t> exponents_;
   size_t offset_ = 0;  // In a part: its first range among those it is a part of.
-  size_t next_ = 0;    // The first range that is not complete.
+  size_t next_ = 0;    // The first range that has not been passed yet.
   // kMean: sums; kLast: the last state's floats as they are. Then how many positions came.
   std::vector<int64_t> words_;
 };

@@ -15,7 +15,8 @@ namespace {
 using ::testing::HasSubstr;
 
 constexpr int kDim = 5;
-// Of channels whose bounds are near, far and farther above what they hold, and of one that is always zero.
+// The exponents of channels whose bounds are near, far and farther above what they hold, and of one channel
+// that is always zero.
 const std::vector<int16_t> kExponents = {2, 8, -20, 100, 0};
 
 std::vector<float> States(uint64_t seed, int64_t rows) {

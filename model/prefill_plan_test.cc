@@ -64,7 +64,7 @@ TEST(PrefillPlan, EveryRankGetsExactlyTheRowsThatItNeedsAndHasTheirPages) {
     if (random() % 3 > 0) {
       view.policy = Policy::kWindow;
       view.window = keeping.window = pick(1, 2, 40, 256, 257, 700, 2000);
-      if (random() % 2 == 0) keeping.window += pick(1, 300);  // Of the other way to ask.
+      if (random() % 2 == 0) keeping.window += pick(1, 300);  // The other way to ask keeps more.
       keeping.owned = random() % 2 == 0;
     } else {
       keeping.owned = true;

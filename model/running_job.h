@@ -44,7 +44,7 @@ struct RunningJob {
   std::vector<int64_t> sink_mass;  // Sums [layers, query_heads] in kSinkMassUnit; empty: not wanted.
 
   // Reading.
-  std::unique_ptr<SequenceParallelPrefill> prefill;  // Of the ids after `done`, under way over some steps.
+  std::unique_ptr<SequenceParallelPrefill> prefill;  // Reads the ids after `done`, over some steps.
   int64_t in_chunks_until = 0;   // Up to this value of `done` no prefill is tried, because one failed.
   std::vector<float> before;     // kScore: the hidden state before the chunk under way.
   std::vector<float> log_probs;  // kScore

@@ -27,7 +27,7 @@ inline constexpr int64_t kSafetensorsShardsMax = 1024;
 
 // What a header says of one tensor.
 struct StoredTensor {
-  std::string dtype;           // As the format spells it: "F32", "BF16", "F16", "BOOL", ...
+  std::string dtype;           // The format's own name: "F32", "BF16", "F16", "BOOL", ...
   std::vector<int64_t> shape;  // Empty: one element. Every dimension >= 1.
   int64_t begin = 0;           // First byte, counted from the first byte after the header.
   int64_t bytes = 0;           // elements * bytes of dtype
@@ -35,7 +35,7 @@ struct StoredTensor {
 
 struct SafetensorsHeader {
   std::map<std::string, StoredTensor> tensors;
-  int64_t data_offset = 0;  // Of the first tensor byte in the file.
+  int64_t data_offset = 0;  // Where the first tensor byte lies in the file.
 };
 
 // Reads the header of a file of `file_bytes` bytes that begins with `start`, its first min(file_bytes, 8 +

@@ -254,7 +254,7 @@ TEST_F(SafetensorsFolder, AnIndexMayNotPointElsewhere) {
 TEST_F(SafetensorsFolder, WhatIsNotThereOrNoFileIsAnError) {
   EXPECT_THAT(OpenError(), HasSubstr("NOT_FOUND"));
   ASSERT_EQ(mkfifo((folder_ + "/model.safetensors").c_str(), 0600), 0);
-  EXPECT_THAT(OpenError(), HasSubstr("not a regular file"));  // And does not wait for a writer.
+  EXPECT_THAT(OpenError(), HasSubstr("not a regular file"));  // Opening it does not wait for a writer.
 }
 
 TEST_F(SafetensorsFolder, AFileThatChangesIsNoticed) {

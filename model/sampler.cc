@@ -51,7 +51,7 @@ TokenChoice ChooseToken(absl::Span<const float> logits, const SamplingOptions& o
   }
   std::vector<int32_t> ids(logits.size());
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
-  // Of equals the smaller id.
+  // Where two logits are equal the smaller id comes first.
   const auto likelier = [&](int32_t a, int32_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
   };

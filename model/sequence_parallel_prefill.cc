@@ -16,7 +16,7 @@
 namespace eduba {
 namespace {
 
-// Of a rank, that attend together where all ranks' rows do: pages are read once for them.
+// The fewest rows of a rank that attend together where all ranks' rows do: pages are read once for them.
 constexpr int64_t kFewestRows = 32;
 
 int64_t LongestSlice(const PrefillPlan& plan) {
@@ -83,7 +83,7 @@ int64_t SequenceParallelPrefill::buffer_bytes() const {
     exchange_rows = std::max(exchange_rows, ExchangeRows(layer));
   }
   bytes += exchange_rows * (pages_.key_bytes() + pages_.value_bytes());
-  // As words, as words to be summed, and as floats.
+  // Log-probabilities are kept as words, as words to be summed, and as floats.
   if (rows_.log_probs) bytes += tokens * (8 + 8 + 4);
   if (rows_.part) bytes += rows_.part->bytes();
   return bytes;

@@ -40,10 +40,10 @@ class SequenceParallelPrefill {
     int64_t chunk_rows = 256;
   };
   struct Rows {
-    std::vector<int32_t> ids;  // Of all of the plan's positions.
+    std::vector<int32_t> ids;  // The token ids of all of the plan's positions.
     std::vector<LayerView> views;
     std::vector<LayerKeeping> keeping;
-    std::vector<int64_t> sink_positions;  // Of this rank's rows: RowPositions::sink_positions.
+    std::vector<int64_t> sink_positions;  // RowPositions::sink_positions of this rank's rows.
     std::vector<float> before;   // The hidden state that predicts the first token; empty: there is none.
     bool log_probs = false;      // Wanted.
     std::optional<Pooler> part;  // Takes the hidden states.
@@ -64,7 +64,7 @@ class SequenceParallelPrefill {
   // Goes on by `units` at least: each is a chunk's way through one half of a layer, or as much work. Errors
   // as a Communicator's, which is dead then.
   absl::Status Run(int64_t units, absl::Time deadline);
-  // Of the units of Run, as many as a chunk of `chunk_rows` rows costs that every rank computes.
+  // How many of Run's units a chunk of `chunk_rows` rows costs that every rank computes.
   int64_t units_of_a_chunk() const { return 2 * static_cast<int64_t>(rows_.views.size()); }
   bool done() const { return stage_ == Stage::kDone; }
 
@@ -87,7 +87,7 @@ class SequenceParallelPrefill {
     StoredRows stored;
   };
 
-  // Of the rows that a layer's exchange holds at once, at most.
+  // The most rows that a layer's exchange holds at once.
   int64_t ExchangeRows(int layer) const;
   int rank() const { return options_.communicator->rank(); }
   int ranks() const { return options_.communicator->size(); }
@@ -113,7 +113,7 @@ class SequenceParallelPrefill {
   absl::Status TakeIn(int from, absl::Span<const char> message);
   absl::Status AttendWindow(absl::Time deadline);
   absl::Status AttendAll(absl::Time deadline);
-  // Of everybody's rows of the chunk, in the order of ranks.
+  // The queries of everybody's rows of the chunk, in the order of ranks.
   absl::StatusOr<std::vector<float>> GatherQueries(absl::Time deadline) const;
   absl::Status Outputs();
   absl::Status Combine(absl::Time deadline);
@@ -128,7 +128,7 @@ class SequenceParallelPrefill {
   Rows rows_;
   std::vector<PrefillPages> layer_pages_;  // [layers]
   KvPages::SparePages spare_;
-  RowAngles angles_;                           // Of this rank's rows.
+  RowAngles angles_;                           // The angles of this rank's rows.
   LayerFloats hidden_;                         // [own rows, hidden_size]
   std::vector<float> queries_, sink_queries_;  // [own rows, query_heads, head_dim] of the layer
   std::vector<Outgoing> outgoing_;
@@ -139,7 +139,7 @@ class SequenceParallelPrefill {
   Stage stage_ = Stage::kProject;
   int layer_ = 0;
   int64_t chunk_ = 0;
-  int64_t chunks_ = 0;  // Of the rank that has most.
+  int64_t chunks_ = 0;  // The chunks of the rank that has most.
   absl::Status status_;
 };
 

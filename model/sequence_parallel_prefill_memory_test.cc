@@ -16,7 +16,7 @@
 namespace eduba {
 namespace {
 
-// Of this thread: bytes from operator new that are in use, and the most since it was set.
+// This thread's bytes from operator new that are in use, and the most since it was set.
 thread_local int64_t in_use = 0;
 thread_local int64_t most_in_use = 0;
 
@@ -51,7 +51,7 @@ using testing::RunGroup;
 using testing::Session;
 
 struct Case {
-  int64_t window;  // Of the model's layers, 0: none.
+  int64_t window;  // The window of the model's layers; 0: none.
   ContextOptions options;
   bool log_probs;
   bool pools;

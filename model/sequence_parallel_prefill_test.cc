@@ -59,7 +59,7 @@ class Courier final : public testing::ForwardingCommunicator {
 
   int64_t received() const { return received_; }
   int64_t scatters() const { return scatters_; }
-  int64_t maximum_scatters() const { return maximum_scatters_; }  // Of these, the maximum path's.
+  int64_t maximum_scatters() const { return maximum_scatters_; }  // Those of the maximum path.
   int64_t spoil = -1;
   int64_t fail = -1;
 
@@ -83,7 +83,7 @@ RandomModel ModelOf(uint64_t seed) {
 
 struct Answers {
   std::vector<float> floats;      // The last hidden states, in order.
-  std::vector<uint64_t> digests;  // Of every job.
+  std::vector<uint64_t> digests;  // Every job's digest.
   std::vector<float> reported;    // What the reporting rank alone has: log-probabilities and embeddings.
   std::vector<int32_t> ids;       // Generated.
 };
@@ -465,7 +465,7 @@ TEST(SequenceParallelPrefill, NumbersThatOverflowOnOneRankAreAnErrorOnAllAndTheG
       for (LayerConfig& layer : config.layers) layer.window = window;
       RandomModel random(config, DType::kF32, 5);
       auto* embeddings = static_cast<float*>(const_cast<void*>(random.weights.embeddings.data));
-      embeddings[0] = std::numeric_limits<float>::infinity();  // Of token 0.
+      embeddings[0] = std::numeric_limits<float>::infinity();  // This is in token 0's embedding.
       return random;
     };
     RunGroup(3, [&](int /*rank*/, Communicator* communicator) {

@@ -17,14 +17,14 @@ struct SessionDefaults {
   std::string positions;  // "absolute", "rolling", "clamped"; "": nothing is said.
   std::optional<int64_t> window;
   std::optional<int64_t> sink_tokens;
-  std::optional<int32_t> sink_token_id;  // Of the token that all sinks of a session are.
+  std::optional<int32_t> sink_token_id;  // The id of the token that all sinks of a session are.
 };
 
 inline constexpr int64_t kSessionDefaultsBytesMax = int64_t{1} << 16;
 
 // INVALID_ARGUMENT or UNIMPLEMENTED names the field, also one that is not known. `name` begins the messages.
 absl::StatusOr<SessionDefaults> ParseSessionDefaults(const std::string& text, const std::string& name);
-// Of a model's folder; without a streaming.json in it: nullopt.
+// The defaults in a model's folder; nullopt where there is no streaming.json in it.
 absl::StatusOr<std::optional<SessionDefaults>> LoadSessionDefaults(const std::string& folder);
 
 }  // namespace eduba

@@ -53,7 +53,7 @@ class Transformer {
                                                              LayerKernels* kernels);
 
   const ModelConfig& config() const { return config_; }
-  // Of the packed weights: what a decoded token has to read, besides keys and values.
+  // The bytes of the packed weights: what a decoded token has to read, besides keys and values.
   int64_t weight_bytes() const;
   // The widest type among the weights of keys and values: what to keep them in without losing more than the
   // weights have lost already. (f32 where any is f32, else f16 or bf16.)
@@ -81,10 +81,11 @@ class Transformer {
   // Its parts, for callers that take a long prompt layer by layer. Rows [first, first + rows) of `hidden` and
   // of `angles` are meant. RESOURCE_EXHAUSTED, where there are more rows than Create has reserved memory
   // for, and UNAVAILABLE are the kernels'.
-  static constexpr int64_t kReservedRows = 512;      // Of a step: an append's chunk, and generations.
-  static constexpr int64_t kReservedLogitRows = 32;  // Of one call of Logits.
+  // The rows of a step: an append's chunk, and generations.
+  static constexpr int64_t kReservedRows = 512;
+  static constexpr int64_t kReservedLogitRows = 32;  // The rows of one call of Logits.
   absl::Status Angles(const RowPositions& at, RowAngles& angles) const;
-  // Of Angles, for each row; twice as many with sink positions.
+  // The bytes that Angles takes for each row; twice as many with sink positions.
   int64_t angle_bytes() const;
   // What attention gets; in a host's memory, which the next call uses again. INVALID_ARGUMENT where it is not
   // finite.
@@ -130,7 +131,7 @@ class Transformer {
   absl::Status PackLayer(const LayerWeights& from, Layer& to, std::vector<float>& constants);
   std::vector<int16_t> ValueExponents(const LayerWeights& from) const;
   std::vector<int16_t> HiddenExponents(const NormWeights& norm) const;
-  // Of what is needed for a step's rows.
+  // Takes the memory that a step's rows need.
   absl::Status Reserve(int64_t rows);
   absl::Status ReserveLogits(int64_t rows);
   void Multiply(const Linear& linear, int64_t rows, const float* x, float* y);
@@ -153,14 +154,14 @@ class Transformer {
   std::vector<std::vector<double>> ropes_;  // Frequencies of each kind of rotary embedding.
   LayerFloats constants_;                   // Weights of norms, biases.
 
-  // Of the step under way.
+  // What the step under way uses.
   RowAngles angles_;
   LayerFloats normed_, qkv_, mapped_, up_, activated_;
   // kHeader floats, of which the first is FlagNonFinite's; queries, keys, values, sink queries.
   LayerFloats projected_;
   LayerFloats attended_;
   bool is_attended_queued_ = false;  // Its copy may be under way.
-  LayerFloats states_;               // Whose logits are asked for.
+  LayerFloats states_;               // The hidden states whose logits are asked for.
   LayerFloats logits_;               // kHeader floats, as above; logits.
 };
 

@@ -257,7 +257,8 @@ TEST_F(WeightsFolder, WeightsOfOtherTypesAreRefused) {
 
 TEST_F(WeightsFolder, ATiedHeadThatIsStoredMustBeTheEmbeddings) {
   Model gemma = All()[4];
-  const std::string bytes(2 * 11 * 12, '\0');  // As Load fills the first tensor, the embeddings.
+  // The same bytes as Load writes into the first tensor, the embeddings.
+  const std::string bytes(2 * 11 * 12, '\0');
   const auto head = [&](std::string content) {
     return std::vector<TensorToWrite>{{"lm_head.weight", "BF16", {11, 12}, std::move(content)}};
   };

@@ -30,15 +30,15 @@ inline constexpr int64_t kSinkTokensMax = 65536;
 inline constexpr int kStripePagesMax = 1 << 20;
 inline constexpr int64_t kNotesBytesMax = 256 << 10;
 
-// Of model sessions: ids of one message or question, tokens of one generation, its stop strings.
+// Limits of model sessions: ids of one message or question, tokens of one generation, its stop strings.
 inline constexpr int64_t kTokenIdsMax = kPayloadBytesMax / 4;
 inline constexpr int64_t kGenerateTokensMax = int64_t{1} << 20;
 inline constexpr int kStopStringsMax = 16;
 inline constexpr int64_t kStopStringBytesMax = 256;
 inline constexpr int kStopIdsMax = 1024;
-// Of one session's own sink tokens: they travel beside a full message of ids.
+// The most sink tokens of a session's own: they travel beside a full message of ids.
 inline constexpr int64_t kDedicatedSinksMax = 4096;
-// Of a model's heads over all layers, for sink mass: it travels beside full log-probabilities.
+// The most heads of a model over all layers, for sink mass: it travels beside full log-probabilities.
 inline constexpr int64_t kSinkMassHeadsMax = 49152;
 
 // WorkerHello.protocol. One more with every incompatible change of group.proto.

@@ -25,7 +25,7 @@ class RpcServer {
   // NOT_SERVING until SetServing(true). UNAVAILABLE when the port is taken.
   static absl::StatusOr<std::unique_ptr<RpcServer>> Start(const std::string& address,
                                                           const std::vector<grpc::Service*>& services);
-  // As Shutdown(absl::ZeroDuration()).
+  // Calls Shutdown(absl::ZeroDuration()).
   ~RpcServer();
 
   // host:port, with the port that was bound.

@@ -34,11 +34,11 @@ absl::Status ValidateSessionName(const std::string& name);
 absl::StatusOr<DType> DTypeFromProto(v1::DType dtype);
 v1::DType DTypeToProto(DType dtype);
 
-// Of a model session: bytes of the keys and values that `length` positions leave stored, over all layers.
+// The bytes of the keys and values that `length` positions of a model session leave stored, over all layers.
 // REQUIRES: a completed spec.
 int64_t ModelSessionBytes(const v1::SessionSpec& spec, const v1::Model& model, int64_t length);
 
-// Of a model session: whether every layer lets a row see a window at most, besides token sinks. Only then may
+// Whether every layer of a model session lets a row see a window at most, besides token sinks. Only then may
 // one rank generate alone, without the keys of the others. Coordinator and workers both ask this function.
 // REQUIRES: as above.
 bool EveryLayerSeesAWindow(const v1::SessionSpec& spec, const v1::Model& model);

@@ -15,7 +15,7 @@ enum class FrameKind : uint32_t {
   kSeal = 4,     // All rows of the append are here: their digest, and the exponents.
   kPublish = 5,  // The append is in the session, with these exponents.
   kTokens = 6,   // Ids of a model session's tokens.
-  kLength = 7,   // Of a model session's tokens some stay.
+  kLength = 7,   // The number of a model session's tokens that stay.
 };
 
 // The header of a frame, little-endian, 40 bytes in this order. A payload follows.

@@ -30,7 +30,7 @@ struct LogPlace {
 struct Frame {
   FrameHeader header;
   absl::Span<const char> payload;  // Aligned to 8 bytes.
-  LogPlace place;                  // Of its first byte.
+  LogPlace place;                  // The place of its first byte.
 };
 
 // Frames, one after another, in the segment files of one folder: 00000001.frames, 00000002.frames and so on.

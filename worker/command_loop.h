@@ -60,7 +60,7 @@ class CommandLoop {
   struct Task {
     v1::GroupMessage message;
     absl::Time received;
-    std::shared_ptr<Membership> membership;  // Of a FormGroup.
+    std::shared_ptr<Membership> membership;  // The membership that a FormGroup made.
   };
 
   // Until Stop.
@@ -105,7 +105,7 @@ class CommandLoop {
   std::deque<std::shared_ptr<Task>> tasks_ ABSL_GUARDED_BY(mutex_);
   // Results that waited for the disk, and are to be sent.
   std::vector<v1::WorkerMessage> synced_ ABSL_GUARDED_BY(mutex_);
-  std::shared_ptr<Membership> latest_ ABSL_GUARDED_BY(mutex_);  // Of the newest FormGroup that has come.
+  std::shared_ptr<Membership> latest_ ABSL_GUARDED_BY(mutex_);  // Made by the newest FormGroup that has come.
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   Syncer syncer_;
   std::thread thread_;

@@ -45,7 +45,7 @@ enum class Faults {
 
 // A golden model with a tokenizer (token i is "g<i>").
 std::string ModelFolder(Faults faults = Faults::kPoison) {
-  // Of this process, which others of its kind may run beside.
+  // The folder is this process's own, because others of its kind may run at the same time.
   struct Root {
     const std::filesystem::path path =
         std::filesystem::path(::testing::TempDir()) / absl::StrCat("model_sessions_test_", getpid());

@@ -72,7 +72,7 @@ class NodeContent {
   TensorContent tensors_;
   std::optional<ModelContent> models_;
   std::optional<uint64_t> cluster_;
-  ObeyedTerm obeyed_;  // Of cluster_.
+  ObeyedTerm obeyed_;  // The term that is obeyed in cluster_.
 };
 
 }  // namespace eduba

@@ -66,7 +66,7 @@ class UploadStream final : public grpc::ServerReadReactor<grpc::ByteBuffer> {
 
   // Only one thread works on the call at a time. The mutex is for what it hands over to the next one.
   Mutex mutex_;
-  grpc::ByteBuffer bytes_;  // Of gRPC while a read is awaited.
+  grpc::ByteBuffer bytes_;  // Belongs to gRPC while a read is awaited.
   int64_t positions_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

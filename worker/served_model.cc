@@ -21,7 +21,8 @@
 namespace eduba {
 namespace {
 
-// Of everything that decides what the model computes. Equal for a model in one file and in shards.
+// The hash of everything that decides what the model computes. It is equal for a model in one file and in
+// shards.
 uint64_t HashOf(const std::string& config, const Safetensors& tensors) {
   XXH64_hash_t hash = XXH3_64bits(config.data(), config.size());
   for (const auto& [name, tensor] : tensors.tensors()) {

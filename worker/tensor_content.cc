@@ -39,7 +39,7 @@ absl::Status EndedWithItsGroup(uint64_t append_id) {
       absl::StrCat("append ", append_id, " ended with its group of workers; plan it again"));
 }
 
-// Of one position of one layer.
+// The bytes of one position of one layer.
 RowBytes RowBytesOf(const Sequence& sequence) {
   const AttentionShape& shape = sequence.spec().shape;
   return RowBytesOf(shape.key_dtype, shape.kv_heads, shape.head_dim, shape.value_dim);

@@ -32,12 +32,12 @@ class Worker {
  public:
   struct Options {
     std::string coordinator;             // host:port
-    std::string listen = "127.0.0.1:0";  // Of the Pages server.
+    std::string listen = "127.0.0.1:0";  // The Pages server's address.
     // host:port by which clients reach this worker; the other workers connect to the same host. Empty: the
     // address listened on, with this machine's name where that is a wildcard.
     std::string advertise;
     int64_t memory_bytes = 0;  // For pages. REQUIRES: > 0.
-    int threads = 1;           // Of the kernels.
+    int threads = 1;           // The kernels' threads.
     // "cpu" (the best instruction set of this machine), "cuda:N" (a GPU), or "reference" (slow, to compare
     // with).
     std::string backend = "cpu";
@@ -46,9 +46,10 @@ class Worker {
     // How it meets workers that are other processes: "gloo", or "nccl", which only GPUs can.
     std::string transport = "gloo";
     std::string model;  // A folder as Hugging Face's; empty: this worker serves tensor sessions only.
-    Activations activations =
-        Activations::kF32;  // Of the model's products and of attention's queries. The same in all of a group.
-    std::string version;    // Of the program.
+    // The activations of the model's products and of attention's queries. A group's workers all have the
+    // same.
+    Activations activations = Activations::kF32;
+    std::string version;  // The program's version.
     // Who it is, and where that is kept (worker/node_identity.h). Both empty: a node for this object alone.
     std::string node;
     std::string data_dir;
@@ -64,7 +65,7 @@ class Worker {
   // when the port is taken, and what NodeIdentity::Open and ServedModel::Load say. FAILED_PRECONDITION or
   // RESOURCE_EXHAUSTED where the device, CUDA or NCCL is missing, too old or full.
   static absl::StatusOr<std::unique_ptr<Worker>> Start(Options options);
-  // As Shutdown(absl::ZeroDuration()).
+  // Calls Shutdown(absl::ZeroDuration()).
   ~Worker();
 
   // host:port by which clients reach it.
@@ -99,7 +100,7 @@ class Worker {
 
   const Options options_;
   std::unique_ptr<Backend> backend_;
-  std::string backend_name_;  // And what the model's layers are computed by, where it is another.
+  std::string backend_name_;  // Also names what computes the model's layers, where it is another.
   std::unique_ptr<PageStore> store_;
   std::unique_ptr<ServedModel> model_;  // Null without one.
   std::unique_ptr<NodeContent> content_;
@@ -107,7 +108,7 @@ class Worker {
   std::unique_ptr<v1::Group::Stub> group_;
   std::unique_ptr<RpcServer> server_;
   std::string address_;
-  std::string host_;         // Of address_, as sockets want it.
+  std::string host_;         // The host of address_, in the form that sockets want.
   std::string incarnation_;  // New for every start.
   std::optional<NodeIdentity> identity_;
   uint64_t fingerprint_ = 0;
@@ -119,7 +120,8 @@ class Worker {
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   bool done_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status result_ ABSL_GUARDED_BY(mutex_);
-  grpc::ClientContext* stream_context_ ABSL_GUARDED_BY(mutex_) = nullptr;  // Of the Join under way.
+  // The context of the Join under way.
+  grpc::ClientContext* stream_context_ ABSL_GUARDED_BY(mutex_) = nullptr;
   std::thread thread_;
 };
 

@@ -19,13 +19,13 @@ namespace eduba {
 struct AttendResult {
   std::string backend;  // "cpu/AVX2"
   int threads = 0;
-  int head_dim = 0;  // Of keys and values.
+  int head_dim = 0;  // Elements of a key and of a value.
   int kv_heads = 0;
   int queries_per_kv_head = 0;
   int query_rows = 0;
-  double keys = 0;  // That a row sees, on average.
+  double keys = 0;  // The keys that a row sees, on average.
   DType dtype = DType::kBf16;
-  int64_t bytes = 0;   // Of keys and values, each counted once.
+  int64_t bytes = 0;   // The bytes of keys and values, each counted once.
   double seconds = 0;  // Median of the rounds.
   double spread = 0;   // (slowest - fastest) / median
   double gb_per_s = 0;

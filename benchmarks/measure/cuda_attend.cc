@@ -26,7 +26,7 @@ constexpr int kHeadDim = 128;
 constexpr int kKvHeads = 8;
 constexpr int64_t kKeyBytes = int64_t{kKvHeads} * 2 * kHeadDim * 2;
 // A copy of fewer bytes would be served by the second-level cache.
-constexpr int kCheckRows = 64;  // Of a prefill, compared with the reference.
+constexpr int kCheckRows = 64;  // The rows of a prefill that are compared with the reference.
 constexpr int64_t kCopyBytesMin = int64_t{256} << 20;
 
 struct Case {
@@ -36,7 +36,8 @@ struct Case {
   bool is_causal = false;
   int64_t window = 0;  // 0: all keys.
   DType dtype = DType::kBf16;
-  bool has_16_bit_queries = false;  // Of tensor cores alone: nobody else cares.
+  // Asked of tensor cores alone, because no other kernel takes them differently.
+  bool has_16_bit_queries = false;
 };
 constexpr Case kCases[] = {{8 << 10, 1, 1},
                            {8 << 10, 4, 1},

@@ -27,7 +27,8 @@ TEST(CudaAttendBench, MeasuresWhatFitsBesideCopies) {
   ASSERT_EQ(results->size(), 3U);
   for (const AttendResult& r : *results) {
     EXPECT_EQ(r.bytes, options.bytes);
-    EXPECT_EQ(r.threads, static_cast<int>(std::thread::hardware_concurrency()));  // As options.threads wants.
+    // The number that options.threads asks for.
+    EXPECT_EQ(r.threads, static_cast<int>(std::thread::hardware_concurrency()));
     EXPECT_GT(r.seconds, 0);
     EXPECT_GT(r.stream_gb_per_s, 0);
     EXPECT_GT(r.share, 0);

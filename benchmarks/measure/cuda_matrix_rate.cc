@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kRepeats = 4;
 
-// As much of cublas_api.h as is used; the same in CUDA 11 to 13.
+// These are the parts of cublas_api.h that are used. They are the same in CUDA 11 to 13.
 constexpr int kCublasSuccess = 0;
 constexpr int kCublasOpN = 0;
 constexpr int kCudaR16Bf = 14;

@@ -14,7 +14,7 @@ namespace eduba {
 
 struct BenchOptions {
   int threads = 0;  // 0: all that this process may use.
-  // Of keys and values, and of the streamed buffer: much more than the caches hold.
+  // The bytes of keys and values, and of the streamed buffer: much more than the caches hold.
   int64_t bytes = int64_t{1} << 30;
   int rounds = 9;          // Timed rounds after one that is not.
   BenchProgress progress;  // May be empty.
@@ -60,7 +60,7 @@ class StreamTimer {
   ThreadPool& pool_;
   const BenchBuffer& buffer_;
   std::vector<std::vector<double>> seconds_;  // By pattern.
-  std::atomic<uint64_t> sum_ = 0;             // Of all words, where no optimiser can lose it.
+  std::atomic<uint64_t> sum_ = 0;             // The sum of all words, kept where no optimiser can lose it.
 };
 
 // Reading memory once and doing next to nothing with it: the ceiling of a query on its own. Best of several

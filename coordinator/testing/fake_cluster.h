@@ -49,7 +49,7 @@ class FakeCluster {
         stored_(std::move(stored)),
         state_(std::make_unique<ClusterState>(options, stored_)) {}
 
-  // Of a store that was made just now.
+  // What a store holds that was made just now.
   static StoredState NewState() {
     StoredState state;
     state.cluster = 77;

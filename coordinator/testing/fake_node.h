@@ -18,19 +18,19 @@ struct FakeNode {
   struct Sealed {
     uint64_t append_id = 0;
     int64_t count = 0;
-    Digest digest;          // Of the append's rows that this node owns.
-    std::string exponents;  // Of all rows, the append's included.
+    Digest digest;          // The digest of those rows of the append that this node owns.
+    std::string exponents;  // The exponents of all rows, the append's included.
   };
   struct Session {
     std::string spec_bytes;
     v1::SessionSpec spec;
     std::string placement_bytes;
-    // Of a tensor session:
+    // A tensor session has:
     int64_t length = 0;
     Digest digest;
     std::string exponents;
     std::optional<Sealed> sealed;
-    // Of a model session:
+    // A model session has:
     std::vector<int32_t> ids;
 
     void Publish(const std::string& agreed) {

@@ -58,9 +58,9 @@ class FakeRank {
   bool hold_jobs = false;  // Jobs end only when they are cancelled.
   bool omit_sink_mass = false;
   bool omit_embeddings = false;
-  uint64_t digest = 5;                  // Of what it computes.
+  uint64_t digest = 5;                  // The digest of what it computes.
   int64_t misses = 0;                   // Tokens of a job that it says it did not do.
-  std::map<uint64_t, int> owner_ranks;  // Of generations that one rank computes, by ordinal.
+  std::map<uint64_t, int> owner_ranks;  // The owner ranks of generations that one rank computes, by ordinal.
 
   v1::CommandResult Answer(const v1::Command& command) {
     if (command.ordinal() != ++ordinal_) {
@@ -161,7 +161,7 @@ class FakeRank {
     return result;
   }
 
-  // As a worker does: some errors mean that the communicator is dead.
+  // Fails as a worker does: some errors mean that the communicator is dead.
   static void Fail(const absl::Status& status, v1::CommandResult* result) {
     result->set_code(static_cast<int>(status.code()));
     result->set_message(std::string(status.message()));

@@ -64,7 +64,7 @@ class H5adBuilder {
     H5Sclose(space);
   }
 
-  // As h5py stores NumPy's booleans.
+  // Writes booleans as h5py stores NumPy's.
   void Booleans(const std::string& path, const std::vector<int8_t>& data) {
     const hid_t type = H5Tenum_create(H5T_STD_I8LE);
     int8_t value = 0;
@@ -118,7 +118,7 @@ class H5adBuilder {
     H5Oclose(object);
   }
 
-  // As anndata 0.7: an attribute of `path` that refers to `target`.
+  // Writes, as anndata 0.7 does, an attribute of `path` that refers to `target`.
   void ReferenceAttribute(const std::string& path, const std::string& name, const std::string& target) {
     const hid_t object = H5Oopen(file_, path.c_str(), H5P_DEFAULT);
     hobj_ref_t reference = 0;

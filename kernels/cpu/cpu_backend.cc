@@ -36,7 +36,7 @@ struct Workspace {
 
   ThreadPool pool;
   KeptPartials kept;
-  ScratchMemory partials;  // Of a step whose partials are not kept: a unit's for each thread.
+  ScratchMemory partials;  // Used by a step whose partials are not kept: one unit's for each thread.
   std::vector<ScratchMemory> page_scratch;  // [threads]
 };
 
@@ -275,7 +275,8 @@ class CpuStep final : public MergingStep {
     }
   }
 
-  // Of a unit. The workspace's memory is looked up anew each time: other steps may make it larger.
+  // Where a unit's partials lie. The workspace's memory is looked up anew each time, because other steps may
+  // make it larger.
   float* PartialMemory(int64_t unit, int thread) const {
     float* const memory = kept_ != nullptr ? kept_ : static_cast<float*>(workspace_.partials.data());
     const int64_t slot = kept_ != nullptr ? unit : thread;
@@ -359,7 +360,7 @@ class CpuStep final : public MergingStep {
   float* kept_ = nullptr;
   Mutex end_mutexes_[32];            // ForEachUnit's; rows share them.
   std::vector<float> maxima_;        // [row_heads]
-  std::vector<int64_t> sink_words_;  // Of SinkSums; made by Attend where there are sinks, until asked for.
+  std::vector<int64_t> sink_words_;  // What SinkSums returns; Attend makes them where there are sinks.
 };
 
 // Copies rows of one KV head's keys into the transposed blocks.

@@ -25,9 +25,9 @@ class KeptPartials {
   bool AddBlock(int64_t bytes);
 
   const int64_t most_;
-  int64_t steps_ = 0;  // That have memory.
+  int64_t steps_ = 0;  // The steps that have memory.
   std::deque<ScratchMemory> blocks_;
-  int64_t bytes_ = 0;     // Of all blocks.
+  int64_t bytes_ = 0;     // The bytes of all blocks.
   char* next_ = nullptr;  // What is free of the last block.
   int64_t free_ = 0;
 };

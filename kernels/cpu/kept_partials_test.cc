@@ -48,7 +48,7 @@ TEST(KeptPartials, IsOneBlockForWhatWasInSeveral) {
   EXPECT_EQ(kept.Take(1000), first + 512);
   EXPECT_EQ(kept.bytes(), bytes);
   for (int i = 0; i < 3; ++i) kept.Return();
-  // And is all there is for the next.
+  // It is all there is for the next.
   EXPECT_EQ(kept.Take(bytes), first);
   EXPECT_EQ(kept.bytes(), bytes);
   kept.Return();

@@ -27,7 +27,8 @@ using VF = hn::Vec<DF>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 // Rows that share the loads of a panel: 24 accumulators of AVX-512's 32 registers, 12 of AVX2's 16.
 constexpr int kMaxTile = kLanes >= 16 ? 12 : 6;
-// Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
+// How far beyond the loads to prefetch, in bytes: the hardware's own prefetching does not reach so far at the
+// start of every 4 KiB.
 constexpr int kPrefetchBytes = 4096;
 
 // Loads of kStep inputs' weights: of outputs [first, first + lanes) for each; and X, of which one holds
@@ -266,7 +267,7 @@ void PackPanel(const MatrixView* parts, int count, int64_t panel, void* to) {
   std::memset(to, 0, PanelBytes(parts->dtype, parts->inputs));
   const int64_t begin = panel * kPanelOutputs;
   const int64_t end = begin + kPanelOutputs;
-  int64_t first = 0;  // Of the part, among all outputs.
+  int64_t first = 0;  // The part's first output, among all outputs.
   for (int p = 0; p < count; ++p) {
     const MatrixView& part = parts[p];
     const int64_t from = std::max(begin, first);

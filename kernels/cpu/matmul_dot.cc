@@ -13,10 +13,10 @@ namespace {
 
 constexpr int kLanes = kPairDotLanes;
 constexpr int kVectors = kPanelOutputs / kLanes;
-// As in matmul.cc.
+// The same as in matmul.cc.
 constexpr int kPrefetchBytes = 4096;
 
-// As Tile of matmul.cc.
+// Computes what Tile of matmul.cc computes, with dot products of bf16 pairs.
 template <int kRows>
 EDUBA_PAIR_DOT void Tile(const Bf16Pair* __restrict weights, int pairs, bool prefetch,
                          const Bf16Pair* __restrict x, int64_t x_row, bool begin, float* __restrict y,

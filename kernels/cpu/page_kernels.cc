@@ -43,7 +43,8 @@ constexpr int kLineBytes = 64;
 // which takes as long as so many lines from memory, and at the end of the page.
 constexpr int64_t kSoftmaxLines = 24;
 constexpr int64_t kEndLines = 64;
-// Bytes ahead of the loads to prefetch: beyond the reach of the hardware at the start of every 4 KiB.
+// How far beyond the loads to prefetch, in bytes: the hardware's own prefetching does not reach so far at the
+// start of every 4 KiB.
 constexpr int kPrefetchBytes = 4096;
 
 using DF = hn::ScalableTag<float>;
@@ -176,7 +177,7 @@ class Fetch {
 
   const char* at_;
   const char* const end_;
-  const int pace_;  // Of kWhole.
+  const int pace_;  // Bytes that a loop asks for per byte it reads, in units of 1 / kWhole.
 };
 
 // Dot products of kQueries query vectors with kPairs pairs of vectors of a block's keys, from pair `first`,
@@ -672,7 +673,7 @@ int MakeTiles(const PageQueries& page, Tile* tiles) {
 // part.
 struct FetchPlan {
   int64_t skipped;  // Bytes of the next page that are asked for elsewhere.
-  int64_t bytes;    // That are asked for here.
+  int64_t bytes;    // The bytes that are asked for here.
   int64_t softmax_lines;
   int64_t end_lines;
 };

@@ -14,7 +14,7 @@ struct ScoreDotCall {
   const void* keys = nullptr;  // CpuPageLayout's block
   int head_dim = 1;
   const Bf16Pair* const* queries = nullptr;  // Each [(head_dim + 1) / 2].
-  int64_t ahead = 0;                         // As PageQueries::ahead.
+  int64_t ahead = 0;                         // Means what PageQueries::ahead means.
   float* scores = nullptr;
   int64_t score_pitch = 0;
 };

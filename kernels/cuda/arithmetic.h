@@ -231,7 +231,7 @@ struct F32 {
 };
 struct Bf16 {
   static constexpr int kElement = 2;
-  static constexpr bool kHasFloatRange = true;  // As wide as a float's.
+  static constexpr bool kHasFloatRange = true;  // Its range is as wide as a float's.
   using Stored = uint16_t;
   static EDUBA_DEVICE float Low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
   static EDUBA_DEVICE float High(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000U); }

@@ -29,10 +29,10 @@ enum CublasLtCompute : int {
   kCublasLtComputeF32Pedantic = 69,  // Products of f32 as they are, whatever the environment says.
 };
 inline constexpr int kCublasLtTransposed = 1;
-inline constexpr int kCublasLtTransA = 3;             // Of a product's description.
-inline constexpr int kCublasLtWorkspaceBytesMax = 1;  // Of a preference.
+inline constexpr int kCublasLtTransA = 3;             // An attribute of a product's description.
+inline constexpr int kCublasLtWorkspaceBytesMax = 1;  // An attribute of a preference.
 inline constexpr int kCublasLtReductionSchemes = 3;
-inline constexpr int kCublasLtSplits = 2;  // Of an algorithm.
+inline constexpr int kCublasLtSplits = 2;  // An attribute of an algorithm.
 inline constexpr int kCublasLtReduction = 3;
 
 // Every function returns a CublasLtResult unless it says otherwise.

@@ -50,7 +50,7 @@ constexpr int kUploadSlots = 4;
 constexpr int64_t kUploadBytes = int64_t{8} << 20;
 // Room for such a piece, and for what aligns values after their keys.
 constexpr int64_t kStagedBytes = kUploadBytes + 64;
-// Of shared memory for one block: two blocks, or more, share what a multiprocessor has.
+// The most bytes of shared memory for one block: two blocks, or more, share what a multiprocessor has.
 constexpr int64_t kSharedBytesMax = int64_t{80} << 10;
 // Blocks of one launch.
 constexpr int64_t kBlocksMax = (int64_t{1} << 31) - 1;
@@ -135,9 +135,10 @@ struct Workspace {
   Device& device;
   const CudaPrecision precision;
   ThreadPool pool;
-  Stream stream = nullptr;  // Of all steps: their work is done in the order in which it was queued.
+  // The stream of all steps: their work is done in the order in which it was queued.
+  Stream stream = nullptr;
   Memory partials;
-  const CudaStep* partials_of = nullptr;  // Whose partials of the maximum path lie there, if all do.
+  const CudaStep* partials_of = nullptr;  // The step whose partials of the maximum path lie there, if all do.
   Mutex mutex;
   std::vector<std::unique_ptr<StepMemory>> free ABSL_GUARDED_BY(mutex);
 };
@@ -224,7 +225,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return TakeOut();
   }
 
-  // Of all that is queued.
+  // Waits for all that is queued.
   absl::StatusOr<absl::Span<const int64_t>> SelectForMaximum() override {
     std::vector<char> takes_maximum(row_heads());
     if (!args_.has_sinks()) {
@@ -350,9 +351,9 @@ class CudaStep final : public MergingStep, public QueuedStep {
 
     int64_t row_heads(const StepArgs& args) const { return int64_t{count} * args.shape.query_heads; }
   };
-  // Of one part of the pages.
+  // The partials of one part of the pages.
   struct Partials {
-    int64_t first = 0;  // Of pages_.
+    int64_t first = 0;  // The part's first page in pages_.
     int64_t pages = 0;
     float* m = nullptr;
     float* l = nullptr;
@@ -364,7 +365,8 @@ class CudaStep final : public MergingStep, public QueuedStep {
   // Whether the kernel adds up what it makes, or leaves partials. Does not change a bit either.
   bool SumsDirectly() const { return !on_tensor_cores_ || (by_warpgroups_ && TileFor(args_.rows, true) > 0); }
 
-  // As many query vectors together as there are, and as shared memory holds. Does not change a bit.
+  // How many query vectors a block takes: as many as there are and as shared memory holds. The number changes
+  // no bit of an answer.
   int TileFor(int rows, bool is_summed) const {
     const int64_t vectors = int64_t{rows} * args_.shape.gqa_group();
     if (by_warpgroups_) return cuda::ChooseWarpgroupTile(layout_, query_terms_, vectors, is_summed);
@@ -498,7 +500,7 @@ class CudaStep final : public MergingStep, public QueuedStep {
     return device_.CopyIn(workspace_.stream, staging.device.data(), staging.host.data(), packing.bytes());
   }
 
-  // Of the sink path, on the device.
+  // Numbers of the sink path, on the device.
   double* reference() const { return At<double>(memory_->scores, 0); }
   double* sink_logits() const { return reference() + row_heads(); }
   const double* SinkUnits() const { return At<double>(memory_->in.device, in_.unit); }
@@ -821,18 +823,18 @@ class CudaStep final : public MergingStep, public QueuedStep {
   const PageLayout layout_;
   const Element element_;
   const bool on_tensor_cores_;
-  const bool by_warpgroups_;  // Of the two kernels for them: a matter of the device and of the session alone.
+  const bool by_warpgroups_;  // Which of tensor cores' two kernels: the device and the session alone decide.
   Workspace& workspace_;
   Device& device_;
   std::unique_ptr<StepMemory> memory_;
   const std::vector<PageRef>& pages_;  // Those that some row sees.
   const bool whole_lists_;             // Every list has all of every page.
   bool started_ = false;
-  int query_terms_ = 2;  // As AttendArgs.
+  int query_terms_ = 2;  // Means what AttendArgs::query_terms means.
   bool is_finalised_ = false;
-  uint64_t* words_ = nullptr;       // Of the sink path, on the device.
+  uint64_t* words_ = nullptr;       // The words of the sink path, on the device.
   absl::Span<int64_t> host_words_;  // The same, the caller's, if they went there.
-  std::vector<int64_t> rows_;       // That have selected heads, ascending.
+  std::vector<int64_t> rows_;       // The rows that have selected heads, ascending.
   Rows selected_rows_;              // The same, on the device.
 
   // Offsets in StepMemory's blocks.

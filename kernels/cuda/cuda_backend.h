@@ -30,7 +30,7 @@ struct CudaOptions {
   // Device memory for the partials of a step, taken at the start too. A step whose partials take more goes
   // through its pages in parts, and where it needs them twice computes them twice, to the same bits.
   int64_t partial_bytes = int64_t{512} << 20;
-  int threads = 1;  // Of the host: sinks, and the finalise.
+  int threads = 1;  // The host's threads, for sinks and for finalising.
 };
 
 // A device for each "cuda" (cuda:0) or "cuda:N". INVALID_ARGUMENT for anything else; -1 for "cpu".

@@ -264,12 +264,12 @@ class CudaDevice final : public Device {
     return stream;
   }
 
-  // Of a call that does, or queues, one thing. Where memory is missing it has done nothing.
+  // For a call that does, or queues, one thing. Where memory is missing the call has done nothing.
   absl::Status Check(cudaError_t error, absl::string_view what) {
     return IsOutOfMemory(error) ? OutOfMemory(Failure(name_, std::string(what), error))
                                 : CheckQueued(error, what);
   }
-  // Of a call that waits for what is queued, by whomever: whatever it says, some of that may not have been
+  // For a call that waits for what is queued, by whomever: whatever it says, some of that may not have been
   // done. A device that has failed once does not come back in this process.
   absl::Status CheckQueued(cudaError_t error, absl::string_view what) {
     if (error == cudaSuccess) return absl::OkStatus();

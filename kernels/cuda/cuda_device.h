@@ -20,7 +20,7 @@ struct CudaMachine {
     int64_t memory_bytes = 0;
   };
   std::string driver;   // Newest CUDA that the driver serves: "13.0"
-  std::string runtime;  // That this program was built with.
+  std::string runtime;  // The runtime that this program was built with.
   std::vector<Gpu> gpus;
 };
 

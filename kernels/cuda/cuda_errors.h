@@ -11,7 +11,7 @@
 // Functions of plain numbers, so that every line is tested where there is no CUDA.
 namespace eduba::cuda {
 
-// Of cudaError_t, those that are told apart. cuda_device.cc compares them with CUDA's.
+// These are the values of cudaError_t that are told apart. cuda_device.cc compares them with CUDA's.
 inline constexpr int kCudaSuccess = 0;
 inline constexpr int kCudaMemoryAllocation = 2;
 inline constexpr int kCudaInsufficientDriver = 35;
@@ -25,10 +25,10 @@ std::string CudaVersionText(int version);
 // What CUDA says when it is asked first.
 struct CudaStart {
   int driver = 0;   // Newest version that the driver serves; 0: there is none.
-  int runtime = 0;  // That this program was built with.
+  int runtime = 0;  // The runtime that this program was built with.
   int error = kCudaSuccess;
   std::string text;  // CUDA's own, of `error`.
-  int count = 0;     // Of devices.
+  int count = 0;     // The number of devices.
 };
 // How many devices there are, at least 1. FAILED_PRECONDITION where there is no driver, an older one than the
 // program needs, one that does not start, or no device that it shows.
@@ -52,9 +52,10 @@ struct CudaFailure {
 };
 // Whether nothing but memory, or another resource, was missing: the device is as it was before the call.
 bool IsOutOfMemory(int error);
-// Of opening the device: RESOURCE_EXHAUSTED where IsOutOfMemory, FAILED_PRECONDITION otherwise.
+// The error when opening the device failed: RESOURCE_EXHAUSTED where IsOutOfMemory, FAILED_PRECONDITION
+// otherwise.
 absl::Status OpenFailed(const CudaFailure& failure);
-// Of a call to an open device. REQUIRES: IsOutOfMemory(failure.error). RESOURCE_EXHAUSTED.
+// The error of a call to an open device. REQUIRES: IsOutOfMemory(failure.error). RESOURCE_EXHAUSTED.
 absl::Status OutOfMemory(const CudaFailure& failure);
 // The same where it is not: UNAVAILABLE, for good.
 absl::Status DeviceFailed(const std::string& device, const std::string& what, const std::string& text);

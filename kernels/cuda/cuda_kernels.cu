@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kLayerThreads) LayerKernel(const __grid_consta
   RunLayer(GpuBlock(shared), args);
 }
 
-// Of shared memory that a kernel gets without asking.
+// The bytes of shared memory that a kernel gets without asking.
 constexpr int64_t kSharedBytesFree = 48 << 10;
 
 template <class Type, int kTile>

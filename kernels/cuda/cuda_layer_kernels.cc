@@ -27,9 +27,9 @@ using cuda::Stream;
 // what reading costs and many rows read the weights seldom.
 constexpr int kProductRows16 = 128;
 constexpr int kProductRowsF32 = 32;
-// Of a matrix in memory, in elements: cuBLASLt's fast kernels want 16 bytes.
+// A matrix's rows in memory begin at multiples of so many elements: cuBLASLt's fast kernels want 16 bytes.
 constexpr int64_t kPitch = 16;
-// Of weights, that go to the device at a time.
+// The bytes of weights that go to the device at a time.
 constexpr int64_t kStagedBytes = int64_t{32} << 20;
 constexpr int kAlgorithmsAsked = 16;
 

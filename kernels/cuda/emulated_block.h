@@ -184,7 +184,7 @@ class EmulatedBlock {
   const int64_t index_;
   const int threads_;
   float* const shared_;
-  mutable std::vector<Copies> copies_;  // Of each thread; empty where nobody copies.
+  mutable std::vector<Copies> copies_;  // Each thread's copies; empty where nobody copies.
 };
 
 }  // namespace eduba::cuda

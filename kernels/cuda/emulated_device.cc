@@ -178,7 +178,7 @@ class EmulatedDevice final : public Device {
                 });
     });
   }
-  // As few as AttendBlocksAtOnce.
+  // There are as few as in AttendBlocksAtOnce.
   int64_t WarpgroupBlocksAtOnce() const override { return has_warpgroups_ ? 7 : 0; }
   absl::Status AttendWarpgroups(Stream stream, Element element, const AttendArgs& args) override {
     EDUBA_CHECK(has_warpgroups_);
@@ -281,7 +281,7 @@ class EmulatedDevice final : public Device {
     });
   }
   absl::Status Copy(Stream stream, void* to, const void* from, int64_t bytes) {
-    if (bytes == 0) return absl::OkStatus();  // As on a GPU: the pointers may be null then.
+    if (bytes == 0) return absl::OkStatus();  // The pointers may be null then, as on a GPU.
     return Queue(stream, [=] { std::memcpy(to, from, bytes); });
   }
   // Others may have to come first, in threads of their own. A broken device does no more work.

@@ -156,7 +156,8 @@ class GroupSchedule {
     b.missing = b.count;
     b.parity ^= 1;
   }
-  // As mbarrier.try_wait.parity: the phase of this parity is over when one of the other is under way.
+  // Does what mbarrier.try_wait.parity does: the phase of this parity is over when one of the other is under
+  // way.
   bool IsOver(const Waited& waited) const {
     return waited.barrier == nullptr || barriers_.at(waited.barrier).parity != waited.parity;
   }
@@ -182,7 +183,7 @@ class GroupSchedule {
 
   std::map<const void*, Barrier> barriers_;
   std::vector<BulkCopy> copies_;
-  Mutex mutex_;  // Of whoever runs.
+  Mutex mutex_;  // Held by whoever runs.
   CondVar turn_;
   int now_ = 0;
   std::vector<Waited> waits_;
@@ -272,7 +273,7 @@ class EmulatedWarpgroup {
  private:
   using Bits = std::vector<uint16_t>;
   struct Product {
-    std::vector<float*> c;  // Of each thread: [tiles][4]
+    std::vector<float*> c;  // Each thread's: [tiles][4]
     int tiles = 0;
     bool is_sum = false;
     float (*value)(uint16_t) = nullptr;
@@ -413,7 +414,7 @@ class EmulatedGroupBlock : public EmulatedBlock {
  private:
   const EmulatedShared memory_;
   mutable GroupSchedule schedule_;
-  mutable std::vector<std::vector<std::pair<void*, Load16>>> stored_;  // Of each thread.
+  mutable std::vector<std::vector<std::pair<void*, Load16>>> stored_;  // What each thread has stored.
 };
 
 }  // namespace eduba::cuda

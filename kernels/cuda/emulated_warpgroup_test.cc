@@ -153,7 +153,7 @@ TEST(EmulatedWarpgroup, BulkCopiesLandWhenTheyAreWaitedForAndNotBefore) {
       emulated.block.Arrive(barrier);
       EXPECT_EQ(*emulated.At(1024 + 64), 0xffff);
     } else {
-      group.Wait(barrier, 1);  // Of no phase yet.
+      group.Wait(barrier, 1);  // Returns at once: no phase of this parity is under way.
       group.Wait(barrier, 0);
       EXPECT_EQ(*emulated.At(1024 + 64 + 4), 3);
     }

@@ -25,7 +25,7 @@ enum Outcome : uint8_t {
 
 // What the step's kernels note beside their results.
 struct StepState {
-  uint64_t fault;  // As AttendArgs::fault.
+  uint64_t fault;  // Means what AttendArgs::fault means.
   uint32_t has_bad_sinks;
   uint32_t padding;
 };
@@ -38,7 +38,7 @@ struct FinaliseArgs {
   const int64_t* row_head;      // [targets]; null: target i is row head i
   const uint64_t* words;        // Reduced: [targets, value_dim + 2], as SumArgs::words.
   const double* key_reference;  // [targets]: what the words' weights are relative to
-  const double* unit;           // As SumArgs::unit.
+  const double* unit;           // Means what SumArgs::unit means.
   double one;                   // Units of L for a weight of 1: a power of two.
 
   // The sinks: as SinkArgs, or 0 and nulls.
@@ -73,7 +73,7 @@ EDUBA_DEVICE double InverseOfPower(double x) {
 
 struct FinaliseShared {
   double square[kNormLanes];
-  double weight[kFinaliseThreads];  // Of token sinks.
+  double weight[kFinaliseThreads];  // The token sinks' weights.
   double common;                    // All weights are relative to it.
   double key_weight;
   double key_total;
@@ -83,7 +83,7 @@ struct FinaliseShared {
 };
 
 struct FinaliseRegisters {
-  double sum;    // Of one channel.
+  double sum;    // One channel's sum.
   double sinks;  // Their weights; the same in all threads.
 };
 

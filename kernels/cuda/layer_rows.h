@@ -19,7 +19,7 @@
 namespace eduba::cuda {
 
 inline constexpr int kLayerThreads = 256;
-inline constexpr int kFindElements = 8;  // Of a thread.
+inline constexpr int kFindElements = 8;  // The elements that one thread looks at.
 inline constexpr int kNormPiece =
     16;  // Elements of a thread that are summed in fp32 before they join a double.
 

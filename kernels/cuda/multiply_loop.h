@@ -14,7 +14,7 @@ inline constexpr int kLoopTiles = 8;  // Independent products of a warp.
 
 struct LoopArgs {
   int64_t blocks;
-  int rounds;  // Of kLoopTiles products for each warp.
+  int rounds;  // Rounds of kLoopTiles products for each warp.
   float* sum;  // [blocks * kLoopThreads]: so that no product is left out
 
   constexpr double operations() const {

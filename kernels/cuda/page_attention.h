@@ -29,7 +29,7 @@ inline constexpr int kRowSegment = 64;  // Rows of values summed from zero befor
 inline constexpr int kSegments = kPageRows / kRowSegment;
 inline constexpr int kGroupRows = 16;  // Rows of values loaded before they are used.
 inline constexpr int kUnitDims = 8;    // Dimensions of a key loaded and multiplied at a time.
-inline constexpr int kUnitsAhead = 4;  // Of them, loaded before they are used.
+inline constexpr int kUnitsAhead = 4;  // Units that are loaded before they are used.
 static_assert(kPageRows == kAttendThreads && kPageRows / kGroupRows == 16);
 
 struct PageEntry {
@@ -62,9 +62,10 @@ struct AttendArgs {
   int tile;   // Query vectors of a block: 1, 2, 4 or 8; on tensor cores, up to 8 times 16.
   int tiles;  // ceil(rows * group / tile)
   int64_t pages;
-  int64_t runs;          // Of pages, for each KV head and tile: one block takes one. Not of page_tensor.h.
-  int query_terms;       // Of page_warpgroup.h alone: QueryTerms.
-  const float* queries;  // [rows, query_heads, head_dim]
+  // Runs of pages, for each KV head and tile: one block takes one. Not used by page_tensor.h.
+  int64_t runs;
+  int query_terms;               // QueryTerms; used by page_warpgroup.h alone.
+  const float* queries;          // [rows, query_heads, head_dim]
   const PositionRange* visible;  // [rows]
   const int32_t* row_list;       // [rows]: the list of each row
   // What list i has of page p: listed[i * list_stride + p].
@@ -76,7 +77,7 @@ struct AttendArgs {
 
   // Partials, or null.
   float* m;          // [pages, rows * query_heads]; -inf: sees nothing, +inf: a fault
-  float* l;          // As m.
+  float* l;          // Laid out as m is.
   float* o;          // [pages, rows * query_heads, value_pitch]; not set where m is infinite
   uint32_t* maxima;  // [rows * query_heads]: OrderOf the largest m; 0 at the start; or null
 
@@ -137,8 +138,8 @@ struct VectorState {
   uint64_t l;  // The sum of L so far; above the limit: it left the range, and is counted no more.
   uint64_t
       fault;      // 1: some arithmetic of its pages was not finite, or a value beyond its channel's exponent.
-  double weight;  // Of the page under way: exp(m - reference).
-  double bound;   // Of the magnitude of the page's words; below 0: the page adds nothing.
+  double weight;  // The weight of the page under way: exp(m - reference).
+  double bound;   // A bound of the page's words' magnitude; below 0: the page adds nothing.
 };
 
 EDUBA_DEVICE bool IsLive(const PageEntry& page, int row) {
@@ -361,7 +362,7 @@ EDUBA_DEVICE void WeighPage(const AttendArgs& args, float m, float l, VectorStat
     return;
   }
   if (scaled < 0.25) return;  // Every word rounds to 0.
-  // Of a page: 2^56 at most, and so far as well.
+  // One page adds 2^56 at most, and the sum so far is 2^56 at most as well.
   v.l += static_cast<uint64_t>(RoundToInteger(scaled));
   // |o| <= l 2^e, but for rounding, or a value is beyond its channel's exponent.
   if (v.l <= args.limit) v.bound = Add(Mul(1.001, scaled), 1.0);
@@ -598,7 +599,7 @@ class PagesWork {
     });
   }
 
-  // Of each virtual lane; TotalOf adds up the lanes.
+  // Adds up the weights of each virtual lane; TotalOf adds up the lanes.
   EDUBA_DEVICE void AddWeights() {
     block_.Threads([&](int t) {
       if (t >= kSumLanes * kTile) return;

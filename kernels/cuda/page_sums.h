@@ -13,7 +13,7 @@
 namespace eduba::cuda {
 
 inline constexpr int kSumThreads = 128;
-inline constexpr int kSumPages = 64;  // Of a block. 64 terms of at most 2^56 stay below 2^63.
+inline constexpr int kSumPages = 64;  // The pages of a block. 64 terms of at most 2^56 stay below 2^63.
 
 struct SumArgs {
   int value_dim;
@@ -31,13 +31,13 @@ struct SumArgs {
   int query_heads;
   int group;
   const PageEntry* page;  // [pages]
-  const float* m;         // As in AttendArgs.
+  const float* m;         // The same as in AttendArgs.
   const float* l;
   const float* o;
   // [targets, value_dim + 2]: sums of O and L, and the largest flag (0, 1: the sum of L is above the limit,
   // kFault), 0 at the start; O and L mean nothing where the flag is not 0
   uint64_t* words;
-  uint64_t* fault;  // As in AttendArgs.
+  uint64_t* fault;  // The same as in AttendArgs.
 
   constexpr int64_t page_groups() const { return (pages + kSumPages - 1) / kSumPages; }
   constexpr int64_t blocks() const { return targets * page_groups(); }
@@ -45,7 +45,7 @@ struct SumArgs {
 
 struct SumShared {
   double weight[kSumPages];
-  double bound[kSumPages];  // Of the magnitude of a page's words.
+  double bound[kSumPages];  // A bound of the magnitude of a page's words.
   uint64_t l[kSumPages];
   int take[kSumPages];
 };
@@ -124,7 +124,7 @@ struct MagnitudeArgs {
   int64_t pages;
   int64_t targets;
   const int64_t* row_head;  // [targets]
-  const float* m;           // As in AttendArgs.
+  const float* m;           // The same as in AttendArgs.
   const float* o;
   uint32_t* magnitudes;  // [targets, value_dim]: OrderOf the largest LogMagnitude; 0 at the start
 

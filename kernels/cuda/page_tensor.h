@@ -40,7 +40,7 @@ namespace eduba::cuda {
 
 inline constexpr int kTensorWarpsMax = 8;
 inline constexpr int kTensorThreadsMax = kTensorWarpsMax * kWarpThreads;
-inline constexpr int kKeyTiles = kPageRows / kTileColumns;  // Of 8 keys.
+inline constexpr int kKeyTiles = kPageRows / kTileColumns;  // Tiles of 8 keys.
 // Channels multiplied in one pass over the page: with more, a thread had not registers enough.
 inline constexpr int kChannels = 64;
 inline constexpr int kChannelTiles = kChannels / kTileColumns;
@@ -65,7 +65,7 @@ struct TensorShared {
   bool seen[kPageRows];  // Rows that some vector of the tile sees.
 };
 
-// Of a thread. Its two rows are vectors lane / 4 and lane / 4 + 8 of its warp.
+// One thread's registers. Its two rows are vectors lane / 4 and lane / 4 + 8 of its warp.
 struct TensorRegisters {
   float s[kKeyTiles][4];  // Dot products; from then on weights.
   float o[kChannelTiles][4];
@@ -75,7 +75,7 @@ struct TensorRegisters {
   float stretch[2];  // A power of two that brings the query into the type's range, and back.
   float shrink[2];
   float m[2];
-  float smallest[2];  // Of the dot products, negated.
+  float smallest[2];  // The smallest of the dot products, negated.
   float l[2];
   float bad[2];  // 1: something was not finite.
 };
@@ -220,7 +220,7 @@ EDUBA_DEVICE void WeighKeys(const Warp& warp, const AttendArgs& args, const Regi
         r.l[i] = 0;
         for_logits(lane, i, [&](float& s, bool is_seen) {
           float x = Fma(s, factor, shift);
-          // Of large logits the shift is rounded too.
+          // Where logits are large the shift is rounded too.
           if constexpr (kWeightShift < Type >> 0) x = MinOrNan(x, kWeightShift<Type> + 0x1p-7F);
           s = is_seen ? TwoTo(x) : 0;
           r.l[i] = Add(r.l[i], s);
@@ -596,11 +596,11 @@ class TensorPage {
   Registers& registers_;
   TensorShared& shared_;
   const int kv_head_;
-  const int64_t slot_;  // Of the page among the step's pages.
+  const int64_t slot_;  // The page's place among the step's pages.
   const PageEntry page_;
   const int64_t row_heads_;
   const int first_vector_;  // The tile's, among the KV head's.
-  const int vectors_;       // Of the tile.
+  const int vectors_;       // The tile's vectors.
   const int warps_;
   const char* const data_;
   const int key_slices_;

@@ -337,7 +337,7 @@ class WarpgroupMultiplier {
 
   Work& work_;
   const Group& group_;
-  const int mine_;  // Of the multiplying groups.
+  const int mine_;  // This group's number among the multiplying groups.
   const int first_thread_;
   const char* const query_;
   RingPlace place_;

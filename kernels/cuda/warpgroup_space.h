@@ -25,8 +25,9 @@ static_assert(kGroupThreads * (kLoadRegisters + kMultiplyGroups * kMultiplyRegis
 
 // What a slot holds, a slice: 16 dimensions of all keys, or 32 rows of up to 128 channels.
 inline constexpr int kKeySliceUnits = kTileDepth / kUnitDims;
-inline constexpr int kKeyUnitBytes = kPageRows * kLoadBytes;       // 8 dimensions of all keys.
-inline constexpr int kKeyPieceBytes = kKeyBlockRows * kLoadBytes;  // Of 32 keys: what the page has in one.
+inline constexpr int kKeyUnitBytes = kPageRows * kLoadBytes;  // 8 dimensions of all keys.
+// 8 dimensions of 32 keys, which lie together in the page.
+inline constexpr int kKeyPieceBytes = kKeyBlockRows * kLoadBytes;
 // 8 channels of a slice's rows. 16 bytes apart, so that a row's units meet in no bank when they are written.
 inline constexpr int kGroupValueRows = 32;
 inline constexpr int kGroupValueSlices = kPageRows / kGroupValueRows;
@@ -39,8 +40,9 @@ static_assert(kSlotBytes >= kKeySliceUnits * kKeyUnitBytes);
 inline constexpr int kGroupSlotsMin = 2 + kGroupWarps;
 inline constexpr int kGroupSlotsMax = 16;
 inline constexpr int kQueryUnitBytes = kGroupTileRows * kLoadBytes;  // 8 dimensions of 64 queries.
-inline constexpr int kHulls = 8;  // Of a group's vectors, as many for each.
-// Of a group's sums: 8 vectors' words of 8 channels, two of them a lane's.
+// Parts of a group's vectors, as many vectors in each, whose hulls are found at once.
+inline constexpr int kHulls = 8;
+// A block of a group's sums: 8 vectors' words of 8 channels. Each lane has two of them.
 inline constexpr int kBlockVectors = 8;
 struct alignas(16) WordPair {
   uint64_t word[2];
@@ -63,20 +65,20 @@ struct GroupShared {
   PositionRange hull[kMultiplyGroups];
   PositionRange part_core[kMultiplyGroups * kHulls];
   PositionRange core[kMultiplyGroups];
-  float stretch[kWarpgroupTileMax];  // As TensorRegisters.
+  float stretch[kWarpgroupTileMax];  // Means what TensorRegisters::stretch means.
   float shrink[kWarpgroupTileMax];
   bool seen[kPageRows];  // Rows of the page under way that some vector sees.
 };
 inline constexpr int kGroupSharedBytes = (sizeof(GroupShared) + 127) / 128 * 128;
-// Of shared memory that a block may have on sm_90.
+// The bytes of shared memory that a block may have on sm_90.
 inline constexpr int kWarpgroupSharedMax = 227 << 10;
 
 // How a block divides its shared memory: GroupShared, units of channels, words, queries, slots.
 struct WarpgroupSpace {
-  int blocks;  // Of 8 vectors, whose words each group has.
+  int blocks;  // Blocks of 8 vectors, whose words each group has.
   int unit_bytes;
   int word_bytes;
-  int query_bytes;  // Of each 64 vectors.
+  int query_bytes;  // The bytes of each 64 vectors.
   int slots;
   int bytes;
 };
@@ -146,7 +148,7 @@ constexpr int GroupChannels(const PageLayout& layout) {
   return layout.value_pitch <= kGroupChannelsMax / 2 ? kGroupChannelsMax / 2 : kGroupChannelsMax;
 }
 
-// Of a multiplying thread. Its two rows are vectors lane / 4 and lane / 4 + 8 of its warp's 16.
+// A multiplying thread's registers. Its two rows are vectors lane / 4 and lane / 4 + 8 of its warp's 16.
 template <class Type, int kPassChannels>
 struct GroupRegisters {
   float s[kKeyTiles][4];  // Dot products; then weights.

@@ -97,11 +97,11 @@ class WarpgroupWork {
   char* const queries;
   char* const slots;
   const int kv_head;
-  const int64_t first_slot;  // Of the run's pages, among the step's.
+  const int64_t first_slot;  // The first of the run's pages, among the step's.
   const int64_t last_slot;
   const int64_t row_heads;
   const int first_vector;  // The tile's, among the KV head's.
-  const int vectors;       // Of the tile.
+  const int vectors;       // The tile's vectors.
   const bool take_turns;   // Both groups have all vectors and take turns at the pages; else each has its own.
   const int units;
   const int key_slices;
@@ -118,7 +118,7 @@ class WarpgroupWork {
     v.reference = 0;
     v.l = v.fault = 0;
     shared.stretch[t] = shared.shrink[t] = 1;
-    const int i = take_turns ? t % kGroupTileRows : t;  // Of the tile.
+    const int i = take_turns ? t % kGroupTileRows : t;  // The vector's place in the tile.
     if (i >= vectors) return;
     const int row = (first_vector + i) / args.group;
     SetVisible(args, row, v);

@@ -72,7 +72,7 @@ class JobDriver final : private JobListener {
   JobOutcome Run(const Session& session, JobRequest request);
   JobOutcome Append(const Session& session, absl::Span<const int32_t> ids);
   JobOutcome Score(const Session& session, absl::Span<const int32_t> ids);
-  // As Append, but all ranks compute all rows, so that the outcome has their hidden states.
+  // Does what Append does, but all ranks compute all rows, so that the outcome has their hidden states.
   JobOutcome AppendInChunks(const Session& session, absl::Span<const int32_t> ids);
 
   // Starts a job without a step. An error is its outcome.

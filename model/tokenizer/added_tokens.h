@@ -33,7 +33,7 @@ class AddedTokenFinder {
     int64_t end = 0;
   };
 
-  // Of two that are written alike the first counts.
+  // Where two tokens are written alike the first counts.
   void Add(const AddedToken& token);
   // `text` cut up, in order; no section is empty, unless a token stripped what another one had taken.
   std::vector<Section> Cut(absl::string_view text) const;

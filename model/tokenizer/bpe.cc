@@ -135,7 +135,7 @@ absl::Status Bpe::ReadMerges(const json& merges, const std::string& name) {
           absl::StrCat(name, ": merge ", rank, ", ", JsonText(merge),
                        ", is no pair of tokens that makes a token of the vocabulary"));
     }
-    // Of repeated pairs the last counts, as in tokenizers.
+    // Where a pair is repeated its last rank counts, as in tokenizers.
     merges_[PairKey(*left_id, *right_id)] = {rank++, *merged};
   }
   return absl::OkStatus();

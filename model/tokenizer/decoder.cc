@@ -97,7 +97,8 @@ absl::StatusOr<Decoder> Decoder::Parse(const json& component, const std::string&
   const std::string type = TypeOf(component);
   if (type == "ByteLevel") {
     JsonFields fields(component, name, type);
-    fields.Ignore({"type", "add_prefix_space", "trim_offsets", "use_regex"});  // Of no effect in a decoder.
+    // These have no effect in a decoder.
+    fields.Ignore({"type", "add_prefix_space", "trim_offsets", "use_regex"});
     EDUBA_RETURN_IF_ERROR(fields.Finish());
     decoder.byte_level = true;
     return decoder;

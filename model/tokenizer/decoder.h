@@ -40,7 +40,7 @@ class DecoderStream {
 
   const Decoder& decoder_;
   int strip_left_;
-  Utf8Assembler assembler_{Utf8Assembler::Invalid::kMaximalSubpart};  // Of ByteLevel.
+  Utf8Assembler assembler_{Utf8Assembler::Invalid::kMaximalSubpart};  // Used by ByteLevel.
   std::string bytes_;  // A run of byte tokens: only its end tells whether it is text.
 };
 

@@ -123,7 +123,7 @@ class Translator {
     return "";
   }
 
-  // Of what is written into a class.
+  // Whether `item`, which is written into a class, is one character.
   static bool IsOneCharacter(absl::string_view item) {
     return absl::StartsWith(item, "\\x") && item.find("\\x", 2) == absl::string_view::npos;
   }

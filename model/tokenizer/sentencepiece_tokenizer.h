@@ -41,7 +41,7 @@ class SentencePieceTokenizer : public Tokenizer {
   class Stream;
   struct Piece {
     enum class Kind : uint8_t { kText, kByte, kUnknown, kControl } kind = Kind::kText;
-    std::string text;  // As it is decoded; kByte: the byte.
+    std::string text;  // The text that it is decoded to; kByte: the byte.
   };
 
   SentencePieceTokenizer() = default;

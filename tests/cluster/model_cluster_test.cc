@@ -24,7 +24,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr int64_t kVocabulary = 97;  // Of the golden models that are used here.
+constexpr int64_t kVocabulary = 97;  // The vocabulary of the golden models that are used here.
 std::string ModelFolder(const std::string& name) { return absl::StrCat(EDUBA_GOLDEN_MODELS, "/", name); }
 
 TestCluster::Options ClusterOf(int workers, const std::string& model,

@@ -21,7 +21,7 @@ class TestCluster {
   struct Options {
     int workers = 1;
     std::string transport = "local";
-    int64_t memory_bytes = int64_t{64} << 20;  // Of each worker.
+    int64_t memory_bytes = int64_t{64} << 20;  // Each worker's memory for pages.
     std::string model = {};                    // A folder; empty: none.
   };
 

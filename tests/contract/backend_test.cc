@@ -820,7 +820,8 @@ TEST_P(BackendContract, ArithmeticThatIsNotFiniteIsAnErrorOfItsRow) {
         // In another product of 16 dimensions, so that infinities meet.
         if (what == What::kSmallLogit || what == What::kNoLogit) query[16] = -(key[16] = kHuge);
         if (what == What::kValueSum) {
-          // Of the last channel alone, and more of it than the head that weighs its keys can add up.
+          // Only the last channel is that large, and there is more of it than the head that weighs its keys
+          // can add up.
           for (int position = 300; position < 310; ++position) {
             problem.values[position * spec.shape.value_dim + spec.shape.value_dim - 1] = kHuge;
           }

@@ -23,14 +23,14 @@ absl::Status Expect(bool holds, const std::string& what) {
   return holds ? absl::OkStatus() : absl::DataLossError(what);
 }
 
-// That `status` is one of `codes`.
+// Checks that `status` is one of `codes`.
 absl::Status ExpectCode(const std::vector<absl::StatusCode>& codes, const absl::Status& status,
                         const std::string& what) {
   return Expect(std::find(codes.begin(), codes.end(), status.code()) != codes.end(),
                 absl::StrCat(what, ": ", status.ToString()));
 }
 
-// That the next call returns the first error's text as ABORTED.
+// Checks that the next call returns the first error's text as ABORTED.
 absl::Status ExpectDead(Communicator& c, const absl::Status& first) {
   const absl::Status status = c.Barrier(Far());
   return Expect(status.code() == kAborted && status.message() == first.message(),

@@ -130,7 +130,7 @@ bool SameBits(const float* a, const float* b, size_t count) {
 struct Product {
   uint64_t seed;
   DType dtype;
-  std::vector<int64_t> outputs;  // Of each part.
+  std::vector<int64_t> outputs;  // The outputs of each part.
   int64_t inputs;
   int64_t rows;
   bool bias;

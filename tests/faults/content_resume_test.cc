@@ -209,8 +209,8 @@ class ContentResume : public ::testing::Test {
   std::vector<std::unique_ptr<Process>> workers_;
   std::unique_ptr<Client> client_;
   int64_t epoch_ = 0;
-  int64_t prompt_length_ =
-      0;  // Of a session with the prompt: the model has sink tokens of its own before it.
+  // The length of a session with the prompt: the model has sink tokens of its own before the prompt.
+  int64_t prompt_length_ = 0;
 };
 
 TEST_F(ContentResume, AKilledCoordinatorOrABrokenConnectionChangesNoByte) {

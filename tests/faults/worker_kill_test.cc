@@ -23,8 +23,8 @@ namespace eduba {
 namespace {
 
 constexpr int kWorkers = 3;
-// Of every client call. A lost worker must be told well before: the coordinator gives one up after 3 s of
-// silence.
+// The timeout of every client call. A lost worker must be told well before it ends: the coordinator gives a
+// worker up after 3 s of silence.
 constexpr absl::Duration kCallTimeout = absl::Seconds(30);
 
 class WorkerKill : public ::testing::Test {
