@@ -197,7 +197,7 @@ absl::Status Worker::Init() {
   content_ = std::make_unique<NodeContent>(backend_.get(), store_.get(), model_.get());
   if (!options_.data_dir.empty()) {
     EDUBA_RETURN_IF_ERROR(
-        content_->OpenStorage(options_.data_dir, identity_->id(), fingerprint_, options_.threads));
+        content_->OpenStorage(options_.data_dir, identity_->id(), attention_fingerprint_, options_.threads));
   }
   group_ = v1::Group::NewStub(OpenChannel(options_.coordinator));
   EDUBA_RETURN_IF_ERROR(Listen());
@@ -210,7 +210,8 @@ absl::Status Worker::LoadKernels() {
   EDUBA_ASSIGN_OR_RETURN(backend_, MakeBackend(options_, device));
   backend_name_ = backend_->name();
   store_ = std::make_unique<PageStore>(backend_.get(), options_.memory_bytes);
-  EDUBA_ASSIGN_OR_RETURN(fingerprint_, Fingerprint(*backend_));
+  EDUBA_ASSIGN_OR_RETURN(attention_fingerprint_, Fingerprint(*backend_));
+  fingerprint_ = attention_fingerprint_;
   if (options_.model.empty()) return absl::OkStatus();
   EDUBA_ASSIGN_OR_RETURN(std::unique_ptr<LayerKernels> kernels, MakeLayerKernels(options_, device));
   if (kernels->name() != backend_name_) absl::StrAppend(&backend_name_, "+", kernels->name());

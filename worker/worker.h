@@ -111,7 +111,8 @@ class Worker {
   std::string host_;         // The host of address_, in the form that sockets want.
   std::string incarnation_;  // New for every start.
   std::optional<NodeIdentity> identity_;
-  uint64_t fingerprint_ = 0;
+  uint64_t attention_fingerprint_ = 0;
+  uint64_t fingerprint_ = 0;  // Of attention and, with a model, of its layers: what the group compares.
 
   Mutex shutdown_mutex_;  // Held by the one Shutdown that does the work.
   Mutex mutex_;
