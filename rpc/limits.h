@@ -42,7 +42,7 @@ inline constexpr int64_t kDedicatedSinksMax = 4096;
 inline constexpr int64_t kSinkMassHeadsMax = 49152;
 
 // WorkerHello.protocol. One more with every incompatible change of group.proto.
-inline constexpr int kGroupProtocol = 5;
+inline constexpr int kGroupProtocol = 6;
 
 inline constexpr int64_t kHeartbeatIntervalMs = 500;
 inline constexpr int64_t kHeartbeatTimeoutMs = 3000;
